@@ -1,0 +1,348 @@
+"""The commands that change the cluster's state, and `apply`, which carries them out.
+
+`apply` is total: it answers with a rejection, it never raises, because a command that raises
+would stop replication on every node at once. It is deterministic: the time comes with the
+command. Every command carries an id, and a command that was applied before answers with its
+first outcome and changes nothing, so that a caller may retry after an unknown outcome.
+"""
+
+import dataclasses
+
+import msgspec
+
+from ollamad.core.ids import NodeId, short
+from ollamad.core.names import InvalidName, parse_name
+from ollamad.core.state import (
+    RECENT_COMMANDS,
+    ROLES,
+    Capacity,
+    CertificateAuthority,
+    ClusterState,
+    JoinToken,
+    Member,
+    Model,
+    Remembered,
+    Settings,
+    User,
+)
+
+
+class Command(msgspec.Struct, frozen=True, tag_field="type"):
+    """Base of all commands; the class name is the tag on the wire and in the journal."""
+
+
+class FoundCluster(Command, frozen=True):
+    """The first command of a cluster: its identity, its secrets, its first member and user."""
+
+    cluster_id: str
+    ca: CertificateAuthority
+    jwt_key: bytes
+    founder: Member
+    admin: User
+
+
+class ChangeSettings(Command, frozen=True):
+    settings: Settings
+
+
+class AdmitMember(Command, frozen=True):
+    """Let a node in, or let a known one change its certificate. Spends nothing of the token."""
+
+    member: Member
+    token_id: str
+
+
+class UpdateMember(Command, frozen=True):
+    """A member tells its own addresses, name, version and capacity after a start."""
+
+    id: NodeId
+    name: str
+    api_address: str
+    p2p_address: str
+    raft_address: str
+    capacity: Capacity
+    version: str
+
+
+class SetDraining(Command, frozen=True):
+    id: NodeId
+    draining: bool
+
+
+class RemoveMember(Command, frozen=True):
+    id: NodeId
+
+
+class PutModel(Command, frozen=True):
+    """Add a model or replace the one of that name. `model.confirmed` says who has it now."""
+
+    model: Model
+
+
+class DeleteModel(Command, frozen=True):
+    name: str
+
+
+class SetDesired(Command, frozen=True):
+    """Which nodes should hold a model."""
+
+    name: str
+    desired: tuple[NodeId, ...]
+
+
+class ConfirmReplica(Command, frozen=True):
+    """A node holds every blob of this manifest, verified (or, with `present` false, no more)."""
+
+    name: str
+    digest: str
+    node_id: NodeId
+    present: bool = True
+
+
+class PutUser(Command, frozen=True):
+    user: User
+
+
+class DeleteUser(Command, frozen=True):
+    username: str
+
+
+class AddJoinToken(Command, frozen=True):
+    token: JoinToken
+
+
+class Revoke(Command, frozen=True):
+    """End a JWT or a whole session by id. Rejected if it was revoked before (a replay)."""
+
+    id: str
+    expires_at: float
+
+
+AnyCommand = (
+    FoundCluster
+    | ChangeSettings
+    | AdmitMember
+    | UpdateMember
+    | SetDraining
+    | RemoveMember
+    | PutModel
+    | DeleteModel
+    | SetDesired
+    | ConfirmReplica
+    | PutUser
+    | DeleteUser
+    | AddJoinToken
+    | Revoke
+)
+
+
+class Proposal(msgspec.Struct, frozen=True):
+    """A command as it stands in the log: with the id and the wall clock of who proposed it."""
+
+    id: str
+    at: float  # Unix seconds
+    command: AnyCommand
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Applied:
+    """The command took effect, now or the first time it was seen."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rejected:
+    """The command was refused and changed nothing. `code` is for programs (upper case)."""
+
+    code: str
+    message: str
+
+
+Outcome = Applied | Rejected
+APPLIED = Applied()
+
+
+def apply(state: ClusterState, proposal: Proposal) -> Outcome:
+    """Carry out one proposal on the state, in place."""
+    if (seen := state.recent.get(proposal.id)) is not None:
+        return Rejected(seen.code, seen.message) if seen.code else APPLIED
+    outcome = _apply_command(state, proposal.command, proposal.at)
+    rejection = outcome if isinstance(outcome, Rejected) else Rejected("", "")
+    state.recent[proposal.id] = Remembered(rejection.code, rejection.message)
+    while len(state.recent) > RECENT_COMMANDS:
+        del state.recent[next(iter(state.recent))]
+    return outcome
+
+
+def _apply_command(state: ClusterState, command: AnyCommand, now: float) -> Outcome:
+    if not state.cluster_id and not isinstance(command, FoundCluster):
+        return Rejected("NO_CLUSTER", "the cluster has not been founded yet")
+    match command:
+        case FoundCluster():
+            return _found(state, command)
+        case ChangeSettings(settings):
+            state.settings = settings
+            return APPLIED
+        case AdmitMember(member, token_id):
+            return _admit(state, member, token_id, now)
+        case UpdateMember():
+            return _update_member(state, command)
+        case SetDraining(node_id, draining):
+            if node_id not in state.members:
+                return _unknown_node(node_id)
+            state.members[node_id] = msgspec.structs.replace(
+                state.members[node_id], draining=draining
+            )
+            return APPLIED
+        case RemoveMember(node_id):
+            return _remove_member(state, node_id, now)
+        case PutModel(model):
+            return _put_model(state, model)
+        case DeleteModel(name):
+            model = state.find_model(name)
+            if model is None:
+                return _unknown_model(name)
+            del state.models[parse_name(model.name).key]
+            return APPLIED
+        case SetDesired(name, desired):
+            return _set_desired(state, name, desired)
+        case ConfirmReplica():
+            return _confirm(state, command)
+        case PutUser(user):
+            if user.role not in ROLES:
+                return Rejected("INVALID_ROLE", f"{user.role!r} is not one of {', '.join(ROLES)}")
+            state.users[user.username] = user
+            return APPLIED
+        case DeleteUser(username):
+            if state.users.pop(username, None) is None:
+                return Rejected("USER_NOT_FOUND", f"there is no user {username!r}")
+            return APPLIED
+        case AddJoinToken(token):
+            for expired in [t.id for t in state.join_tokens.values() if t.expires_at < now]:
+                del state.join_tokens[expired]
+            state.join_tokens[token.id] = token
+            return APPLIED
+        case Revoke(token_id, expires_at):
+            for expired in [key for key, end in state.revoked.items() if end < now]:
+                del state.revoked[expired]
+            if token_id in state.revoked:
+                return Rejected("ALREADY_REVOKED", "this token was used or revoked before")
+            state.revoked[token_id] = expires_at
+            return APPLIED
+
+
+def _found(state: ClusterState, command: FoundCluster) -> Outcome:
+    if state.cluster_id:
+        return Rejected("ALREADY_FOUNDED", f"this is cluster {state.cluster_id} already")
+    state.cluster_id = command.cluster_id
+    state.ca = command.ca
+    state.jwt_key = command.jwt_key
+    state.members = {command.founder.id: command.founder}
+    state.users = {command.admin.username: command.admin}
+    return APPLIED
+
+
+def _admit(state: ClusterState, member: Member, token_id: str, now: float) -> Outcome:
+    token = state.join_tokens.get(token_id)
+    if token is None or token.expires_at < now:
+        return Rejected("TOKEN_EXPIRED", "the join token is unknown or expired; make a new one")
+    twin = next((m for m in state.members.values() if m.name == member.name), None)
+    if twin is not None and twin.id != member.id:
+        return Rejected(
+            "NAME_TAKEN",
+            f"a node named {member.name!r} is a member already ({short(twin.id)}…); "
+            "give this one another name with NODE_ID",
+        )
+    known = state.members.get(member.id)
+    if known is not None:
+        member = msgspec.structs.replace(member, draining=known.draining, joined_at=known.joined_at)
+    state.members[member.id] = member
+    state.departed.pop(member.id, None)
+    return APPLIED
+
+
+def _update_member(state: ClusterState, command: UpdateMember) -> Outcome:
+    member = state.members.get(command.id)
+    if member is None:
+        return _unknown_node(command.id)
+    name = command.name
+    if any(m.name == name and m.id != command.id for m in state.members.values()):
+        name = member.name  # somebody else took the new name; keep the old one
+    state.members[command.id] = msgspec.structs.replace(
+        member,
+        name=name,
+        api_address=command.api_address,
+        p2p_address=command.p2p_address,
+        raft_address=command.raft_address,
+        capacity=command.capacity,
+        version=command.version,
+    )
+    return APPLIED
+
+
+def _remove_member(state: ClusterState, node_id: NodeId, now: float) -> Outcome:
+    if node_id not in state.members:
+        return _unknown_node(node_id)
+    if len(state.members) == 1:
+        return Rejected("LAST_MEMBER", "the last node of a cluster cannot leave it")
+    del state.members[node_id]
+    state.departed[node_id] = now
+    for key, model in state.models.items():
+        if node_id in model.desired or node_id in model.confirmed:
+            state.models[key] = msgspec.structs.replace(
+                model,
+                desired=tuple(n for n in model.desired if n != node_id),
+                confirmed=tuple(n for n in model.confirmed if n != node_id),
+            )
+    return APPLIED
+
+
+def _put_model(state: ClusterState, model: Model) -> Outcome:
+    try:
+        key = parse_name(model.name).key
+    except InvalidName as error:
+        return Rejected("INVALID_MODEL_NAME", str(error))
+    known = set(state.members)
+    state.models[key] = msgspec.structs.replace(
+        model,
+        desired=tuple(sorted(set(model.desired) & known)),
+        confirmed=tuple(sorted(set(model.confirmed) & known)),
+    )
+    return APPLIED
+
+
+def _set_desired(state: ClusterState, name: str, desired: tuple[NodeId, ...]) -> Outcome:
+    model = state.find_model(name)
+    if model is None:
+        return _unknown_model(name)
+    for node_id in desired:
+        if node_id not in state.members:
+            return _unknown_node(node_id)
+    _replace_model(state, msgspec.structs.replace(model, desired=tuple(sorted(set(desired)))))
+    return APPLIED
+
+
+def _confirm(state: ClusterState, command: ConfirmReplica) -> Outcome:
+    model = state.find_model(command.name)
+    if model is None:
+        return _unknown_model(command.name)
+    if model.digest != command.digest:
+        return Rejected("SUPERSEDED", f"{command.name} has another manifest by now")
+    if command.node_id not in state.members:
+        return _unknown_node(command.node_id)
+    confirmed = set(model.confirmed) - {command.node_id}
+    if command.present:
+        confirmed.add(command.node_id)
+    _replace_model(state, msgspec.structs.replace(model, confirmed=tuple(sorted(confirmed))))
+    return APPLIED
+
+
+def _replace_model(state: ClusterState, model: Model) -> None:
+    state.models[parse_name(model.name).key] = model
+
+
+def _unknown_node(node_id: NodeId) -> Rejected:
+    return Rejected("NODE_NOT_FOUND", f"there is no node {short(node_id)}… in this cluster")
+
+
+def _unknown_model(name: str) -> Rejected:
+    return Rejected("MODEL_NOT_FOUND", f"model {name!r} not found")

@@ -1,0 +1,138 @@
+"""What an inference asks for and what it answers, between API, scheduler, peers and engines.
+
+These structs travel between nodes (msgpack), so fields are added at the end with defaults and
+never change their meaning.
+"""
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "load", "unload"]
+
+
+class Options(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Ollama's `options`. None means: the model's own parameter, else the default."""
+
+    num_ctx: int | None = None
+    num_batch: int | None = None
+    num_gpu: int | None = None
+    num_thread: int | None = None
+    num_keep: int | None = None
+    num_predict: int | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repeat_last_n: int | None = None
+    repeat_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    stop: tuple[str, ...] | None = None
+
+    def over(self, base: "Options") -> "Options":
+        """These options, with those of `base` where these say nothing."""
+        return msgspec.structs.replace(
+            base, **{k: v for k, v in msgspec.structs.asdict(self).items() if v is not None}
+        )
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One message of a chat."""
+
+    role: str  # system, user or assistant
+    content: str
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A text generation: a chat when `messages` is not None, else a completion of `prompt`."""
+
+    model: str
+    prompt: str = ""
+    messages: tuple[Message, ...] | None = None
+    system: str | None = None
+    context: tuple[int, ...] = ()  # token ids to go on from (generate only)
+    raw: bool = False  # no template, the prompt as it is
+    format: str = ""  # "json", or a JSON schema as JSON text; empty: free text
+    options: Options = Options()
+    keep_alive_s: float | None = None  # None: the node's setting; negative: for ever
+    truncate: bool = True  # a chat too long for the context drops its oldest messages
+
+
+class EmbedRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Embeddings of some texts."""
+
+    model: str
+    inputs: tuple[str, ...]
+    options: Options = Options()
+    keep_alive_s: float | None = None
+    truncate: bool = True
+
+
+class Chunk(msgspec.Struct, frozen=True, tag="c", array_like=True):
+    """A bit of generated text, and the ids of exactly the tokens that made it."""
+
+    text: str
+    tokens: tuple[int, ...] = ()
+
+
+class Finished(msgspec.Struct, frozen=True, tag="f", array_like=True):
+    """The end of a generation, with the engine's own counts; durations in nanoseconds."""
+
+    reason: FinishReason
+    total_duration: int = 0
+    load_duration: int = 0
+    prompt_eval_count: int = 0
+    prompt_eval_duration: int = 0
+    eval_count: int = 0
+    eval_duration: int = 0
+    context: tuple[int, ...] = ()  # prompt and answer as token ids (generate without raw)
+    prompt_cached_count: int = 0  # tokens of the prompt that needed no evaluation
+
+
+class Failed(msgspec.Struct, frozen=True, tag="e", array_like=True):
+    """The generation ended with an error, before or after its first chunk."""
+
+    code: str  # upper case, for programs
+    message: str
+    status: int = 500  # the HTTP status if nothing was sent yet
+    details: dict[str, str | int | float | list[str]] = {}
+
+
+Event = Chunk | Finished | Failed
+
+
+class Embeddings(msgspec.Struct, frozen=True):
+    """Vectors in the order of the inputs, each of the model's own width."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    prompt_eval_count: int = 0
+    total_duration: int = 0  # nanoseconds
+    load_duration: int = 0
+
+
+class InferenceError(Exception):
+    """An inference cannot be served; carries what the client should see."""
+
+    def __init__(self, failure: Failed) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+class LoadedModel(msgspec.Struct, frozen=True):
+    """A model in a runner's memory, as heartbeats and `/nodes` tell it."""
+
+    name: str
+    digest: str
+    size: int  # bytes that the runner takes in all
+    size_vram: int  # bytes of them on GPUs
+    context_length: int  # tokens a slot
+    expires_at: float  # Unix seconds; 0 when it stays for ever
+    slots: int = 1
+    busy: int = 0  # requests in the runner now
+    queued: int = 0  # requests that wait for a slot

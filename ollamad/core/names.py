@@ -1,0 +1,89 @@
+"""Model names by Ollama's rules: `[host/][namespace/]model[:tag]`."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+import msgspec
+
+DEFAULT_HOST = "registry.ollama.ai"
+DEFAULT_NAMESPACE = "library"
+DEFAULT_TAG = "latest"
+
+MAX_PART_LENGTH = 80  # characters, as Ollama has it
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(:[0-9]{1,5})?")
+
+
+class InvalidName(ValueError):
+    """The text is not a model name; the message says which part is wrong."""
+
+
+class ModelName(msgspec.Struct, frozen=True, order=True):
+    """A complete model name; compared without case by `key`."""
+
+    host: str
+    namespace: str
+    model: str
+    tag: str
+
+    def __str__(self) -> str:
+        """The shortest form that still shows a tag: `llama2:7b`, `me/x:latest`."""
+        text = f"{self.model}:{self.tag}"
+        if self.host != DEFAULT_HOST:
+            return f"{self.host}/{self.namespace}/{text}"
+        if self.namespace != DEFAULT_NAMESPACE:
+            return f"{self.namespace}/{text}"
+        return text
+
+    @property
+    def key(self) -> str:
+        """What two spellings of the same name have in common."""
+        return str(self).lower()
+
+
+def parse_name(text: str) -> ModelName:
+    """Read a model name and fill in the defaults.
+
+    Raises:
+      InvalidName: the text is empty, too long, or has a character that no name may have.
+        Path tricks (`..`, a leading dot) are refused here because names become paths.
+    """
+    rest = text.strip()
+    if not rest:
+        raise InvalidName("the model name is empty")
+    *front, last = rest.split("/")
+    model, colon, tag = last.partition(":")
+    if colon and not tag:
+        raise InvalidName(f"the model name {text!r} ends in a colon without a tag")
+    match front:
+        case []:
+            host, namespace = DEFAULT_HOST, DEFAULT_NAMESPACE
+        case [namespace]:
+            host = DEFAULT_HOST
+        case [host, namespace]:
+            pass
+        case _:
+            raise InvalidName(f"the model name {text!r} has more than host/namespace/name")
+    name = ModelName(host, namespace, model, tag or DEFAULT_TAG)
+    if not _HOST.fullmatch(name.host) or len(name.host) > 4 * MAX_PART_LENGTH:
+        raise InvalidName(f"{name.host!r} in the model name {text!r} is not a host")
+    parts = (("namespace", name.namespace), ("name", name.model), ("tag", name.tag))
+    for label, part in parts:
+        if not part or len(part) > MAX_PART_LENGTH or not _PART.fullmatch(part) or ".." in part:
+            raise InvalidName(
+                f"the {label} {part[:MAX_PART_LENGTH]!r} is not valid: use up to "
+                f"{MAX_PART_LENGTH} letters, digits, '_', '-' and '.', not starting with a dot"
+            )
+    return name
+
+
+def nearest(text: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """The known names that a person who typed `text` most likely meant, best first."""
+    names = list(known)
+    wanted = text.lower()
+    by_key = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(wanted, by_key, n=limit, cutoff=0.5)
+    same_base = [key for key in by_key if key.split(":")[0] == wanted.split(":")[0]]
+    ordered = dict.fromkeys([*same_base, *close])
+    return [by_key[key] for key in ordered][:limit]

@@ -1,0 +1,171 @@
+"""The replicated state of a cluster: what every node agrees on.
+
+Small, rarely changing, must never be lost. Values are frozen; `apply` (in `commands.py`)
+replaces them in the state's dicts, so a value that somebody holds never changes under them.
+Heartbeats, loaded models, queue depths and transfers are not in here: peers exchange those
+directly.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import msgspec
+
+from ollamad.core.ids import MIN_PREFIX_LENGTH, NodeId
+from ollamad.core.names import InvalidName, parse_name
+
+Role = str  # one of ROLES, weakest first
+ROLES = ("viewer", "inference", "operator", "admin")
+
+
+class Capacity(msgspec.Struct, frozen=True):
+    """What a node's hardware has; sizes in bytes."""
+
+    cpu_cores: int
+    memory_bytes: int
+    disk_bytes: int
+    gpu_count: int = 0
+    gpu_memory_bytes: int = 0
+
+
+class Member(msgspec.Struct, frozen=True):
+    """A node that the cluster let in. Addresses are `host:port`."""
+
+    id: NodeId
+    name: str
+    api_address: str
+    p2p_address: str
+    raft_address: str
+    capacity: Capacity
+    joined_at: float  # Unix seconds
+    version: str = ""
+    draining: bool = False
+    # Serial of the one certificate (hex) that this member may present; a renewal replaces it.
+    certificate_serial: str = ""
+
+
+class ModelDetails(msgspec.Struct, frozen=True):
+    """What the model's own file says about it (GGUF header), in Ollama's terms."""
+
+    format: str = "gguf"
+    family: str = ""
+    families: tuple[str, ...] = ()
+    parameter_size: str = ""  # "134.52M", "7B"
+    quantization_level: str = ""  # "Q4_0"
+    parent_model: str = ""
+    context_length: int = 0  # tokens that the model was trained for
+    embedding_length: int = 0  # width of its embeddings
+    kv_bytes_per_token: int = 0  # f16 key and value cache, all layers
+    capabilities: tuple[str, ...] = ("completion",)
+
+
+class Layer(msgspec.Struct, frozen=True):
+    """A blob of a model, and how it is cut into pieces for the transfer between peers."""
+
+    media_type: str
+    digest: str  # "sha256:<64 hex>"
+    size: int  # bytes
+    piece_size: int  # bytes
+    pieces_root: str  # hex; see transfer/piecemap.py
+
+
+class Model(msgspec.Struct, frozen=True):
+    """A model of the cluster. `manifest` is kept byte for byte: its sha256 is the digest."""
+
+    name: str  # shortest form with tag, as ModelName.__str__ gives it
+    digest: str  # "sha256:<64 hex>" of the manifest's bytes
+    manifest: bytes
+    details: ModelDetails
+    layers: tuple[Layer, ...]  # with the config blob
+    modified_at: float  # Unix seconds
+    desired: tuple[NodeId, ...] = ()  # nodes that should hold it, sorted
+    confirmed: tuple[NodeId, ...] = ()  # nodes that hold it, verified, sorted
+
+    @property
+    def size(self) -> int:
+        """Bytes of all layers."""
+        return sum(layer.size for layer in self.layers)
+
+
+class User(msgspec.Struct, frozen=True):
+    """Somebody who may sign in. `password_hash` is argon2id in PHC form."""
+
+    username: str
+    password_hash: str
+    role: Role
+    created_at: float
+
+
+class JoinToken(msgspec.Struct, frozen=True):
+    """A token that lets nodes in until it expires. `key` is what proves the secret (HMAC)."""
+
+    id: str
+    key: bytes
+    expires_at: float
+
+
+class CertificateAuthority(msgspec.Struct, frozen=True):
+    """The cluster's CA. Every member holds the key, so that any of them can admit a node."""
+
+    certificate_pem: bytes
+    private_key_pem: bytes
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """Settings that hold for the whole cluster."""
+
+    auto_distribution: bool = True
+
+
+RECENT_COMMANDS = 4096  # outcomes remembered, so that a retried command applies once
+
+
+class ClusterState(msgspec.Struct):
+    """Everything that goes through Raft. Only `commands.apply` changes it."""
+
+    cluster_id: str = ""
+    ca: CertificateAuthority | None = None
+    jwt_key: bytes = b""
+    settings: Settings = Settings()
+    members: dict[NodeId, Member] = {}
+    # Ids of nodes that left or were removed: their certificates are not accepted any more.
+    departed: dict[NodeId, float] = {}
+    models: dict[str, Model] = {}  # by ModelName.key
+    users: dict[str, User] = {}
+    join_tokens: dict[str, JoinToken] = {}
+    revoked: dict[str, float] = {}  # token or session id -> when it would have expired anyway
+    recent: dict[str, "Remembered"] = {}  # command id -> its outcome, oldest first
+
+    def fingerprint(self) -> str:
+        """A hash of everything, equal on nodes that applied the same commands."""
+        ordered = msgspec.msgpack.Encoder(order="deterministic").encode(self)
+        return hashlib.sha256(ordered).hexdigest()
+
+    def find_model(self, name: str) -> Model | None:
+        """The model of that name, compared as Ollama does; None for an unknown or bad name."""
+        try:
+            return self.models.get(parse_name(name).key)
+        except InvalidName:
+            return None
+
+    def find_member(self, reference: str) -> Member | None:
+        """The member with that id, that name, or that unique id prefix of 6 characters or more."""
+        exact = self.members.get(NodeId(reference))
+        if exact is not None:
+            return exact
+        if by_name := self._only(lambda member: member.name == reference):
+            return by_name
+        if len(reference) < MIN_PREFIX_LENGTH:
+            return None
+        return self._only(lambda member: member.id.startswith(reference))
+
+    def _only(self, wanted: Callable[[Member], bool]) -> Member | None:
+        found = [member for member in self.members.values() if wanted(member)]
+        return found[0] if len(found) == 1 else None
+
+
+class Remembered(msgspec.Struct, frozen=True):
+    """The outcome of a command that was applied: rejected if `code` is not empty."""
+
+    code: str = ""
+    message: str = ""
