@@ -198,10 +198,10 @@ def _apply_command(state: ClusterState, command: AnyCommand, now: float) -> Outc
         case PutModel(model):
             return _put_model(state, model)
         case DeleteModel(name):
-            model = state.find_model(name)
-            if model is None:
+            doomed = state.find_model(name)
+            if doomed is None:
                 return _unknown_model(name)
-            del state.models[parse_name(model.name).key]
+            del state.models[parse_name(doomed.name).key]
             return APPLIED
         case SetDesired(name, desired):
             return _set_desired(state, name, desired)
