@@ -1,0 +1,273 @@
+"""What the API needs from the rest of the daemon: narrow protocols, and the errors they raise.
+
+The daemon implements them; this package imports none of the packages behind them. Every
+`async` method may be cancelled at any await (the client went away, or a deadline passed) and
+then leaves nothing half done that a repeat would not mend.
+"""
+
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Literal, Protocol
+
+import msgspec
+
+from ollamad.core.commands import AnyCommand, Outcome
+from ollamad.core.ids import NodeId
+from ollamad.core.inference import Embeddings, EmbedRequest, Event, GenerateRequest, LoadedModel
+from ollamad.core.state import ClusterState, Model
+
+Detail = str | int | float | bool | None | Sequence[str] | Mapping[str, str]
+
+
+class ServiceError(Exception):
+    """A request that cannot be served; becomes the answer `{"error", "code", "details"}`.
+
+    Args:
+      status: the HTTP status.
+      code: upper case, for programs.
+      message: one sentence for people, with what to do about it.
+      retry_after_s: seconds for the `Retry-After` header (503 and 429).
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        details: Mapping[str, Detail] | None = None,
+        *,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.details = dict(details or {})
+        self.retry_after_s = retry_after_s
+
+
+class NoQuorum(ServiceError):
+    """The cluster cannot decide anything now: too few voters are reachable."""
+
+    def __init__(self, message: str = "the cluster has no quorum; nothing can change now") -> None:
+        super().__init__(503, "NO_QUORUM", message, retry_after_s=2)
+
+
+class Unavailable(ServiceError):
+    """Something that is needed is away for now (a node, a replica, a free slot)."""
+
+    def __init__(self, message: str, *, code: str = "UNAVAILABLE", retry_after_s: int = 2) -> None:
+        super().__init__(503, code, message, retry_after_s=retry_after_s)
+
+
+class Gpu(msgspec.Struct, frozen=True):
+    """One GPU of a node, as it is now."""
+
+    name: str
+    memory_bytes: int
+    memory_used_bytes: int
+    utilization: float  # fraction 0-1
+
+
+class Presence(msgspec.Struct, frozen=True):
+    """What a node said of itself last. Fractions are 0-1; draining stands in the state."""
+
+    online: bool
+    last_seen: float  # Unix seconds; 0 for never
+    cpu: float = 0.0
+    memory: float = 0.0
+    disk: float = 0.0
+    gpu: float = 0.0
+    bandwidth: float = 0.0  # bytes per second, in and out
+    loaded: tuple[LoadedModel, ...] = ()
+    gpus: tuple[Gpu, ...] = ()
+
+
+class IssuedToken(msgspec.Struct, frozen=True):
+    """A join token as it is shown once."""
+
+    token: str
+    expires_at: float  # Unix seconds
+    command: str  # what to type on the node that joins
+
+
+class Cluster(Protocol):
+    """The replicated state, who leads, who is there; and ways to change the membership."""
+
+    @property
+    def state(self) -> ClusterState: ...
+    @property
+    def node_id(self) -> NodeId: ...
+    @property
+    def is_leader(self) -> bool: ...
+    @property
+    def has_quorum(self) -> bool: ...
+    @property
+    def quorum_lost_for_s(self) -> float:
+        """Seconds since this node last knew of a quorum; 0 while there is one."""
+        ...
+
+    @property
+    def term(self) -> int: ...
+    def leader(self) -> NodeId | None: ...
+    def voters(self) -> Sequence[NodeId]: ...
+    def presence(self, node_id: NodeId) -> Presence: ...
+
+    async def propose(self, command: AnyCommand) -> Outcome:
+        """Replicate a command and return its outcome.
+
+        Raises:
+          NoQuorum, Unavailable: the outcome is unknown or the command did not start.
+        """
+        ...
+
+    async def make_join_token(self, ttl_s: float) -> IssuedToken: ...
+
+    async def admit(self, node_id: NodeId, address: str) -> None:
+        """Dial a node that waits with a join token, check that its key hashes to the id, let it in.
+
+        Raises:
+          ServiceError: it cannot be reached, is somebody else, or is a member already (409).
+        """
+        ...
+
+    async def remove(self, node_id: NodeId) -> None:
+        """Take a member out (it drains and hands over first if it can).
+
+        Raises:
+          ServiceError: 409 for the last member, with the reason.
+        """
+        ...
+
+    async def set_draining(self, node_id: NodeId, draining: bool) -> None: ...
+
+
+class Transfer(msgspec.Struct, frozen=True):
+    """A model on its way to a node, from a source or from a peer."""
+
+    id: str
+    model_name: str
+    type: Literal["download", "replicate", "import"]
+    status: Literal["pending", "active", "completed", "failed", "cancelled"]
+    node_id: NodeId  # where the bytes go
+    peer_id: str = ""  # where they come from: a node's id, or a source such as `pypi:x`
+    total_bytes: int = 0  # 0 while unknown
+    completed_bytes: int = 0
+    speed: float = 0.0  # bytes per second
+    eta_s: float | None = None
+    error: str = ""
+    started_at: float = 0.0  # Unix seconds
+    updated_at: float = 0.0
+
+
+class Library(Protocol):
+    """The models' bytes: fetching, storing, deleting them anywhere in the cluster."""
+
+    async def download(
+        self,
+        name: str,
+        *,
+        source: str | None = None,
+        nodes: Sequence[NodeId] = (),
+        replicas: int | None = None,
+    ) -> str:
+        """Start to fetch a model (or find the running transfer of it) and return its id at once.
+
+        Raises:
+          ServiceError: 400 for a source that is not understood, 404 when no source has it.
+        """
+        ...
+
+    async def create(self, name: str, files: Mapping[str, str]) -> Model:
+        """Make a model of uploaded blobs (`files` maps file names to digests).
+
+        Raises:
+          ServiceError: 400 for a blob that is missing or no GGUF file, 409 for a taken name.
+        """
+        ...
+
+    async def delete(self, name: str) -> None: ...
+
+    async def transfers(self) -> Sequence[Transfer]:
+        """All active and recent transfers of the cluster, newest first."""
+        ...
+
+    async def cancel(self, transfer_id: str) -> None: ...
+
+    async def has_blob(self, digest: str) -> bool: ...
+
+    async def receive_blob(self, digest: str, chunks: AsyncIterator[bytes]) -> None:
+        """Store a blob of this node under its digest, durably, when this returns.
+
+        Raises:
+          ServiceError: 400 DIGEST_MISMATCH, 503 DISK_FULL.
+        """
+        ...
+
+    def inference_ready(self, model: Model) -> bool:
+        """Whether some online node can answer with this model now."""
+        ...
+
+
+class EventChannel(Protocol):
+    """The events of one generation, as `trio.MemoryReceiveChannel` gives them."""
+
+    async def receive(self) -> Event: ...
+    def receive_nowait(self) -> Event: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Generation:
+    """A generation that runs: who serves it, and its events up to `Finished` or `Failed`."""
+
+    node_id: NodeId
+    events: EventChannel
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Embedded:
+    """Embeddings, and who made them."""
+
+    node_id: NodeId
+    embeddings: Embeddings
+
+
+class Inference(Protocol):
+    """Answers of models, wherever in the cluster they run.
+
+    Raises (on entering, or from `embed`):
+      core.inference.InferenceError: with the status that the client should see.
+    """
+
+    def generate(self, request: GenerateRequest) -> AbstractAsyncContextManager[Generation]:
+        """Leaving the context ends the generation, on whatever node it runs."""
+        ...
+
+    async def embed(self, request: EmbedRequest) -> Embedded: ...
+
+    def queued(self) -> int:
+        """Requests that this node accepted and that no runner works on yet."""
+        ...
+
+
+class HostUsage(Protocol):
+    """This host's load now, in percent 0-100."""
+
+    def cpu_percent(self) -> float: ...
+    def memory_percent(self) -> float: ...
+    def network_percent(self) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Services:
+    """Everything that the API consumes."""
+
+    cluster: Cluster
+    library: Library
+    inference: Inference
+    host: HostUsage
+    engine_versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    wall: Callable[[], float] = time.time  # Unix seconds
+    monotonic: Callable[[], float] = time.monotonic  # seconds; for durations
