@@ -40,8 +40,6 @@ class Member(msgspec.Struct, frozen=True):
     joined_at: float  # Unix seconds
     version: str = ""
     draining: bool = False
-    # Serial of the one certificate (hex) that this member may present; a renewal replaces it.
-    certificate_serial: str = ""
 
 
 class ModelDetails(msgspec.Struct, frozen=True):

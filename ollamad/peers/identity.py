@@ -1,0 +1,266 @@
+"""Who a node is: its key pair, its certificate, the cluster's CA, and the TLS contexts.
+
+The node's id is the hash of its public key (core/ids.py), so a certificate adds one thing only:
+that the cluster's CA let this key in. Every TLS connection between nodes is TLS 1.3 with
+certificates on both sides; names in certificates are not checked, keys are.
+"""
+
+import datetime
+import os
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.x509.oid import NameOID
+
+from ollamad.core.ids import NodeId, node_id_of
+from ollamad.core.state import CertificateAuthority
+
+CA_LIFETIME = datetime.timedelta(days=3650)
+CERTIFICATE_LIFETIME = datetime.timedelta(days=398)
+RENEW_BEFORE = datetime.timedelta(days=130)  # a third of the lifetime; renewed at every start
+BACKDATE = datetime.timedelta(hours=1)  # tolerates clocks that differ a little
+
+KEY_FILE = "node.key"
+CERTIFICATE_FILE = "node.crt"
+CA_FILE = "ca.crt"
+SELF_SIGNED_FILE = "self-signed.crt"  # shown while no cluster has let the node in
+
+
+class IdentityError(Exception):
+    """The files of the identity are damaged or cannot be used now; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerCertificate:
+    """What a TLS peer showed: the id that follows from its key, and the validity."""
+
+    node_id: NodeId
+    der: bytes
+
+
+class Identity:
+    """The key pair in `directory`, and the certificate once the node is in a cluster."""
+
+    def __init__(self, directory: Path, key: Ed25519PrivateKey) -> None:
+        self._directory = directory
+        self._key = key
+        self.public_key = raw_public_key(key.public_key())
+        self.node_id = node_id_of(self.public_key)
+
+    @classmethod
+    def load_or_create(cls, directory: Path) -> "Identity":
+        """Read the key, or make one on the first start (file mode 0600, directory 0700)."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = directory / KEY_FILE
+        if path.exists():
+            try:
+                key = serialization.load_pem_private_key(path.read_bytes(), None)
+            except ValueError as error:
+                raise IdentityError(f"{path} is not a private key: {error}") from None
+            if not isinstance(key, Ed25519PrivateKey):
+                raise IdentityError(f"{path} is not an ed25519 key")
+            return cls(directory, key)
+        key = Ed25519PrivateKey.generate()
+        write_private(path, private_pem(key))
+        return cls(directory, key)
+
+    @property
+    def is_member(self) -> bool:
+        """Whether a cluster has given this node a certificate."""
+        return (self._directory / CERTIFICATE_FILE).exists()
+
+    @property
+    def ca_der(self) -> bytes:
+        """The certificate of the cluster's CA."""
+        return certificate_der((self._directory / CA_FILE).read_bytes())
+
+    def install(self, certificate_pem: bytes, ca_pem: bytes) -> None:
+        """Keep the certificate that a cluster gave to this node."""
+        write_private(self._directory / CA_FILE, ca_pem)
+        write_private(self._directory / CERTIFICATE_FILE, certificate_pem)
+
+    def forget_cluster(self) -> None:
+        """Drop the certificates; the key, and so the id, stays."""
+        for name in (CERTIFICATE_FILE, CA_FILE):
+            (self._directory / name).unlink(missing_ok=True)
+
+    def renew_if_due(self, ca: CertificateAuthority, now: datetime.datetime) -> bool:
+        """Sign a new certificate for this node when the present one nears its end."""
+        current = x509.load_pem_x509_certificate((self._directory / CERTIFICATE_FILE).read_bytes())
+        if current.not_valid_after_utc - now > RENEW_BEFORE:
+            return False
+        self.install(issue_certificate(ca, self.public_key, now), ca.certificate_pem)
+        return True
+
+    def check_validity(self, now: datetime.datetime) -> None:
+        """Whether the clock and the certificate fit together.
+
+        Raises:
+          IdentityError: the certificate is not valid now, so no other node would talk to us.
+        """
+        path = self._directory / CERTIFICATE_FILE
+        current = x509.load_pem_x509_certificate(path.read_bytes())
+        start, end = current.not_valid_before_utc, current.not_valid_after_utc
+        if not start <= now <= end:
+            raise IdentityError(
+                f"this machine's clock says {now:%Y-%m-%d %H:%M} UTC, but the node's certificate "
+                f"is valid from {start:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M}; set the clock "
+                "(NTP), or join the cluster again with a new token"
+            )
+
+    def server_context(self) -> ssl.SSLContext:
+        """For listening: members show certificates of our CA; strangers none (join only)."""
+        context = self._context(ssl.PROTOCOL_TLS_SERVER)
+        context.num_tickets = 0  # no resumption: sessions would outlive a member's removal
+        if self.is_member:
+            context.verify_mode = ssl.CERT_OPTIONAL
+        return context
+
+    def client_context(self) -> ssl.SSLContext:
+        """For dialling members: their certificate must come from our CA."""
+        context = self._context(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False  # ids are keys, not host names
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    def stranger_context(self) -> ssl.SSLContext:
+        """For dialling somebody whose certificate cannot be checked yet (the join exchange).
+
+        Shows no certificate: the other side could not check ours either.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        return context
+
+    @property
+    def certificate(self) -> bytes:
+        """The certificate (DER) that this node shows as a TLS server."""
+        return certificate_der(self._certificate_path().read_bytes())
+
+    def _certificate_path(self) -> Path:
+        if self.is_member:
+            return self._directory / CERTIFICATE_FILE
+        path = self._directory / SELF_SIGNED_FILE
+        if not path.exists():
+            write_private(path, self_signed(self._key, datetime.datetime.now(datetime.UTC)))
+        return path
+
+    def _context(self, protocol: int) -> ssl.SSLContext:
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(self._certificate_path(), self._directory / KEY_FILE)
+        if self.is_member:
+            context.load_verify_locations(self._directory / CA_FILE)
+        return context
+
+
+def make_ca(now: datetime.datetime) -> CertificateAuthority:
+    """A new CA for a new cluster."""
+    key = Ed25519PrivateKey.generate()
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "ollamad cluster CA")])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATE)
+        .not_valid_after(now + CA_LIFETIME)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, None)
+    )
+    return CertificateAuthority(
+        certificate.public_bytes(serialization.Encoding.PEM), private_pem(key)
+    )
+
+
+def issue_certificate(ca: CertificateAuthority, public_key: bytes, now: datetime.datetime) -> bytes:
+    """A member's certificate (PEM) for that raw ed25519 public key."""
+    ca_key = serialization.load_pem_private_key(ca.private_key_pem, None)
+    assert isinstance(ca_key, Ed25519PrivateKey)
+    ca_certificate = x509.load_pem_x509_certificate(ca.certificate_pem)
+    return _leaf(
+        Ed25519PublicKey.from_public_bytes(public_key), ca_key, ca_certificate.subject, now
+    )
+
+
+def self_signed(key: Ed25519PrivateKey, now: datetime.datetime) -> bytes:
+    """A certificate (PEM) of a node that no cluster knows yet; it proves its key only."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "ollamad, not a member yet")])
+    return _leaf(key.public_key(), key, name, now)
+
+
+def _leaf(
+    public_key: Ed25519PublicKey,
+    signer: Ed25519PrivateKey,
+    issuer: x509.Name,
+    now: datetime.datetime,
+) -> bytes:
+    node_id = node_id_of(raw_public_key(public_key))
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, node_id)]))
+        .issuer_name(issuer)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATE)
+        .not_valid_after(now + CERTIFICATE_LIFETIME)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()),
+            critical=False,
+        )
+        .sign(signer, None)
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def peer_certificate(der: bytes) -> PeerCertificate:
+    """The id behind a certificate that a TLS peer showed.
+
+    Raises:
+      IdentityError: it is not a certificate over an ed25519 key.
+    """
+    try:
+        key = x509.load_der_x509_certificate(der).public_key()
+    except ValueError as error:
+        raise IdentityError(f"not a certificate: {error}") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise IdentityError("the peer's certificate has no ed25519 key")
+    return PeerCertificate(node_id_of(raw_public_key(key)), der)
+
+
+def raw_public_key(key: Ed25519PublicKey) -> bytes:
+    """The 32 bytes of the key."""
+    return key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+
+
+def private_pem(key: Ed25519PrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+
+
+def certificate_der(pem: bytes) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(pem.decode("ascii"))
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that only its owner may read, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,320 @@
+"""One connection to another node with its multiplexed exchanges: trio around `wire/mux.py`.
+
+A writer task sends what all exchanges produced in one go, so that no exchange ever holds a
+half-sent record when it is cancelled (a cancelled `send_all` poisons a TLS stream).
+"""
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from ollamad.core.ids import NodeId, short
+from ollamad.wire.mux import (
+    CreditReceived,
+    Hello,
+    HelloReceived,
+    MessageReceived,
+    MuxConnection,
+    ProtocolError,
+    StreamEnded,
+    StreamOpened,
+    StreamReset,
+)
+
+log = logging.getLogger(__name__)
+
+RECEIVE_SIZE = 256 * 1024  # bytes asked of the socket at a time
+MAX_OUTBOX = 2 << 20  # bytes waiting for the socket before senders wait: two full messages
+HELLO_TIMEOUT_S = 5.0
+
+Handler = Callable[[NodeId, bytes, "Stream"], Awaitable[None]]
+
+
+class LinkClosed(trio.BrokenResourceError):
+    """The connection to the other node is gone."""
+
+
+class RemoteFailure(trio.BrokenResourceError):
+    """The other node ended the exchange with an error of its own."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class HandlerError(Exception):
+    """Raised by a handler to end the exchange with a code and a message for the other node."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class Stream:
+    """One exchange: messages both ways, each direction ended on its own.
+
+    Cancelling `send` or `receive` is safe: a message is either queued whole or not at all.
+    """
+
+    def __init__(self, link: "Link", stream_id: int) -> None:
+        self._link = link
+        self._id = stream_id
+        self._inbox: deque[bytes] = deque()
+        self._ended = False  # by the peer
+        self._failure: trio.BrokenResourceError | None = None
+        self._changed = trio.Event()
+
+    async def send(self, data: bytes) -> None:
+        """Queue one message (at most MAX_MESSAGE bytes) when the peer gave credit for it.
+
+        Raises:
+          LinkClosed, RemoteFailure: the exchange is over (both trio.BrokenResourceError).
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            if not self._link.is_congested:
+                if self._link.mux.can_send(self._id):
+                    break
+                await self._wait()
+            else:
+                await self._link.wait_uncongested()
+        self._link.write(self._link.mux.message(self._id, data))
+
+    async def receive(self) -> bytes | None:
+        """The next message; None when the peer has ended its side.
+
+        Raises:
+          LinkClosed, RemoteFailure: the exchange is over (both trio.BrokenResourceError).
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._inbox:
+            if self._ended:
+                return None
+            if self._failure is not None:
+                raise self._failure
+            await self._wait()
+        return self._take()
+
+    def receive_nowait(self) -> bytes | None:
+        """The next message if one is here already, else None."""
+        return self._take() if self._inbox else None
+
+    async def send_eof(self) -> None:
+        """Say that no more messages come from this side."""
+        await trio.lowlevel.checkpoint()
+        if self._failure is None:
+            self._link.write(self._link.mux.end(self._id))
+
+    def close(self, code: str = "CANCELLED", message: str = "the other side went away") -> None:
+        """End the exchange if it is not over: the peer sees a failure, its handler is cancelled."""
+        self._link.end_stream(self._id, code, message)
+
+    async def aclose(self) -> None:
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+    def finish(self) -> None:
+        """End our side; what the peer still sends is dropped."""
+        self._link.write(self._link.mux.end(self._id))
+        self._link.end_stream(self._id, "DONE", "the handler has finished")
+
+    def deliver(self, data: bytes) -> None:
+        self._inbox.append(data)
+        self._notify()
+
+    def deliver_end(self) -> None:
+        self._ended = True
+        self._notify()
+
+    def fail(self, failure: trio.BrokenResourceError) -> None:
+        self._failure = failure
+        self._notify()
+
+    def notify_credit(self) -> None:
+        self._notify()
+
+    def _take(self) -> bytes:
+        data = self._inbox.popleft()
+        self._link.write(self._link.mux.consumed(self._id, len(data)))
+        return data
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _wait(self) -> None:
+        await self._changed.wait()
+
+
+class Link:
+    """A connection to one peer. The dialler opens exchanges; the other side handles them."""
+
+    def __init__(
+        self,
+        transport: trio.abc.Stream,
+        peer: NodeId,
+        *,
+        dialler: bool,
+        version: str,
+        handlers: dict[str, Handler] | None = None,
+    ) -> None:
+        self.peer = peer
+        self.mux = MuxConnection(dialler=dialler, version=version)
+        self.peer_hello: Hello | None = None
+        self._transport = transport
+        self._handlers = handlers or {}
+        self._streams: dict[int, Stream] = {}
+        self._scopes: dict[int, trio.CancelScope] = {}
+        self._outbox = bytearray()
+        self._outbox_filled = trio.Event()
+        self._outbox_drained = trio.Event()
+        self._closed = False
+        self._cancel_scope: trio.CancelScope | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    @property
+    def is_congested(self) -> bool:
+        return len(self._outbox) >= MAX_OUTBOX
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Move frames until the connection ends; started once hellos were exchanged.
+
+        Raises:
+          ProtocolError: the peer broke the protocol or speaks another version.
+          OSError, trio.BrokenResourceError: the connection failed before the hellos.
+        """
+        self.write(self.mux.hello())
+        try:
+            async with trio.open_nursery() as nursery:
+                self._cancel_scope = nursery.cancel_scope
+                nursery.start_soon(self._write_loop)
+                with trio.move_on_after(HELLO_TIMEOUT_S) as hello_scope:
+                    await self._receive(nursery)
+                    while self.peer_hello is None and not self._closed:
+                        await self._receive(nursery)
+                if hello_scope.cancelled_caught:
+                    raise ProtocolError(f"no hello within {HELLO_TIMEOUT_S} s")
+                if self.is_closed:
+                    raise LinkClosed("the other node closed the connection")
+                task_status.started()
+                while not self._closed:
+                    await self._receive(nursery)
+                nursery.cancel_scope.cancel()
+        except* (OSError, trio.BrokenResourceError) as group:
+            if self.peer_hello is None:
+                raise LinkClosed(str(group.exceptions[0])) from group
+        finally:
+            self._end()
+            with trio.move_on_after(1, shield=True):
+                await trio.aclose_forcefully(self._transport)
+
+    def close(self) -> None:
+        """Drop the connection and all of its exchanges."""
+        self._end()
+        if self._cancel_scope is not None:
+            self._cancel_scope.cancel()
+
+    def open(self, method: str, request: bytes) -> Stream:
+        """Begin an exchange.
+
+        Raises:
+          LinkClosed: the connection is gone.
+        """
+        if self._closed:
+            raise LinkClosed(f"the connection to {short(self.peer)} is closed")
+        stream_id, frame = self.mux.open(method, request)
+        stream = self._streams[stream_id] = Stream(self, stream_id)
+        self.write(frame)
+        return stream
+
+    def write(self, frame: bytes) -> None:
+        if frame and not self._closed:
+            self._outbox += frame
+            self._outbox_filled.set()
+
+    async def wait_uncongested(self) -> None:
+        await self._outbox_drained.wait()
+
+    def end_stream(self, stream_id: int, code: str, message: str) -> None:
+        stream = self._streams.pop(stream_id, None)
+        if stream is not None:
+            self.write(self.mux.reset(stream_id, code, message))
+            stream.fail(LinkClosed("the exchange was closed here"))
+
+    def _end(self) -> None:
+        self._closed = True
+        self._outbox.clear()
+        self._outbox_drained.set()
+        for stream in list(self._streams.values()):
+            stream.fail(LinkClosed(f"the connection to {short(self.peer)} was lost"))
+        self._streams.clear()
+        for scope in self._scopes.values():
+            scope.cancel()
+
+    async def _write_loop(self) -> None:
+        while True:
+            await self._outbox_filled.wait()
+            self._outbox_filled = trio.Event()
+            data, self._outbox = self._outbox, bytearray()
+            self._outbox_drained.set()
+            self._outbox_drained = trio.Event()
+            if data:
+                await self._transport.send_all(data)
+
+    async def _receive(self, nursery: trio.Nursery) -> None:
+        data = await self._transport.receive_some(RECEIVE_SIZE)
+        if not data:
+            self._closed = True
+            return
+        for event in self.mux.receive_data(data):
+            match event:
+                case HelloReceived(hello):
+                    self.peer_hello = hello
+                case StreamOpened(stream_id, method, request):
+                    stream = self._streams[stream_id] = Stream(self, stream_id)
+                    nursery.start_soon(self._handle, stream_id, stream, method, request)
+                case MessageReceived(stream_id, message):
+                    if (found := self._streams.get(stream_id)) is not None:
+                        found.deliver(message)
+                case StreamEnded(stream_id):
+                    if (found := self._streams.get(stream_id)) is not None:
+                        found.deliver_end()
+                case StreamReset(stream_id, reset):
+                    ended = self._streams.pop(stream_id, None)
+                    if ended is not None:
+                        ended.fail(RemoteFailure(reset.code, reset.message))
+                    if (scope := self._scopes.get(stream_id)) is not None:
+                        scope.cancel()
+                case CreditReceived(stream_id):
+                    if (found := self._streams.get(stream_id)) is not None:
+                        found.notify_credit()
+
+    async def _handle(self, stream_id: int, stream: Stream, method: str, request: bytes) -> None:
+        handler = self._handlers.get(method)
+        if handler is None:
+            self.end_stream(stream_id, "UNKNOWN_METHOD", f"this node has no method {method!r}")
+            return
+        with trio.CancelScope() as scope:
+            self._scopes[stream_id] = scope
+            try:
+                await handler(self.peer, request, stream)
+            except HandlerError as error:
+                self.end_stream(stream_id, error.code, error.message)
+            except trio.BrokenResourceError:
+                pass  # the peer went away in the middle; nobody is left to tell
+            except Exception as error:
+                log.exception("%s failed for %s", method, short(self.peer))
+                self.end_stream(stream_id, "INTERNAL", f"{type(error).__name__}: {error}")
+            finally:
+                del self._scopes[stream_id]
+        if stream_id in self._streams:
+            stream.finish()

@@ -1,0 +1,202 @@
+"""The one way to ask another node something: links to members, dialled when needed.
+
+Each node dials its own links, so between two nodes there are up to two per direction: one for
+questions and tokens, one for bulk (pieces), so that a transfer never stands before a token.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import trio
+
+from ollamad.core.ids import NodeId, short
+from ollamad.peers.link import Handler, HandlerError, Link, LinkClosed, RemoteFailure, Stream
+from ollamad.peers.tls import Gate, PeerUnreachable, TlsStream
+from ollamad.wire.codec import MalformedMessage, decode, encode
+from ollamad.wire.mux import ProtocolError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Mesh:
+    """Links to the other nodes. `run` owns them; the rest may be called while it runs."""
+
+    def __init__(
+        self, gate: Gate, *, version: str, address_of: Callable[[NodeId], str | None]
+    ) -> None:
+        self._gate = gate
+        self._version = version
+        self._address_of = address_of
+        self._handlers: dict[str, Handler] = {}
+        self._links: dict[tuple[NodeId, bool], Link] = {}
+        self._dialling: dict[tuple[NodeId, bool], trio.Lock] = {}
+        self._inbound: dict[NodeId, set[Link]] = {}
+        self._nursery: trio.Nursery | None = None
+
+    @property
+    def connected(self) -> int:
+        """How many nodes there is a link to, from here or from there."""
+        out = {peer for (peer, _), link in self._links.items() if not link.is_closed}
+        return len(out | {peer for peer, links in self._inbound.items() if links})
+
+    def handle(self, method: str, handler: Handler) -> None:
+        """Answer exchanges of that method with `await handler(peer, request, stream)`."""
+        self._handlers[method] = handler
+
+    def answer(
+        self,
+        method: str,
+        request_type: type[R],
+        function: Callable[[NodeId, R], "object"],
+    ) -> None:
+        """Answer unary calls of that method with the value of `function(peer, request)`."""
+
+        async def respond(peer: NodeId, request: bytes, stream: Stream) -> None:
+            try:
+                value = decode(request, request_type)
+            except MalformedMessage as error:
+                raise HandlerError("MALFORMED", str(error)) from None
+            result = function(peer, value)
+            if hasattr(result, "__await__"):
+                result = await result
+            await stream.send(encode(result))
+
+        self.handle(method, respond)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the links until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def serve_member(self, stream: TlsStream, peer: NodeId) -> None:
+        """Handle the exchanges of a member that dialled us, until it goes."""
+        link = Link(stream, peer, dialler=False, version=self._version, handlers=self._handlers)
+        self._inbound.setdefault(peer, set()).add(link)
+        try:
+            await link.run()
+        except* ProtocolError as group:
+            log.warning("closing the link of %s: %s", short(peer), group.exceptions[0])
+        except* trio.BrokenResourceError:
+            pass
+        finally:
+            self._inbound[peer].discard(link)
+
+    @asynccontextmanager
+    async def open(
+        self, node_id: NodeId, method: str, request: bytes, *, bulk: bool = False
+    ) -> AsyncIterator[Stream]:
+        """An exchange with another node; left early, it is cancelled there too.
+
+        Raises:
+          PeerUnreachable: there is no link and none can be made.
+        """
+        link = await self._link_to(node_id, bulk)
+        try:
+            stream = link.open(method, request)
+        except LinkClosed as error:
+            raise PeerUnreachable(str(error)) from None
+        try:
+            yield stream
+        finally:
+            stream.close()
+
+    async def call(self, node_id: NodeId, method: str, request: object, answer_type: type[T]) -> T:
+        """Ask one question and wait for the one answer. The caller sets the deadline.
+
+        Raises:
+          PeerUnreachable: the node cannot be reached, or was lost meanwhile.
+          RemoteFailure: the node refused; `code` and `message` say why.
+        """
+        async with self.open(node_id, method, encode(request)) as stream:
+            try:
+                await stream.send_eof()
+                answer = await stream.receive()
+            except LinkClosed as error:
+                raise PeerUnreachable(str(error)) from None
+        if answer is None:
+            raise RemoteFailure("NO_ANSWER", f"{short(node_id)} did not answer {method}")
+        try:
+            return decode(answer, answer_type)
+        except MalformedMessage as error:
+            raise RemoteFailure("MALFORMED", str(error)) from None
+
+    def drop(self, node_id: NodeId) -> None:
+        """Close all links with a node (it left, or it does not answer any more)."""
+        for bulk in (False, True):
+            link = self._links.pop((node_id, bulk), None)
+            if link is not None:
+                link.close()
+
+    def expel(self, node_id: NodeId) -> None:
+        """Close all links with a node, also those that it dialled."""
+        self.drop(node_id)
+        for link in list(self._inbound.get(node_id, ())):
+            link.close()
+
+    async def _link_to(self, node_id: NodeId, bulk: bool) -> Link:
+        key = (node_id, bulk)
+        link = self._links.get(key)
+        if link is not None and not link.is_closed:
+            return link
+        # One dialler at a time a peer; the others wait and use its link.
+        async with self._dialling.setdefault(key, trio.Lock()):
+            link = self._links.get(key)
+            if link is not None and not link.is_closed:
+                return link
+            link = await self._dial(node_id)
+            self._links[key] = link
+            return link
+
+    async def _dial(self, node_id: NodeId) -> Link:
+        address = self._address_of(node_id)
+        if address is None or self._nursery is None:
+            raise PeerUnreachable(f"{short(node_id)}… is not a member of this cluster")
+        stream = await self._gate.dial(node_id, address)
+        link = Link(stream, node_id, dialler=True, version=self._version)
+        try:
+            await self._nursery.start(self._run_link, link)
+        except* (ProtocolError, trio.BrokenResourceError) as group:
+            raise PeerUnreachable(f"{short(node_id)}…: {_first(group)}") from None
+        return link
+
+    async def _run_link(
+        self, link: Link, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        started = _Started(task_status)
+        try:
+            await link.run(task_status=started)
+        except BaseExceptionGroup as group:
+            # Before the hellos the dialler sees the failure; afterwards the link's streams do.
+            if not started.done:
+                raise
+            rest = group.split((ProtocolError, trio.BrokenResourceError))[1]
+            if rest is not None:
+                raise rest from None
+            log.info("link to %s ended: %s", short(link.peer), _first(group))
+
+
+class _Started:
+    """Remembers whether `started` was called, since trio does not tell."""
+
+    def __init__(self, inner: trio.TaskStatus[None]) -> None:
+        self._inner = inner
+        self.done = False
+
+    def started(self, value: None = None) -> None:
+        self.done = True
+        self._inner.started(value)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first plain exception inside a group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

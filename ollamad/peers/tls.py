@@ -1,0 +1,144 @@
+"""TLS between nodes: dialling a member, accepting one, and telling strangers apart."""
+
+import ssl
+from collections.abc import Callable
+
+import trio
+
+from ollamad.core.ids import NodeId, short
+from ollamad.peers.identity import Identity, IdentityError, peer_certificate
+
+DIAL_TIMEOUT_S = 3.0  # TCP and TLS to a LAN neighbour take milliseconds
+HANDSHAKE_TIMEOUT_S = 5.0  # for those who dial us; half-open connections end here
+TCP_USER_TIMEOUT_MS = 5000  # a peer that lost power is noticed when it owes us an ACK
+_TCP_USER_TIMEOUT = 18  # from linux/tcp.h; trio.socket does not name it
+
+TlsStream = trio.SSLStream[trio.SocketStream]
+
+
+class PeerUnreachable(OSError):
+    """The other node cannot be reached now, or refuses us; the message says why."""
+
+
+class Gate:
+    """This node's side of every TLS connection between nodes.
+
+    `is_welcome` says of an id whose certificate our CA signed whether it may still talk to us
+    (a node that left may not).
+    """
+
+    def __init__(self, identity: Identity, is_welcome: Callable[[NodeId], bool]) -> None:
+        self._identity = identity
+        self._is_welcome = is_welcome
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Use the certificate as it is on disk now (after a join or a renewal)."""
+        self._server = self._identity.server_context()
+        self._client = self._identity.client_context() if self._identity.is_member else None
+        self._stranger = self._identity.stranger_context()
+
+    async def dial(self, node_id: NodeId, address: str) -> TlsStream:
+        """Connect to that member at `host:port` and check that it holds the id's key.
+
+        Raises:
+          PeerUnreachable: no connection within DIAL_TIMEOUT_S, or it is somebody else.
+        """
+        assert self._client is not None, "a node without a cluster has no members to dial"
+        stream = await self._connect(address, self._client)
+        found = peer_of(stream)
+        if found != node_id:
+            await trio.aclose_forcefully(stream)
+            raise PeerUnreachable(
+                f"{address} is node {short(found) if found else '?'}…, not {short(node_id)}…"
+            )
+        return stream
+
+    async def dial_stranger(self, address: str) -> TlsStream:
+        """Connect to `host:port` without checking who it is (the join exchange does that)."""
+        return await self._connect(address, self._stranger)
+
+    async def accept(self, transport: trio.SocketStream) -> tuple[TlsStream, NodeId | None]:
+        """Do the handshake with somebody who dialled us.
+
+        Returns:
+          The stream, and the member's id; None for somebody without a certificate.
+
+        Raises:
+          PeerUnreachable: no TLS, a certificate of another cluster, or of a node that left.
+        """
+        _set_user_timeout(transport)
+        stream = trio.SSLStream(transport, self._server, server_side=True, https_compatible=True)
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+                await stream.do_handshake()
+            peer = peer_of(stream)
+        except (trio.TooSlowError, trio.BrokenResourceError, ssl.SSLError, OSError) as error:
+            await trio.aclose_forcefully(stream)
+            raise PeerUnreachable(f"handshake failed: {_reason(error)}") from None
+        except IdentityError as error:
+            await trio.aclose_forcefully(stream)
+            raise PeerUnreachable(str(error)) from None
+        if peer is not None and not self._is_welcome(peer):
+            await trio.aclose_forcefully(stream)
+            raise PeerUnreachable(f"node {short(peer)}… is not a member any more")
+        return stream, peer
+
+    async def _connect(self, address: str, context: ssl.SSLContext) -> TlsStream:
+        host, port = split_address(address)
+        stream: TlsStream | None = None
+        try:
+            with trio.fail_after(DIAL_TIMEOUT_S):
+                transport = await trio.open_tcp_stream(host, port)
+                _set_user_timeout(transport)
+                stream = trio.SSLStream(transport, context, https_compatible=True)
+                await stream.do_handshake()
+        except (trio.TooSlowError, trio.BrokenResourceError, ssl.SSLError, OSError) as error:
+            if stream is not None:
+                await trio.aclose_forcefully(stream)
+            raise PeerUnreachable(f"{address}: {_reason(error)}") from None
+        except trio.Cancelled:
+            if stream is not None:
+                with trio.CancelScope(shield=True):
+                    await trio.aclose_forcefully(stream)
+            raise
+        return stream
+
+
+def peer_of(stream: TlsStream) -> NodeId | None:
+    """The id of who is on the other end, by its certificate; None if it showed none."""
+    der = stream.getpeercert(binary_form=True)
+    return peer_certificate(der).node_id if der else None
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Split `host:port` or `[v6]:port`.
+
+    Raises:
+      PeerUnreachable: it is neither.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise PeerUnreachable(f"{address!r} is not host:port")
+    return host.strip("[]"), int(port)
+
+
+def _set_user_timeout(stream: trio.SocketStream) -> None:
+    stream.setsockopt(trio.socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
+
+
+def _reason(error: BaseException) -> str:
+    """Why a connection failed, in words for the log; clocks are named where they are at fault."""
+    cause = error.__cause__ if isinstance(error, trio.BrokenResourceError) else error
+    if isinstance(cause, trio.TooSlowError):
+        return "timed out"
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        text = cause.verify_message
+        if "not yet valid" in text or "expired" in text:
+            return f"{text}; compare the clocks of both machines (NTP)"
+        return f"{text}: a certificate of another cluster"
+    if isinstance(cause, ssl.SSLError):
+        return (cause.reason or str(cause)).lower().replace("_", " ")
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror.lower()
+    return str(cause or error) or type(error).__name__

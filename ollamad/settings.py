@@ -1,0 +1,356 @@
+"""The daemon's settings: where they come from, what they may be, and what is wrong with them.
+
+Order, strongest first: command line, environment, `config/node.yaml`, `config/config.yaml`,
+defaults. An unknown or invalid key stops the start with the file, the line and the reason.
+
+msgspec does both jobs here (schema and conversion): it is in the daemon anyway for the wire,
+starts in milliseconds, and its errors carry the path of the bad key, which the YAML parse tree
+turns into a line. pydantic-settings would add 25 MB of memory for the same.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+CONFIG_FILES = ("config.yaml", "node.yaml")  # weakest first
+
+
+class ConfigError(Exception):
+    """A setting is wrong; the message names the place (file and line, or variable) and why."""
+
+
+class ApiSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """HTTP: REST for people, programs and the command line."""
+
+    listen: str = "0.0.0.0:8080"
+
+
+class P2pSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Between nodes: questions, tokens, pieces, joining. `host:port` or `/ip4/…/tcp/…`."""
+
+    listen: str = "/ip4/0.0.0.0/tcp/9000"
+
+
+class RaftSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Between nodes: consensus only."""
+
+    listen: str = "0.0.0.0:7000"
+
+
+class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str = ""  # empty: the host's name
+    advertise: str = ""  # host that others reach this node at; empty: found out
+    bootstrap: bool = False  # this node founds the cluster and never joins another
+
+
+class AuthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    loopback_role: str = "inference"  # what requests from this host may do without a token
+    jwt_secret: str = ""  # empty: the cluster's own key; when set, the same on every node
+    token_ttl: str = "1h"  # lifetime of access tokens
+
+
+class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    keep_alive: str = "5m"  # how long an idle model stays loaded; negative: for ever
+    num_parallel: int = 4  # requests that one loaded model serves at once
+    max_loaded_models: int = 3
+    max_queue: int = 512  # requests that wait for a slot, per model
+    context_length: int = 4096  # tokens a request, unless it or the model says otherwise
+
+
+class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    path: str = ""  # empty: `models` in the data directory
+    replicas: int = 2  # copies of a pulled model, if there are that many nodes
+
+
+class LogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    level: str = "info"  # debug, info, warning, error
+    format: str = "text"  # text or json
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All settings of a daemon."""
+
+    data_dir: str = ""  # empty: /var/lib/ollamad for root, else ~/.local/share/ollamad
+    api: ApiSettings = ApiSettings()
+    p2p: P2pSettings = P2pSettings()
+    raft: RaftSettings = RaftSettings()
+    node: NodeSettings = NodeSettings()
+    auth: AuthSettings = AuthSettings()
+    engine: EngineSection = EngineSection()
+    models: ModelSettings = ModelSettings()
+    log: LogSettings = LogSettings()
+
+
+SECRETS = {"auth.jwt_secret"}  # masked when settings are shown
+
+# The user's document and Ollama name these; every other key is OLLAMAD_<SECTION>__<KEY>.
+ENVIRONMENT = {
+    "OLLAMA_JWT_SECRET": "auth.jwt_secret",
+    "API_LISTEN": "api.listen",
+    "P2P_LISTEN": "p2p.listen",
+    "RAFT_BIND_ADDR": "raft.listen",
+    "LOG_LEVEL": "log.level",
+    "NODE_ID": "node.name",
+    "BOOTSTRAP": "node.bootstrap",
+    "OLLAMAD_DATA_DIR": "data_dir",
+    "OLLAMA_MODELS": "models.path",
+    "OLLAMA_KEEP_ALIVE": "engine.keep_alive",
+    "OLLAMA_NUM_PARALLEL": "engine.num_parallel",
+    "OLLAMA_MAX_LOADED_MODELS": "engine.max_loaded_models",
+    "OLLAMA_MAX_QUEUE": "engine.max_queue",
+    "OLLAMA_CONTEXT_LENGTH": "engine.context_length",
+}
+ENVIRONMENT_PREFIX = "OLLAMAD_"
+# Variables of that prefix that are no settings.
+ENVIRONMENT_OTHERS = {"OLLAMAD_ADMIN_PASSWORD", "OLLAMAD_TEST_MODEL"}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value came from: `default`, `command line`, a variable, or `file:line`."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Effective:
+    """The settings in force and the origin of each key (`section.key`)."""
+
+    settings: Settings
+    origins: Mapping[str, Origin]
+
+
+DEFAULT_ORIGIN = Origin("default")
+
+
+def load(
+    config_dir: Path | None,
+    environment: Mapping[str, str],
+    command_line: Mapping[str, Any],
+) -> Effective:
+    """Read and merge all sources.
+
+    Args:
+      config_dir: holds `config.yaml` and `node.yaml`, each optional; must exist if given.
+      environment: such as os.environ.
+      command_line: values by `section.key`; None means not given.
+
+    Raises:
+      ConfigError: the first thing that is wrong.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    for key, value, origin in _all_values(config_dir, environment, command_line):
+        values[key] = _convert(key, value, origin)
+        origins[key] = origin
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    settings = msgspec.convert(tree, Settings)
+    for key, _ in walk(settings):
+        origins.setdefault(key, DEFAULT_ORIGIN)
+    return Effective(settings, origins)
+
+
+def default_data_dir(environment: Mapping[str, str], *, is_root: bool) -> Path:
+    """Where a daemon keeps its state when nothing says otherwise."""
+    if is_root:
+        return Path("/var/lib/ollamad")
+    base = environment.get("XDG_DATA_HOME") or Path("~/.local/share").expanduser()
+    return Path(base) / "ollamad"
+
+
+def default_config_dir(data_dir: Path) -> Path | None:
+    """`config/` where the daemon is started, in its data directory, or in /etc; None if none."""
+    for candidate in (Path("config"), data_dir / "config", Path("/etc/ollamad")):
+        if any((candidate / name).is_file() for name in CONFIG_FILES):
+            return candidate
+    return None
+
+
+def walk(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """Every key (`section.key`) with its value."""
+    for field in msgspec.structs.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, msgspec.Struct):
+            for inner in msgspec.structs.fields(value):
+                yield f"{field.name}.{inner.name}", getattr(value, inner.name)
+        else:
+            yield field.name, value
+
+
+def _all_values(
+    config_dir: Path | None, environment: Mapping[str, str], command_line: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Origin]]:
+    """Every given value, weakest source first, with known keys only."""
+    if config_dir is not None:
+        if not config_dir.is_dir():
+            raise ConfigError(f"{config_dir}: there is no such directory of settings")
+        for name in CONFIG_FILES:
+            yield from _file_values(config_dir / name)
+    for variable, text in environment.items():
+        key = ENVIRONMENT.get(variable)
+        if key is None:
+            if not variable.startswith(ENVIRONMENT_PREFIX) or variable in ENVIRONMENT_OTHERS:
+                continue
+            key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
+            if key not in _types():
+                close = ", ".join(sorted(k for k in _types() if _alike(k, key))[:3])
+                hint = f"; did you mean {close}?" if close else ""
+                raise ConfigError(f"{variable}: there is no setting {key!r}{hint}")
+        yield key, text, Origin(variable)
+    for key, value in command_line.items():
+        if value is not None:
+            yield key, value, Origin("command line")
+
+
+def _file_values(path: Path) -> Iterator[tuple[str, Any, Origin]]:
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    if root is None:
+        return
+    yield from _mapping_values(path, root, "")
+
+
+def _mapping_values(path: Path, node: yaml.Node, prefix: str) -> Iterator[tuple[str, Any, Origin]]:
+    line = node.start_mark.line + 1
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}:{line}: {prefix or 'the file'} must be a mapping of keys")
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
+        if key in _types():
+            constructor = yaml.constructor.SafeConstructor()
+            yield key, constructor.construct_object(value_node, deep=True), Origin(f"{path}:{line}")
+        elif any(known.startswith(f"{key}.") for known in _types()) and not prefix:
+            yield from _mapping_values(path, value_node, key)
+        else:
+            close = sorted(known for known in _types() if _alike(known, key))
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{path}:{line}: there is no setting {key!r}{hint}")
+
+
+def _convert(key: str, value: Any, origin: Origin) -> Any:
+    try:
+        converted = msgspec.convert(value, _types()[key], strict=not isinstance(value, str))
+        _CHECKS.get(key, lambda _: None)(converted)
+    except (msgspec.ValidationError, ValueError) as error:
+        shown = "***" if key in SECRETS else repr(value)
+        raise ConfigError(f"{origin.text}: {key} cannot be {shown}: {error}") from None
+    return converted
+
+
+def _types() -> dict[str, Any]:
+    types: dict[str, Any] = {}
+    for field in msgspec.structs.fields(Settings):
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            for inner in msgspec.structs.fields(field.type):
+                types[f"{field.name}.{inner.name}"] = inner.type
+        else:
+            types[field.name] = field.type
+    return types
+
+
+def _alike(known: str, given: str) -> bool:
+    a, b = known.rpartition(".")[2], given.rpartition(".")[2]
+    return a == b or (len(b) > 3 and (a.startswith(b[:4]) or b.startswith(a[:4])))
+
+
+_MULTIADDR = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)/?")
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Host and port of `host:port`, `[v6]:port`, `:port` or `/ip4/HOST/tcp/PORT`.
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    if text.startswith("/"):
+        match = _MULTIADDR.fullmatch(text)
+        if match is None:
+            raise ValueError("use host:port or /ip4/HOST/tcp/PORT")
+        host, port = match[2], match[3]
+    else:
+        host, colon, port = text.rpartition(":")
+        host = host.strip("[]") or "0.0.0.0"
+        if not colon or not port.isdigit():
+            raise ValueError("use host:port, for example 0.0.0.0:8080")
+    if not 0 <= int(port) <= 65535:
+        raise ValueError("a port is a number from 0 to 65535")
+    return host, int(port)
+
+
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a Go duration (`5m`, `1h30m`, `-1s`) or of a bare number of seconds.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    body = text.strip()
+    try:
+        return float(body)
+    except ValueError:
+        pass
+    sign, body = (-1.0, body[1:]) if body.startswith("-") else (1.0, body.removeprefix("+"))
+    parts = _DURATION_PART.findall(body)
+    if not parts or "".join(number + unit for number, unit in parts) != body:
+        raise ValueError("use a duration such as 30s, 5m or 1h30m")
+    return sign * sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def _one_of(*allowed: str) -> Any:
+    def check(value: str) -> None:
+        if value not in allowed:
+            raise ValueError(f"use one of {', '.join(allowed)}")
+
+    return check
+
+
+def _at_least(least: int) -> Any:
+    def check(value: int) -> None:
+        if value < least:
+            raise ValueError(f"it must be {least} or more")
+
+    return check
+
+
+_CHECKS: dict[str, Any] = {
+    "api.listen": parse_listen,
+    "p2p.listen": parse_listen,
+    "raft.listen": parse_listen,
+    "auth.loopback_role": _one_of("none", "viewer", "inference", "operator", "admin"),
+    "auth.token_ttl": parse_duration,
+    "engine.keep_alive": parse_duration,
+    "engine.num_parallel": _at_least(1),
+    "engine.max_loaded_models": _at_least(1),
+    "engine.max_queue": _at_least(0),
+    "engine.context_length": _at_least(8),
+    "models.replicas": _at_least(1),
+    "log.level": _one_of("debug", "info", "warning", "error"),
+    "log.format": _one_of("text", "json"),
+}
+
+
+def is_root() -> bool:
+    """Whether the daemon runs as the system's own service would."""
+    return os.geteuid() == 0
