@@ -1,0 +1,443 @@
+"""Keeps blobs on disk in Ollama's layout, each known by the sha256 of its bytes.
+
+`blobs/sha256-<hex>` is a blob: it appears under that name only when it is complete, verified
+and synced. Beside it: `.pieces` (its piece map, made again when missing), `.partial` and
+`.journal` (see `partial.py`), `.ollamad-*.tmp` (an import or upload under way). What is named
+otherwise is not ours and is left alone.
+"""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import stat
+import time
+from collections.abc import AsyncIterable, Callable, Iterable
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+import trio
+
+from ollamad.core.pieces import MIB, MIN_PIECE_SIZE, PieceMap
+from ollamad.store.errors import (
+    BlobMissing,
+    DigestMismatch,
+    InvalidPieceMap,
+    StoreError,
+    StoreFull,
+    StoreUnusable,
+)
+from ollamad.store.files import (
+    STEP_BYTES,
+    TEMP_PREFIX,
+    SharedFile,
+    Space,
+    blob_name,
+    digest_of_name,
+    free_bytes_of,
+    read_exactly,
+    temp_path,
+    write_atomically,
+)
+from ollamad.store.incoming import Incoming, hash_pieces
+from ollamad.store.partial import (
+    JOURNAL_SUFFIX,
+    PARTIAL_SUFFIX,
+    PartialBlob,
+    PartialPaths,
+    open_partial_files,
+)
+from ollamad.store.pieces import PieceSource
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Progress = Callable[[int, int | None], None]  # bytes done, bytes in all if known
+
+PIECES_SUFFIX: Final = ".pieces"
+DISK_THREADS: Final = 4  # enough to keep a disk busy, few enough to leave the CPU to models
+KEEP_FREE_BYTES: Final = 256 * MIB  # never filled with models: the cluster's journal needs it
+GRACE_S: Final = 3600.0  # a blob without a manifest may be one whose model is being created
+MAX_PIECES_FILE_BYTES: Final = 64 * MIB  # the map of a blob of 100 TB
+_BATCH_BYTES: Final = 1 * MIB  # arriving chunks are gathered to this before a thread is asked
+
+
+class BlobStore:
+    """The blobs under `root/blobs`. Starts nothing; call `prepare` before anything else.
+
+    All methods are safe to call from several tasks at once, and safe to cancel: what was being
+    written is removed, except in a partial blob, which keeps its verified pieces.
+    """
+
+    def __init__(self, root: Path, *, keep_free_bytes: int = KEEP_FREE_BYTES) -> None:
+        self.root = root
+        self.blobs = root / "blobs"
+        self.space = Space(self.blobs, keep_free_bytes)
+        self._limiter = trio.CapacityLimiter(DISK_THREADS)
+        self._partials: dict[str, PartialBlob | None] = {}  # None while it is being opened
+        self._mapping = trio.Lock()  # one blob is hashed for its piece map at a time
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Do blocking work on the disk in one of the store's own threads."""
+        return await trio.to_thread.run_sync(work, limiter=self._limiter)
+
+    async def prepare(self) -> None:
+        """Make the directories, remove what a crash left behind, and try to write.
+
+        Raises:
+          StoreUnusable: the directory cannot be made or written.
+        """
+        try:
+            await self.in_thread(self._prepare)
+        except OSError as error:
+            raise StoreUnusable(
+                f"the model directory {self.root} cannot be used: {error.strerror}"
+            ) from error
+
+    def blob_path(self, digest: str) -> Path:
+        """Where that blob is or would be.
+
+        Raises:
+          InvalidDigest: the text is no digest.
+        """
+        return self.blobs / blob_name(digest)
+
+    async def has_blob(self, digest: str) -> bool:
+        """Whether the blob is here, complete."""
+        return await self.in_thread(self.blob_path(digest).is_file)
+
+    async def blob_size(self, digest: str) -> int:
+        """Bytes of the blob.
+
+        Raises:
+          BlobMissing: it is not here.
+        """
+        path = self.blob_path(digest)
+        try:
+            return (await self.in_thread(path.stat)).st_size
+        except FileNotFoundError:
+            raise BlobMissing(f"blob {digest} is not in the store") from None
+
+    async def free_bytes(self) -> int:
+        """Bytes that models may still take: free, not kept back and not promised."""
+        free, _ = await self.in_thread(functools.partial(free_bytes_of, self.blobs))
+        return max(0, free - self.space.keep_free_bytes - self.space.promised)
+
+    async def total_bytes(self) -> int:
+        """Bytes of the file system that the store is on."""
+        return (await self.in_thread(functools.partial(free_bytes_of, self.blobs)))[1]
+
+    # Blobs that come in whole.
+
+    async def import_file(
+        self, path: Path, *, progress: Progress | None = None
+    ) -> tuple[str, PieceMap]:
+        """Copy a file into the store; returns its digest and its piece map.
+
+        A file that is in the store already is read once and not written.
+
+        Raises:
+          StoreError: it is not a regular file, cannot be read, or changes while it is read.
+          StoreFull: there is no room for it.
+        """
+        source = await self.in_thread(functools.partial(_open_source, path))
+        try:
+            size = os.fstat(source).st_size
+            if await self.in_thread(functools.partial(self._has_blob_of_size, size)):
+                digest, piece_map = await hash_pieces(self, source, size)
+                if await self._is_here(digest):
+                    await self._keep_map(digest, piece_map)
+                    return digest, piece_map
+            async with Incoming(self, self.blobs, size) as incoming:
+                for offset in range(0, size, STEP_BYTES):
+                    length = min(STEP_BYTES, size - offset)
+                    read = functools.partial(_read_source, source, length, offset, path)
+                    await incoming.add(await self.in_thread(read))
+                    if progress is not None:
+                        progress(incoming.received, size)
+                digest, piece_map = await incoming.commit(None)
+            await self._keep_map(digest, piece_map)
+            return digest, piece_map
+        finally:
+            os.close(source)
+
+    async def ingest(
+        self,
+        chunks: AsyncIterable[bytes],
+        *,
+        expected_digest: str | None = None,
+        size: int | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[str, PieceMap]:
+        """Take a blob from a stream of chunks of any length; returns its digest and piece map.
+
+        Without `size` it is hashed once more at its end, for its pieces. If `expected_digest`
+        is here already, nothing is taken from `chunks`. Closing `chunks` is the caller's part.
+
+        Raises:
+          DigestMismatch, SizeMismatch: the bytes are not those that were announced.
+          StoreFull: there is no room (at once if `size` is given).
+          whatever `chunks` raises. In each case nothing is left behind.
+        """
+        if expected_digest is not None and await self._is_here(expected_digest):
+            return expected_digest, await self.piece_map(expected_digest)
+        async with Incoming(self, self.blobs, size) as incoming:
+            batch: list[bytes] = []
+            gathered = 0
+            async for chunk in chunks:
+                batch.append(chunk)
+                gathered += len(chunk)
+                if gathered >= _BATCH_BYTES:
+                    await incoming.add(b"".join(batch))
+                    batch, gathered = [], 0
+                    if progress is not None:
+                        progress(incoming.received, size)
+            if batch:
+                await incoming.add(b"".join(batch))
+                if progress is not None:
+                    progress(incoming.received, size)
+            digest, piece_map = await incoming.commit(expected_digest)
+        await self._keep_map(digest, piece_map)
+        return digest, piece_map
+
+    async def put_bytes(self, data: bytes) -> tuple[str, PieceMap]:
+        """Store a small blob, if it is not here already.
+
+        Raises:
+          StoreFull, StoreError: the disk refused.
+        """
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        if await self._is_here(digest):
+            return digest, await self.piece_map(digest)
+        async with Incoming(self, self.blobs, len(data)) as incoming:
+            await incoming.add(data)
+            digest, piece_map = await incoming.commit(digest)
+        await self._keep_map(digest, piece_map)
+        return digest, piece_map
+
+    # Pieces.
+
+    async def piece_map(self, digest: str) -> PieceMap:
+        """The piece map of a blob that is here, made again (by reading it) if it is missing.
+
+        Raises:
+          BlobMissing: it is not here.
+          DigestMismatch: its bytes are not what its name says: the disk lost some.
+        """
+        size = await self.blob_size(digest)
+        async with self._mapping:
+            known = await self.in_thread(functools.partial(self._load_map, digest))
+            if known is not None and known.size == size:
+                return known
+            descriptor = await self.in_thread(
+                functools.partial(os.open, self.blob_path(digest), os.O_RDONLY | os.O_CLOEXEC)
+            )
+            try:
+                got, piece_map = await hash_pieces(self, descriptor, size)
+            finally:
+                os.close(descriptor)
+            if got != digest:
+                raise DigestMismatch(digest, got)
+            await self._keep_map(digest, piece_map)
+            return piece_map
+
+    async def open_piece_source(self, digest: str) -> PieceSource:
+        """The pieces of a blob that is here or (in this process) on its way; close it when done.
+
+        Raises:
+          BlobMissing: it is neither.
+        """
+        partial = self._partials.get(digest)
+        if partial is not None:
+            path = PartialPaths(self.blob_path(digest)).data
+            with contextlib.suppress(FileNotFoundError):  # it has just become complete
+                file = await self._open_shared(path)
+                return PieceSource(digest, partial.map, partial.have, file, self.in_thread)
+        piece_map = await self.piece_map(digest)
+        try:
+            file = await self._open_shared(self.blob_path(digest))
+        except FileNotFoundError:
+            raise BlobMissing(f"blob {digest} is not in the store") from None
+        have = bytearray(b"\1" * len(piece_map))
+        return PieceSource(digest, piece_map, have, file, self.in_thread)
+
+    async def open_partial(self, digest: str, piece_map: PieceMap) -> PartialBlob:
+        """Begin to receive a blob in pieces, or go on where it stopped.
+
+        Raises:
+          InvalidPieceMap: the map is not possible; its root is the caller's to check.
+          StoreFull: there is no room for what is to come.
+          StoreError: the blob is complete here, or being received already.
+        """
+        paths = PartialPaths(self.blob_path(digest))
+        if (problem := piece_map.problem()) is not None:
+            raise InvalidPieceMap(f"the piece map of {digest} is not usable: {problem}")
+        if await self._is_here(digest):
+            raise StoreError(f"{digest} is in the store already")
+        if digest in self._partials:
+            raise StoreError(f"{digest} is being received already")
+        self._partials[digest] = None
+        try:
+            opening = functools.partial(open_partial_files, paths, piece_map)
+            opened = await self.in_thread(opening)
+            try:
+                self.space.promise(opened.missing_bytes(piece_map))
+            except StoreFull:
+                opened.close()
+                raise
+            partial = PartialBlob(
+                digest,
+                piece_map,
+                opened,
+                paths,
+                self,
+                on_end=functools.partial(self._partials.__delitem__, digest),
+                on_complete=functools.partial(self._keep_map, digest, piece_map),
+            )
+        except BaseException:
+            del self._partials[digest]
+            raise
+        self._partials[digest] = partial
+        return partial
+
+    async def partials(self) -> list[str]:
+        """The digests of all partial blobs on the disk, whether somebody receives them or not."""
+        return await self.in_thread(self._list_partials)
+
+    async def discard_partial(self, digest: str) -> None:
+        """Throw away what is here of a blob that nobody wants any more.
+
+        Raises:
+          StoreError: it is being received right now; close that first.
+        """
+        if digest in self._partials:
+            raise StoreError(f"{digest} is being received")
+        await self.in_thread(PartialPaths(self.blob_path(digest)).remove)
+
+    # Freeing.
+
+    async def remove_blob(self, digest: str) -> int:
+        """Remove a blob and its piece map; returns the bytes that this freed, 0 if it was not here.
+
+        Those who read it right now can finish. Partial blobs are not touched.
+        """
+        return await self.in_thread(functools.partial(self._remove, self.blob_path(digest)))
+
+    async def blobs_except(self, keep: Iterable[str], *, grace_s: float = GRACE_S) -> set[str]:
+        """The digests of blobs here that are not in `keep` and older than `grace_s`."""
+        return await self.in_thread(functools.partial(self._list_blobs, set(keep), grace_s))
+
+    # In threads.
+
+    async def _is_here(self, digest: str) -> bool:
+        """Whether a blob is here; if so it counts as new, so that nobody frees it at once."""
+        return await self.in_thread(functools.partial(_touch, self.blob_path(digest)))
+
+    async def _open_shared(self, path: Path) -> SharedFile:
+        opening = functools.partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        return SharedFile(await self.in_thread(opening))
+
+    async def _keep_map(self, digest: str, piece_map: PieceMap) -> None:
+        await self.in_thread(functools.partial(self._save_map, digest, piece_map))
+
+    def _prepare(self) -> None:
+        self.blobs.mkdir(parents=True, exist_ok=True)
+        probe = temp_path(self.blobs)
+        probe.touch()
+        probe.unlink()
+        names = {entry.name for entry in os.scandir(self.blobs)}
+        for name in names:
+            stem, dot, suffix = name.partition(".")
+            lost = digest_of_name(stem) is not None and (
+                (dot + suffix == PIECES_SUFFIX and stem not in names)
+                or (dot + suffix == PARTIAL_SUFFIX and stem + JOURNAL_SUFFIX not in names)
+                or (dot + suffix == JOURNAL_SUFFIX and stem + PARTIAL_SUFFIX not in names)
+            )
+            if lost or name.startswith(TEMP_PREFIX):
+                (self.blobs / name).unlink()
+
+    def _has_blob_of_size(self, size: int) -> bool:
+        return any(
+            digest_of_name(entry.name) and entry.stat().st_size == size
+            for entry in os.scandir(self.blobs)
+        )
+
+    def _load_map(self, digest: str) -> PieceMap | None:
+        path = self._pieces_path(digest)
+        try:
+            if path.stat().st_size > MAX_PIECES_FILE_BYTES:
+                return None
+            root, piece_map = msgspec.msgpack.decode(path.read_bytes(), type=tuple[str, PieceMap])
+        except (OSError, msgspec.DecodeError):
+            return None
+        sound = piece_map.problem() is None and piece_map.root() == root
+        return piece_map if sound else None
+
+    def _save_map(self, digest: str, piece_map: PieceMap) -> None:
+        path = self._pieces_path(digest)
+        if piece_map.size <= MIN_PIECE_SIZE:
+            return  # made again in no time
+        # It can always be made again, so trouble here is no reason to lose the blob.
+        with contextlib.suppress(StoreError):
+            if not path.exists():
+                write_atomically(path, msgspec.msgpack.encode((piece_map.root(), piece_map)))
+
+    def _pieces_path(self, digest: str) -> Path:
+        return self.blobs / (blob_name(digest) + PIECES_SUFFIX)
+
+    def _list_partials(self) -> list[str]:
+        stems = (
+            entry.name.removesuffix(PARTIAL_SUFFIX)
+            for entry in os.scandir(self.blobs)
+            if entry.name.endswith(PARTIAL_SUFFIX)
+        )
+        return sorted(digest for stem in stems if (digest := digest_of_name(stem)))
+
+    def _remove(self, path: Path) -> int:
+        try:
+            size = path.stat().st_size
+            path.unlink()
+        except FileNotFoundError:
+            return 0
+        path.with_name(path.name + PIECES_SUFFIX).unlink(missing_ok=True)
+        return size
+
+    def _list_blobs(self, keep: set[str], grace_s: float) -> set[str]:
+        newest = time.time() - grace_s
+        return {
+            digest
+            for entry in os.scandir(self.blobs)
+            if (digest := digest_of_name(entry.name))
+            and digest not in keep
+            and entry.stat().st_mtime <= newest
+        }
+
+
+def _open_source(path: Path) -> int:
+    try:
+        # O_NONBLOCK: opening a named pipe must not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{path} is not a regular file")
+    return descriptor
+
+
+def _read_source(descriptor: int, length: int, offset: int, path: Path) -> bytes:
+    try:
+        return read_exactly(descriptor, length, offset)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _touch(path: Path) -> bool:
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    except PermissionError:  # an adopted store may belong to somebody else
+        return path.is_file()
+    return True

@@ -1,0 +1,271 @@
+"""A node's models on disk: blobs and manifests, and what they say together.
+
+Knows Ollama's layout and media types, so an Ollama model directory can be used as it is. Does
+not know the cluster: which models there should be is the daemon's business.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from ollamad.core.inference import Message, Options
+from ollamad.core.names import parse_name
+from ollamad.core.state import Layer, Model
+from ollamad.store import manifests
+from ollamad.store.blobs import GRACE_S, KEEP_FREE_BYTES, BlobStore
+from ollamad.store.details import capabilities_of, details_of, facts_of
+from ollamad.store.errors import BlobMissing, ManifestInvalid
+from ollamad.store.gguf import GgufHeader, read_header
+from ollamad.store.manifests import Descriptor, Manifest, StoredManifest, describe
+
+log = logging.getLogger(__name__)
+
+# Licences are the longest of the small layers, with up to 40 kB.
+MAX_SMALL_LAYER_BYTES: Final = 1 << 20
+
+
+class RuntimeParts(msgspec.Struct, frozen=True):
+    """What a runner needs of a model; None or empty where the model says nothing."""
+
+    gguf: Path
+    template: str | None  # Go template of a layer; None: the GGUF's own (jinja) template
+    system: str | None
+    params: Options
+    messages: tuple[Message, ...]
+    licenses: tuple[str, ...]
+
+
+class _RootFs(msgspec.Struct, frozen=True):
+    type: str
+    diff_ids: tuple[str, ...]
+
+
+class _Config(msgspec.Struct, frozen=True):
+    """The config blob, with the fields and constants that Ollama writes."""
+
+    model_format: str
+    model_family: str
+    model_families: tuple[str, ...]
+    model_type: str
+    file_type: str
+    rootfs: _RootFs
+    architecture: str = "amd64"
+    os: str = "linux"
+
+
+class ModelStore(BlobStore):
+    """All of a node's models under `root`. Starts nothing; call `prepare` first."""
+
+    def __init__(self, root: Path, *, keep_free_bytes: int = KEEP_FREE_BYTES) -> None:
+        super().__init__(root, keep_free_bytes=keep_free_bytes)
+        self.manifests = root / "manifests"
+
+    # Manifests. All raise InvalidName (a ValueError) for what is no model name.
+
+    async def write_manifest(self, name: str, data: bytes) -> None:
+        """Store a manifest's bytes as they are; replaces the one of that name at once.
+
+        Raises:
+          StoreError, StoreFull: the disk refused.
+        """
+        work = functools.partial(manifests.write_manifest, self.manifests, parse_name(name), data)
+        await self.in_thread(work)
+
+    async def read_manifest(self, name: str) -> bytes:
+        """The bytes of a manifest.
+
+        Raises:
+          ManifestMissing, ManifestInvalid: there is none, or it is absurdly large.
+        """
+        work = functools.partial(manifests.read_manifest, self.manifests, parse_name(name))
+        return await self.in_thread(work)
+
+    async def delete_manifest(self, name: str) -> bool:
+        """Remove a manifest; False if there was none. Blobs stay: see `unreferenced`."""
+        work = functools.partial(manifests.delete_manifest, self.manifests, parse_name(name))
+        return await self.in_thread(work)
+
+    async def list_manifests(self) -> list[StoredManifest]:
+        """All manifests on the disk, sorted by name."""
+        return await self.in_thread(functools.partial(manifests.list_manifests, self.manifests))
+
+    # Models.
+
+    async def build_model(
+        self,
+        name: str,
+        gguf_digest: str,
+        *,
+        template: str | None = None,
+        system: str | None = None,
+        params: Options | None = None,
+        license: str | Sequence[str] | None = None,
+    ) -> Model:
+        """Make a model of a GGUF blob that is here: writes its small blobs, not the manifest.
+
+        The same parts always give the same manifest, on whatever node.
+
+        Raises:
+          BlobMissing: the GGUF is not here.
+          GgufError: it is not a GGUF file that can be used.
+          StoreError, StoreFull: the disk refused.
+        """
+        canonical = str(parse_name(name))
+        details = details_of(facts_of(await self.read_header(gguf_digest)))
+        gguf = Descriptor(manifests.MODEL_TYPE, gguf_digest, await self.blob_size(gguf_digest))
+        texts = [license] if isinstance(license, str) else list(license or ())
+        parts = [(manifests.LICENSE_TYPE, text) for text in texts]
+        if template:
+            parts.append((manifests.TEMPLATE_TYPE, template))
+        if system:
+            parts.append((manifests.SYSTEM_TYPE, system))
+        if params is not None and params != Options():
+            parts.append((manifests.PARAMS_TYPE, msgspec.json.encode(params).decode()))
+        layers = [gguf]
+        for media_type, text in parts:
+            layers.append(await self._put_part(media_type, text.encode()))
+        config = _Config(
+            model_format=details.format,
+            model_family=details.family,
+            model_families=details.families,
+            model_type=details.parameter_size,
+            file_type=details.quantization_level,
+            rootfs=_RootFs("layers", tuple(layer.digest for layer in layers)),
+        )
+        config_blob = await self._put_part(manifests.CONFIG_TYPE, msgspec.json.encode(config))
+        manifest = Manifest(2, manifests.MANIFEST_TYPE, config_blob, tuple(layers))
+        return await self.model_of(canonical, msgspec.json.encode(manifest))
+
+    async def model_of(self, name: str, manifest: bytes) -> Model:
+        """The model that these bytes describe, from blobs that are here (also Ollama's own).
+
+        Raises:
+          ManifestInvalid: it names no GGUF, or a blob has another size than it says.
+          BlobMissing: a blob is not here.
+          GgufError: the model is not a GGUF file that can be used.
+        """
+        parsed = describe(manifest)
+        layers = []
+        for blob in parsed.blobs:
+            size = await self.blob_size(blob.digest)
+            if size != blob.size:
+                raise ManifestInvalid(
+                    f"the manifest of {name} says that {blob.digest} has {blob.size:,} bytes; "
+                    f"here it has {size:,}"
+                )
+            pieces = await self.piece_map(blob.digest)
+            layers.append(
+                Layer(blob.media_type, blob.digest, size, pieces.piece_size, pieces.root())
+            )
+        facts = facts_of(await self.read_header(_gguf_of(parsed).digest))
+        details = details_of(facts)
+        template = await self._text(parsed, manifests.TEMPLATE_TYPE)
+        if template is not None:
+            capabilities = capabilities_of(facts.architecture, facts.pooling_type, template)
+            details = msgspec.structs.replace(details, capabilities=capabilities)
+        return Model(
+            name=str(parse_name(name)),
+            digest=manifests.manifest_digest(manifest),
+            manifest=manifest,
+            details=details,
+            layers=tuple(layers),
+            modified_at=time.time(),
+        )
+
+    async def read_header(self, gguf_digest: str) -> GgufHeader:
+        """The GGUF header of a blob that is here.
+
+        Raises:
+          BlobMissing: it is not here.
+          GgufError: it is not a GGUF file that can be used.
+        """
+        path = self.blob_path(gguf_digest)
+        try:
+            return await self.in_thread(functools.partial(read_header, path))
+        except FileNotFoundError:
+            raise BlobMissing(f"blob {gguf_digest} is not in the store") from None
+
+    async def runtime_parts(self, model: Model) -> RuntimeParts:
+        """Where the GGUF is, and what the model's small layers say.
+
+        Raises:
+          BlobMissing: a blob is not here.
+          ManifestInvalid: a layer cannot be read, or the model needs an adapter, which no
+            engine here applies (leaving it out would silently give another model's answers).
+        """
+        manifest = describe(model.manifest)
+        if any(layer.media_type == manifests.ADAPTER_TYPE for layer in manifest.layers):
+            raise ManifestInvalid(f"{model.name} has an adapter layer, which is not supported")
+        gguf = _gguf_of(manifest)
+        await self.blob_size(gguf.digest)
+        params = await self._text(manifest, manifests.PARAMS_TYPE)
+        messages = await self._text(manifest, manifests.MESSAGES_TYPE)
+        try:
+            return RuntimeParts(
+                gguf=self.blob_path(gguf.digest),
+                template=await self._text(manifest, manifests.TEMPLATE_TYPE),
+                system=await self._text(manifest, manifests.SYSTEM_TYPE),
+                # Lenient: models carry parameters that were renamed or dropped since.
+                params=msgspec.json.decode(params or b"{}", type=Options, strict=False),
+                messages=msgspec.json.decode(messages or b"[]", type=tuple[Message, ...]),
+                licenses=tuple(await self._texts(manifest, manifests.LICENSE_TYPE)),
+            )
+        except msgspec.DecodeError as error:
+            raise ManifestInvalid(f"the parameters of {model.name}: {error}") from error
+
+    async def unreferenced(self, keep: Iterable[str], *, grace_s: float = GRACE_S) -> set[str]:
+        """Blobs that neither `keep` nor any manifest on the disk names, older than the grace.
+
+        To free a deleted model's blobs: delete its manifest, ask with `grace_s=0`, and remove
+        those of its digests that are in the answer. If a manifest cannot be read, nothing
+        counts as unreferenced, for it may name any blob.
+        """
+        named = set(keep)
+        try:
+            for stored in await self.list_manifests():
+                named.update(blob.digest for blob in describe(stored.data).blobs)
+        except ManifestInvalid as error:
+            log.warning("no blobs are freed because a manifest cannot be read: %s", error)
+            return set()
+        return await self.blobs_except(named, grace_s=grace_s)
+
+    async def _put_part(self, media_type: str, data: bytes) -> Descriptor:
+        if len(data) > MAX_SMALL_LAYER_BYTES:
+            raise ManifestInvalid(f"a {media_type} of {len(data):,} bytes is too large")
+        digest, _ = await self.put_bytes(data)
+        return Descriptor(media_type, digest, len(data))
+
+    async def _text(self, manifest: Manifest, media_type: str) -> str | None:
+        texts = await self._texts(manifest, media_type)
+        return texts[-1] if texts else None  # as in Ollama, the last one counts
+
+    async def _texts(self, manifest: Manifest, media_type: str) -> list[str]:
+        wanted = [layer for layer in manifest.layers if layer.media_type == media_type]
+        return [await self._read_small(layer) for layer in wanted]
+
+    async def _read_small(self, layer: Descriptor) -> str:
+        path = self.blob_path(layer.digest)
+
+        def read() -> bytes:
+            with open(path, "rb") as file:
+                return file.read(MAX_SMALL_LAYER_BYTES + 1)
+
+        try:
+            data = await self.in_thread(read)
+        except FileNotFoundError:
+            raise BlobMissing(f"blob {layer.digest} is not in the store") from None
+        if len(data) > MAX_SMALL_LAYER_BYTES:
+            raise ManifestInvalid(f"the layer {layer.digest} is too large for {layer.media_type}")
+        return data.decode(errors="replace")
+
+
+def _gguf_of(manifest: Manifest) -> Descriptor:
+    for layer in manifest.layers:
+        if layer.media_type == manifests.MODEL_TYPE:
+            return layer
+    raise ManifestInvalid("the manifest names no model layer")
