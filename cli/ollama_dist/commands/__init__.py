@@ -1,0 +1,1 @@
+"""The commands, one module for each group. Their functions import what they need."""

@@ -1,0 +1,206 @@
+"""The `nodes` group, and `ps`: what the machines have, and what they hold in memory."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from ollama_dist.completion import node_names
+from ollama_dist.session import Session, command
+from ollama_dist.show import Column
+from ollama_dist.text import ago, percent, plural, short_id, size, until
+
+app = typer.Typer(no_args_is_help=True, help="The machines of the cluster.")
+
+NodeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="NODE", help="A node's name, id or unique prefix.", autocompletion=node_names
+    ),
+]
+
+NODE_COLUMNS = (
+    Column("NAME", gives_way=True),
+    Column("ID"),
+    Column("STATUS"),
+    Column("ADDRESS", gives_way=True),
+    Column("CPU", right=True),
+    Column("MEM", right=True),
+    Column("GPU", right=True),
+    Column("MODELS", right=True),
+)
+_LOADED_COLUMNS = (
+    Column("MODEL", gives_way=True),
+    Column("NODE", gives_way=True),
+    Column("SIZE", right=True),
+    Column("PROCESSOR"),
+    Column("CONTEXT", right=True),
+    Column("BUSY", right=True),
+    Column("QUEUED", right=True),
+    Column("UNTIL"),
+)
+
+
+def node_state(node: dict[str, Any]) -> str:
+    """The node's status, with what a person wants to know more."""
+    state = str(node.get("status", "-"))
+    return "draining" if node.get("draining") and state == "online" else state
+
+
+def node_row(node: dict[str, Any]) -> tuple[object, ...]:
+    """A node as a row of NODE_COLUMNS; usage is in fractions as `GET /nodes` has it."""
+    usage = node.get("usage") or {}
+    # What an offline node last said about itself is no longer true.
+    live = usage if node.get("status") != "offline" else {}
+    gpus = (node.get("capacity") or {}).get("gpu_count")
+    return (
+        f"{node.get('name') or '-'}{' *' if node.get('is_leader') else ''}",
+        short_id(node["id"]),
+        node_state(node),
+        node.get("address", "-"),
+        percent(live.get("cpu_usage")),
+        percent(live.get("memory_usage")),
+        percent(live.get("gpu_usage")) if gpus else "-",
+        len(node.get("models") or ()),
+    )
+
+
+@app.command("list")
+@command
+def list_nodes(session: Session) -> None:
+    """All nodes; the star marks the leader."""
+    from ollama_dist.client import path
+    from ollama_dist.show import show_table
+
+    answer = session.api.get(path("nodes"))
+    if session.wants_data:
+        session.data(answer)
+        return
+    rows = [node_row(node) for node in answer["nodes"]]
+    show_table(session.out, NODE_COLUMNS, rows, "No nodes.")
+
+
+@app.command("show")
+@command
+def show_node(session: Session, node: NodeArgument) -> None:
+    """One node: hardware, usage, models."""
+    from ollama_dist.client import path
+    from ollama_dist.show import show_facts, show_table
+
+    answer = session.api.get(path("nodes", node))
+    if session.wants_data:
+        session.data(answer)
+        return
+    found = answer["node"]
+    usage = found.get("usage") or {}
+    now = datetime.now(UTC)
+    facts: list[tuple[str, object]] = [
+        ("Name", found.get("name") or "-"),
+        ("Id", found["id"]),
+        ("Status", node_state(found)),
+        ("Role", "leader" if found.get("is_leader") else "follower"),
+        ("Address", found.get("address", "-")),
+        ("Version", found.get("version") or "-"),
+        ("Last seen", ago(found.get("last_seen"), now)),
+        ("Hardware", _hardware(found.get("capacity") or {})),
+    ]
+    facts += [("GPU", _gpu(gpu)) for gpu in found.get("gpu") or ()]
+    if found.get("status") != "offline":
+        facts.append(("Usage", _usage(usage)))
+    facts.append(("Models", "\n".join(found.get("models") or ()) or "none"))
+    show_facts(session.out, facts)
+    loaded = found.get("loaded") or ()
+    if loaded:
+        session.out.print()
+        rows = [_loaded_row(item, found.get("name") or found["id"], now) for item in loaded]
+        show_table(session.out, _LOADED_COLUMNS, rows, "")
+
+
+def _hardware(capacity: dict[str, Any]) -> str:
+    parts = [
+        plural(capacity.get("cpu_cores") or 0, "core"),
+        f"{capacity.get('memory_gb', '-')} GB memory",
+        f"{capacity.get('disk_gb', '-')} GB disk",
+        plural(capacity.get("gpu_count") or 0, "GPU"),
+    ]
+    return ", ".join(parts)
+
+
+def _gpu(gpu: Any) -> str:
+    if not isinstance(gpu, dict):
+        return str(gpu)
+    total = gpu.get("memory_total") or gpu.get("memory_bytes")
+    return f"{gpu.get('name', '-')}{f', {size(total)}' if total else ''}"
+
+
+def _usage(usage: dict[str, Any]) -> str:
+    parts = [f"CPU {usage.get('cpu', 0):.0f}%", f"memory {usage.get('memory', 0):.0f}%"]
+    if usage.get("disk_usage") is not None:
+        parts.append(f"disk {percent(usage['disk_usage'])}")
+    parts.append(f"network {size(usage.get('bandwidth') or 0)}/s")
+    return ", ".join(parts)
+
+
+@app.command("drain")
+@command
+def drain(session: Session, node: NodeArgument) -> None:
+    """Send no new requests to a node; what runs there finishes."""
+    _switch(session, node, "drain")
+
+
+@app.command("undrain")
+@command
+def undrain(session: Session, node: NodeArgument) -> None:
+    """Let a drained node serve again."""
+    _switch(session, node, "undrain")
+
+
+def _switch(session: Session, node: str, action: str) -> None:
+    from ollama_dist.client import path
+
+    answer = session.api.post(path("nodes", node, action))
+    if session.wants_data:
+        session.data(answer)
+    else:
+        session.say(answer.get("message") or "done")
+
+
+@command
+def ps(session: Session) -> None:
+    """The models in memory, over the whole cluster."""
+    from ollama_dist.client import path
+    from ollama_dist.show import show_table
+
+    nodes = session.api.get(path("nodes"))["nodes"]
+    loaded = [(node, item) for node in nodes for item in node.get("loaded") or ()]
+    if session.wants_data:
+        session.data({"models": [{**item, "node_id": node["id"]} for node, item in loaded]})
+        return
+    now = datetime.now(UTC)
+    rows = [
+        _loaded_row(item, node.get("name") or short_id(node["id"]), now) for node, item in loaded
+    ]
+    show_table(session.out, _LOADED_COLUMNS, rows, "No model is in memory.")
+
+
+def _loaded_row(item: dict[str, Any], node: str, now: datetime) -> tuple[object, ...]:
+    return (
+        item.get("name", "-"),
+        node,
+        size(item.get("size")),
+        _processor(item),
+        item.get("context_length") or "-",
+        int(item.get("busy") or 0),
+        int(item.get("queued") or 0),
+        until(item.get("expires_at"), now),
+    )
+
+
+def _processor(item: dict[str, Any]) -> str:
+    total, on_gpu = item.get("size") or 0, item.get("size_vram") or 0
+    if not total:
+        return "-"
+    share = min(100, round(100 * on_gpu / total))
+    if share in (0, 100):
+        return "GPU" if share else "CPU"
+    return f"{share}% GPU"
