@@ -1,0 +1,169 @@
+"""A request's way in and out of Quart: bounded bodies, the fixed headers, streamed answers.
+
+Quart reads a body as fast as the network delivers it and has no way to let a handler decide
+the status while it holds a resource over the whole stream. So this puts three pieces in its
+place: a body that pushes back on the connection, a request that can send a stream itself, and
+a connection that ties both to the client's presence: when the client goes away, the handler
+is cancelled.
+"""
+
+import secrets
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Self
+
+import trio
+from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
+from quart_trio.asgi import TrioASGIHTTPConnection
+from quart_trio.wrappers import TrioRequest, TrioResponse
+
+if TYPE_CHECKING:
+    from ollamad.api.app import ApiApp
+
+BODY_HIGH_WATER = 1 << 20  # bytes held for a handler that is slower than the network
+# Seconds that the rest of a refused body is read and dropped: a connection that is closed with
+# unread bytes is reset, and the reset may overtake the answer that says why.
+DRAIN_S = 1.0
+
+FIXED_HEADERS: tuple[tuple[bytes, bytes], ...] = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+)
+
+
+class RequestBody:
+    """The bytes of a body, in order, at most BODY_HIGH_WATER (and one message) at a time."""
+
+    def __init__(self, expected_length: int | None, _max_length: int | None) -> None:
+        self.expected_length = expected_length
+        self._buffer = bytearray()
+        self._complete = False
+        self._discarding = False
+        self._readers = trio.lowlevel.ParkingLot()
+        self._writers = trio.lowlevel.ParkingLot()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._buffer and not self._complete:
+            await self._readers.park()
+        if not self._buffer:
+            raise StopAsyncIteration
+        data = bytes(self._buffer)
+        self._buffer.clear()
+        self._writers.unpark_all()
+        return data
+
+    async def put(self, data: bytes) -> None:
+        """Add bytes; waits while too many are unread, which stops the reading of the socket."""
+        if not data or self._discarding:
+            return
+        self._buffer += data
+        self._readers.unpark_all()
+        while len(self._buffer) >= BODY_HIGH_WATER:
+            await self._writers.park()
+
+    def set_complete(self) -> None:
+        self._complete = True
+        self._readers.unpark_all()
+
+    @property
+    def complete(self) -> bool:
+        return self._complete
+
+    def discard(self) -> None:
+        """Drop what is here and what comes: nobody will read it."""
+        self._discarding = True
+        self._buffer.clear()
+        self._writers.unpark_all()
+
+    async def wait_complete(self) -> None:
+        while not self._complete:
+            await self._readers.park()
+
+
+class Request(TrioRequest):
+    """A request with its id, its start, and a way to stream the answer from the handler."""
+
+    body_class = RequestBody  # type: ignore[assignment]
+    body: RequestBody  # type: ignore[assignment]
+
+    id: str
+    asgi_send: ASGISendCallable
+    head_sent = False
+    status_sent = 0
+
+    async def send_head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Send status and headers; the request's id and the fixed headers are added."""
+        self.body.discard()
+        self.head_sent = True
+        self.status_sent = status
+        await self.asgi_send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [*headers, (b"x-request-id", self.id.encode()), *FIXED_HEADERS],
+            }
+        )
+
+    async def send_body(self, data: bytes, *, more: bool) -> None:
+        await self.asgi_send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+class Streamed(TrioResponse):
+    """What a handler returns that has sent its answer itself."""
+
+
+class Connection(TrioASGIHTTPConnection):
+    """Runs one request: its body comes in beside the handler, and ends it on a disconnect."""
+
+    app: "ApiApp"
+
+    async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        request: Any = self._create_request_from_scope(send)
+        assert isinstance(request, Request)
+        request.id = secrets.token_hex(8)
+        request.asgi_send = send
+        stats = self.app.stats
+        begun = stats.begin()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._pump, nursery, request, receive)
+                await self._answer(request)
+                nursery.cancel_scope.cancel()
+        finally:
+            stats.end(self.app.clock() - begun, failed=request.status_sent >= 500)
+
+    async def _pump(
+        self, nursery: trio.Nursery, request: Request, receive: ASGIReceiveCallable
+    ) -> None:
+        body = request.body
+        while True:
+            message: Any = await receive()
+            if message["type"] == "http.request":
+                await body.put(message.get("body", b""))
+                if not message.get("more_body", False):
+                    body.set_complete()
+            elif message["type"] == "http.disconnect":
+                nursery.cancel_scope.cancel()
+                return
+
+    async def _answer(self, request: Request) -> None:
+        response: Any = await self.app.handle_request(request)
+        if request.head_sent:
+            if not isinstance(response, Streamed):  # a bug after the first byte; it is logged
+                await request.send_body(b"", more=False)
+            return
+        if not request.body.complete:
+            request.body.discard()
+            with trio.move_on_after(DRAIN_S):
+                await request.body.wait_complete()
+        headers = [
+            (name.lower().encode("latin-1"), value.encode("latin-1"))
+            for name, value in response.headers
+        ]
+        await request.send_head(response.status_code, headers)
+        # Every reply of ours is bytes, which Quart keeps in a DataBody.
+        await request.send_body(response.response.data, more=False)

@@ -1,0 +1,356 @@
+"""Who calls, and what they may do: JSON Web Tokens, sessions, the loopback rule, passwords.
+
+A session begins with a login and carries an id (`sid`). Its access tokens are short-lived;
+its refresh token is spent by use and replaced (rotation, RFC 9700): a second use of a spent
+one means that two parties hold it, and ends the session. Ended sessions and spent tokens are
+in the replicated state, so they are dead on every node. A user's role is read from the state
+at every request, so a changed or deleted user needs no new token to lose a right.
+
+Algorithms are fixed to HS256; issuer, audience (the cluster), expiry, id and purpose of every
+token are checked, the time with the daemon's own clock.
+"""
+
+import dataclasses
+import functools
+import ipaddress
+import secrets
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
+
+import argon2
+import jwt
+import trio
+
+from ollamad.api.services import Cluster, ServiceError
+from ollamad.core.commands import Rejected, Revoke
+from ollamad.core.state import ROLES, ClusterState, Role, User
+
+ALGORITHM = "HS256"
+ISSUER = "ollamad"
+MIN_SECRET_BYTES = 32  # RFC 7518: an HS256 key is at least as long as its hash
+REFRESH_TTL_S = 7 * 86400.0
+LOCAL_TOKEN_TTL_S = 365 * 86400.0  # the file is renewed at each start of the daemon
+# Nodes' clocks differ by a little; a token must not be refused for it.
+CLOCK_SKEW_S = 30.0
+# One argon2id check takes 64 MiB and a core for some 50 ms.
+PASSWORD_THREADS = 2
+
+Purpose = Literal["access", "refresh", "local"]
+
+# A proxy adds one of these; then the peer's address says nothing about the client.
+FORWARDING_HEADERS = (
+    "Forwarded",
+    "X-Forwarded-For",
+    "X-Forwarded-Host",
+    "X-Forwarded-Proto",
+    "X-Real-Ip",
+    "Via",
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AuthSettings:
+    """Settings of `auth.*`.
+
+    Raises:
+      ValueError: a value that would make authentication weaker than it looks.
+    """
+
+    loopback_role: str = "inference"  # a role, or "none"
+    jwt_secret: bytes | None = None  # replaces the cluster's own key; the same on all nodes
+    access_ttl_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if self.loopback_role not in (*ROLES, "none"):
+            raise ValueError(f"auth.loopback_role must be none or one of {', '.join(ROLES)}")
+        if self.jwt_secret is not None and len(self.jwt_secret) < MIN_SECRET_BYTES:
+            raise ValueError(f"OLLAMA_JWT_SECRET must have at least {MIN_SECRET_BYTES} bytes")
+        if not 900 <= self.access_ttl_s <= 3600:
+            raise ValueError("auth.access_ttl must be between 15 minutes and 1 hour")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Identity:
+    """Who calls. `session` is empty for callers that did not log in."""
+
+    username: str
+    role: Role
+    session: str = ""
+    expires_at: float = 0.0  # Unix seconds; 0 without a token
+
+    def may(self, role: Role) -> bool:
+        return ROLES.index(self.role) >= ROLES.index(role)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenPair:
+    """What a login or a refresh gives."""
+
+    access: str
+    refresh: str
+    expires_at: float  # of the access token
+
+
+class Headers(Protocol):
+    """The headers of a request; names are compared without case."""
+
+    def get(self, key: str, /) -> str | None: ...
+
+
+class Auth:
+    """Checks and makes tokens for one cluster."""
+
+    def __init__(self, cluster: Cluster, settings: AuthSettings, wall: Callable[[], float]) -> None:
+        self._cluster = cluster
+        self._settings = settings
+        self._wall = wall
+        self._hasher = argon2.PasswordHasher()
+        self._nobody = _unknowable_hash(self._hasher)
+        self._threads = trio.CapacityLimiter(PASSWORD_THREADS)
+
+    def identify(self, headers: Headers, peer: str) -> Identity | None:
+        """Who sent a request with these headers from this address; None for nobody known.
+
+        Raises:
+          ServiceError: 401, a token was sent and is not good (the loopback rule is no way out).
+        """
+        authorization = headers.get("Authorization")
+        if authorization is not None:
+            scheme, _, token = authorization.partition(" ")
+            if scheme.lower() != "bearer" or not token.strip():
+                raise _unauthorized("send the token as `Authorization: Bearer TOKEN`")
+            return self._identity_of(token.strip())
+        role = self._settings.loopback_role
+        if role != "none" and is_local_request(headers, peer):
+            return Identity("local", role)
+        return None
+
+    async def check_password(self, username: str, password: str) -> User | None:
+        """The user if the password is right. Takes as long when there is no such user."""
+        user = self._cluster.state.users.get(username)
+        known = user.password_hash if user else self._nobody
+        right = await trio.to_thread.run_sync(
+            _verify, self._hasher, known, password, limiter=self._threads
+        )
+        return user if right else None
+
+    def open_session(self, user: User) -> TokenPair:
+        """The first tokens of a new session."""
+        return self._mint_pair(user, secrets.token_urlsafe(16))
+
+    async def refresh(self, token: str) -> tuple[User, TokenPair]:
+        """Spend a refresh token for a new pair.
+
+        Raises:
+          ServiceError: 401 for a token that is spent, expired, ended or not ours; 503.
+        """
+        claims = self._read(token, "refresh")
+        user = self._cluster.state.users.get(claims["sub"])
+        if user is None:
+            raise _unauthorized("this user does not exist any more")
+        session = claims["sid"]
+        if claims["jti"] not in self._cluster.state.revoked:
+            spend = Revoke(claims["jti"], claims["exp"] + CLOCK_SKEW_S)
+            if not isinstance(await self._cluster.propose(spend), Rejected):
+                return user, self._mint_pair(user, session)
+        await self.end_session(session)
+        raise _unauthorized(
+            "this refresh token was used before; its session is ended, log in again"
+        )
+
+    async def end_session(self, session: str) -> None:
+        """Kill every token of a session, on every node.
+
+        Raises:
+          ServiceError: 503, it could not be replicated.
+        """
+        # No token of the session that exists now outlives a refresh token made now.
+        end = self._wall() + REFRESH_TTL_S + 2 * CLOCK_SKEW_S
+        await self._cluster.propose(Revoke(session, end))
+
+    def _identity_of(self, token: str) -> Identity:
+        claims = self._read(token, "access", "local")
+        if claims["jti"] in self._cluster.state.revoked:
+            raise _unauthorized("this token was revoked")
+        if claims["typ"] == "local":
+            if claims["node"] != self._cluster.node_id:
+                raise _unauthorized("this token belongs to another node")
+            return Identity(claims["sub"], claims["role"], expires_at=claims["exp"])
+        user = self._cluster.state.users.get(claims["sub"])
+        if user is None:
+            raise _unauthorized("this user does not exist any more")
+        return Identity(user.username, user.role, claims["sid"], claims["exp"])
+
+    def _read(self, token: str, *purposes: Purpose) -> dict[str, Any]:
+        claims = read_token(token, self._cluster.state, self._settings, self._wall())
+        if claims["typ"] not in purposes:
+            raise _unauthorized(f"a token for {claims['typ']} cannot be used here")
+        if claims["sid"] in self._cluster.state.revoked:
+            raise _unauthorized("this session has ended; log in again")
+        return claims
+
+    def _mint_pair(self, user: User, session: str) -> TokenPair:
+        now = self._wall()
+        expires_at = now + self._settings.access_ttl_s
+        shared = {"sub": user.username, "sid": session}
+        state = self._cluster.state
+        return TokenPair(
+            access=_mint(state, self._settings, shared, "access", now, expires_at),
+            refresh=_mint(state, self._settings, shared, "refresh", now, now + REFRESH_TTL_S),
+            expires_at=expires_at,
+        )
+
+
+def mint_local_token(
+    state: ClusterState, settings: AuthSettings, node_id: str, *, now: float
+) -> str:
+    """A token with role admin that only this node accepts, for its owner's 0600 file.
+
+    Raises:
+      ValueError: the cluster has not been founded yet.
+    """
+    claims = {"sub": "local", "role": "admin", "node": node_id, "sid": secrets.token_urlsafe(16)}
+    return _mint(state, settings, claims, "local", now, now + LOCAL_TOKEN_TTL_S)
+
+
+def hash_password(password: str) -> str:
+    """The argon2id hash of a password, in PHC form. Takes some 50 ms: run it in a thread."""
+    return argon2.PasswordHasher().hash(password)
+
+
+def read_token(
+    token: str, state: ClusterState, settings: AuthSettings, now: float
+) -> dict[str, Any]:
+    """The claims of a token that is whole, ours, for this cluster, and of its time.
+
+    Raises:
+      ServiceError: 401, saying only what the token's owner may know.
+    """
+    key = _key(state, settings)
+    if key is None:
+        raise _unauthorized("this node is in no cluster yet and knows no tokens")
+    try:
+        claims: dict[str, Any] = jwt.decode(
+            token,
+            key,
+            algorithms=[ALGORITHM],
+            issuer=ISSUER,
+            audience=state.cluster_id,
+            options={
+                "require": ["iss", "aud", "exp", "iat", "jti", "sub", "sid", "typ"],
+                # The time is checked below, with the clock that was passed in.
+                "verify_exp": False,
+                "verify_iat": False,
+                "verify_nbf": False,
+            },
+        )
+    except jwt.InvalidTokenError:
+        raise _unauthorized("the token is not valid") from None
+    if not claims["exp"] > now:
+        raise ServiceError(401, "TOKEN_EXPIRED", "the token has expired; refresh it or log in")
+    if claims["iat"] > now + CLOCK_SKEW_S:
+        raise _unauthorized("the token is from the future; check the nodes' clocks")
+    return claims
+
+
+def is_local_request(headers: Headers, peer: str) -> bool:
+    """Whether a request comes from a program on this host, and from no proxy or web page.
+
+    A page of a foreign site that resolves its own name to 127.0.0.1 (DNS rebinding) is told
+    by its `Host`; one that simply calls us is told by its `Origin`.
+    """
+    if not _is_loopback_address(peer):
+        return False
+    if any(headers.get(name) is not None for name in FORWARDING_HEADERS):
+        return False
+    host = headers.get("Host") or headers.get(":Authority")
+    if host is None or not _is_loopback_host(host):
+        return False
+    origin = headers.get("Origin")
+    return origin is None or _is_loopback_origin(origin)
+
+
+def _mint(
+    state: ClusterState,
+    settings: AuthSettings,
+    claims: Mapping[str, Any],
+    purpose: Purpose,
+    now: float,
+    expires_at: float,
+) -> str:
+    key = _key(state, settings)
+    if key is None:
+        raise ValueError("there is no key before the cluster is founded")
+    return jwt.encode(
+        {
+            **claims,
+            "iss": ISSUER,
+            "aud": state.cluster_id,
+            "iat": int(now),
+            "exp": int(expires_at),
+            "jti": secrets.token_urlsafe(16),
+            "typ": purpose,
+        },
+        key,
+        algorithm=ALGORITHM,
+    )
+
+
+def _key(state: ClusterState, settings: AuthSettings) -> bytes | None:
+    """The signing key; None before the cluster is founded (an empty key would sign anything)."""
+    key = settings.jwt_secret or state.jwt_key
+    return key if state.cluster_id and len(key) >= MIN_SECRET_BYTES else None
+
+
+def _verify(hasher: argon2.PasswordHasher, known: str, password: str) -> bool:
+    try:
+        return hasher.verify(known, password)
+    except (argon2.exceptions.VerificationError, argon2.exceptions.InvalidHashError):
+        return False
+
+
+def _unknowable_hash(hasher: argon2.PasswordHasher) -> str:
+    """A hash that no known password has, of the same cost as a real one, made without a hash."""
+    salt = secrets.token_bytes(hasher.salt_len)
+    digest = secrets.token_bytes(hasher.hash_len)
+    cost = f"m={hasher.memory_cost},t={hasher.time_cost},p={hasher.parallelism}"
+    return f"$argon2id$v=19${cost}${_base64(salt)}${_base64(digest)}"
+
+
+def _base64(data: bytes) -> str:
+    return b64encode(data).decode().rstrip("=")
+
+
+@functools.lru_cache(maxsize=256)
+def _is_loopback_address(text: str) -> bool:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+@functools.lru_cache(maxsize=256)
+def _is_loopback_host(text: str) -> bool:
+    """Whether `host`, `host:port` or `[v6]:port` names this machine's loopback."""
+    try:
+        parts = urlsplit(f"//{text}")
+        name, _ = parts.hostname, parts.port
+    except ValueError:
+        return False
+    if not name or parts.path or parts.query or parts.username is not None:
+        return False
+    return name == "localhost" or _is_loopback_address(name)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_loopback_origin(text: str) -> bool:
+    scheme, separator, host = text.partition("://")
+    return bool(separator) and scheme in ("http", "https") and _is_loopback_host(host)
+
+
+def _unauthorized(message: str) -> ServiceError:
+    return ServiceError(401, "UNAUTHORIZED", message)

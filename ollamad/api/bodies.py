@@ -1,0 +1,292 @@
+"""JSON bodies of requests, decoded strictly, with errors that name the field.
+
+Unknown fields are ignored, as Ollama does. Fields whose feature this version does not have are
+refused when they would change the answer: silence would be a wrong answer.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from ollamad.api.services import ServiceError
+from ollamad.core.inference import EmbedRequest, GenerateRequest, Message, Options
+
+Body = TypeVar("Body")
+
+FOR_EVER_S = -1.0
+MAX_KEEP_ALIVE_S = 10 * 365 * 86400.0  # more is for ever, and would not fit a date
+INT32_MAX = (1 << 31) - 1  # the engine's integers; a seed may use 32 bits
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
+KeepAlive = int | float | str | None
+Format = str | dict[str, Any] | None
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+
+_MESSAGE = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
+_DURATION = re.compile(r"(?:(?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|μs|ms|s|m|h))+")
+_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_UNIT_S = {
+    "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0,
+}  # fmt: skip
+
+
+class JoinBody(msgspec.Struct, frozen=True):
+    node_id: Text
+    address: Text
+
+
+class LeaveBody(msgspec.Struct, frozen=True):
+    node_id: Text
+
+
+class JoinTokenBody(msgspec.Struct, frozen=True):
+    # A minute to type it, at most a month to forget it.
+    ttl_seconds: Annotated[float, msgspec.Meta(ge=60, le=30 * 86400)] = 3600.0
+
+
+class DownloadBody(msgspec.Struct, frozen=True):
+    source: Text | None = None
+    nodes: tuple[Text, ...] = ()
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=1000)] | None = None
+
+
+class CreateBody(msgspec.Struct, frozen=True):
+    name: Text
+    files: dict[str, str]  # file name -> "sha256:…" of an uploaded blob
+
+
+class LoginBody(msgspec.Struct, frozen=True):
+    username: Annotated[str, msgspec.Meta(max_length=256)]
+    password: Annotated[str, msgspec.Meta(max_length=1024)]
+
+
+class RefreshBody(msgspec.Struct, frozen=True):
+    refresh_token: Text
+
+
+class _Inference(msgspec.Struct, frozen=True):
+    model: str
+    stream: bool = False
+    options: Options | None = None
+    keep_alive: KeepAlive = None
+    format: Format = None
+    system: str | None = None
+    truncate: bool | None = None
+    # Not there yet; see `unsupported`.
+    suffix: Any = None
+    template: Any = None
+    images: Any = None
+    tools: Any = None
+    think: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    failover: Any = None
+
+
+class GenerateBody(_Inference, frozen=True):
+    prompt: str = ""
+    context: tuple[TokenId, ...] | None = None
+    raw: bool = False
+
+    def request(self) -> GenerateRequest:
+        """The request as the scheduler takes it.
+
+        Raises:
+          ServiceError: 400 naming the field.
+        """
+        _refuse_unsupported(self)
+        if self.raw and (self.system or self.context):
+            raise invalid("raw", "raw mode does not support system or context")
+        return GenerateRequest(
+            model=self.model,
+            prompt=self.prompt,
+            system=self.system,
+            context=self.context or (),
+            raw=self.raw,
+            format=_format(self.format),
+            options=_options(self.options),
+            keep_alive_s=keep_alive_s(self.keep_alive),
+            truncate=self.truncate is not False,
+        )
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    role: str
+    content: str = ""
+    images: Any = None
+    tool_calls: Any = None
+    tool_name: Any = None
+    thinking: Any = None
+
+
+class ChatBody(_Inference, frozen=True, kw_only=True):
+    messages: tuple[ChatMessage, ...]
+
+    def request(self) -> GenerateRequest:
+        """The request as the scheduler takes it.
+
+        Raises:
+          ServiceError: 400 naming the field.
+        """
+        _refuse_unsupported(self)
+        for index, message in enumerate(self.messages):
+            for name in ("images", "tool_calls", "tool_name", "thinking"):
+                if getattr(message, name):
+                    raise unsupported(f"messages[{index}].{name}")
+            if message.role == "tool":
+                raise unsupported(f"messages[{index}].role")
+            if message.role not in ("system", "user", "assistant"):
+                raise invalid(
+                    f"messages[{index}].role",
+                    f"role {message.role[:40]!r} is not system, user or assistant",
+                    expected="system | user | assistant",
+                )
+        return GenerateRequest(
+            model=self.model,
+            messages=tuple(Message(m.role, m.content) for m in self.messages),
+            system=self.system,
+            format=_format(self.format),
+            options=_options(self.options),
+            keep_alive_s=keep_alive_s(self.keep_alive),
+            truncate=self.truncate is not False,
+        )
+
+
+class EmbedBody(msgspec.Struct, frozen=True):
+    model: str
+    prompt: str | None = None
+    input: str | tuple[str, ...] | None = None
+    options: Options | None = None
+    keep_alive: KeepAlive = None
+    truncate: bool | None = None
+    dimensions: Any = None
+
+    def request(self) -> EmbedRequest:
+        """The request as the scheduler takes it.
+
+        Raises:
+          ServiceError: 400 naming the field.
+        """
+        if self.dimensions:
+            raise unsupported("dimensions")
+        field = "prompt" if self.input is None else "input"
+        given = self.prompt if self.input is None else self.input
+        inputs = (given,) if isinstance(given, str) else given
+        if not inputs or not all(inputs):
+            raise invalid(field, f"{field} must not be empty", expected="text")
+        return EmbedRequest(
+            model=self.model,
+            inputs=inputs,
+            options=_options(self.options),
+            keep_alive_s=keep_alive_s(self.keep_alive),
+            truncate=self.truncate is not False,
+        )
+
+
+def decode_body(data: bytes, kind: type[Body]) -> Body:
+    """Decode a JSON body.
+
+    Raises:
+      ServiceError: 400 INVALID_JSON for what is not JSON, INVALID_REQUEST for a field that is
+        missing or of the wrong type, with `details.field` and `details.expected`.
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        raise _validation_error(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ServiceError(400, "INVALID_JSON", f"the body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ServiceError(400, "INVALID_JSON", "the body is nested too deeply") from None
+
+
+def keep_alive_s(value: KeepAlive) -> float | None:
+    """Ollama's `keep_alive` in seconds: a number of them, or a Go duration such as `1h30m`.
+
+    Negative means for ever (FOR_EVER_S); None stays None.
+
+    Raises:
+      ServiceError: 400.
+    """
+    if value is None:
+        return None
+    seconds = _go_duration_s(value) if isinstance(value, str) else float(value)
+    if math.isnan(seconds):
+        raise _bad_keep_alive()
+    return FOR_EVER_S if seconds < 0 or seconds > MAX_KEEP_ALIVE_S else seconds
+
+
+def invalid(field: str, message: str, *, expected: str | None = None) -> ServiceError:
+    """400 INVALID_REQUEST about one field."""
+    details = {"field": field} | ({"expected": expected} if expected else {})
+    return ServiceError(400, "INVALID_REQUEST", message, details)
+
+
+def unsupported(field: str) -> ServiceError:
+    """400 NOT_SUPPORTED about one field."""
+    return ServiceError(
+        400, "NOT_SUPPORTED", f"{field} is not supported by this version", {"field": field}
+    )
+
+
+def _validation_error(text: str) -> ServiceError:
+    match = _MESSAGE.fullmatch(text)
+    what, path = (match["what"], match["path"] or "") if match else (text, "")
+    if missing := _MISSING.fullmatch(what):
+        field = f"{path}.{missing['name']}" if path else missing["name"]
+        return invalid(field, f"{field} is missing", expected="a value")
+    expected, _, got = what.removeprefix("Expected ").partition(", got ")
+    expected = expected.replace("`", "")
+    name = path or "body"
+    found = f", not {got.replace('`', '')}" if got else ""
+    return invalid(name, f"{name} must be {expected}{found}", expected=expected)
+
+
+def _refuse_unsupported(body: _Inference) -> None:
+    for name in (
+        "suffix", "template", "images", "tools", "think", "logprobs", "top_logprobs",
+    ):  # fmt: skip
+        if getattr(body, name):
+            raise unsupported(name)
+    if body.failover not in (None, "off"):
+        raise unsupported("failover")
+
+
+def _format(value: Format) -> str:
+    if isinstance(value, dict):
+        return msgspec.json.encode(value).decode()
+    if value not in (None, "", "json"):
+        raise invalid("format", 'format must be "json" or a JSON schema', expected="json | object")
+    return value or ""
+
+
+def _options(options: Options | None) -> Options:
+    if options is None:
+        return Options()
+    for name, value in msgspec.structs.asdict(options).items():
+        if isinstance(value, int) and not -INT32_MAX - 1 <= value <= 2 * INT32_MAX + 1:
+            raise invalid(f"options.{name}", f"options.{name} is out of range", expected="int32")
+    return options
+
+
+def _go_duration_s(text: str) -> float:
+    sign = -1.0 if text.startswith("-") else 1.0
+    body = text[1:] if text[:1] in ("-", "+") else text
+    if body == "0":
+        return 0.0
+    if len(body) > 64 or not _DURATION.fullmatch(body):
+        raise _bad_keep_alive()
+    parts: Sequence[tuple[str, str]] = _DURATION_PART.findall(body)
+    return sign * sum(float(number) * _UNIT_S[unit] for number, unit in parts)
+
+
+def _bad_keep_alive() -> ServiceError:
+    return invalid(
+        "keep_alive",
+        "keep_alive must be a number of seconds or a duration with a unit, such as 5m or -1s",
+        expected="seconds | duration",
+    )

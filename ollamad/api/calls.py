@@ -1,0 +1,232 @@
+"""What every handler works with: the settings, the services, the caller; and how it replies."""
+
+import dataclasses
+import ipaddress
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import msgspec
+import trio
+from quart_trio.wrappers import TrioResponse
+
+from ollamad.api.asgi import Request
+from ollamad.api.auth import Auth, AuthSettings, Identity
+from ollamad.api.bodies import decode_body
+from ollamad.api.metrics import RequestStats
+from ollamad.api.services import ServiceError, Services
+from ollamad.core.commands import AnyCommand, Rejected
+from ollamad.core.names import InvalidName, ModelName, nearest, parse_name
+from ollamad.core.state import Member, Model
+
+JSON_TYPE = "application/json; charset=utf-8"
+# A chat that fills a context of a million tokens is about 4 MB of text; JSON escapes and
+# schemas may double that. Far more is a mistake, or an upload that belongs to /blobs.
+MAX_JSON_BYTES = 32 << 20
+BODY_TIMEOUT_S = 60.0  # a JSON body that takes longer to arrive holds a connection for nothing
+
+_encode = msgspec.json.Encoder().encode
+Body = TypeVar("Body")
+
+# Rejections of the state machine that are not a conflict (409).
+_REJECTION_STATUS = {
+    "NODE_NOT_FOUND": 404,
+    "MODEL_NOT_FOUND": 404,
+    "USER_NOT_FOUND": 404,
+    "INVALID_MODEL_NAME": 400,
+    "INVALID_ROLE": 400,
+    "NO_CLUSTER": 503,
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """The settings of the API, as the daemon's configuration gives them."""
+
+    auth: AuthSettings = dataclasses.field(default_factory=AuthSettings)
+    deadline_s: float = 60.0  # for everything but inference and uploads
+    inference_deadline_s: float | None = None  # None: a generation may take as long as it takes
+    # A node without quorum for longer than an election takes is unhealthy.
+    election_timeout_s: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Api:
+    """One API: what its handlers share."""
+
+    settings: ApiSettings
+    services: Services
+    auth: Auth
+    http_stats: RequestStats
+    inference_stats: RequestStats
+    started: float  # on the monotonic clock
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """One request on its way through a handler."""
+
+    api: Api
+    request: Request
+    caller: Identity | None  # None on routes that need no authentication
+
+    @property
+    def services(self) -> Services:
+        return self.api.services
+
+    async def body(self, kind: type[Body], *, optional: bool = False) -> Body:
+        """Read and decode the JSON body.
+
+        Raises:
+          ServiceError: 400 malformed or mistyped, 408 too slow, 413 too large, 415 no JSON.
+        """
+        data = await self._read_json(optional=optional)
+        return decode_body(data, kind)
+
+    async def _read_json(self, *, optional: bool) -> bytes:
+        request = self.request
+        expected = request.body.expected_length
+        mimetype = request.mimetype
+        # No type at all is taken for JSON; a wrong one is a mistake that should be told.
+        if mimetype and mimetype != "application/json" and expected != 0:
+            raise ServiceError(
+                415,
+                "UNSUPPORTED_MEDIA_TYPE",
+                f"send JSON with Content-Type: application/json, not {mimetype}",
+            )
+        if expected is not None and expected > MAX_JSON_BYTES:
+            raise _too_large()
+        parts = []
+        size = 0
+        with trio.move_on_after(BODY_TIMEOUT_S) as scope:
+            async for part in request.body:
+                parts.append(part)
+                size += len(part)
+                if size > MAX_JSON_BYTES:
+                    raise _too_large()
+        if scope.cancelled_caught:
+            raise ServiceError(408, "REQUEST_TIMEOUT", "the request's body did not arrive in time")
+        data = b"".join(parts)
+        if not data.strip():
+            if optional:
+                return b"{}"
+            raise ServiceError(400, "INVALID_REQUEST", "missing request body")
+        return data
+
+    def find_model(self, name: str) -> Model:
+        """The model of that name.
+
+        Raises:
+          ServiceError: 400 for what is no name, 404 with the nearest names.
+        """
+        parsed = read_name(name)
+        models = self.services.cluster.state.models
+        model = models.get(parsed.key)
+        if model is None:
+            suggestions = nearest(str(parsed), [known.name for known in models.values()])
+            hint = f"; did you mean {' or '.join(suggestions)}?" if suggestions else ""
+            raise ServiceError(
+                404,
+                "MODEL_NOT_FOUND",
+                f"model {str(parsed)!r} not found{hint}",
+                {"model": str(parsed), "suggestions": suggestions},
+            )
+        return model
+
+    def find_member(self, reference: str) -> Member:
+        """The member with that id, name or unique id prefix.
+
+        Raises:
+          ServiceError: 404.
+        """
+        member = self.services.cluster.state.find_member(reference)
+        if member is None:
+            raise ServiceError(
+                404,
+                "NODE_NOT_FOUND",
+                f"there is no node {reference!r} in this cluster (or the prefix is not unique)",
+                {"node": reference},
+            )
+        return member
+
+    async def propose(self, command: AnyCommand) -> None:
+        """Replicate a command.
+
+        Raises:
+          ServiceError: it was rejected, or there is no quorum.
+        """
+        outcome = await self.services.cluster.propose(command)
+        if isinstance(outcome, Rejected):
+            raise rejection_error(outcome)
+
+
+Handler = Callable[..., Awaitable[TrioResponse]]
+
+
+def read_name(text: str, field: str = "model") -> ModelName:
+    """Parse a model name.
+
+    Raises:
+      ServiceError: 400 INVALID_MODEL_NAME.
+    """
+    try:
+        return parse_name(text)
+    except InvalidName as error:
+        raise ServiceError(400, "INVALID_MODEL_NAME", str(error), {"field": field}) from None
+
+
+def rejection_error(rejected: Rejected) -> ServiceError:
+    """The error that a client sees for a command that the state refused."""
+    status = _REJECTION_STATUS.get(rejected.code, 409)
+    return ServiceError(
+        status, rejected.code, rejected.message, retry_after_s=2 if status == 503 else None
+    )
+
+
+def reply(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> TrioResponse:
+    """A JSON answer."""
+    response = TrioResponse(_encode(body), status, content_type=JSON_TYPE)
+    if headers:
+        response.headers.update(headers)
+    return response
+
+
+def error_reply(error: ServiceError) -> TrioResponse:
+    """The one shape of every error."""
+    response = reply(error_body(error), error.status)
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def error_body(error: ServiceError) -> dict[str, Any]:
+    return {"error": error.message, "code": error.code, "details": error.details}
+
+
+def rfc3339(unix: float) -> str:
+    """Unix seconds as `2024-01-15T10:00:00Z`."""
+    return datetime.fromtimestamp(int(unix), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def is_host_port(text: str) -> bool:
+    """Whether the text is `host:port` with a name or an IP address (IPv6 in brackets)."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        return False
+    if host.startswith("[") and host.endswith("]"):
+        try:
+            return ipaddress.ip_address(host[1:-1]).version == 6
+        except ValueError:
+            return False
+    return bool(host) and all(c.isascii() and (c.isalnum() or c in ".-_") for c in host)
+
+
+def _too_large() -> ServiceError:
+    return ServiceError(
+        413,
+        "BODY_TOO_LARGE",
+        f"the body is larger than {MAX_JSON_BYTES >> 20} MiB",
+        {"limit_bytes": MAX_JSON_BYTES},
+    )

@@ -1,0 +1,56 @@
+"""Any exception as the one error that a client sees: what is known, told; what is a bug, hidden."""
+
+import logging
+from http import HTTPStatus
+
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+
+from ollamad.api.services import ServiceError
+from ollamad.core.inference import InferenceError
+
+log = logging.getLogger(__name__)
+
+
+def as_service_error(error: BaseException, request_id: str) -> ServiceError:
+    """Translate an exception; an unexpected one is logged under the request's id.
+
+    A group is taken for its first known error: nurseries wrap what their tasks raise.
+    """
+    known = _known(error)
+    if known is not None:
+        return known
+    log.error("request %s failed", request_id, exc_info=error)
+    return ServiceError(
+        500,
+        "INTERNAL_ERROR",
+        f"an internal error; the node's log has it as request {request_id}",
+        {"request_id": request_id},
+    )
+
+
+def _known(error: BaseException) -> ServiceError | None:
+    match error:
+        case ServiceError():
+            return error
+        case InferenceError(failure=failure):
+            retry_after_s = 2 if failure.status in (429, 503) else None
+            return ServiceError(
+                failure.status,
+                failure.code,
+                failure.message,
+                failure.details,
+                retry_after_s=retry_after_s,
+            )
+        case HTTPException(code=int(status)) if 400 <= status < 500:
+            phrase = HTTPStatus(status).phrase
+            if status == 404:
+                message = "there is no such route"
+            elif isinstance(error, MethodNotAllowed) and error.valid_methods:
+                message = f"this route takes {', '.join(sorted(error.valid_methods))}"
+            else:
+                message = phrase.lower()
+            return ServiceError(status, phrase.upper().replace(" ", "_"), message)
+        case BaseExceptionGroup(exceptions=members):
+            return next(filter(None, map(_known, members)), None)
+        case _:
+            return None

@@ -1,0 +1,182 @@
+"""Handlers: models, the blobs that they are made of, and transfers."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from quart_trio.wrappers import TrioResponse
+
+from ollamad.api.bodies import CreateBody, DownloadBody, invalid
+from ollamad.api.calls import Call, read_name, reply, rfc3339
+from ollamad.api.services import ServiceError, Transfer
+from ollamad.core.ids import NodeId
+from ollamad.core.state import Model
+
+_DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
+
+
+async def list_models(call: Call) -> TrioResponse:
+    models = call.services.cluster.state.models.values()
+    newest_first = sorted(models, key=lambda model: (-model.modified_at, model.name))
+    return reply({"models": [_summary(model) for model in newest_first]})
+
+
+async def show_model(call: Call, name: str) -> TrioResponse:
+    model = call.find_model(name)
+    return reply({"model": _full(call, model)})
+
+
+async def create_model(call: Call) -> TrioResponse:
+    body = await call.body(CreateBody)
+    name = read_name(body.name, "name")
+    if not body.files:
+        raise invalid("files", "files must name at least one uploaded blob", expected="object")
+    files = {file: _digest(digest, f"files.{file}") for file, digest in body.files.items()}
+    model = await call.services.library.create(str(name), files)
+    return reply({"model": _full(call, model)}, 201)
+
+
+async def delete_model(call: Call, name: str) -> TrioResponse:
+    services = call.services
+    model = call.find_model(name)
+    await services.library.delete(model.name)
+    return reply(
+        {
+            "message": f"Successfully deleted model {model.name}",
+            "request_id": f"delete_{model.name}_{int(services.wall())}",
+            "node_id": services.cluster.node_id,
+        }
+    )
+
+
+async def download_model(call: Call, name: str) -> TrioResponse:
+    model = str(read_name(name))
+    body = await call.body(DownloadBody, optional=True)
+    nodes: Sequence[NodeId] = [call.find_member(reference).id for reference in body.nodes]
+    transfer_id = await call.services.library.download(
+        model, source=body.source, nodes=nodes, replicas=body.replicas
+    )
+    return reply(
+        {
+            "status": "downloading",
+            "model": model,
+            "message": "Model download started",
+            "transfer_id": transfer_id,
+        }
+    )
+
+
+async def has_blob(call: Call, digest: str) -> TrioResponse:
+    digest = _digest(digest, "digest")
+    if not await call.services.library.has_blob(digest):
+        raise ServiceError(404, "BLOB_NOT_FOUND", f"blob {digest} is not here", {"digest": digest})
+    return reply({"digest": digest})
+
+
+async def upload_blob(call: Call, digest: str) -> TrioResponse:
+    """The raw body is the blob; it is streamed to the disk, and its size is not limited here."""
+    digest = _digest(digest, "digest")
+    library = call.services.library
+    if await library.has_blob(digest):
+        return reply({"digest": digest})
+    await library.receive_blob(digest, call.request.body)
+    return reply({"digest": digest}, 201)
+
+
+async def list_transfers(call: Call) -> TrioResponse:
+    transfers = await call.services.library.transfers()
+    return reply({"transfers": [_transfer(transfer) for transfer in transfers]})
+
+
+async def show_transfer(call: Call, transfer_id: str) -> TrioResponse:
+    return reply({"transfer": _transfer(await _find_transfer(call, transfer_id))})
+
+
+async def cancel_transfer(call: Call, transfer_id: str) -> TrioResponse:
+    transfer = await _find_transfer(call, transfer_id)
+    if transfer.status not in ("pending", "active"):
+        raise ServiceError(
+            409,
+            "TRANSFER_ENDED",
+            f"the transfer is {transfer.status} already",
+            {"status": transfer.status},
+        )
+    await call.services.library.cancel(transfer.id)
+    return reply({"message": f"Transfer {transfer.id} is being cancelled", "id": transfer.id})
+
+
+async def _find_transfer(call: Call, transfer_id: str) -> Transfer:
+    for transfer in await call.services.library.transfers():
+        if transfer.id == transfer_id:
+            return transfer
+    raise ServiceError(
+        404, "TRANSFER_NOT_FOUND", f"there is no transfer {transfer_id!r}", {"id": transfer_id}
+    )
+
+
+def _digest(text: str, field: str) -> str:
+    if not _DIGEST.fullmatch(text):
+        raise invalid(field, f"{field} must be sha256: and 64 hex digits", expected="digest")
+    return text.replace("-", ":")
+
+
+def _summary(model: Model) -> dict[str, Any]:
+    details = model.details
+    return {
+        "name": model.name,
+        "size": model.size,
+        "digest": model.digest,
+        "modified_at": rfc3339(model.modified_at),
+        "details": {
+            "parent_model": details.parent_model,
+            "format": details.format,
+            "family": details.family,
+            "families": details.families,
+            "parameter_size": details.parameter_size,
+            "quantization_level": details.quantization_level,
+            "context_length": details.context_length,
+            "embedding_length": details.embedding_length,
+            "capabilities": details.capabilities,
+        },
+        "replicas": model.confirmed,
+    }
+
+
+def _full(call: Call, model: Model) -> dict[str, Any]:
+    cluster = call.services.cluster
+    if not model.confirmed:
+        status = "downloading" if model.desired else "missing"
+    elif any(cluster.presence(node_id).online for node_id in model.confirmed):
+        status = "available"
+    else:
+        status = "unavailable"
+    return _summary(model) | {
+        "status": status,
+        "inference_ready": call.services.library.inference_ready(model),
+        "desired": model.desired,
+    }
+
+
+def _transfer(transfer: Transfer) -> dict[str, Any]:
+    if transfer.status == "completed":
+        progress = 100.0
+    elif transfer.total_bytes:
+        progress = round(100 * transfer.completed_bytes / transfer.total_bytes, 2)
+    else:
+        progress = 0.0
+    return {
+        "id": transfer.id,
+        "model_name": transfer.model_name,
+        "type": transfer.type,
+        "status": transfer.status,
+        "progress": progress,
+        "speed": round(transfer.speed),
+        "eta": None if transfer.eta_s is None else round(transfer.eta_s),
+        "peer_id": transfer.peer_id,
+        "node_id": transfer.node_id,
+        "total_bytes": transfer.total_bytes,
+        "completed_bytes": transfer.completed_bytes,
+        "error": transfer.error,
+        "started_at": rfc3339(transfer.started_at),
+        "updated_at": rfc3339(transfer.updated_at),
+    }

@@ -1,0 +1,84 @@
+"""Handlers: the nodes of the cluster, and draining them."""
+
+from typing import Any
+
+import msgspec
+from quart_trio.wrappers import TrioResponse
+
+from ollamad.api.calls import Call, reply, rfc3339
+from ollamad.core.state import Member
+
+GB = 1_000_000_000  # the document's unit for capacity, in whole numbers
+
+
+async def list_nodes(call: Call) -> TrioResponse:
+    members = call.services.cluster.state.members.values()
+    ordered = sorted(members, key=lambda member: member.name)
+    return reply({"nodes": [describe(call, member) for member in ordered]})
+
+
+async def show_node(call: Call, reference: str) -> TrioResponse:
+    return reply({"node": describe(call, call.find_member(reference))})
+
+
+async def drain(call: Call, reference: str) -> TrioResponse:
+    member = call.find_member(reference)
+    await call.services.cluster.set_draining(member.id, True)
+    return reply({"message": f"Node {member.name} is being drained"})
+
+
+async def undrain(call: Call, reference: str) -> TrioResponse:
+    member = call.find_member(reference)
+    await call.services.cluster.set_draining(member.id, False)
+    return reply({"message": f"Node {member.name} is no longer draining"})
+
+
+def describe(call: Call, member: Member) -> dict[str, Any]:
+    """A node as both node routes show it: fractions in `*_usage`, percent in `cpu`, `memory`."""
+    cluster = call.services.cluster
+    presence = cluster.presence(member.id)
+    capacity = member.capacity
+    status = "draining" if member.draining else "online"
+    if not presence.online:
+        status = "offline"
+    models = [model.name for model in cluster.state.models.values() if member.id in model.confirmed]
+    return {
+        "id": member.id,
+        "name": member.name,
+        "address": member.api_address,
+        "status": status,
+        # The cluster saw a member at the latest when it joined.
+        "last_seen": rfc3339(max(presence.last_seen, member.joined_at)),
+        "models": sorted(models),
+        "capacity": {
+            "cpu_cores": capacity.cpu_cores,
+            "memory_gb": round(capacity.memory_bytes / GB),
+            "disk_gb": round(capacity.disk_bytes / GB),
+            "gpu_count": capacity.gpu_count,
+            "gpu_memory_gb": round(capacity.gpu_memory_bytes / GB),
+            "memory_bytes": capacity.memory_bytes,
+            "disk_bytes": capacity.disk_bytes,
+            "gpu_memory_bytes": capacity.gpu_memory_bytes,
+        },
+        "usage": {
+            "cpu_usage": round(presence.cpu, 4),
+            "memory_usage": round(presence.memory, 4),
+            "disk_usage": round(presence.disk, 4),
+            "gpu_usage": round(presence.gpu, 4),
+            "cpu": round(100 * presence.cpu, 2),
+            "memory": round(100 * presence.memory, 2),
+            "bandwidth": round(presence.bandwidth, 1),
+        },
+        "draining": member.draining,
+        "is_leader": member.id == cluster.leader(),
+        "voter": member.id in cluster.voters(),
+        "version": member.version,
+        "joined_at": rfc3339(member.joined_at),
+        "p2p_address": member.p2p_address,
+        "loaded": [
+            msgspec.structs.asdict(loaded)
+            | {"expires_at": rfc3339(loaded.expires_at) if loaded.expires_at else None}
+            for loaded in presence.loaded
+        ],
+        "gpus": list(presence.gpus),
+    }

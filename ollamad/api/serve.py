@@ -1,0 +1,170 @@
+"""Listening sockets, and hypercorn on top of them.
+
+The sockets are bound here, before anything else of the daemon starts: a port in use is one
+clear error, port 0 works, and the daemon knows its addresses. hypercorn gets them by file
+descriptor.
+"""
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import hypercorn.trio
+import trio
+from hypercorn.config import Config
+from quart_trio import QuartTrio
+
+BACKLOG = 512  # connections that wait for accept; a burst of clients after a leader change
+GRACEFUL_TIMEOUT_S = 3.0  # for open answers at shutdown; the whole daemon has 10 s
+# What an answer that was cancelled may take to unwind before its connection is cut under it.
+ABORT_AFTER_S = 1.0
+# Idle connections of well-behaved clients live this long; it also bounds how long a client may
+# take to send its headers.
+KEEP_ALIVE_S = 75.0
+MAX_HEADER_BYTES = 32 << 10  # a token and some cookies fit several times
+# hypercorn asks for some limit; this one is no nuisance to a busy proxy.
+MAX_REQUESTS_PER_CONNECTION = 1_000_000
+# Unacknowledged bytes for so long mean that the client stopped reading or is gone without a
+# word; only then does a generation end whose output waits in hypercorn's shielded send.
+USER_TIMEOUT_MS = 20_000
+# A client that waits silently for a long prompt is asked whether it is still there.
+KEEPALIVE_IDLE_S = 30
+KEEPALIVE_INTERVAL_S = 10
+KEEPALIVE_PROBES = 3
+
+# hypercorn's own "Running on …" would repeat what the daemon says.
+_server_log = logging.getLogger("ollamad.api.hypercorn")
+_server_log.setLevel(logging.WARNING)
+
+
+class CannotListen(Exception):
+    """An address cannot be listened on; the message says which and why, for people."""
+
+
+async def open_listeners(binds: Sequence[str]) -> list[socket.socket]:
+    """Bind sockets for `host:port` texts (IPv6 in brackets; port 0 for any free one).
+
+    The caller owns them until `serve_api` takes them over.
+
+    Raises:
+      CannotListen: an address is malformed, in use, not of this host, or not allowed.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        for bind in binds:
+            sockets += await _bind_all(bind)
+    except BaseException:
+        for each in sockets:
+            each.close()
+        raise
+    return sockets
+
+
+async def serve_api(
+    app: QuartTrio,
+    sockets: Sequence[socket.socket],
+    shutdown: trio.Event,
+    *,
+    graceful_timeout_s: float = GRACEFUL_TIMEOUT_S,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve the app on these sockets until `shutdown` is set; then end and return.
+
+    Takes the sockets over and closes them. `task_status` gets the URLs once connections are
+    accepted. After `shutdown` no connection is accepted; answers have `graceful_timeout_s` to
+    end, are cancelled then, and ABORT_AFTER_S later what is left is cut off.
+
+    Cancellation: the answers are cancelled at once. A client that has stopped reading can hold
+    it up for USER_TIMEOUT_MS; prefer `shutdown`.
+    """
+    ports = {each.getsockname()[1] for each in sockets}
+    config = Config()
+    config.bind = [f"fd://{each.detach()}" for each in sockets]
+    config.backlog = BACKLOG
+    config.graceful_timeout = graceful_timeout_s
+    config.keep_alive_timeout = KEEP_ALIVE_S
+    config.keep_alive_max_requests = MAX_REQUESTS_PER_CONNECTION
+    config.h11_max_incomplete_size = MAX_HEADER_BYTES
+    config.include_server_header = False
+    config.accesslog = None
+    config.errorlog = _server_log
+
+    async def abort_late() -> None:
+        await shutdown.wait()
+        await trio.sleep(graceful_timeout_s + ABORT_AFTER_S)
+        _abort_connections(ports)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(abort_late)
+        await hypercorn.trio.serve(
+            app,
+            config,
+            shutdown_trigger=shutdown.wait,
+            task_status=task_status,
+            mode="asgi",
+        )
+        nursery.cancel_scope.cancel()
+
+
+async def _bind_all(bind: str) -> list[socket.socket]:
+    host, colon, port_text = bind.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port_text.isdecimal() or int(port_text) > 65535:
+        raise CannotListen(f"cannot listen on {bind!r}: write HOST:PORT, such as 0.0.0.0:8080")
+    try:
+        listeners = await trio.open_tcp_listeners(int(port_text), host=host, backlog=BACKLOG)
+    except OSError as error:
+        raise CannotListen(f"cannot listen on {bind}: {_reason(error)}") from error
+    return [_tune(listener.socket) for listener in listeners]
+
+
+def _tune(bound: trio.socket.SocketType) -> socket.socket:
+    """A plain socket with the options that accepted connections inherit."""
+    plain = socket.socket(fileno=bound.detach())
+    tcp = socket.IPPROTO_TCP
+    plain.setsockopt(tcp, socket.TCP_NODELAY, 1)  # a token must not wait for the next one
+    plain.setsockopt(tcp, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    plain.setsockopt(tcp, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    plain.setsockopt(tcp, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    plain.setsockopt(tcp, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    return plain
+
+
+def _reason(error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return "the port is in use; is another ollamad running?"
+        case errno.EADDRNOTAVAIL:
+            return "this host has no such address"
+        case errno.EACCES:
+            return "not allowed; ports below 1024 need a privilege"
+        case _:
+            return error.strerror or str(error)
+
+
+def _abort_connections(ports: set[int]) -> None:
+    """Shut down every connection that was accepted on these ports.
+
+    hypercorn shields its sends from cancellation, so one client that stopped reading would
+    hold up the shutdown; it does not show its connections either. The kernel does.
+    """
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            descriptor = os.dup(int(entry.name))
+        except OSError:
+            continue  # closed since the listing
+        try:
+            connection = socket.socket(fileno=descriptor)
+        except OSError:
+            os.close(descriptor)  # a file, a pipe
+            continue
+        with connection:
+            try:
+                if connection.family != socket.AF_UNIX and connection.getsockname()[1] in ports:
+                    connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue  # gone already, or a listener

@@ -1,0 +1,53 @@
+"""Handlers: log in, refresh, log out, and who am I."""
+
+from typing import Any
+
+from quart_trio.wrappers import TrioResponse
+
+from ollamad.api.auth import TokenPair
+from ollamad.api.bodies import LoginBody, RefreshBody
+from ollamad.api.calls import Call, reply, rfc3339
+from ollamad.api.services import ServiceError
+from ollamad.core.state import User
+
+
+async def login(call: Call) -> TrioResponse:
+    body = await call.body(LoginBody)
+    user = await call.api.auth.check_password(body.username, body.password)
+    if user is None:
+        raise ServiceError(401, "INVALID_CREDENTIALS", "the username or the password is wrong")
+    return reply(_pair(user, call.api.auth.open_session(user)))
+
+
+async def refresh(call: Call) -> TrioResponse:
+    body = await call.body(RefreshBody)
+    user, pair = await call.api.auth.refresh(body.refresh_token)
+    return reply(_pair(user, pair))
+
+
+async def logout(call: Call) -> TrioResponse:
+    caller = call.caller
+    if caller is None or not caller.session:
+        raise ServiceError(400, "NO_SESSION", "this caller did not log in, so it cannot log out")
+    await call.api.auth.end_session(caller.session)
+    return reply({"message": "Logged out"})
+
+
+async def me(call: Call) -> TrioResponse:
+    caller = call.caller
+    assert caller is not None  # the route needs a role
+    return reply(
+        {
+            "user": {"id": caller.username, "username": caller.username, "role": caller.role},
+            "expires_at": rfc3339(caller.expires_at) if caller.expires_at else None,
+        }
+    )
+
+
+def _pair(user: User, pair: TokenPair) -> dict[str, Any]:
+    return {
+        "token": pair.access,
+        "refresh_token": pair.refresh,
+        "expires_at": rfc3339(pair.expires_at),
+        "user": {"id": user.username, "username": user.username, "role": user.role},
+    }

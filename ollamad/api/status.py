@@ -1,0 +1,188 @@
+"""Handlers: health, version, the cluster and its members' coming and going, metrics."""
+
+import platform
+import sys
+
+from quart_trio.wrappers import TrioResponse
+
+import ollamad
+from ollamad.api.bodies import JoinBody, JoinTokenBody, LeaveBody, invalid
+from ollamad.api.calls import Call, is_host_port, reply, rfc3339
+from ollamad.api.services import Cluster, NoQuorum, ServiceError
+from ollamad.core.ids import NodeId, is_node_id
+
+API_VERSION = "v1"
+_MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64"}  # as Go names them
+
+try:
+    from ollamad._build import (  # type: ignore[import-not-found, unused-ignore]
+        BUILD_TIME,
+        GIT_COMMIT,
+    )
+except ImportError:  # no wheel was built
+    BUILD_TIME = GIT_COMMIT = "unknown"
+
+
+async def root(call: Call) -> TrioResponse:
+    return TrioResponse(b"Ollama is running", content_type="text/plain; charset=utf-8")
+
+
+async def health(call: Call) -> TrioResponse:
+    services = call.services
+    trouble = _trouble(call)
+    body = {
+        "status": "unhealthy" if trouble else "healthy",
+        "timestamp": rfc3339(services.wall()),
+        "uptime": format_uptime(services.monotonic() - call.api.started),
+    }
+    if trouble:
+        body |= {"reason": trouble, "code": "NO_QUORUM"}
+        return reply(body, 503, {"Retry-After": "2"})
+    return reply(body)
+
+
+async def version(call: Call) -> TrioResponse:
+    machine = platform.machine()
+    return reply(
+        {
+            "version": ollamad.__version__,
+            "build_time": BUILD_TIME,
+            "git_commit": GIT_COMMIT,
+            "go_version": "",
+            "platform": f"{sys.platform}/{_MACHINES.get(machine, machine)}",
+            "api_version": API_VERSION,
+            "python_version": platform.python_version(),
+            "engine_versions": dict(call.services.engine_versions),
+        }
+    )
+
+
+async def cluster_status(call: Call) -> TrioResponse:
+    cluster = call.services.cluster
+    state = cluster.state
+    online = sum(cluster.presence(node_id).online for node_id in state.members)
+    if _trouble(call):
+        status = "unhealthy"
+    elif online < len(state.members):
+        status = "degraded"
+    else:
+        status = "healthy"
+    leader = cluster.leader()
+    return reply(
+        {
+            "node_id": cluster.node_id,
+            "is_leader": cluster.is_leader,
+            "leader": leader or "",
+            "peers": connected_peers(cluster),
+            "status": status,
+            "cluster_id": state.cluster_id,
+            "cluster_size": len(state.members),
+            "nodes_online": online,
+            "has_quorum": cluster.has_quorum,
+            "term": cluster.term,
+            "voters": list(cluster.voters()),
+            "leader_name": state.members[leader].name if leader in state.members else "",
+        }
+    )
+
+
+async def cluster_leader(call: Call) -> TrioResponse:
+    leader = call.services.cluster.leader()
+    if leader is None:
+        raise NoQuorum("the cluster has no leader now")
+    return reply({"leader": leader})
+
+
+async def cluster_join(call: Call) -> TrioResponse:
+    body = await call.body(JoinBody)
+    if not is_node_id(body.node_id):
+        raise invalid("node_id", "node_id is not a node id (Qm… , 46 characters)", expected="id")
+    if not is_host_port(body.address):
+        raise invalid("address", "address must be host:port", expected="host:port")
+    node_id = NodeId(body.node_id)
+    if node_id in call.services.cluster.state.members:
+        raise ServiceError(
+            409, "ALREADY_MEMBER", "this node is a member already", {"node_id": node_id}
+        )
+    await call.services.cluster.admit(node_id, body.address)
+    return reply({"message": "Node joined cluster", "node_id": node_id})
+
+
+async def cluster_leave(call: Call) -> TrioResponse:
+    body = await call.body(LeaveBody)
+    member = call.find_member(body.node_id)
+    await call.services.cluster.remove(member.id)
+    return reply({"message": "Node left cluster", "node_id": member.id})
+
+
+async def cluster_token(call: Call) -> TrioResponse:
+    body = await call.body(JoinTokenBody, optional=True)
+    issued = await call.services.cluster.make_join_token(body.ttl_seconds)
+    return reply(
+        {
+            "token": issued.token,
+            "expires_at": rfc3339(issued.expires_at),
+            "command": issued.command,
+        },
+        201,
+    )
+
+
+async def metrics(call: Call) -> TrioResponse:
+    services = call.services
+    cluster = services.cluster
+    members = cluster.state.members
+    http = call.api.http_stats.snapshot()
+    inference = call.api.inference_stats.snapshot()
+    return reply(
+        {
+            "node_id": cluster.node_id,
+            "connected_peers": connected_peers(cluster),
+            "is_leader": cluster.is_leader,
+            "requests_processed": http.completed + http.failed,
+            "models_loaded": sum(len(cluster.presence(node_id).loaded) for node_id in members),
+            "cluster_size": len(members),
+            "scheduler_stats": {
+                "total_requests": inference.total,
+                "completed_requests": inference.completed,
+                "failed_requests": inference.failed,
+                "queued_requests": services.inference.queued(),
+                "average_latency": round(inference.average_latency_ms, 3),
+            },
+            "uptime": "running",
+            "status": "unhealthy" if _trouble(call) else "healthy",
+            "cpu_usage": round(services.host.cpu_percent(), 2),
+            "memory_usage": round(services.host.memory_percent(), 2),
+            "network_usage": round(services.host.network_percent(), 2),
+            "requests_per_second": round(http.per_second, 3),
+            "average_latency": round(http.average_latency_ms),
+            "active_connections": http.active,
+            "error_rate": round(http.error_percent, 3),
+            "uptime_seconds": round(services.monotonic() - call.api.started, 3),
+        }
+    )
+
+
+def connected_peers(cluster: Cluster) -> int:
+    """Other members that are online."""
+    return sum(
+        cluster.presence(node_id).online
+        for node_id in cluster.state.members
+        if node_id != cluster.node_id
+    )
+
+
+def format_uptime(seconds: float) -> str:
+    """`24h 15m 30s`, hours not limited to a day."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes}m {rest}s"
+
+
+def _trouble(call: Call) -> str | None:
+    """Why this node cannot serve, or None."""
+    cluster = call.services.cluster
+    lost_s = cluster.quorum_lost_for_s
+    if cluster.has_quorum or lost_s <= call.api.settings.election_timeout_s:
+        return None
+    return f"no quorum for {lost_s:.0f} s: too few of the {len(cluster.voters())} voters are there"
