@@ -1,0 +1,312 @@
+"""Serves inferences with the models of this node: what the scheduler calls.
+
+From a request in core's terms to a runner and back: load, wait for a slot, render and tokenize,
+stream. Which models stay in memory is the pool's affair, sampling llama.cpp's.
+"""
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+import trio
+
+from ollamad.core.inference import (
+    Chunk,
+    Embeddings,
+    EmbedRequest,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    InferenceError,
+    LoadedModel,
+    Options,
+)
+from ollamad.engine.assembly import Assembler, Gap, Piece
+from ollamad.engine.llama_client import CompletionEvent, RunnerGone, RunnerRefused, Timings
+from ollamad.engine.pool import Resident, RunnerPool, queue_full
+from ollamad.engine.process import Runner
+from ollamad.engine.prompt import prompt_ids, too_long
+from ollamad.engine.sampling import completion_body
+from ollamad.engine.spec import EngineSettings, ModelSpec, estimate_bytes, runner_config
+
+EMBED_GROUP = 32  # inputs in one question to the runner: bounds its answer, lets others in between
+MAX_SPELLINGS = 1024  # remembered of one model's untold tokens, a few hundred bytes each
+NS_PER_MS = 1_000_000
+NO_OPTIONS = Options()
+
+
+class Engine:
+    """The models of this node. Start `run`, then call the rest from any task."""
+
+    def __init__(self, settings: EngineSettings, free_memory: Callable[[], int]) -> None:
+        self._settings = settings
+        self._pool = RunnerPool(settings, free_memory)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the runners until cancelled; then they are killed.
+
+        Raises:
+          ValueError: the runtime directory's path is too long for Unix sockets.
+        """
+        await self._pool.run(task_status=task_status)
+
+    @contextlib.asynccontextmanager
+    async def generate(
+        self, spec: ModelSpec, request: GenerateRequest
+    ) -> AsyncIterator[trio.abc.ReceiveChannel[Event]]:
+        """Generate text: chunks, then one Finished or Failed, then the end of the channel.
+
+        Nothing begins before the first `receive`. Leaving the block early, or cancelling it,
+        frees the slot at once and stops the runner's work after the step that it is in. The
+        channel reads straight from the runner: it holds no buffer, so who does not receive
+        slows nobody but the own generation. One task may receive at a time.
+        """
+        async with contextlib.aclosing(self._events(spec, request)) as events:
+            yield _Events(events)
+
+    async def embed(self, spec: ModelSpec, request: EmbedRequest) -> Embeddings:
+        """One vector for each input: the mean over its tokens for a generative model.
+
+        An input longer than the context, or for a generative model than `num_batch` (512),
+        is cut if `request.truncate`.
+
+        Raises:
+          InferenceError: with what the client should see.
+        """
+        started = time.perf_counter_ns()
+        options = request.options.over(spec.options)
+        async with self._resident(spec, options, request.keep_alive_s) as resident:
+            load_duration = time.perf_counter_ns() - started
+            async with _slot(resident, self._settings.max_queue):
+                inputs = await _embedding_inputs(resident, request)
+                vectors: list[tuple[float, ...]] = []
+                for first in range(0, len(inputs), EMBED_GROUP):
+                    group = inputs[first : first + EMBED_GROUP]
+                    vectors += await resident.runner.client.embed(group)
+            self._pool.finished_well(resident)
+        return Embeddings(
+            vectors=tuple(vectors),
+            prompt_eval_count=sum(map(len, inputs)),
+            total_duration=time.perf_counter_ns() - started,
+            load_duration=load_duration,
+        )
+
+    async def load(
+        self, spec: ModelSpec, options: Options = NO_OPTIONS, keep_alive_s: float | None = None
+    ) -> None:
+        """Bring a model into memory.
+
+        Raises:
+          InferenceError: it cannot be loaded.
+        """
+        async with self._resident(spec, options.over(spec.options), keep_alive_s):
+            pass
+
+    async def unload(self, name: str) -> bool:
+        """Drop a model from memory, after its last running answer if there is one.
+
+        Returns whether it was loaded.
+        """
+        return await self._pool.unload(name)
+
+    def loaded(self) -> tuple[LoadedModel, ...]:
+        """The models in memory."""
+        return self._pool.loaded()
+
+    def estimate(self, spec: ModelSpec, options: Options = NO_OPTIONS) -> int:
+        """Bytes of memory that the model would take with these options.
+
+        Raises:
+          InferenceError: an option is out of range.
+        """
+        config = runner_config(spec, options.over(spec.options), self._settings)
+        return estimate_bytes(spec, config)
+
+    @contextlib.asynccontextmanager
+    async def _resident(
+        self, spec: ModelSpec, options: Options, keep_alive_s: float | None
+    ) -> AsyncIterator[Resident]:
+        """A model in memory that stays there meanwhile; the runner's faults are translated."""
+        config = runner_config(spec, options, self._settings)
+        resident = await self._pool.acquire(spec, config, keep_alive_s)
+        try:
+            yield resident
+        except RunnerGone:
+            raise InferenceError(await resident.runner.died()) from None
+        except RunnerRefused as refusal:
+            raise _translated(refusal) from None
+        finally:
+            self._pool.release(resident)
+
+    async def _events(
+        self, spec: ModelSpec, request: GenerateRequest
+    ) -> AsyncGenerator[Event, None]:
+        started = time.perf_counter_ns()
+        try:
+            if not (request.prompt if request.messages is None else request.messages):
+                yield await self._load_only(spec, request, started)
+                return
+            options = request.options.over(spec.options)
+            async with self._resident(spec, options, request.keep_alive_s) as resident:
+                load_duration = time.perf_counter_ns() - started
+                async with _slot(resident, self._settings.max_queue):
+                    limit = resident.config.context_length - 1  # room for a token of the answer
+                    ids = await prompt_ids(resident.runner, request, spec.system, limit)
+                    body = completion_body(
+                        ids, options, resident.config.context_length, request.format
+                    )
+                    emitted: list[int] = []
+                    stream = await resident.runner.client.open_completion(body)
+                    try:
+                        assembler = Assembler()
+                        while not (event := await stream.receive()).stop:
+                            for piece in assembler.feed(event):
+                                chunk = await _complete(resident.runner, piece)
+                                emitted += chunk.tokens
+                                yield chunk
+                    finally:
+                        stream.close()
+                    pieces, kept = assembler.finish(event.stop_type)
+                    if kept:
+                        text = await resident.runner.client.detokenize(kept)
+                        pieces.append(Chunk(text, tuple(kept)))
+                    for piece in pieces:
+                        chunk = await _complete(resident.runner, piece)
+                        emitted += chunk.tokens
+                        yield chunk
+                self._pool.finished_well(resident)
+                wants_context = request.messages is None and not request.raw
+                yield _finished(
+                    event, started, load_duration, (*ids, *emitted) if wants_context else ()
+                )
+        except InferenceError as error:
+            yield error.failure
+
+    async def _load_only(self, spec: ModelSpec, request: GenerateRequest, started: int) -> Finished:
+        reason: FinishReason = "load"
+        if request.keep_alive_s == 0:
+            await self.unload(spec.name)
+            reason = "unload"
+        else:
+            await self.load(spec, request.options, request.keep_alive_s)
+        duration = time.perf_counter_ns() - started
+        return Finished(
+            reason=reason,
+            total_duration=duration,
+            load_duration=duration if reason == "load" else 0,
+        )
+
+
+class _Events(trio.abc.ReceiveChannel[Event]):
+    """A generation as a channel that is read on demand."""
+
+    def __init__(self, events: AsyncGenerator[Event, None]) -> None:
+        self._events = events
+
+    async def receive(self) -> Event:
+        try:
+            return await anext(self._events)
+        except StopAsyncIteration:
+            raise trio.EndOfChannel from None
+
+    async def aclose(self) -> None:
+        await self._events.aclose()
+        await trio.lowlevel.checkpoint()
+
+
+@contextlib.asynccontextmanager
+async def _slot(resident: Resident, max_queue: int) -> AsyncIterator[None]:
+    """One of the runner's slots, first come, first served."""
+    if resident.slots.value == 0 and resident.queued >= max_queue:
+        raise queue_full()
+    resident.queued += 1
+    try:
+        await resident.slots.acquire()
+    finally:
+        resident.queued -= 1
+    resident.busy += 1
+    try:
+        yield
+    finally:
+        resident.busy -= 1
+        resident.slots.release()
+
+
+async def _complete(runner: Runner, piece: Piece) -> Chunk:
+    """The piece as a chunk, with the ids that the runner did not tell looked up."""
+    if isinstance(piece, Chunk):
+        return piece
+    ids = runner.spellings.get(piece)
+    if ids is None:
+        ids = await _spell(runner, piece)
+        while len(runner.spellings) >= MAX_SPELLINGS:
+            del runner.spellings[next(iter(runner.spellings))]
+        runner.spellings[piece] = ids
+    return Chunk(piece.text, ids)
+
+
+async def _spell(runner: Runner, gap: Gap) -> tuple[int, ...]:
+    """The ids of a gap: how the tokenizer spells its text, if that fits what is known.
+
+    Models write almost always as their tokenizer reads. When one did not (a grammar can make it
+    spell a character otherwise), the tokenizer's ids are taken nevertheless: they stand for the
+    same text.
+    """
+    plain = await runner.client.tokenize(gap.text, add_special=False, parse_special=False)
+    if gap.fits(plain):
+        return tuple(plain)
+    # SentencePiece puts a space before a text; after a line end it does not.
+    after_line = await runner.client.tokenize(
+        "\n" + gap.text, add_special=False, parse_special=False
+    )
+    tail = after_line[-len(gap.ids) :]
+    return tuple(tail if gap.fits(tail) else plain)
+
+
+async def _embedding_inputs(resident: Resident, request: EmbedRequest) -> list[list[int]]:
+    limit = min(resident.config.context_length, resident.config.batch)
+    client = resident.runner.client
+    inputs = []
+    for text in request.inputs:
+        ids = await client.tokenize(text, add_special=True, parse_special=False)
+        if not ids:
+            message = "there is nothing to embed: an input is empty"
+            raise InferenceError(Failed(code="EMPTY_INPUT", message=message, status=400))
+        if len(ids) > limit:
+            if not request.truncate:
+                raise too_long(len(ids), limit)
+            # What the tokenizer puts at the end (a separator) stays there.
+            bare = await client.tokenize(text, add_special=False, parse_special=False)
+            end = ids[-1:] if ids[-1:] != bare[-1:] else []
+            ids = ids[: limit - len(end)] + end
+        inputs.append(ids)
+    return inputs
+
+
+def _finished(
+    event: CompletionEvent, started: int, load_duration: int, context: tuple[int, ...]
+) -> Finished:
+    timings = event.timings or Timings()
+    return Finished(
+        reason="length" if event.stop_type == "limit" else "stop",
+        total_duration=time.perf_counter_ns() - started,
+        load_duration=load_duration,
+        prompt_eval_count=event.tokens_evaluated,
+        prompt_eval_duration=int(timings.prompt_ms * NS_PER_MS),
+        eval_count=event.tokens_predicted,
+        eval_duration=int(timings.predicted_ms * NS_PER_MS),
+        context=context,
+        prompt_cached_count=timings.cache_n,
+    )
+
+
+def _translated(refusal: RunnerRefused) -> InferenceError:
+    """What the client should see of an error that the runner answered with."""
+    error = refusal.error
+    if error.type == "exceed_context_size_error":
+        return too_long(error.n_prompt_tokens, error.n_ctx)
+    if 400 <= refusal.status < 500:
+        return InferenceError(Failed(code="INVALID_REQUEST", message=error.message, status=400))
+    return InferenceError(Failed(code="ENGINE_ERROR", message=error.message))

@@ -1,0 +1,342 @@
+"""A client of llama.cpp's server protocol on a Unix socket, with little work for each token.
+
+HTTP/1.1 with h11 on a trio stream; foreign errors are translated here. It knows nothing of
+models, slots or processes. The paths and fields are llama-server's own, so that a binary built
+elsewhere serves as well.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import h11
+import msgspec
+import trio
+
+RECEIVE_BYTES = 1 << 16
+MAX_IDLE_CONNECTIONS = 2  # each one occupies a thread of the runner
+IDLE_CONNECTION_S = 2.0  # llama.cpp's server closes them after five seconds
+MAX_ANSWER_BYTES = 256 << 20  # 32 embeddings of 8,192 numbers are 6 MiB; a template is small
+MAX_LINE_BYTES = 64 << 20  # of a stream; the last one repeats the whole prompt
+
+T = TypeVar("T")
+
+
+class RunnerGone(Exception):
+    """The connection broke or could not be made: the runner has most likely died."""
+
+
+class RunnerRefused(Exception):
+    """The runner answered with an error."""
+
+    def __init__(self, status: int, error: "ErrorBody") -> None:
+        super().__init__(error.message)
+        self.status = status
+        self.error = error
+
+
+class ErrorBody(msgspec.Struct):
+    """llama-server's description of an error."""
+
+    message: str = "no reason given"
+    type: str = ""
+    code: int = 500
+    n_prompt_tokens: int = 0
+    n_ctx: int = 0
+
+
+class _ErrorAnswer(msgspec.Struct):
+    error: ErrorBody = msgspec.field(default_factory=ErrorBody)
+
+
+class Timings(msgspec.Struct, gc=False):
+    """What a completion cost; times in milliseconds."""
+
+    cache_n: int = 0
+    prompt_n: int = 0
+    prompt_ms: float = 0.0
+    predicted_n: int = 0
+    predicted_ms: float = 0.0
+
+
+class CompletionEvent(msgspec.Struct):
+    """One line of a streamed `/completion`; the one with `stop` is the last."""
+
+    content: str = ""
+    tokens: list[int] = []
+    stop: bool = False
+    tokens_predicted: int = 0  # so far
+    tokens_evaluated: int = 0  # the prompt's
+    stop_type: str = ""  # eos, limit or word
+    timings: Timings | None = None
+    error: ErrorBody | None = None
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int]
+
+
+class _Content(msgspec.Struct):
+    content: str
+
+
+class _Prompt(msgspec.Struct):
+    prompt: str
+
+
+class _Embedding(msgspec.Struct):
+    index: int
+    embedding: tuple[float, ...]
+
+
+class _Embeddings(msgspec.Struct):
+    data: list[_Embedding]
+
+
+class Slot(msgspec.Struct):
+    """One of the runner's places for a running request."""
+
+    id: int
+    is_processing: bool
+
+
+_decode_event = msgspec.json.Decoder(CompletionEvent).decode
+
+
+class LlamaClient:
+    """Speaks to the runner behind one socket. Cancelling a call closes its connection.
+
+    Every call raises RunnerGone if the runner is not there or goes away, RunnerRefused if it
+    answers with an error.
+    """
+
+    def __init__(self, socket_path: Path) -> None:
+        self._path = str(socket_path)
+        self._idle: list[_Connection] = []
+
+    async def is_ready(self) -> bool:
+        """Whether the model is loaded. False also while nobody listens yet."""
+        try:
+            status, _ = await self._request("GET", "/health")
+        except RunnerGone:
+            return False
+        return status == 200
+
+    async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """The token ids of a text; `add_special` adds BOS (and EOS) where the model wants it."""
+        question = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        return (await self._ask("/tokenize", question, _Tokens)).tokens
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of some token ids, with the text of special tokens."""
+        return (await self._ask("/detokenize", {"tokens": list(tokens)}, _Content)).content
+
+    async def apply_template(self, messages: Sequence[Any]) -> str:
+        """The prompt that the model's chat template makes of messages (`role`, `content`)."""
+        return (await self._ask("/apply-template", {"messages": messages}, _Prompt)).prompt
+
+    async def embed(self, inputs: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+        """One vector, L2-normalised, for each input of token ids, in their order."""
+        answer = await self._ask("/v1/embeddings", {"input": inputs}, _Embeddings)
+        answer.data.sort(key=lambda item: item.index)
+        return [item.embedding for item in answer.data]
+
+    async def slots(self) -> list[Slot]:
+        """What the runner's slots are doing."""
+        status, body = await self._request("GET", "/slots")
+        return _answer(status, body, list[Slot])
+
+    async def open_completion(self, body: bytes) -> "CompletionStream":
+        """Send a `/completion` request (JSON with `stream`) on a connection of its own.
+
+        Returns when the runner has begun to answer, which is after the prompt's evaluation.
+        """
+        connection = await self._connect()
+        try:
+            status = await connection.send("POST", "/completion", body)
+            if status != 200:
+                raise RunnerRefused(status, _error_of(await connection.read_all()))
+        except BaseException:
+            connection.close()
+            raise
+        return CompletionStream(connection)
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        while self._idle:
+            self._idle.pop().close()
+
+    async def _ask(self, target: str, question: object, answer_type: type[T]) -> T:
+        status, body = await self._request("POST", target, msgspec.json.encode(question))
+        return _answer(status, body, answer_type)
+
+    async def _request(self, method: str, target: str, body: bytes = b"") -> tuple[int, bytes]:
+        while (connection := self._take_idle()) is not None:
+            # It may have been closed meanwhile; then the next one is tried, a new one at last.
+            with contextlib.suppress(RunnerGone):
+                return await self._exchange(connection, method, target, body)
+        return await self._exchange(await self._connect(), method, target, body)
+
+    async def _exchange(
+        self, connection: "_Connection", method: str, target: str, body: bytes
+    ) -> tuple[int, bytes]:
+        try:
+            status = await connection.send(method, target, body)
+            answer = await connection.read_all()
+            reusable = connection.reset()
+        except BaseException:
+            connection.close()
+            raise
+        if reusable and len(self._idle) < MAX_IDLE_CONNECTIONS:
+            self._idle.append(connection)
+        else:
+            connection.close()
+        return status, answer
+
+    def _take_idle(self) -> "_Connection | None":
+        while self._idle:
+            connection = self._idle.pop()
+            if trio.current_time() - connection.last_used < IDLE_CONNECTION_S:
+                return connection
+            connection.close()
+        return None
+
+    async def _connect(self) -> "_Connection":
+        try:
+            return _Connection(await trio.open_unix_socket(self._path))
+        except OSError as error:
+            raise RunnerGone(f"cannot connect to the runner: {error}") from error
+
+
+class CompletionStream:
+    """A running completion. Whoever opened it must close it; closing early cancels it."""
+
+    def __init__(self, connection: "_Connection") -> None:
+        self._connection = connection
+        self._buffer = bytearray()
+        self._scanned = 0  # bytes of the buffer without a line end
+
+    async def receive(self) -> CompletionEvent:
+        """The next event.
+
+        Raises:
+          RunnerGone: the stream ended without its last event.
+          RunnerRefused: the runner gave up on the request.
+        """
+        while True:
+            line = self._next_line()
+            if line is None:
+                data = await self._connection.receive_body()
+                if not data:
+                    raise RunnerGone("the runner ended the stream in the middle")
+                self._buffer += data
+                continue
+            if not line.startswith(b"data: "):
+                continue  # the blank line after an event, or a comment that keeps it alive
+            try:
+                event = _decode_event(line[6:])
+            except msgspec.DecodeError as error:
+                raise RunnerGone(f"the runner sent what is no event: {error}") from error
+            if event.error is not None:
+                raise RunnerRefused(event.error.code, event.error)
+            return event
+
+    def close(self) -> None:
+        """Close the connection; the runner stops a generation that is not over."""
+        self._connection.close()
+
+    def _next_line(self) -> bytes | None:
+        end = self._buffer.find(b"\n", self._scanned)
+        if end < 0:
+            self._scanned = len(self._buffer)
+            if self._scanned > MAX_LINE_BYTES:
+                raise RunnerGone("the runner sent an endless line")
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        self._scanned = 0
+        return line
+
+
+class _Connection:
+    """One HTTP/1.1 connection. After an error or a cancellation it can only be closed."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self._http = h11.Connection(h11.CLIENT)
+        self.last_used = 0.0
+
+    async def send(self, method: str, target: str, body: bytes) -> int:
+        """Send a request; returns the answer's status when its head has arrived."""
+        headers = [("Host", "runner"), ("Content-Length", str(len(body)))]
+        if body:
+            headers.append(("Content-Type", "application/json"))
+        request = h11.Request(method=method, target=target, headers=headers)
+        data = self._http.send(request) or b""
+        data += self._http.send(h11.Data(data=body)) or b""
+        data += self._http.send(h11.EndOfMessage()) or b""
+        try:
+            await self._stream.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise RunnerGone(f"the runner closed the connection: {error}") from error
+        while True:
+            event = await self._next_event()
+            if isinstance(event, h11.Response):
+                return event.status_code
+            if not isinstance(event, h11.InformationalResponse):
+                raise RunnerGone("the runner closed the connection without an answer")
+
+    async def receive_body(self) -> bytes:
+        """The next part of the answer's body; empty at its end."""
+        event = await self._next_event()
+        return bytes(event.data) if isinstance(event, h11.Data) else b""
+
+    async def read_all(self) -> bytes:
+        """The answer's whole body."""
+        parts = bytearray()
+        while data := await self.receive_body():
+            parts += data
+            if len(parts) > MAX_ANSWER_BYTES:
+                raise RunnerGone("the runner's answer is too long")
+        return bytes(parts)
+
+    def reset(self) -> bool:
+        """Get ready for another request; false if the connection is spent."""
+        if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+            return False
+        self._http.start_next_cycle()
+        self.last_used = trio.current_time()
+        return True
+
+    def close(self) -> None:
+        """Close at once, without waiting."""
+        self._stream.socket.close()
+
+    async def _next_event(self) -> object:
+        while True:
+            try:
+                event = self._http.next_event()
+                if event is not h11.NEED_DATA:
+                    return event
+                self._http.receive_data(await self._stream.receive_some(RECEIVE_BYTES))
+            except h11.RemoteProtocolError as error:
+                raise RunnerGone(f"the runner broke off: {error}") from error
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise RunnerGone(f"the runner closed the connection: {error}") from error
+
+
+def _answer(status: int, body: bytes, answer_type: type[T]) -> T:
+    if status != 200:
+        raise RunnerRefused(status, _error_of(body))
+    try:
+        return msgspec.json.decode(body, type=answer_type)
+    except msgspec.DecodeError as error:
+        raise RunnerGone(f"the runner's answer cannot be read: {error}") from error
+
+
+def _error_of(body: bytes) -> ErrorBody:
+    try:
+        return msgspec.json.decode(body, type=_ErrorAnswer).error
+    except msgspec.DecodeError:
+        return ErrorBody(message=body[:200].decode(errors="replace") or "no reason given")

@@ -1,0 +1,316 @@
+"""Which models are in memory: loads them, keeps them, makes room, notices when they die.
+
+One load at a time, as in Ollama. A model that serves somebody is never evicted: who needs the
+room waits. The pool knows nothing of prompts and tokens.
+"""
+
+import dataclasses
+import logging
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from ollamad.core.inference import Failed, InferenceError, LoadedModel
+from ollamad.engine.process import Runner
+from ollamad.engine.spec import EngineSettings, ModelSpec, RunnerConfig, estimate_bytes
+
+MAX_SOCKET_PATH = 107  # bytes; Linux has 108 with the closing zero (sun_path)
+FIRST_BACK_OFF_S = 0.5  # before the restart after a second crash in a row; the first is free
+MAX_BACK_OFF_S = 30.0
+GIB = 1 << 30
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Resident:
+    """A model whose runner is ready. `pins` counts the requests that hold it."""
+
+    spec: ModelSpec
+    config: RunnerConfig
+    runner: Runner
+    size: int  # bytes, estimated
+    slots: trio.Semaphore
+    keep_alive_s: float
+    pins: int = 0
+    busy: int = 0
+    queued: int = 0
+    last_used: float = 0.0
+    retiring: bool = False  # takes no new requests; ends when the last one is through
+
+    @property
+    def expires_at(self) -> float:
+        """On trio's clock; infinite while it is used or stays for ever."""
+        if self.pins or self.keep_alive_s < 0:
+            return math.inf
+        return self.last_used + self.keep_alive_s
+
+
+@dataclasses.dataclass(slots=True)
+class _Crashes:
+    in_a_row: int = 0
+    last: float = 0.0
+
+    def restart_at(self) -> float:
+        if self.in_a_row < 2:
+            return 0.0
+        return self.last + min(MAX_BACK_OFF_S, FIRST_BACK_OFF_S * 2.0 ** (self.in_a_row - 2))
+
+
+class RunnerPool:
+    """The runners of this node. `free_memory` tells the bytes that new processes may take."""
+
+    def __init__(self, settings: EngineSettings, free_memory: Callable[[], int]) -> None:
+        self._settings = settings
+        self._free_memory = free_memory
+        self._residents: dict[str, Resident] = {}
+        self._crashes: dict[str, _Crashes] = {}
+        self._load_lock = trio.Lock()
+        self._waiting = 0  # requests that wait for a load
+        self._nursery: trio.Nursery | None = None
+        self._changed = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """Own the runners until cancelled; then they are killed.
+
+        Raises:
+          ValueError: the path of the runtime directory is too long for sockets.
+        """
+        directory = self._settings.runtime_dir
+        longest = os.fsencode(_socket_path(directory))
+        if len(longest) > MAX_SOCKET_PATH:
+            raise ValueError(
+                f"the runtime directory {directory} makes socket paths of {len(longest)} bytes; "
+                f"the system allows {MAX_SOCKET_PATH}: choose a shorter one"
+            )
+        _prepare(directory)
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                await self._end_idle_runners()
+        finally:
+            self._nursery = None
+
+    async def acquire(
+        self, spec: ModelSpec, config: RunnerConfig, keep_alive_s: float | None
+    ) -> Resident:
+        """The runner of a model, loaded if need be, pinned until `release`.
+
+        Waits for busy models to make room. On cancellation a load that this call began ends.
+
+        Raises:
+          InferenceError: the model cannot be loaded, or too many requests wait already.
+        """
+        key = _key(spec.name)
+        resident = self._find(key, spec, config)
+        if resident is None:
+            if self._waiting >= self._settings.max_queue:
+                raise queue_full()
+            self._waiting += 1
+            try:
+                async with self._load_lock:
+                    resident = self._find(key, spec, config)
+                    if resident is None:
+                        resident = await self._load(key, spec, config)
+                    resident.pins += 1
+            finally:
+                self._waiting -= 1
+        else:
+            resident.pins += 1
+        resident.keep_alive_s = (
+            self._settings.keep_alive_s if keep_alive_s is None else keep_alive_s
+        )
+        return resident
+
+    def release(self, resident: Resident) -> None:
+        """Give back what `acquire` gave."""
+        resident.pins -= 1
+        resident.last_used = trio.current_time()
+        self._notify()
+
+    def finished_well(self, resident: Resident) -> None:
+        """The runner has proved that it works: its crashes are forgotten."""
+        self._crashes.pop(_key(resident.spec.name), None)
+
+    async def unload(self, name: str) -> bool:
+        """End a model's runner: now if it is idle, else after its last answer.
+
+        Returns whether it was loaded.
+        """
+        resident = self._residents.get(_key(name))
+        if resident is None:
+            return False
+        resident.keep_alive_s = 0.0
+        if not resident.pins:
+            await self._end(resident)
+        return True
+
+    def loaded(self) -> tuple[LoadedModel, ...]:
+        """The models in memory, in the order of their loading."""
+        return tuple(self._describe(resident) for resident in self._residents.values())
+
+    def _describe(self, resident: Resident) -> LoadedModel:
+        expires_at = 0.0
+        if resident.keep_alive_s >= 0:
+            since = trio.current_time() if resident.pins else resident.last_used
+            expires_at = time.time() - trio.current_time() + since + resident.keep_alive_s
+        return LoadedModel(
+            name=resident.spec.name,
+            digest=resident.spec.digest,
+            size=resident.size,
+            size_vram=0,
+            context_length=resident.config.context_length,
+            expires_at=expires_at,
+            slots=resident.config.parallel,
+            busy=resident.busy,
+            queued=resident.queued,
+        )
+
+    def _find(self, key: str, spec: ModelSpec, config: RunnerConfig) -> Resident | None:
+        resident = self._residents.get(key)
+        if resident is None or resident.retiring or resident.runner.over:
+            return None
+        same = resident.config == config and resident.spec.digest == spec.digest
+        return resident if same else None
+
+    async def _load(self, key: str, spec: ModelSpec, config: RunnerConfig) -> Resident:
+        if self._nursery is None:
+            raise RuntimeError("the engine does not run")
+        if (old := self._residents.get(key)) is not None:
+            await self._end(old)
+        crashes = self._crashes.get(key, _Crashes())
+        await trio.sleep_until(max(crashes.restart_at(), trio.current_time()))
+        size = estimate_bytes(spec, config)
+        await self._make_room(spec.name, size)
+        runner = Runner(
+            spec,
+            config,
+            self._settings.runner_command,
+            _socket_path(self._settings.runtime_dir),
+            self._settings.load_timeout_s,
+        )
+        resident = Resident(
+            spec=spec,
+            config=config,
+            runner=runner,
+            size=size,
+            slots=trio.Semaphore(config.parallel),
+            keep_alive_s=self._settings.keep_alive_s,
+            last_used=trio.current_time(),
+        )
+        failure = await self._nursery.start(self._keep, key, resident)
+        if failure is not None:
+            raise InferenceError(failure)
+        self._residents[key] = resident
+        self._notify()
+        return resident
+
+    async def _keep(
+        self, key: str, resident: Resident, *, task_status: trio.TaskStatus[Failed | None]
+    ) -> None:
+        try:
+            await resident.runner.run(task_status=task_status)
+        finally:
+            if self._residents.get(key) is resident:
+                del self._residents[key]
+            self._notify()
+        if resident.runner.crashed:
+            crashes = self._crashes.setdefault(key, _Crashes())
+            crashes.in_a_row += 1
+            crashes.last = trio.current_time()
+            log.warning(
+                "the runner of %s ended by itself: %s",
+                resident.spec.name,
+                resident.runner.describe_end(),
+            )
+
+    async def _make_room(self, name: str, size: int) -> None:
+        """End idle models, the longest unused first, until one of `size` bytes fits."""
+        while True:
+            changed = self._changed
+            free = self._free_memory()
+            most = free + sum(resident.size for resident in self._residents.values())
+            if size > most:
+                raise InferenceError(_no_memory(name, size, most))
+            full = len(self._residents) >= max(1, self._settings.max_loaded_models)
+            if size <= free and not full:
+                return
+            idle = [r for r in self._residents.values() if not r.pins]
+            if idle:
+                victim = min(idle, key=lambda resident: resident.last_used)
+                log.info("%s makes room for %s", victim.spec.name, name)
+                await self._end(victim)
+            elif self._residents:
+                await changed.wait()
+            else:
+                raise InferenceError(_no_memory(name, size, free))
+
+    async def _end(self, resident: Resident) -> None:
+        """End a runner when its last request is through; cancelled before, it stays."""
+        resident.retiring = True
+        try:
+            while resident.pins and not resident.runner.over:
+                await self._changed.wait()
+        except trio.Cancelled:
+            resident.retiring = False
+            raise
+        resident.runner.stop()
+        await resident.runner.exited.wait()
+        # `_keep` takes it out right after this; who waited must not see it any more.
+        key = _key(resident.spec.name)
+        if self._residents.get(key) is resident:
+            del self._residents[key]
+
+    async def _end_idle_runners(self) -> None:
+        while True:
+            changed = self._changed
+            now = trio.current_time()
+            for resident in list(self._residents.values()):
+                if resident.expires_at <= now and not resident.retiring:
+                    log.info("%s is unloaded after its keep-alive", resident.spec.name)
+                    await self._end(resident)
+            deadline = min((r.expires_at for r in self._residents.values()), default=math.inf)
+            with trio.move_on_at(deadline):
+                await changed.wait()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+
+def queue_full() -> InferenceError:
+    """The error when too many requests wait, in Ollama's words."""
+    message = "server busy, please try again.  maximum pending requests exceeded"
+    return InferenceError(Failed(code="QUEUE_FULL", message=message, status=503))
+
+
+def _no_memory(name: str, size: int, free: int) -> Failed:
+    message = (
+        f"{name} needs about {size / GIB:.1f} GiB of memory, but {free / GIB:.1f} GiB can be had; "
+        "lower num_ctx or the number of parallel requests, or choose a smaller model"
+    )
+    details: dict[str, str | int | float | list[str]] = {"needed": size, "available": free}
+    return Failed(code="INSUFFICIENT_MEMORY", message=message, status=503, details=details)
+
+
+def _key(name: str) -> str:
+    return name.lower()
+
+
+def _socket_path(directory: Path) -> Path:
+    """A new path; a socket's file that is left over would refuse a second server."""
+    return directory / f"runner-{secrets.token_hex(6)}.sock"
+
+
+def _prepare(directory: Path) -> None:
+    """Make the directory ours alone and clear what an unclean end left there."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    directory.chmod(0o700)  # whoever reaches a socket may use the model
+    for leftover in directory.glob("runner-*.sock"):
+        leftover.unlink(missing_ok=True)

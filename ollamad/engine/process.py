@@ -1,0 +1,187 @@
+"""One runner process: started, waited for until its model is loaded, listened to, ended."""
+
+import collections
+import logging
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import trio
+
+from ollamad.core.inference import Failed
+from ollamad.engine.assembly import Gap
+from ollamad.engine.llama_client import LlamaClient, RunnerGone, RunnerRefused
+from ollamad.engine.spec import ModelSpec, RunnerConfig
+
+LOG_LINES = 50  # kept of a runner's output, for error messages
+MAX_LOG_LINE = 500  # characters
+READY_POLL_S = 0.01  # first pause between two questions whether the model is loaded
+MAX_READY_POLL_S = 0.1
+LAST_OUTPUT_S = 0.5  # a dead runner's pipe is at its end, unless a child of it lives on
+END_S = 5.0  # for the kernel to take a killed process's memory back
+REPORTED_LINES = 10  # of the output, in an error's details
+
+log = logging.getLogger(__name__)
+
+
+class Runner:
+    """A runner process and the way to talk to it.
+
+    `exited` is set when the process is gone. The socket's path must be free and short enough.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        config: RunnerConfig,
+        command: tuple[str, ...],
+        socket_path: Path,
+        load_timeout_s: float,
+    ) -> None:
+        self.client = LlamaClient(socket_path)
+        self.exited = trio.Event()
+        self.empty_prompt: list[int] = []  # what the tokenizer makes of nothing: mostly BOS
+        self.spellings: dict[Gap, tuple[int, ...]] = {}  # ids that were looked up before
+        self.crashed = False  # ended by itself after it was ready
+        self._name = spec.name
+        self._argv = [*command, "--socket", str(socket_path), *config.arguments()]
+        self._socket_path = socket_path
+        self._load_timeout_s = load_timeout_s
+        self._asked_to_stop = False
+        self._over = trio.Event()  # asked to stop, or ended by itself
+        self._output_read = trio.Event()
+        self._output: collections.deque[str] = collections.deque(maxlen=LOG_LINES)
+        self._process: trio.Process | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether the process has ended or was asked to."""
+        return self._over.is_set()
+
+    def stop(self) -> None:
+        """Ask the process to end; `exited` tells when it has."""
+        self._asked_to_stop = True
+        self._over.set()
+
+    async def run(self, *, task_status: trio.TaskStatus[Failed | None]) -> None:
+        """Start the process and keep it until `stop`, its own end, or cancellation.
+
+        Reports as started when the model is loaded, or with the reason why it cannot be.
+        """
+        started = time.perf_counter()
+        try:
+            process = await trio.lowlevel.open_process(
+                self._argv,
+                stdin=subprocess.PIPE,  # its closing ends the runner, however the daemon ends
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's ^C is for the daemon alone
+            )
+        except OSError as error:
+            self.exited.set()
+            message = f"the runner {self._argv[0]!r} cannot be started: {error}"
+            task_status.started(Failed(code="LOAD_FAILED", message=message))
+            return
+        self._process = process
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._read_output, process)
+                nursery.start_soon(self._watch, process)
+                failure = await self._load()
+                if failure is None:
+                    log.info("%s loaded in %.1f s", self._name, time.perf_counter() - started)
+                    task_status.started(None)
+                    await self._over.wait()
+                    self.crashed = not self._asked_to_stop
+                else:
+                    task_status.started(failure)
+                nursery.cancel_scope.cancel()
+        finally:
+            await self._end(process)
+
+    async def died(self) -> Failed:
+        """What a request hears that lost its connection; waits a moment for the reason."""
+        with trio.move_on_after(END_S):
+            await self._over.wait()
+        return self._failure("RUNNER_DIED", "stopped in the middle", self.describe_end())
+
+    def describe_end(self) -> str:
+        """Why the process ended, as far as it is known, in words for people."""
+        status = None if self._process is None else self._process.returncode
+        if status is None:
+            return "it closed the connection"
+        if status == -signal.SIGKILL:
+            return "it was killed, as the system does when memory runs out"
+        if status < 0:
+            return f"it crashed with {signal.Signals(-status).name}"
+        return f"it ended with exit code {status}"
+
+    def last_errors(self) -> list[str]:
+        """The last lines of output that are errors, each once; any lines if there is none."""
+        lines = list(self._output)
+        errors = [_without_prefix(line) for line in lines if " E " in line]
+        return list(dict.fromkeys(errors or lines))[-REPORTED_LINES:]
+
+    async def _load(self) -> Failed | None:
+        pause_s = READY_POLL_S
+        with trio.move_on_after(self._load_timeout_s):
+            while not self._over.is_set():
+                try:
+                    if await self.client.is_ready():
+                        self.empty_prompt = await self.client.tokenize(
+                            "", add_special=True, parse_special=False
+                        )
+                        return None
+                except (RunnerGone, RunnerRefused) as error:
+                    log.debug("%s: %s", self._name, error)
+                with trio.move_on_after(pause_s):
+                    await self._over.wait()
+                pause_s = min(MAX_READY_POLL_S, 1.5 * pause_s)
+        if self._over.is_set():
+            reason = self.describe_end()
+        else:
+            reason = f"it was not ready after {self._load_timeout_s:g} s"
+        return self._failure("LOAD_FAILED", "could not be loaded", reason)
+
+    async def _read_output(self, process: trio.Process) -> None:
+        assert process.stdout is not None
+        rest = b""
+        async for data in process.stdout:
+            *lines, rest = (rest + data).split(b"\n")
+            rest = rest[:MAX_LOG_LINE]
+            for line in lines:
+                text = line[:MAX_LOG_LINE].decode(errors="replace").rstrip()
+                self._output.append(text)
+                log.debug("%s: %s", self._name, text)
+        self._output_read.set()
+
+    async def _watch(self, process: trio.Process) -> None:
+        await process.wait()
+        with trio.move_on_after(LAST_OUTPUT_S):
+            await self._output_read.wait()
+        self._over.set()
+
+    async def _end(self, process: trio.Process) -> None:
+        """Kill the process: it holds nothing that would want a farewell."""
+        self.client.close()
+        with trio.move_on_after(END_S, shield=True):
+            process.kill()
+            await process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    await pipe.aclose()
+        self._socket_path.unlink(missing_ok=True)
+        self.exited.set()
+
+    def _failure(self, code: str, what: str, reason: str) -> Failed:
+        lines = self.last_errors()
+        # The first error is the cause, the others are mostly its consequences.
+        cause = f" ({lines[0]})" if lines else ""
+        message = f"the runner of {self._name} {what}: {reason}{cause}"
+        return Failed(code=code, message=message, details={"log": lines})
+
+
+def _without_prefix(line: str) -> str:
+    """The line without llama.cpp's time and level (`0.00.014.525 E `)."""
+    return line.partition(" E ")[2].strip()

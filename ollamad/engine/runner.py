@@ -1,0 +1,118 @@
+"""The child process that does the maths of one model: llama.cpp's server on a Unix socket.
+
+It knows nothing of the daemon but its standard input, a pipe that the daemon holds and never
+writes to. When the daemon ends, in whatever way, the kernel closes the pipe and ends the runner
+with it. The parent-death signal of Linux (PR_SET_PDEATHSIG) would be a trap here: it fires when
+the *thread* that started the child ends, and trio starts processes in worker threads that end
+after ten idle seconds.
+
+Its start is part of every load, so it imports the standard library only, and xllamacpp inside
+the function: the daemon never loads llama.cpp.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+PROMPT_CACHE_MIB = 128  # kept of prompts whose slot another prompt took
+OOM_SCORE_ADJUSTMENT = 500  # of 1000: under memory pressure a runner goes long before the daemon
+LOG_VERBOSITY = 2  # llama.cpp's scale: errors and warnings
+F_SETSIG = 10  # missing in Python's fcntl module; Linux, all architectures
+
+
+def run_runner(argv: Sequence[str]) -> int:
+    """Serve one model until standard input closes; returns the exit code if the load fails.
+
+    llama.cpp prints its reasons on standard error.
+    """
+    arguments = _parse(argv)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the daemon, which ends this process
+    _die_with_parent()
+    _prefer_to_be_killed()
+
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = arguments.model
+    params.hostnames = [arguments.socket]
+    params.n_ctx = arguments.ctx * arguments.parallel  # llama.cpp shares it among the slots
+    params.n_parallel = arguments.parallel
+    params.cpuparams.n_threads = arguments.threads
+    params.cpuparams_batch.n_threads = arguments.threads
+    params.n_batch = arguments.batch
+    params.n_ubatch = arguments.batch
+    params.n_gpu_layers = arguments.gpu_layers
+    # The same context serves generation and embeddings; generation is not slower for it.
+    params.embedding = True
+    if arguments.pooling == "mean":
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+    if arguments.chat_template:
+        params.chat_template = arguments.chat_template
+    params.ctx_shift = True  # a full context drops its older half after num_keep, as in Ollama
+    params.cache_ram_mib = PROMPT_CACHE_MIB
+    # A stream and a question beside it for every slot, and the daemon's idle connections: when
+    # the HTTP threads run out, a request waits for a connection to time out.
+    params.n_threads_http = 2 * arguments.parallel + 4
+    params.ui = False
+    params.endpoint_slots = True
+    params.endpoint_metrics = True
+    params.endpoint_props = False  # it would let a client change settings; reading works without
+    params.warmup = False
+    params.verbosity = LOG_VERBOSITY
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError:
+        return 1  # llama.cpp has said why
+    # The server took the signals over in its constructor.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Event().wait()
+    del server
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ollamad runner", description=__doc__.splitlines()[0])
+    parser.add_argument("--socket", required=True, help="Unix socket to listen on")
+    parser.add_argument("--model", required=True, help="GGUF file")
+    parser.add_argument("--ctx", type=int, required=True, help="tokens a slot")
+    parser.add_argument("--parallel", type=int, required=True, help="slots")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True, help="tokens evaluated at once")
+    parser.add_argument("--gpu-layers", type=int, default=-1)
+    parser.add_argument("--pooling", choices=["mean"], default=None)
+    parser.add_argument("--chat-template", default="", help="Jinja, instead of the file's own")
+    return parser.parse_args(argv)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when the other end of standard input closes.
+
+    A thread that reads would come too late: the constructor of the server holds the GIL until
+    the model is loaded, which can take minutes.
+    """
+    stdin = sys.stdin.fileno()
+    fcntl.fcntl(stdin, F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(stdin, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(stdin, fcntl.F_SETFL, fcntl.fcntl(stdin, fcntl.F_GETFL) | os.O_ASYNC)
+    # The daemon may have died before the line above.
+    poll = select.poll()
+    poll.register(stdin, select.POLLHUP)
+    if poll.poll(0):
+        os._exit(0)
+
+
+def _prefer_to_be_killed() -> None:
+    with contextlib.suppress(OSError):  # not on Linux, or not permitted: a wish, not a need
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJUSTMENT))
+
+
+if __name__ == "__main__":
+    sys.exit(run_runner(sys.argv[1:]))

@@ -1,0 +1,82 @@
+"""How Ollama's options become the body of a `/completion` request."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from ollamad.core.inference import Failed, InferenceError, Options
+
+# Where neither the request nor the model says anything: Ollama's defaults.
+DEFAULTS = Options(
+    num_keep=4,
+    num_predict=-1,
+    seed=-1,
+    temperature=0.8,
+    top_k=40,
+    top_p=0.9,
+    min_p=0.0,
+    typical_p=1.0,
+    repeat_last_n=64,
+    repeat_penalty=1.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    mirostat=0,
+    mirostat_tau=5.0,
+    mirostat_eta=0.1,
+    stop=(),
+)
+
+# Ollama's bound on an answer without a bound of its own, in contexts: a model that never ends
+# must end.
+MAX_CONTEXTS = 10
+
+_ANY_JSON_OBJECT = msgspec.Raw(b'{"type":"object"}')
+
+
+def completion_body(
+    prompt: Sequence[int], options: Options, context_length: int, format_: str
+) -> bytes:
+    """The JSON body that asks the runner for a streamed completion of these token ids.
+
+    Raises:
+      InferenceError: `format_` is neither "json" nor a JSON schema.
+    """
+    chosen = options.over(DEFAULTS)
+    limit = MAX_CONTEXTS * context_length
+    wanted = chosen.num_predict or -1
+    body: dict[str, Any] = {
+        "prompt": prompt,
+        "stream": True,
+        "return_tokens": True,
+        "cache_prompt": True,
+        "n_predict": min(wanted, limit) if wanted > 0 else limit,
+        "n_keep": chosen.num_keep,
+        "seed": -1 if chosen.seed is None or chosen.seed < 0 else chosen.seed,
+        "temperature": chosen.temperature,
+        "top_k": chosen.top_k,
+        "top_p": chosen.top_p,
+        "min_p": chosen.min_p,
+        "typical_p": chosen.typical_p,
+        "repeat_last_n": chosen.repeat_last_n,
+        "repeat_penalty": chosen.repeat_penalty,
+        "presence_penalty": chosen.presence_penalty,
+        "frequency_penalty": chosen.frequency_penalty,
+        "mirostat": chosen.mirostat,
+        "mirostat_tau": chosen.mirostat_tau,
+        "mirostat_eta": chosen.mirostat_eta,
+        "stop": [text for text in chosen.stop or () if text],
+    }
+    if format_:
+        body["json_schema"] = _ANY_JSON_OBJECT if format_ == "json" else _schema(format_)
+    return msgspec.json.encode(body)
+
+
+def _schema(text: str) -> msgspec.Raw:
+    try:
+        if isinstance(msgspec.json.decode(text), dict):
+            return msgspec.Raw(text.encode())
+    except msgspec.DecodeError:
+        pass
+    message = 'the format must be "json" or a JSON schema (an object)'
+    raise InferenceError(Failed(code="INVALID_FORMAT", message=message, status=400))

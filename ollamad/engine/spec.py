@@ -1,0 +1,137 @@
+"""What the engine is told: about a model, about itself, and what a runner is started with.
+
+Values only. Nothing in here starts, opens or measures anything.
+"""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from ollamad.core.inference import Failed, InferenceError, Options
+from ollamad.core.state import ModelDetails
+from ollamad.engine.runner import PROMPT_CACHE_MIB
+
+MIB = 1 << 20
+
+DEFAULT_BATCH = 512  # tokens evaluated at once; Ollama's default
+MIN_CONTEXT = 4  # tokens; Ollama raises smaller ones to this too
+MAX_CONTEXT = 1 << 24  # tokens; far above any model, well below what overflows llama.cpp's int
+MAX_BATCH = 1 << 16  # tokens; compute buffers grow with it
+
+# Measured: 52 MiB for the program and its libraries, 100 MiB of compute buffers for batches of
+# 512 and a vocabulary of 49,000; a vocabulary of 128,000 takes 150 MiB more.
+RUNNER_OVERHEAD_BYTES = 320 * MIB
+# For files that do not tell their layers: a model of 4 GB with full attention keeps 0.5 MB a
+# token, newer ones (grouped attention) a quarter of that.
+KV_GUESS_DIVISOR = 8192
+
+
+class ModelSpec(msgspec.Struct, frozen=True):
+    """All that the engine needs to know of a model; its files are on this node."""
+
+    name: str  # shortest form with tag
+    digest: str
+    gguf_path: str
+    size: int  # bytes of the weights
+    details: ModelDetails = ModelDetails()
+    # A chat template in Jinja that replaces the file's own. A Go template (Ollama's) is not
+    # Jinja and is left aside: the template in the file is used then.
+    template: str | None = None
+    system: str | None = None  # system prompt for requests that bring none
+    options: Options = Options()  # the model's own parameters
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """How this node runs models."""
+
+    runtime_dir: Path  # for the runners' sockets; made with mode 0700, owned by the engine
+    keep_alive_s: float = 300.0  # an idle model stays that long; negative: for ever
+    num_parallel: int = 4  # requests that one model serves at the same time
+    max_loaded_models: int = 3
+    context_length: int = 4096  # tokens a request, where neither request nor model says
+    max_queue: int = 512  # requests that wait for one model's slots, or for a load
+    load_timeout_s: float = 300.0
+    # What starts a runner; its arguments follow. A frozen program puts itself here.
+    runner_command: tuple[str, ...] = (sys.executable, "-m", "ollamad", "runner")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunnerConfig:
+    """What a runner is started with. A request that needs another one causes a reload."""
+
+    model_path: str
+    context_length: int  # tokens a slot
+    parallel: int
+    threads: int
+    batch: int
+    gpu_layers: int = -1  # -1: as many as fit
+    pooling: str = ""  # how embeddings are pooled; empty: as the model's file says
+    chat_template: str = ""  # Jinja; empty: the one in the file
+
+    def arguments(self) -> list[str]:
+        """The command line of `ollamad runner`, without the socket."""
+        arguments = ["--model", self.model_path]
+        arguments += ["--ctx", str(self.context_length), "--parallel", str(self.parallel)]
+        arguments += ["--threads", str(self.threads), "--batch", str(self.batch)]
+        arguments += ["--gpu-layers", str(self.gpu_layers)]
+        if self.pooling:
+            arguments += ["--pooling", self.pooling]
+        if self.chat_template:
+            arguments += ["--chat-template", self.chat_template]
+        return arguments
+
+
+def runner_config(spec: ModelSpec, options: Options, settings: EngineSettings) -> RunnerConfig:
+    """What a runner for this model and these options (already over the model's) looks like.
+
+    Raises:
+      InferenceError: an option is out of range.
+    """
+    context = settings.context_length if options.num_ctx is None else options.num_ctx
+    _check_range("num_ctx", context, 1, MAX_CONTEXT)
+    context = max(MIN_CONTEXT, context)
+    if spec.details.context_length:
+        context = min(context, spec.details.context_length)  # beyond, a model talks nonsense
+    batch = DEFAULT_BATCH if options.num_batch is None else options.num_batch
+    _check_range("num_batch", batch, 1, MAX_BATCH)
+    generates = "completion" in spec.details.capabilities
+    if not generates:
+        # An embedding model reads an input in one go, so the batch must hold a whole one.
+        batch = max(batch, min(context, MAX_BATCH))
+    threads = options.num_thread or 0
+    template = spec.template or ""
+    return RunnerConfig(
+        model_path=spec.gguf_path,
+        context_length=context,
+        parallel=max(1, settings.num_parallel),
+        threads=threads if threads > 0 else usable_cores(),
+        batch=batch,
+        gpu_layers=-1 if options.num_gpu is None else max(-1, options.num_gpu),
+        # Generative models have no pooling of their own; the mean is what Ollama takes too.
+        pooling="mean" if generates else "",
+        chat_template=template if "{%" in template else "",
+    )
+
+
+def estimate_bytes(spec: ModelSpec, config: RunnerConfig) -> int:
+    """Bytes of memory that a runner takes: weights, the cache of all slots, and overhead."""
+    kv_bytes_per_token = spec.details.kv_bytes_per_token or spec.size // KV_GUESS_DIVISOR
+    kv = kv_bytes_per_token * config.context_length * config.parallel
+    return spec.size + kv + RUNNER_OVERHEAD_BYTES + PROMPT_CACHE_MIB * MIB
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use; hyperthreads only slow the maths down."""
+    allowed = len(os.sched_getaffinity(0))
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        message = f"the option {name} is {value}; it must be from {low} to {high}"
+        raise InferenceError(Failed(code="INVALID_OPTION", message=message, status=400))
