@@ -1,0 +1,515 @@
+"""What stands between the network and PySyncObj, so that its known defects cannot be reached.
+
+In: every message is checked against the paper before the library sees it. Entries that are held
+already are cut off, so that it truncates on a conflict only (§5.3); answers and votes of another
+term, and a second vote of one voter, are dropped; an election needs a pre-vote (thesis, 9.6).
+Out: answers say only what the message proved, and carry the term.
+
+Knows no socket, no disk and no time but what it is given. See `docs/consensus.md`.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pysyncobj.node import Node
+from pysyncobj.transport import Transport
+
+from ollamad.core.ids import NodeId, short
+from ollamad.raft.errors import JournalFailed, SafetyViolation
+from ollamad.raft.journal import Blob, Journal, unpack_snapshot
+from ollamad.raft.private import CANDIDATE, LEADER, Core, Timing
+from ollamad.wire.raftwire import (
+    MAX_ENTRIES,
+    SNAPSHOT_CHUNK_SIZE,
+    Ack,
+    Append,
+    Entry,
+    Forward,
+    Install,
+    MalformedMessage,
+    Message,
+    Outdated,
+    Placed,
+    PreVote,
+    PreVoteRequest,
+    TakeOver,
+    Vote,
+    VoteRequest,
+)
+
+logger = logging.getLogger(__name__)
+
+CATCH_UP_ENTRIES = 256  # how far behind a learner may be when it becomes a voter
+
+
+class Machine(Protocol):
+    """The part of the state machine that the fence needs."""
+
+    def restore(self, data: bytes) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """An Append cut to what is new here."""
+
+    append: Append
+    proved_index: int  # this node and the leader agree up to here, once it is carried out
+    matches: bool  # whether the entry before the message's first is held
+    resume_index: int = 0  # if it is not: where the leader should go on
+
+
+def narrow(message: Append, journal: Journal, commit_index: int) -> Narrowed:
+    """Cut what is held already off an Append, so that what is left starts at a real difference.
+
+    The library deletes everything after `prev_index`, needed or not. Without entries left, the
+    result points at the last entry held, after which there is nothing to delete.
+
+    Raises:
+      SafetyViolation: the leader contradicts an entry that is committed here.
+    """
+    first, last = journal[0][1], journal[-1][1]
+    prev_index, prev_term, entries = message.prev_index, message.prev_term, message.entries
+    proved = prev_index + len(entries)
+    if prev_index < first:
+        # The front of the log is in the snapshot: committed, so the leader has the same.
+        skipped = min(first - prev_index, len(entries))
+        if prev_index + skipped < first:
+            return Narrowed(_heartbeat(message, journal, proved), proved, True)
+        prev_index, prev_term, entries = first, entries[skipped - 1].term, entries[skipped:]
+    if prev_index > last:
+        return Narrowed(message, 0, False, last + 1)
+    if journal.term_at(prev_index) != prev_term:
+        _refuse_below(prev_index, commit_index)
+        return Narrowed(message, 0, False, _start_of_term(prev_index, journal, commit_index))
+    held = 0
+    while held < len(entries) and journal.term_at(prev_index + held + 1) == entries[held].term:
+        held += 1
+    if held == len(entries):
+        return Narrowed(_heartbeat(message, journal, proved), proved, True)
+    prev_index, entries = prev_index + held, entries[held:]
+    if prev_index < last:
+        _refuse_below(prev_index + 1, commit_index)
+    prev_term = journal.term_at(prev_index) or 0
+    commit = min(message.commit_index, proved)
+    return Narrowed(Append(message.term, commit, prev_index, prev_term, entries), proved, True)
+
+
+def _heartbeat(message: Append, journal: Journal, proved: int) -> Append:
+    _, last, last_term = journal[-1]
+    return Append(message.term, min(message.commit_index, proved), last, last_term)
+
+
+def _refuse_below(index: int, commit_index: int) -> None:
+    if index <= commit_index:
+        raise SafetyViolation(
+            f"the leader has another entry {index}, which is committed here; one of the two "
+            "lost a part of its disk"
+        )
+
+
+def _start_of_term(index: int, journal: Journal, commit_index: int) -> int:
+    """The first entry of that entry's term, so that the leader goes back a term at a time."""
+    term = journal.term_at(index)
+    while index - 1 > commit_index and journal.term_at(index - 1) == term:
+        index -= 1
+    return index
+
+
+class FencedTransport(Transport):  # type: ignore[misc]
+    """Turns what the library sends into our messages, and holds back what disk must know first."""
+
+    def __init__(self, journal: Journal, send: Callable[[NodeId, Message], None]) -> None:
+        super().__init__(None, None, [])
+        self._journal = journal
+        self._send = send
+        self._held: list[tuple[int, NodeId, Message]] = []
+        self.proved: int | None = None  # what the Append that is being handled proves
+        self.resume: int | None = None
+        self.term: Callable[[], int] = lambda: 0
+
+    def send(self, node: Node, message: dict[str, Any]) -> bool:
+        to = NodeId(node.id)
+        match message["type"]:
+            case "append_entries":
+                # May overtake our own sync of the entries, not that of the term.
+                for append in _to_appends(message):
+                    self.emit(to, append, self._journal.term_generation)
+            case "next_node_idx":
+                self.emit_synced(to, self._to_ack(message))
+            case "request_vote":
+                self.emit_synced(
+                    to,
+                    VoteRequest(
+                        message["term"], message["last_log_index"], message["last_log_term"]
+                    ),
+                )
+            case "response_vote":
+                self.emit_synced(to, Vote(message["term"]))
+            case "timeout_now":
+                self.emit_synced(to, TakeOver(message["term"]))
+            case "apply_command":
+                self.emit(to, Forward(message["request_id"], message["command"]), 0)
+            case "apply_command_response":
+                # Says where an entry was put, not that it is safe there.
+                self.emit(to, _to_placed(message), 0)
+            case unknown:
+                raise AssertionError(f"the library sends {unknown!r}")
+        return True
+
+    def emit_synced(self, to: NodeId, message: Message) -> None:
+        """Send as soon as all that this node has decided so far is durable."""
+        self.emit(to, message, self._journal.generation)
+
+    def emit(self, to: NodeId, message: Message, generation: int) -> None:
+        """Send as soon as that generation of the journal is durable."""
+        if generation <= self._journal.durable_generation:
+            self._send(to, message)
+        else:
+            self._held.append((generation, to, message))
+
+    def release(self) -> None:
+        """Send what was waiting for the sync that just ended."""
+        held, self._held = self._held, []
+        for generation, to, message in held:
+            self.emit(to, message, generation)
+
+    def _to_ack(self, message: dict[str, Any]) -> Ack:
+        next_index = message["next_node_idx"]
+        if message["success"] and self.proved is not None:
+            next_index = self.proved + 1
+        elif message["reset"] and self.resume is not None:
+            next_index = self.resume
+        return Ack(self.term(), next_index, message["success"], message["reset"])
+
+
+def _to_appends(message: dict[str, Any]) -> list[Message]:
+    term, commit = message["term"], message["commit_index"]
+    if "serialized" in message:
+        if message["serialized"] is None:
+            return [Install(term, 0, 0, bytes(32), b"")]
+        blob, offset, _ = message["serialized"]
+        data = blob.data[offset : offset + SNAPSHOT_CHUNK_SIZE]
+        return [Install(term, offset, len(blob.data), blob.sha256, data)]
+    prev_index, prev_term = message["prevLogIdx"], message["prevLogTerm"]
+    entries = message["entries"]
+    appends: list[Message] = []
+    while True:
+        part = entries[:MAX_ENTRIES]
+        wire = tuple(Entry(entry_term, command) for command, _, entry_term in part)
+        appends.append(Append(term, commit, prev_index, prev_term, wire))
+        entries = entries[MAX_ENTRIES:]
+        if not entries:
+            return appends
+        prev_index, prev_term = part[-1][1], part[-1][2]
+
+
+def _to_placed(message: dict[str, Any]) -> Placed:
+    if "error" in message:
+        return Placed(message["request_id"], error=message["error"])
+    return Placed(message["request_id"], message["log_idx"], message["log_term"])
+
+
+class Fence:
+    """One node's fence around its `Core`."""
+
+    def __init__(
+        self,
+        core: Core,
+        transport: FencedTransport,
+        self_id: NodeId,
+        machine: Machine,
+        timing: Timing,
+    ) -> None:
+        self._core = core
+        self._journal = core.journal
+        self._transport = transport
+        self._self_id = self_id
+        self._machine = machine
+        self._timing = timing
+        self._leader_heard = float("-inf")
+        self._votes: tuple[int, set[NodeId]] = (0, set())  # term, who voted for us in it
+        self._pre_votes: tuple[int, set[NodeId]] | None = None  # proposed term, who would
+        self._election_won_pre_vote = False
+        self._incoming: tuple[bytes, bytearray] | None = None  # sha256 and data of a snapshot
+        self.should_transfer = False  # this leader was asked to remove itself
+        transport.term = core.term
+
+    # Messages that come in.
+
+    def receive(self, sender: NodeId, message: Message) -> None:
+        """Take in one message of an authenticated member.
+
+        Raises:
+          MalformedMessage: no correct node says this.
+          SafetyViolation: this node must stop.
+        """
+        core = self._core
+        match message:
+            case Append():
+                if self._from_leader(sender, message.term):
+                    self._on_append(sender, message)
+            case Install():
+                if self._from_leader(sender, message.term):
+                    self._on_install(sender, message)
+            case Ack():
+                self._on_ack(sender, message)
+            case Outdated(term):
+                if term > core.term():
+                    core.step_down(term)
+            case VoteRequest(term, last_index, last_term):
+                if term > core.term():
+                    core.step_down(term)
+                core.deliver(
+                    sender,
+                    {
+                        "type": "request_vote",
+                        "term": term,
+                        "last_log_index": last_index,
+                        "last_log_term": last_term,
+                    },
+                )
+            case Vote():
+                self._on_vote(sender, message)
+            case PreVoteRequest():
+                self._on_pre_vote_request(sender, message)
+            case PreVote():
+                self._on_pre_vote(sender, message)
+            case TakeOver(term):
+                if term == core.term() and self._is_voter():
+                    core.deliver(sender, {"type": "timeout_now", "term": term})
+            case Forward(request_id, command):
+                core.deliver(
+                    sender, {"type": "apply_command", "request_id": request_id, "command": command}
+                )
+            case Placed():
+                self._on_placed(sender, message)
+
+    def _from_leader(self, sender: NodeId, term: int) -> bool:
+        core = self._core
+        if term < core.term():
+            self._transport.emit_synced(sender, Outdated(core.term()))
+            return False
+        if term == core.term() and core.state() == LEADER:
+            raise MalformedMessage(f"{short(sender)} claims to lead term {term}, which is ours")
+        known = core.leader_id()
+        if term == core.term() and known not in (None, sender):
+            raise MalformedMessage(f"{short(sender)} and {short(known or sender)} lead one term")
+        self._leader_heard = core.clock()
+        self._pre_votes = None
+        self._election_won_pre_vote = False
+        return True
+
+    def _on_append(self, sender: NodeId, message: Append) -> None:
+        narrowed = narrow(message, self._journal, self._core.commit_index())
+        append = narrowed.append
+        if narrowed.matches:
+            self._transport.proved = narrowed.proved_index
+        else:
+            self._transport.resume = narrowed.resume_index
+        index = append.prev_index
+        try:
+            self._core.deliver(
+                sender,
+                {
+                    "type": "append_entries",
+                    "term": append.term,
+                    "commit_index": append.commit_index,
+                    "prevLogIdx": append.prev_index,
+                    "prevLogTerm": append.prev_term,
+                    "entries": [
+                        (entry.command, index + place, entry.term)
+                        for place, entry in enumerate(append.entries, 1)
+                    ],
+                },
+            )
+        finally:
+            self._transport.proved = self._transport.resume = None
+
+    def _on_install(self, sender: NodeId, message: Install) -> None:
+        core = self._core
+        # For the library a heartbeat without a commit index: a snapshot proves nothing about the
+        # entries held, which the library would commit up to the leader's index.
+        core.deliver(
+            sender,
+            {
+                "type": "append_entries",
+                "term": message.term,
+                "commit_index": 0,
+                "serialized": None,
+            },
+        )
+        success, next_index = False, core.last_index() + 1
+        blob = self._assemble(message)
+        if blob is not None:
+            try:
+                snapshot = unpack_snapshot(blob)
+            except JournalFailed as error:
+                raise MalformedMessage(f"snapshot: {error}") from None
+            if snapshot.index > core.commit_index():
+                self._machine.restore(snapshot.state)
+                core.install(blob, snapshot)
+                logger.info("took over the leader's snapshot at entry %d", snapshot.index)
+            success, next_index = True, snapshot.index + 1
+        self._transport.emit_synced(sender, Ack(core.term(), next_index, success, reset=False))
+
+    def _assemble(self, message: Install) -> Blob | None:
+        if not message.data:
+            return None
+        if message.offset == 0:
+            self._incoming = (message.sha256, bytearray())
+        if self._incoming is None:
+            return None
+        sha256, data = self._incoming
+        if sha256 != message.sha256 or len(data) != message.offset:
+            self._incoming = None  # a part was lost; the leader will find out and start again
+            return None
+        data += message.data
+        if len(data) < message.total:
+            return None
+        self._incoming = None
+        if hashlib.sha256(data).digest() != sha256:
+            logger.error("a snapshot arrived that does not match its checksum; asking again")
+            return None
+        return Blob(bytes(data), sha256)
+
+    def _on_ack(self, sender: NodeId, message: Ack) -> None:
+        core = self._core
+        if message.term > core.term():
+            core.step_down(message.term)
+        if message.term != core.term() or core.state() != LEADER:
+            return
+        if not core.is_follower_of_mine(sender):
+            return
+        end = core.last_index() + 1
+        if message.next_index < 1 or (message.success and message.next_index > end):
+            raise MalformedMessage(f"{short(sender)} answers about entry {message.next_index}")
+        core.deliver_ack(sender, min(message.next_index, end), message.success, message.reset)
+
+    def _on_vote(self, sender: NodeId, message: Vote) -> None:
+        core = self._core
+        if message.term != core.term() or core.state() != CANDIDATE:
+            return
+        term, voters = self._votes
+        if term != message.term:
+            voters = set()
+            self._votes = (message.term, voters)
+        if sender in voters or sender not in self._journal.voters:
+            return
+        voters.add(sender)
+        core.deliver(sender, {"type": "response_vote", "term": message.term})
+
+    def _on_placed(self, sender: NodeId, message: Placed) -> None:
+        answer: dict[str, Any] = {
+            "type": "apply_command_response",
+            "request_id": message.request_id,
+            "log_idx": message.index,
+            "log_term": message.term,
+        }
+        if message.error:
+            answer["error"] = message.error
+        self._core.deliver(sender, answer)
+
+    # Elections.
+
+    def before_tick(self) -> None:
+        """Put a pre-vote before the library's election, which its next tick would start."""
+        core = self._core
+        now = core.clock()
+        if core.state() == LEADER or now < core.election_deadline():
+            return
+        if not self._is_voter():
+            core.lose_leader()
+        elif not core.has_other_voters() or core.transfer_in_progress():
+            core.call_election()
+        elif self._election_won_pre_vote:
+            self._election_won_pre_vote = False
+            core.call_election()
+        else:
+            core.lose_leader()
+            self._ask_pre_votes()
+
+    def _ask_pre_votes(self) -> None:
+        core = self._core
+        proposed = core.term() + 1
+        self._pre_votes = (proposed, set())
+        _, last_index, last_term = self._journal[-1]
+        request = PreVoteRequest(proposed, last_index, last_term)
+        for voter in sorted(self._journal.voters - {self._self_id}):
+            self._transport.emit_synced(voter, request)
+
+    def _on_pre_vote_request(self, sender: NodeId, message: PreVoteRequest) -> None:
+        core = self._core
+        _, last_index, last_term = self._journal[-1]
+        granted = (
+            message.proposed_term > core.term()
+            and (message.last_term, message.last_index) >= (last_term, last_index)
+            and core.state() != LEADER  # a leader without a majority steps down by itself
+            and not self.leader_is_alive()
+        )
+        answer = PreVote(core.term(), message.proposed_term, granted)
+        self._transport.emit_synced(sender, answer)
+
+    def _on_pre_vote(self, sender: NodeId, message: PreVote) -> None:
+        core = self._core
+        if message.term > core.term():
+            core.step_down(message.term)
+            self._pre_votes = None
+        if self._pre_votes is None or not message.granted or core.state() == LEADER:
+            return
+        proposed, voters = self._pre_votes
+        if proposed != message.proposed_term or proposed != core.term() + 1:
+            return
+        if sender not in self._journal.voters:
+            return
+        voters.add(sender)
+        if self._is_majority(voters | {self._self_id}):
+            self._pre_votes = None
+            self._election_won_pre_vote = True
+            core.call_election()
+
+    def leader_is_alive(self) -> bool:
+        """Whether a leader spoke so lately that no follower's timeout can have passed."""
+        sticky_s = self._timing.election_min_s - self._timing.heartbeat_s / 2
+        return self._core.clock() - self._leader_heard < sticky_s
+
+    # What the run loop and the users ask.
+
+    def has_quorum(self) -> bool:
+        """Whether this node was in touch with a majority, or its leader, within a timeout."""
+        core = self._core
+        since = core.clock() - self._timing.election_max_s
+        if core.state() == LEADER:
+            heard = {v for v in self._journal.voters if core.last_heard(v) > since}
+            return self._is_majority(heard | {self._self_id})
+        return core.leader_id() is not None and self._leader_heard > since
+
+    def may_change_voters(self, voters: frozenset[NodeId]) -> bool:
+        """Whether this leader may put that membership entry into its log now."""
+        core, journal = self._core, self._journal
+        if len(voters ^ journal.voters) != 1:
+            return False
+        if self._self_id not in voters:
+            self.should_transfer = True  # the next leader will be asked again
+            return False
+        # Ongaro's correction of single-server changes: first an entry of our own term.
+        if core.commit_index() < max(journal.membership_index, core.term_start_index()):
+            return False
+        return all(self.caught_up(added) for added in voters - journal.voters)
+
+    def caught_up(self, node_id: NodeId) -> bool:
+        """Whether this leader's learner would not hold up commits as a voter."""
+        core = self._core
+        if core.state() != LEADER or not core.is_connected(node_id):
+            return False
+        alive = core.clock() - core.last_heard(node_id) < self._timing.election_max_s
+        return alive and core.match_index(node_id) + CATCH_UP_ENTRIES >= core.last_index()
+
+    def _is_voter(self) -> bool:
+        return self._self_id in self._journal.voters
+
+    def _is_majority(self, nodes: set[NodeId]) -> bool:
+        voters = self._journal.voters
+        return 2 * len(nodes & voters) > len(voters)

@@ -1,0 +1,530 @@
+"""One daemon's part in consensus: runs the fenced library inside the trio loop.
+
+Two loops: `_tick_loop` runs the library whenever something happened or a timer is due, and
+`_sync_loop` makes the journal durable, many changes at a time, and then lets go the messages
+that waited for it. There is no other thread than the store's.
+"""
+
+import logging
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from ollamad.core.ids import NodeId, short
+from ollamad.raft import private
+from ollamad.raft.errors import (
+    ApplyFailed,
+    ChangeRefused,
+    CommandTooLarge,
+    NodeFailed,
+    NoQuorum,
+    OutcomeUnknown,
+    RaftError,
+)
+from ollamad.raft.fence import Fence, FencedTransport
+from ollamad.raft.journal import COMPACTION_TAIL, Journal, Store, unpack_snapshot
+from ollamad.raft.private import LEADER, Core, Timing
+from ollamad.wire.raftwire import (
+    MAX_COMMAND_SIZE,
+    MAX_VOTERS,
+    REGULAR,
+    Ack,
+    Append,
+    Install,
+    Message,
+    decode,
+    encode,
+    encode_voters,
+)
+
+logger = logging.getLogger(__name__)
+
+COMPACT_ENTRIES = 4096  # new entries that make a snapshot worth while
+COMPACT_BYTES = 16 << 20  # or that many bytes of them
+MIN_COMPACT_ENTRIES = 64  # but never fewer entries than that, however large
+RETRY_MIN_S = 0.01  # pause between two attempts of a proposal, at random up to
+RETRY_MAX_S = 0.05
+SHUTDOWN_S = 5.0  # for the last write and the closing of the journal
+TIMER_GRAIN_S = 0.001  # the library's heartbeat is due only after its time
+
+# Answers after which a command is certain not to happen through that attempt.
+_DEFINITE_REFUSALS = {
+    private.QUEUE_FULL,
+    private.MISSING_LEADER,
+    private.NOT_LEADER,
+    private.DISCARDED,
+    private.REQUEST_DENIED,
+}
+
+
+class StateMachine(Protocol):
+    """What is replicated. Called in the trio loop, so each call must be short."""
+
+    def apply(self, command: bytes) -> bytes:
+        """Carry out a committed command; deterministic, and it must not raise."""
+
+    def snapshot(self) -> bytes:
+        """The whole state."""
+
+    def restore(self, data: bytes) -> None:
+        """Replace the whole state by that of a `snapshot`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RaftStatus:
+    """This node's view at one moment. `leader` may be out of date; see `has_quorum`."""
+
+    leader: NodeId | None
+    is_leader: bool
+    term: int
+    voters: frozenset[NodeId]
+
+
+@dataclass(slots=True)
+class _Attempt:
+    done: trio.Event = field(default_factory=trio.Event)
+    result: object = None
+    error: int = private.UNKNOWN_OUTCOME
+
+    def finish(self, result: object, error: int) -> None:
+        self.result, self.error = result, error
+        self.done.set()
+
+
+class RaftNode:
+    """A member of the consensus: `open`, then `bootstrap` or `start_as_learner`, then `run`.
+
+    Args:
+      self_id: this node.
+      store: where the journal is kept; `run` closes it.
+      machine: what committed commands are applied to.
+      send: takes a frame for a node; must not block or raise, and may drop the frame.
+      observer: is told of a new leader, role, term or list of voters.
+      clock: monotonic seconds; trio's by default, so that tests can use virtual time.
+      rng: for election timeouts and pauses.
+    """
+
+    def __init__(
+        self,
+        self_id: NodeId,
+        store: Store,
+        machine: StateMachine,
+        send: Callable[[NodeId, bytes], None],
+        *,
+        timing: Timing | None = None,
+        observer: Callable[[RaftStatus], None] | None = None,
+        clock: Callable[[], float] = trio.current_time,
+        rng: random.Random | None = None,
+    ) -> None:
+        private.check_library()
+        self.id = self_id
+        self._store = store
+        self._machine = machine
+        self._send = send
+        self._timing = timing or Timing()
+        self._observer = observer
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self._is_open = False
+        self._failure: NodeFailed | None = None
+        self._wake = trio.Event()  # for the tick loop
+        self._dirty = trio.Event()  # for the sync loop
+        self._changed = trio.Event()  # replaced at each change of the status
+        self._status = RaftStatus(None, False, 0, frozenset())
+        self._announced = (0, 0)  # last index and commit index that the followers were sent
+
+    # Start and end.
+
+    async def open(self) -> bool:
+        """Read the journal and bring the state machine up to the last known commit.
+
+        Returns:
+          Whether this node knows its cluster. If not, `bootstrap` or `start_as_learner` is due.
+
+        Raises:
+          JournalFailed: the journal is corrupt, newer, locked or unreadable; it says which.
+        """
+        stored = await self._store.load()
+        journal = Journal(stored)
+        transport = FencedTransport(journal, lambda to, message: self._send(to, encode(message)))
+        core = Core(self.id, journal, transport, self, self._timing, self._clock, self._rng)
+        fence = Fence(core, transport, self.id, self._machine, self._timing)
+        self._core, self._fence, self._journal, self._transport = core, fence, journal, transport
+        self._is_open = True
+        if journal.snapshot_blob is not None:
+            snapshot = unpack_snapshot(journal.snapshot_blob)
+            self._machine.restore(snapshot.state)
+            core.start_from(snapshot.index)
+        core.apply_committed()
+        self._notice()
+        return bool(journal.voters)
+
+    def bootstrap(self) -> None:
+        """Found a cluster of this node alone. Only after an `open` that knew no cluster."""
+        self._require_blank()
+        self._journal.add(encode_voters(frozenset({self.id})), self._core.last_index() + 1, 0)
+        self._core.use_voters(self._journal.voters)
+
+    def start_as_learner(self, voters: frozenset[NodeId]) -> None:
+        """Follow a cluster whose voters are those, until its log says otherwise."""
+        self._require_blank()
+        self._journal.set_hint(voters - {self.id})
+        self._core.use_voters(self._journal.voters)
+
+    def _require_blank(self) -> None:
+        if not self._is_open or self._journal.voters:
+            raise RaftError("this node has not been opened, or knows its cluster already")
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take part until cancelled; then write what is left and close the journal.
+
+        Raises:
+          NodeFailed: the disk failed, or another node contradicts what is committed here. This
+            node must not go on without somebody looking at it.
+        """
+        try:
+            if not self._is_open or not self._journal.voters:
+                raise RaftError("neither bootstrap nor start_as_learner was called")
+            if self.voters == {self.id}:
+                self._core.call_election()  # nobody else could lead, so why wait
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._sync_loop)
+                task_status.started()
+                await self._tick_loop()
+                nursery.cancel_scope.cancel()
+            assert self._failure is not None
+            raise self._failure
+        finally:
+            with trio.move_on_after(SHUTDOWN_S, shield=True):
+                if self._failure is None and self._is_open and self._journal.voters:
+                    await self._store.commit(self._journal.last_words())
+                await self._store.aclose()
+
+    # The network's side.
+
+    def receive(self, sender: NodeId, frame: bytes) -> None:
+        """Take in a frame of an authenticated member.
+
+        Raises:
+          MalformedMessage: the frame breaks the protocol; close the link that brought it.
+        """
+        message = decode(frame)
+        core, journal = self._core, self._journal
+        before = (core.state(), core.term(), core.leader_id(), core.election_deadline())
+        generation = journal.generation
+        try:
+            self._fence.receive(sender, message)
+        except NodeFailed as error:
+            self._fail(error)
+            return
+        if journal.generation != generation:
+            self._dirty.set()
+        after = (core.state(), core.term(), core.leader_id(), core.election_deadline())
+        if self._calls_for_tick(message) or before[:3] != after[:3] or after[3] < before[3]:
+            self._wake.set()
+
+    def _calls_for_tick(self, message: Message) -> bool:
+        core = self._core
+        match message:
+            case Append() | Install():
+                # Heartbeats, most of what arrives, only move the deadline on.
+                return core.commit_index() > core.applied_index() or bool(self._new_voters())
+            case Ack(_, next_index, success, reset):
+                return reset or (success and next_index - 1 > core.commit_index())
+            case _:
+                return True
+
+    def peer_connected(self, node_id: NodeId) -> None:
+        """Frames for that node now leave. Voter or not follows from the log."""
+        if node_id != self.id:
+            self._core.connected(node_id)
+            self._wake.set()
+
+    def peer_disconnected(self, node_id: NodeId) -> None:
+        """Frames for that node do not leave any more."""
+        if node_id != self.id:
+            self._core.disconnected(node_id)
+            self._wake.set()
+
+    # What the daemon reads.
+
+    @property
+    def leader(self) -> NodeId | None:
+        """The leader that this node follows, itself included; possibly deposed by now."""
+        return self._status.leader
+
+    @property
+    def is_leader(self) -> bool:
+        return self._status.is_leader
+
+    @property
+    def term(self) -> int:
+        return self._status.term
+
+    @property
+    def voters(self) -> frozenset[NodeId]:
+        """The voters by this node's log."""
+        return self._status.voters
+
+    @property
+    def status(self) -> RaftStatus:
+        return self._status
+
+    @property
+    def has_quorum(self) -> bool:
+        """Whether a majority (for the leader) or the leader was heard within the timeout."""
+        return self._is_open and self._fence.has_quorum()
+
+    @property
+    def applied_index(self) -> int:
+        """Index of the last entry that the state machine includes."""
+        return self._core.applied_index()
+
+    def caught_up(self, node_id: NodeId) -> bool:
+        """Whether `add_voter` would accept that learner; only the leader knows, else False."""
+        return self._is_open and self._fence.caught_up(node_id)
+
+    async def wait_changed(self) -> RaftStatus:
+        """Wait for the next change of the status."""
+        await self._changed.wait()
+        return self._status
+
+    # What the daemon asks for.
+
+    async def propose(self, command: bytes, timeout_s: float) -> bytes:
+        """Have a command applied on all nodes, through whichever node leads.
+
+        The same bytes may be proposed several times on the way, so they need an id that `apply`
+        remembers.
+
+        Returns:
+          What `apply` returned on this node.
+
+        Raises:
+          NoQuorum: it did not happen and will not.
+          OutcomeUnknown: it may have happened or may still happen. The same is true when this
+            call is cancelled.
+          ApplyFailed: the state machine raised.
+          CommandTooLarge: the command is over the limit.
+          NodeFailed: this node has stopped.
+        """
+        if len(command) > MAX_COMMAND_SIZE:
+            raise CommandTooLarge(f"{len(command)} bytes; the limit is {MAX_COMMAND_SIZE}")
+        result = await self._submit(bytes([REGULAR]) + command, timeout_s)
+        if isinstance(result, ApplyFailed):
+            raise result
+        assert isinstance(result, bytes)
+        return result
+
+    async def add_voter(self, node_id: NodeId, timeout_s: float) -> None:
+        """Make a learner that has caught up a voter.
+
+        Raises:
+          ChangeRefused: it has not caught up, another change is under way, or there are enough.
+          NoQuorum, OutcomeUnknown, NodeFailed: as `propose`.
+        """
+        if len(self.voters | {node_id}) > MAX_VOTERS:
+            raise ChangeRefused(f"there are {len(self.voters)} voters, more are of no use")
+        await self._change_voters(node_id, True, timeout_s)
+
+    async def remove_voter(self, node_id: NodeId, timeout_s: float) -> None:
+        """Make a voter a learner. A leader that is to go hands over first.
+
+        Raises:
+          ChangeRefused: it is the last voter, or another change is under way.
+          NoQuorum, OutcomeUnknown, NodeFailed: as `propose`.
+        """
+        if self.voters == {node_id}:
+            raise ChangeRefused("the last voter cannot be removed")
+        await self._change_voters(node_id, False, timeout_s)
+
+    async def _change_voters(self, node_id: NodeId, adding: bool, timeout_s: float) -> None:
+        deadline = self._clock() + timeout_s
+        while True:
+            # One change at a time: this one starts from what the log says now.
+            voters = self._journal.voters
+            if (node_id in voters) == adding and not self._change_is_open():
+                return
+            wanted = voters | {node_id} if adding else voters - {node_id}
+            remaining_s = deadline - self._clock()
+            try:
+                await self._submit(encode_voters(wanted), remaining_s, refusal_is_final=True)
+            except ChangeRefused:
+                if self._clock() + self._timing.heartbeat_s >= deadline:
+                    raise
+                await trio.sleep(self._timing.heartbeat_s)
+
+    def _change_is_open(self) -> bool:
+        return self._core.commit_index() < self._journal.membership_index
+
+    async def transfer_leadership(self, timeout_s: float) -> None:
+        """If this node leads, have another voter lead; returns once this node does not.
+
+        Raises:
+          ChangeRefused: nobody else could take over in time.
+        """
+        with trio.move_on_after(timeout_s):
+            while self.is_leader:
+                self._core.transferLeadership()
+                with trio.move_on_after(self._timing.election_min_s):
+                    await self._changed.wait()
+        if self.is_leader:
+            raise ChangeRefused("no other voter is connected and up to date")
+
+    async def _submit(
+        self, entry: bytes, timeout_s: float, *, refusal_is_final: bool = False
+    ) -> object:
+        may_happen = False
+        with trio.move_on_after(max(0.0, timeout_s)):
+            while True:
+                while self.leader is None and self._failure is None:
+                    await self._changed.wait()
+                if self._failure is not None:
+                    raise self._failure
+                attempt = _Attempt()
+                callback = attempt.finish
+                certain_before, may_happen = not may_happen, True
+                self._core.submit(entry, callback)
+                self._wake.set()
+                try:
+                    with trio.move_on_after(self._timing.attempt_s):
+                        await attempt.done.wait()
+                finally:
+                    self._core.forget(callback)
+                if attempt.done.is_set():
+                    if attempt.error == private.SUCCESS:
+                        return attempt.result
+                    if attempt.error in _DEFINITE_REFUSALS:
+                        may_happen = not certain_before
+                    if attempt.error == private.REQUEST_DENIED and refusal_is_final:
+                        raise ChangeRefused(
+                            "another change of the voters is under way, or the node is not "
+                            "connected and up to date"
+                        )
+                await trio.sleep(self._rng.uniform(RETRY_MIN_S, RETRY_MAX_S))
+        if may_happen:
+            raise OutcomeUnknown(f"no answer within {timeout_s:g} s; it may still happen")
+        raise NoQuorum(f"no leader with a majority within {timeout_s:g} s")
+
+    # The fence's side (`private.Rules`).
+
+    def apply(self, command: bytes, index: int) -> object:
+        """Apply one entry, once, whatever it raises."""
+        try:
+            return self._machine.apply(command)
+        except (MemoryError, RecursionError) as error:
+            # These depend on the node: going on would let it differ from the others.
+            raise NodeFailed(f"entry {index} could not be applied: {error!r}") from error
+        except Exception as error:
+            logger.exception("applying entry %d raised; the state machine must not", index)
+            return ApplyFailed(f"entry {index}: {error!r}")
+
+    def may_change_voters(self, voters: frozenset[NodeId]) -> bool:
+        return self._fence.may_change_voters(voters)
+
+    # The loops.
+
+    async def _tick_loop(self) -> None:
+        while self._failure is None:
+            self._wake = trio.Event()
+            try:
+                idle_s = self._tick()
+            except NodeFailed as error:
+                self._fail(error)
+                return
+            with trio.move_on_after(max(0.0, idle_s)):
+                await self._wake.wait()
+
+    async def _sync_loop(self) -> None:
+        while True:
+            await self._dirty.wait()
+            self._dirty = trio.Event()
+            while (batch := self._journal.take()) is not None:
+                try:
+                    # A batch that was taken and not written would leave a hole in the log.
+                    with trio.CancelScope(shield=True):
+                        await self._store.commit(batch)
+                except NodeFailed as error:
+                    self._fail(error)
+                    return
+                self._journal.synced()
+                self._transport.release()
+                self._wake.set()
+
+    def _tick(self) -> float:
+        """Let the library do what is due; returns seconds until something else is."""
+        core, journal, fence = self._core, self._journal, self._fence
+        self._new_voters()
+        alone = not core.has_other_voters() and self.id in journal.voters
+        if alone and journal.dirty:
+            # The library would count its own log as a majority: only what is on disk may.
+            self._dirty.set()
+            return math.inf
+        fence.before_tick()
+        core.tick()
+        self._new_voters()
+        if core.state() == LEADER:
+            progress = (core.last_index(), core.commit_index())
+            if progress != self._announced:
+                core.send_appends()
+                self._announced = progress
+            if fence.should_transfer:
+                fence.should_transfer = False
+                core.transferLeadership()
+        elif core.election_deadline() <= self._clock():
+            core.postpone_election()  # it could not start one: nobody is connected
+        self._compact()
+        if journal.dirty:
+            self._dirty.set()
+        self._notice()
+        if core.state() == LEADER:
+            return core.next_heartbeat() - self._clock() + TIMER_GRAIN_S
+        return core.election_deadline() - self._clock()
+
+    def _new_voters(self) -> bool:
+        """Make the library's voters those of the log. Returns whether they changed."""
+        voters = self._journal.voters
+        if voters == self._status.voters:
+            return False
+        self._core.use_voters(voters)
+        self._notice()
+        return True
+
+    def _compact(self) -> None:
+        core, journal = self._core, self._journal
+        applied = core.applied_index()
+        new = applied - core.first_index() - COMPACTION_TAIL
+        if new >= COMPACT_ENTRIES or (
+            new >= MIN_COMPACT_ENTRIES and journal.bytes_size >= COMPACT_BYTES
+        ):
+            journal.compact(self._machine.snapshot(), applied)
+
+    def _notice(self) -> None:
+        core = self._core
+        status = RaftStatus(
+            core.leader_id(), core.state() == LEADER, core.term(), self._journal.voters
+        )
+        if status == self._status:
+            return
+        if status.leader != self._status.leader:
+            leader = "nobody" if status.leader is None else short(status.leader)
+            logger.info("%s leads in term %d", leader, status.term)
+        self._status = status
+        self._changed.set()
+        self._changed = trio.Event()
+        if self._observer is not None:
+            try:
+                self._observer(status)
+            except Exception:
+                logger.exception("the observer of consensus raised")
+
+    def _fail(self, error: NodeFailed) -> None:
+        logger.critical("consensus stopped: %s", error)
+        self._failure = self._failure or error
+        self._changed.set()
+        self._changed = trio.Event()
+        self._wake.set()

@@ -1,0 +1,421 @@
+"""The one file that touches PySyncObj's private names.
+
+PySyncObj mangles them (`_SyncObj__…`), so a subclass can override and read them, if it knows
+the very version. `check_library` refuses another one, and a test looks up every such name.
+
+What is replaced, at import, in the module `pysyncobj.syncobj`:
+
+- `pickle`: every use raises. Nothing that reaches this node is ever unpickled.
+- `createJournal`: hands back our journal, which travels in `conf.journalFile`.
+- `createPoller`, `PIPE_NOTIFIER_ENABLED`: no file descriptors, no blocking poll.
+- `Serializer`: snapshots are ours (see `Core._SyncObj__loadDumpFile`).
+- `monotonicTime`: the clock of whichever node runs just now, so that time can be virtual.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pysyncobj.syncobj as stock
+from pysyncobj import FAIL_REASON, SyncObj, SyncObjConf
+from pysyncobj.node import Node
+from pysyncobj.transport import Transport
+
+from ollamad.core.ids import NodeId
+from ollamad.raft.errors import SafetyViolation, WrongLibrary
+from ollamad.raft.journal import Blob, Journal, Snapshot
+from ollamad.wire.raftwire import (
+    APPEND_BATCH_SIZE,
+    REGULAR,
+    SNAPSHOT_CHUNK_SIZE,
+    decode_voters,
+)
+
+PINNED_VERSION = "0.3.17"
+QUEUE_SIZE = 10_000  # proposals that wait for the next tick; more are told to come back
+CHUNKS_PER_HEARTBEAT = 16  # of a snapshot to one node: 4 MiB, so up to 40-80 MB/s
+
+FOLLOWER = stock._RAFT_STATE.FOLLOWER
+CANDIDATE = stock._RAFT_STATE.CANDIDATE
+LEADER = stock._RAFT_STATE.LEADER
+
+SUCCESS: int = FAIL_REASON.SUCCESS
+DISCARDED: int = FAIL_REASON.DISCARDED
+REQUEST_DENIED: int = FAIL_REASON.REQUEST_DENIED
+QUEUE_FULL: int = FAIL_REASON.QUEUE_FULL
+MISSING_LEADER: int = FAIL_REASON.MISSING_LEADER
+NOT_LEADER: int = FAIL_REASON.NOT_LEADER
+LEADER_CHANGED: int = FAIL_REASON.LEADER_CHANGED
+UNKNOWN_OUTCOME: int = FAIL_REASON.UNKNOWN_OUTCOME
+
+Callback = Callable[[Any, int], None]  # (result, one of FAIL_REASON)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Consensus timing in seconds. The defaults are for a LAN."""
+
+    heartbeat_s: float = 0.1
+    election_min_s: float = 0.4
+    election_max_s: float = 0.8
+
+    @property
+    def attempt_s(self) -> float:
+        """How long to wait for one attempt of a proposal before it is sent once more."""
+        return 2 * self.election_max_s
+
+
+class Rules(Protocol):
+    """What the library asks of the fence."""
+
+    def apply(self, command: bytes, index: int) -> object: ...
+    def may_change_voters(self, voters: frozenset[NodeId]) -> bool: ...
+
+
+def check_library(version: str = stock.VERSION) -> None:
+    """Refuse a PySyncObj that this package was not written for.
+
+    Raises:
+      WrongLibrary: with both versions and what to do.
+    """
+    if version != PINNED_VERSION:
+        raise WrongLibrary(
+            f"pysyncobj {version} is installed, but this program is made for {PINNED_VERSION} "
+            f"only: pip install pysyncobj=={PINNED_VERSION}"
+        )
+
+
+class _NoPickle:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        raise RuntimeError(f"pysyncobj wanted pickle.{name}; the fence has a hole")
+
+
+class _NoPoller:
+    def poll(self, timeout: float) -> None:
+        """Our transport calls `receive`; there is nothing to wait for."""
+
+
+_clock: Callable[[], float] = time.monotonic
+
+
+def set_clock(clock: Callable[[], float]) -> None:
+    """Say whose clock the library reads until the next call."""
+    global _clock
+    _clock = clock
+
+
+def _now() -> float:
+    return _clock()
+
+
+class _SnapshotSender:
+    """Stands in for the library's Serializer: cuts our snapshot into parts for each node."""
+
+    def __init__(
+        self, blob: Callable[[], Blob | None], clock: Callable[[], float], period_s: float
+    ) -> None:
+        self._blob = blob
+        self._clock = clock
+        self._period_s = period_s
+        self._sent: dict[Node, tuple[Blob, int]] = {}
+        self._window: dict[Node, tuple[float, int]] = {}
+
+    def getTransmissionData(self, node: Node) -> tuple[Blob, int, bool] | None:
+        """The next part as (snapshot, offset, is last); None to come back later."""
+        blob = self._blob()
+        if blob is None:
+            return None
+        now = self._clock()
+        since, count = self._window.get(node, (now, 0))
+        if now - since >= self._period_s:
+            since, count = now, 0
+        if count >= CHUNKS_PER_HEARTBEAT:
+            return None
+        self._window[node] = since, count + 1
+        sent, offset = self._sent.pop(node, (blob, 0))
+        if sent is not blob:
+            offset = 0  # there is a newer one
+        last = offset + SNAPSHOT_CHUNK_SIZE >= len(blob.data)
+        if not last:
+            self._sent[node] = blob, offset + SNAPSHOT_CHUNK_SIZE
+        return blob, offset, last
+
+    def cancelTransmisstion(self, node: Node) -> None:
+        self._sent.pop(node, None)
+        self._window.pop(node, None)
+
+
+stock.pickle = _NoPickle()
+stock.createJournal = lambda journal: journal
+stock.createPoller = lambda kind: _NoPoller()
+stock.PIPE_NOTIFIER_ENABLED = False
+stock.Serializer = lambda *unused: None  # Core puts its own in place
+stock.monotonicTime = _now
+
+
+class _MatchIndex(dict[Node, int]):
+    """What each node is known to hold, told to the library as no more than we hold durably.
+
+    The library counts its own node for every entry in its log. With this, an entry that our own
+    disk lacks is never committed, while it may already travel (Raft thesis, 10.2.1).
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__()
+        self._journal = journal
+
+    def __getitem__(self, node: Node) -> int:
+        return min(super().__getitem__(node), self._journal.durable_index)
+
+    def __setitem__(self, node: Node, index: int) -> None:
+        # The library sets 0 at the start of a term; else this only grows.
+        super().__setitem__(node, max(index, self.get(node, 0)) if index else 0)
+
+
+class Core(SyncObj):  # type: ignore[misc]
+    """PySyncObj with its private parts replaced where they are unsafe."""
+
+    def __init__(
+        self,
+        self_id: NodeId,
+        journal: Journal,
+        transport: Transport,
+        rules: Rules,
+        timing: Timing,
+        clock: Callable[[], float],
+        rng: random.Random,
+    ) -> None:
+        set_clock(clock)
+        self.clock = clock
+        self.journal = journal
+        self._rules = rules
+        self._timing = timing
+        self._rng = rng
+        conf = SyncObjConf(
+            autoTick=False,
+            appendEntriesUseBatch=True,  # the run loop sends as soon as there is something
+            appendEntriesPeriod=timing.heartbeat_s,
+            appendEntriesBatchSizeBytes=APPEND_BATCH_SIZE,
+            raftMinTimeout=timing.election_min_s,
+            raftMaxTimeout=timing.election_max_s,
+            leaderFallbackTimeout=timing.election_max_s,
+            connectionTimeout=timing.election_max_s,  # of its TCP transport; only checked
+            commandsWaitLeader=False,
+            commandsQueueSize=QUEUE_SIZE,
+            dynamicMembershipChange=True,
+            journalFile=journal,
+            useFork=False,
+        )
+        voters = [Node(voter) for voter in journal.voters - {self_id}]
+        super().__init__(Node(self_id), voters, conf, nodeClass=Node, transport=transport)
+        self._SyncObj__serializer = _SnapshotSender(
+            lambda: journal.snapshot_blob, clock, timing.heartbeat_s
+        )
+        self._SyncObj__raftMatchIndex = _MatchIndex(journal)
+        for node in voters:
+            self._SyncObj__raftNextIndex[node] = self.last_index() + 1
+            self._SyncObj__raftMatchIndex[node] = 0
+        # Ids of requests must not repeat after a restart: an old answer would be taken for new.
+        self._SyncObj__commandsLocalCounter = rng.getrandbits(62)  # grows from there
+
+    # Overrides of unsafe parts.
+
+    def _SyncObj__doApplyCommand(self, command: bytes) -> object:
+        if command[0] != REGULAR:
+            return None
+        return self._rules.apply(command[1:], self._SyncObj__raftLastApplied + 1)
+
+    def _SyncObj__parseChangeClusterRequest(self, command: bytes) -> frozenset[NodeId] | None:
+        return decode_voters(command)
+
+    def _SyncObj__changeCluster(self, voters: frozenset[NodeId]) -> bool:
+        return self._rules.may_change_voters(voters)
+
+    def _SyncObj__doChangeCluster(self, voters: object, reverse: bool = False) -> bool:
+        return True  # the voters follow from the log: see `use_voters`
+
+    def _SyncObj__tryLogCompaction(self) -> None:
+        pass  # the run loop calls `compact`
+
+    def _SyncObj__loadDumpFile(self, clearJournal: bool) -> None:
+        raise AssertionError("snapshots come through `install` only")
+
+    def _SyncObj__generateRaftTimeout(self) -> float:
+        return self._rng.uniform(self._timing.election_min_s, self._timing.election_max_s)
+
+    def _SyncObj__deleteEntriesFrom(self, fromIDx: int) -> None:
+        if fromIDx <= self.commit_index():
+            raise SafetyViolation(f"asked to delete committed entry {fromIDx}")
+        self.journal.deleteEntriesFrom(fromIDx - self.first_index())
+
+    # Reads. Methods, because the library walks over its own attributes while it is half made.
+
+    def state(self) -> int:
+        return int(self._SyncObj__raftState)
+
+    def term(self) -> int:
+        return int(self._SyncObj__raftCurrentTerm)
+
+    def leader_id(self) -> NodeId | None:
+        leader = self._SyncObj__raftLeader
+        return None if leader is None else NodeId(leader.id)
+
+    def first_index(self) -> int:
+        return self.journal[0][1]
+
+    def last_index(self) -> int:
+        return self.journal[-1][1]
+
+    def commit_index(self) -> int:
+        return int(self._SyncObj__raftCommitIndex)
+
+    def applied_index(self) -> int:
+        return int(self._SyncObj__raftLastApplied)
+
+    def term_start_index(self) -> int:
+        """Index of the no-op with which this node began as a leader."""
+        return int(self._SyncObj__noopIDx or 0)
+
+    def election_deadline(self) -> float:
+        return float(self._SyncObj__raftElectionDeadline)
+
+    def next_heartbeat(self) -> float:
+        return float(self._SyncObj__newAppendEntriesTime)
+
+    def transfer_in_progress(self) -> bool:
+        return bool(self._SyncObj__transferInProgress)
+
+    def has_other_voters(self) -> bool:
+        return bool(self._SyncObj__otherNodes)
+
+    def is_follower_of_mine(self, node_id: NodeId) -> bool:
+        """Whether this node, as a leader, sends entries to that one."""
+        return Node(node_id) in self._SyncObj__raftMatchIndex
+
+    def match_index(self, node_id: NodeId) -> int:
+        """The last entry that the node is known to hold durably, whatever our own disk holds."""
+        return int(self._SyncObj__raftMatchIndex.get(Node(node_id), 0))
+
+    def last_heard(self, node_id: NodeId) -> float:
+        """When that node answered this leader last."""
+        return float(self._SyncObj__lastResponseTime.get(Node(node_id), float("-inf")))
+
+    def is_connected(self, node_id: NodeId) -> bool:
+        return Node(node_id) in self._SyncObj__connectedNodes
+
+    # Changes.
+
+    def deliver(self, sender: NodeId, message: dict[str, Any]) -> None:
+        """Hand a checked message to the library."""
+        set_clock(self.clock)
+        self._SyncObj__onMessageReceived(Node(sender), message)
+
+    def deliver_ack(self, sender: NodeId, next_index: int, success: bool, reset: bool) -> None:
+        """Take an answer in, without sending again what is still on its way."""
+        sending = self._SyncObj__raftNextIndex
+        node = Node(sender)
+        before = sending[node]
+        message = {
+            "type": "next_node_idx",
+            "next_node_idx": next_index,
+            "reset": reset,
+            "success": success,
+        }
+        self.deliver(sender, message)
+        if success and not reset:
+            sending[node] = max(before, next_index)
+
+    def tick(self) -> None:
+        set_clock(self.clock)
+        self.doTick(0.0)
+
+    def apply_committed(self) -> None:
+        """Bring the state machine up to the commit index without taking part in anything."""
+        set_clock(self.clock)
+        self._SyncObj__applyLogEntries()
+
+    def send_appends(self) -> None:
+        set_clock(self.clock)
+        self._SyncObj__sendAppendEntries()
+
+    def submit(self, command: bytes, callback: Callback) -> None:
+        """Queue a command of any kind for the next tick."""
+        set_clock(self.clock)
+        self._applyCommand(command, callback)
+
+    def forget(self, callback: Callback) -> None:
+        """Nobody waits for that forwarded command any more."""
+        waiting = self._SyncObj__commandsWaitingReply
+        for request_id in [key for key, known in waiting.items() if known is callback]:
+            del waiting[request_id]
+
+    def connected(self, node_id: NodeId) -> None:
+        node = Node(node_id)
+        if node in self._SyncObj__otherNodes:
+            self._SyncObj__onNodeConnected(node)
+        else:
+            self._SyncObj__onReadonlyNodeConnected(node)
+
+    def disconnected(self, node_id: NodeId) -> None:
+        node = Node(node_id)
+        if node in self._SyncObj__otherNodes:
+            self._SyncObj__onNodeDisconnected(node)
+        else:
+            self._SyncObj__onReadonlyNodeDisconnected(node)
+
+    def use_voters(self, voters: Iterable[NodeId]) -> None:
+        """Make these the voters; whoever is connected and no voter is fed as a learner."""
+        set_clock(self.clock)
+        wanted = {Node(voter) for voter in voters} - {self.selfNode}
+        current = set(self._SyncObj__otherNodes)
+        if wanted == current:
+            return
+        sending, held = self._SyncObj__raftNextIndex, self._SyncObj__raftMatchIndex
+        progress = {node: (sending[node], held.get(node, 0)) for node in wanted if node in sending}
+        self._SyncObj__readonlyNodes -= wanted
+        self._SyncObj__updateClusterConfiguration(list(wanted))
+        for node, (next_index, match_index) in progress.items():
+            sending[node], held[node] = next_index, match_index
+        for node in wanted - current:
+            self._SyncObj__lastResponseTime[node] = self.clock()
+        for node in (current - wanted) & self._SyncObj__connectedNodes:
+            self._SyncObj__onReadonlyNodeConnected(node)
+
+    def step_down(self, term: int) -> None:
+        """Follow nobody, in that term if it is a later one."""
+        set_clock(self.clock)
+        if term > self.term():
+            self._SyncObj__setCurrentTerm(term, None)
+        self._SyncObj__setState(FOLLOWER)
+        self.lose_leader()
+
+    def lose_leader(self) -> None:
+        """Nobody leads any more as far as this node knows; wait a while before an election."""
+        set_clock(self.clock)
+        self._SyncObj__raftLeader = None
+        self._SyncObj__onLeaderChanged()
+        self.postpone_election()
+
+    def postpone_election(self) -> None:
+        self._SyncObj__raftElectionDeadline = self.clock() + self._SyncObj__generateRaftTimeout()
+
+    def call_election(self) -> None:
+        """Let the next tick start an election."""
+        self._SyncObj__raftElectionDeadline = float("-inf")
+
+    def start_from(self, snapshot_index: int) -> None:
+        """The state machine was restored to that entry."""
+        self._SyncObj__raftLastApplied = snapshot_index
+        self._SyncObj__raftCommitIndex = max(self.commit_index(), snapshot_index)
+
+    def install(self, blob: Blob, snapshot: Snapshot) -> None:
+        """Take over a snapshot whose state the state machine has already restored."""
+        self.journal.install(blob, snapshot)
+        self.start_from(snapshot.index)
+        self.journal.setRaftCommitIndex(self.commit_index())
+        waiting = self._SyncObj__commandsWaitingCommit
+        for index in [index for index in waiting if index <= snapshot.index]:
+            for _, callback in waiting.pop(index):
+                callback(None, UNKNOWN_OUTCOME)

@@ -1,0 +1,217 @@
+"""The consensus messages on the wire, so that nothing unchecked reaches the Raft library.
+
+One frame is one msgpack array: a tag and the fields. `decode` gives a message whose types and
+bounds hold, or raises `MalformedMessage`; what a message means is for `ollamad.raft` to judge.
+Fields may be added at the end with defaults. The sender is not in here: the link knows it.
+"""
+
+from typing import Annotated
+
+import msgspec
+
+from ollamad.core.ids import NodeId
+
+MIB = 1 << 20
+MAX_COMMAND_SIZE = 1 * MIB  # bytes of one log entry; the state is small, blobs go elsewhere
+APPEND_BATCH_SIZE = 2 * MIB  # bytes after which a batch of entries is closed (see Append)
+SNAPSHOT_CHUNK_SIZE = 256 * 1024  # bytes; short enough not to hold up heartbeats behind it
+MAX_SNAPSHOT_SIZE = 256 * MIB  # bytes; held in memory by sender and receiver
+MAX_FRAME_SIZE = 4 * MIB  # a batch may go over its size by one entry, and has 16 bytes an entry
+MAX_ENTRIES = 16384  # entries in one message; longer batches are split
+MAX_VOTERS = 9  # more voters make every commit slower and save nothing
+
+# First byte of every log entry, as PySyncObj numbers its kinds of commands.
+REGULAR = 0  # the rest is opaque to consensus
+NO_OP = 1  # what a new leader begins with
+MEMBERSHIP = 2  # the rest is the whole list of voters, in msgpack
+
+Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+Term = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+RequestId = Annotated[int, msgspec.Meta(ge=0)]
+CommandBytes = Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_COMMAND_SIZE + 1)]
+Voters = Annotated[
+    tuple[Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9]{1,64}$")], ...],
+    msgspec.Meta(min_length=1, max_length=MAX_VOTERS),
+]
+
+
+class MalformedMessage(ValueError):
+    """The bytes are not a message of this protocol; whoever sent them is not to be trusted."""
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """A log entry without its index, which follows from its place."""
+
+    term: Term
+    command: CommandBytes
+
+
+class Append(msgspec.Struct, frozen=True, array_like=True, tag="append"):
+    """The leader's entries after `prev_index`, or, without entries, its heartbeat."""
+
+    term: Term
+    commit_index: Index
+    prev_index: Index
+    prev_term: Term
+    entries: Annotated[tuple[Entry, ...], msgspec.Meta(max_length=MAX_ENTRIES)] = ()
+
+
+class Install(msgspec.Struct, frozen=True, array_like=True, tag="install"):
+    """A part of the leader's snapshot, or, without data, word that it comes later."""
+
+    term: Term
+    offset: Index
+    total: Annotated[int, msgspec.Meta(ge=0, le=MAX_SNAPSHOT_SIZE)]
+    sha256: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]  # of the whole
+    data: Annotated[bytes, msgspec.Meta(max_length=SNAPSHOT_CHUNK_SIZE)]
+
+
+class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack"):
+    """An answer to Append or Install: with `success`, all before `next_index` is held."""
+
+    term: Term
+    next_index: Index
+    success: bool
+    reset: bool  # go on from next_index, be it lower than what was sent already
+
+
+class Outdated(msgspec.Struct, frozen=True, array_like=True, tag="outdated"):
+    """An answer to a leader of a term that is over."""
+
+    term: Term
+
+
+class VoteRequest(msgspec.Struct, frozen=True, array_like=True, tag="vote?"):
+    """A candidate asks for a vote in `term`."""
+
+    term: Term
+    last_index: Index
+    last_term: Term
+
+
+class Vote(msgspec.Struct, frozen=True, array_like=True, tag="vote"):
+    """The sender's vote in `term`. A refusal is silent."""
+
+    term: Term
+
+
+class PreVoteRequest(msgspec.Struct, frozen=True, array_like=True, tag="prevote?"):
+    """Would you vote for me in that term, if I started it? Changes nothing at either side."""
+
+    proposed_term: Term
+    last_index: Index
+    last_term: Term
+
+
+class PreVote(msgspec.Struct, frozen=True, array_like=True, tag="prevote"):
+    """The answer, with the term that the sender is in."""
+
+    term: Term
+    proposed_term: Term
+    granted: bool
+
+
+class TakeOver(msgspec.Struct, frozen=True, array_like=True, tag="takeover"):
+    """The leader asks the receiver to be elected in its place at once."""
+
+    term: Term
+
+
+class Forward(msgspec.Struct, frozen=True, array_like=True, tag="forward"):
+    """A proposal on its way to the leader: its kind in the first byte, then the rest."""
+
+    request_id: RequestId
+    command: CommandBytes
+
+
+class Placed(msgspec.Struct, frozen=True, array_like=True, tag="placed"):
+    """Where the leader put a forwarded proposal, or with `error` why it did not."""
+
+    request_id: RequestId
+    index: Index = 0
+    term: Term = 0
+    error: Annotated[int, msgspec.Meta(ge=0, le=7)] = 0
+
+
+Message = (
+    Append
+    | Install
+    | Ack
+    | Outdated
+    | VoteRequest
+    | Vote
+    | PreVoteRequest
+    | PreVote
+    | TakeOver
+    | Forward
+    | Placed
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_voters_decoder: msgspec.msgpack.Decoder[tuple[NodeId, ...]] = msgspec.msgpack.Decoder(Voters)
+
+
+def encode(message: Message) -> bytes:
+    """The frame's bytes for that message."""
+    return _encoder.encode(message)
+
+
+def decode(frame: bytes | memoryview) -> Message:
+    """Read one frame.
+
+    Raises:
+      MalformedMessage: types, bounds, an entry's kind or the order of terms are wrong.
+    """
+    if len(frame) > MAX_FRAME_SIZE:
+        raise MalformedMessage(f"a frame of {len(frame)} bytes; the limit is {MAX_FRAME_SIZE}")
+    try:
+        message = _decoder.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedMessage(str(error)) from None
+    match message:
+        case Append(term, _, _, prev_term, entries):
+            last_term = prev_term
+            for entry in entries:
+                if entry.term < last_term:
+                    raise MalformedMessage("terms go down within the entries")
+                last_term = entry.term
+                _check_kind(entry.command, (REGULAR, NO_OP, MEMBERSHIP))
+            if last_term > term:
+                raise MalformedMessage("an entry's term is above its leader's")
+        case Forward(_, command):
+            _check_kind(command, (REGULAR, MEMBERSHIP))
+        case Install(_, offset, total, _, data) if offset + len(data) > total:
+            raise MalformedMessage("a part reaches past the end of its snapshot")
+        case _:
+            pass
+    return message
+
+
+def encode_voters(voters: frozenset[NodeId]) -> bytes:
+    """The log entry that makes these nodes the voters."""
+    return bytes([MEMBERSHIP]) + _encoder.encode(sorted(voters))
+
+
+def decode_voters(command: bytes) -> frozenset[NodeId] | None:
+    """The voters that a log entry sets; None for an entry of another kind.
+
+    Raises:
+      MalformedMessage: it is a membership entry, but not a valid one.
+    """
+    if command[0] != MEMBERSHIP:
+        return None
+    try:
+        voters = _voters_decoder.decode(memoryview(command)[1:])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedMessage(f"membership entry: {error}") from None
+    if len(set(voters)) != len(voters):
+        raise MalformedMessage("membership entry: a voter is named twice")
+    return frozenset(voters)
+
+
+def _check_kind(command: bytes, kinds: tuple[int, ...]) -> None:
+    if command[0] not in kinds:
+        raise MalformedMessage(f"a command of kind {command[0]}")
+    if command[0] == MEMBERSHIP:
+        decode_voters(command)
