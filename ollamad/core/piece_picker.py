@@ -26,6 +26,7 @@ GROWTH = 1.1  # a window is worth doubling while the rate grows by a tenth
 END_GAME_COPIES = 2  # holders that send one piece at once; more is waste
 
 STALL_S = 15.0  # a holder that owes pieces and says nothing for so long is left alone a while
+IDLE_S = 20.0  # a holder that has had nothing to offer for so long makes room for another
 BAN_S = 600.0  # after a piece or a map that was wrong: long enough to spare the link
 FIRST_BACK_OFF_S = 0.25  # a daemon restarts in about a second
 MAX_BACK_OFF_S = 10.0  # how long the return of a holder may go unnoticed
@@ -99,11 +100,12 @@ class PiecePicker:
     def joined(self, holder: NodeId, bits: int, now: float) -> None:
         """A holder may be asked from now on; `bits` is what it has."""
         self._holders[holder] = _Holder(0, RequestWindow(self._piece_size), heard=now)
-        self.gained(holder, bits)
+        self.gained(holder, bits, now)
 
-    def gained(self, holder: NodeId, bits: int) -> None:
+    def gained(self, holder: NodeId, bits: int, now: float) -> None:
         """That holder got more pieces."""
         state = self._holders[holder]
+        state.heard = max(state.heard, now)
         new = bits & self._all & ~state.bits
         state.bits |= new
         levels = self._by_availability
@@ -191,6 +193,11 @@ class PiecePicker:
         """Whether that holder owes pieces and has been silent for too long."""
         state = self._holders[holder]
         return bool(state.asked) and now - state.heard >= STALL_S
+
+    def is_idle(self, holder: NodeId, now: float) -> bool:
+        """Whether nothing was to be asked of that holder for a long time."""
+        state = self._holders[holder]
+        return not state.asked and now - state.heard >= IDLE_S
 
     def received(self, holder: NodeId, index: int, size: int, now: float) -> bool:
         """A whole piece came. Whether it is worth verifying: False if it is had or verified now."""

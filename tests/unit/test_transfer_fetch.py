@@ -1,0 +1,530 @@
+"""Fetching over an in-memory network: lies, losses, resumption, several holders, ends."""
+
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import pytest
+import trio
+import trio.testing
+
+from ollamad.core.ids import NodeId
+from ollamad.core.piece_picker import BAN_S, STALL_S
+from ollamad.core.pieces import MIB, PieceMap
+from ollamad.core.state import Layer
+from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
+from ollamad.transfer.server import SEND_TIMEOUT_S, PieceServer
+from ollamad.wire import pieces
+from tests.fakes.piece_nodes import (
+    Corrupt,
+    Full,
+    MemoryStore,
+    MemoryStream,
+    Missing,
+    Network,
+    layer_of,
+)
+
+HERE, A, B, C = NodeId("here"), NodeId("A"), NodeId("B"), NodeId("C")
+PIECES = 6
+CONTENT = random.Random(7).randbytes((PIECES - 1) * MIB + 1000)
+
+
+@pytest.fixture
+async def network() -> AsyncIterator[Network]:
+    async with trio.open_nursery() as nursery:
+        yield Network(nursery)
+        nursery.cancel_scope.cancel()
+
+
+class Node:
+    """A node of the test: a store that is served, and a fetcher."""
+
+    def __init__(self, network: Network, name: NodeId) -> None:
+        self.network = network
+        self.name = name
+        self.store = MemoryStore()
+        self.server = PieceServer(self.store, missing=Missing)
+        self.reports: list[FetchProgress] = []
+        network.handle(name, pieces.METHOD, self.server.handle)
+        self.restart()
+
+    def restart(self) -> None:
+        """A new process over the same disk."""
+        self.fetcher = Fetcher(
+            self.network.peers_of(self.name),
+            self.store,
+            corrupt=Corrupt,
+            randrange=random.Random(1).randrange,
+        )
+
+    async def fetch(
+        self,
+        layer: Layer,
+        holders: Sequence[NodeId] | Callable[[], Sequence[NodeId]],
+        *,
+        give_up_after_s: float = 60,
+    ) -> None:
+        await self.fetcher.fetch_blob(
+            layer,
+            holders if callable(holders) else lambda: holders,
+            self.reports.append,
+            give_up_after_s=give_up_after_s,
+        )
+
+    def lie(self, layer: Layer, index: int) -> None:
+        """Change a bit of a piece, as a broken disk does."""
+        source = self.store.blobs[layer.digest]
+        source.data[index * source.map.piece_size] ^= 1
+
+
+def content_of(node: Node, layer: Layer) -> bytes:
+    return bytes(node.store.blobs[layer.digest].data)
+
+
+async def test_a_blob_travels_and_progress_is_true(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    await node.fetch(layer, [A])
+    assert content_of(node, layer) == CONTENT
+    assert node.store.writes == dict.fromkeys(range(PIECES), 1)
+    assert node.reports[0] == FetchProgress(0, 0, layer.size, None)
+    assert node.reports[-1] == FetchProgress(layer.size, layer.size, layer.size, A)
+    verified = [report.verified for report in node.reports]
+    assert verified == sorted(verified)
+    assert sender.server.bytes_sent == layer.size
+    await trio.testing.wait_all_tasks_blocked()
+    assert all(source.closed for source in sender.store.sources)
+    assert trio.current_time() < 1
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, MIB, MIB + 1])
+async def test_small_blobs(
+    network: Network, autojump_clock: trio.testing.MockClock, size: int
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT[:size])
+    await node.fetch(layer, [A])
+    assert content_of(node, layer) == CONTENT[:size]
+
+
+async def test_an_empty_blob_needs_no_holder(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    node = Node(network, HERE)
+    await node.fetch(layer_of(b"")[0], [])
+    assert node.store.blobs
+
+
+async def test_a_blob_that_is_here_is_not_fetched(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    Node(network, A)
+    node = Node(network, HERE)
+    await node.fetch(node.store.add(CONTENT), [A])
+    assert not network.opened
+
+
+async def test_a_corrupt_piece_never_reaches_the_blob_and_its_sender_is_banned(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    liar, honest, node = Node(network, A), Node(network, B), Node(network, HERE)
+    layer = liar.store.add(CONTENT)
+    honest.store.add(CONTENT)
+    for index in range(PIECES):
+        liar.lie(layer, index)
+    await node.fetch(layer, [A, B])
+    assert content_of(node, layer) == CONTENT
+    assert node.store.refused >= 1
+    assert network.opened[A] == 1
+    # The ban holds for other blobs too, and ends.
+    other = liar.store.add(CONTENT[: 2 * MIB])
+    with pytest.raises(FetchFailed, match="wrong hash"):
+        await node.fetch(other, [A], give_up_after_s=30)
+    assert network.opened[A] == 1
+    await trio.sleep(BAN_S)
+    await node.fetch(other, [A], give_up_after_s=30)
+    assert network.opened[A] == 2
+
+
+async def test_with_only_a_liar_it_fails_with_the_reason_and_keeps_the_good_pieces(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    liar, node = Node(network, A), Node(network, HERE)
+    layer = liar.store.add(CONTENT)
+    liar.lie(layer, 3)
+    with pytest.raises(FetchFailed, match="piece 3 has the wrong hash"):
+        await node.fetch(layer, [A], give_up_after_s=30)
+    assert layer.digest not in node.store.blobs
+    assert not node.store.partials[layer.digest].have[3]
+    assert node.store.partials[layer.digest].closed
+
+
+@pytest.mark.parametrize(
+    "wrong_map",
+    [
+        PieceMap(len(CONTENT), MIB, bytes(32 * PIECES)),  # other hashes
+        PieceMap(len(CONTENT) + 1, MIB, bytes(32 * PIECES)),  # another size
+        PieceMap(len(CONTENT), 2 * MIB, bytes(32 * 3)),  # other pieces
+        PieceMap(len(CONTENT), MIB, bytes(32)),  # nonsense
+    ],
+)
+async def test_a_wrong_map_is_its_holders_fault(
+    network: Network, autojump_clock: trio.testing.MockClock, wrong_map: PieceMap
+) -> None:
+    liar, honest, node = Node(network, A), Node(network, B), Node(network, HERE)
+    layer = liar.store.add(CONTENT)
+    liar.store.blobs[layer.digest].map = wrong_map
+    liar.store.blobs[layer.digest].have = bytearray(b"\1" * len(wrong_map))
+    with pytest.raises(FetchFailed, match="piece map"):
+        await node.fetch(layer, [A], give_up_after_s=5)
+    assert not node.store.partials
+    honest.store.add(CONTENT)
+    await node.fetch(layer, [A, B])
+    assert content_of(node, layer) == CONTENT
+    assert network.opened[A] == 1
+
+
+async def test_a_holder_dies_in_mid_piece_and_returns(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    blocks = 0
+
+    async def die_once(message: bytes) -> bytes:
+        nonlocal blocks
+        blocks += message[0] == pieces.BLOCK_TAG
+        if blocks == 11:  # in the middle of the third piece
+            blocks += 1
+            network.kill(A)
+            await trio.lowlevel.checkpoint()
+        return message
+
+    network.hooks[A] = die_once
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.fetch, layer, [A])
+        await trio.sleep(20)
+        assert A in network.down
+        assert sum(node.store.writes.values()) == 2
+        network.revive(A)
+    assert content_of(node, layer) == CONTENT
+    assert node.store.writes == dict.fromkeys(range(PIECES), 1)
+
+
+async def test_a_fetch_without_holders_ends_at_its_deadline_with_reasons(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    node = Node(network, HERE)
+    Node(network, B)
+    layer, _ = layer_of(CONTENT)
+    with pytest.raises(FetchFailed) as failure:
+        await node.fetch(layer, [A, B], give_up_after_s=45)
+    assert trio.current_time() == pytest.approx(45, abs=2)
+    assert "A: A is not there" in str(failure.value)
+    assert "B: it does not have the blob" in str(failure.value)
+    with pytest.raises(FetchFailed, match="no node is known"):
+        await node.fetch(layer, [], give_up_after_s=1)
+
+
+async def test_a_holder_that_appears_later_is_used(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    await node.fetch(layer, lambda: [A] if trio.current_time() > 30 else [])
+    assert content_of(node, layer) == CONTENT
+
+
+async def test_a_cancelled_fetch_goes_on_without_a_verified_piece_fetched_twice(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    for _ in range(PIECES):
+        before = sum(node.store.writes.values())
+        with trio.CancelScope() as scope:
+
+            def stop_after_the_next_piece(
+                report: FetchProgress, scope: trio.CancelScope = scope, before: int = before
+            ) -> None:
+                if sum(node.store.writes.values()) > before:
+                    scope.cancel()
+
+            node.restart()
+            await node.fetcher.fetch_blob(layer, lambda: [A], stop_after_the_next_piece)
+        assert node.store.partials[layer.digest].closed or layer.digest in node.store.blobs
+    node.restart()
+    await node.fetch(layer, [A])
+    assert content_of(node, layer) == CONTENT
+    assert node.store.writes == dict.fromkeys(range(PIECES), 1)
+
+
+async def test_resumption_reports_what_was_there(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    partial = await node.store.open_partial(layer.digest, layer_of(CONTENT)[1])
+    for index in (0, PIECES - 1):
+        await partial.write_piece(index, CONTENT[index * MIB : (index + 1) * MIB])
+    await node.fetch(layer, [A])
+    assert node.reports[0].verified == MIB + 1000
+    assert node.reports[-1] == FetchProgress(layer.size, layer.size - MIB - 1000, layer.size, A)
+
+
+async def test_a_full_disk_ends_the_fetch_with_the_stores_error(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    node.store.room = 2000
+    with pytest.raises(Full, match="no room"):
+        await node.fetch(layer, [A])
+    assert node.store.partials[layer.digest].closed
+    node.store.room = None
+    await node.fetch(layer, [A])
+    assert content_of(node, layer) == CONTENT
+
+
+async def test_a_store_that_cannot_begin_ends_the_fetch(
+    network: Network, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+
+    async def no_room(digest: str, piece_map: PieceMap) -> None:
+        raise Full("no room at all")
+
+    monkeypatch.setattr(node.store, "open_partial", no_room)
+    with pytest.raises(Full, match="at all"):
+        await node.fetch(layer, [A])
+
+
+async def test_two_holders_with_different_pieces_make_one_blob(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    left, right, node = Node(network, A), Node(network, B), Node(network, HERE)
+    layer, piece_map = layer_of(CONTENT)
+    for holder, wanted in ((left, (0, 2, 4)), (right, (1, 3, 5))):
+        partial = await holder.store.open_partial(layer.digest, piece_map)
+        for index in wanted:
+            await partial.write_piece(index, CONTENT[index * MIB : (index + 1) * MIB])
+    await node.fetch(layer, [A, B])
+    assert content_of(node, layer) == CONTENT
+    assert left.server.bytes_sent == 3 * MIB
+    assert right.server.bytes_sent == 2 * MIB + 1000
+
+
+async def test_pieces_travel_on_while_they_still_arrive(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A gives slowly to B, and HERE fetches from B only, at the same time."""
+    origin, middle, node = Node(network, A), Node(network, B), Node(network, HERE)
+    layer = origin.store.add(CONTENT)
+
+    async def slowly(message: bytes) -> bytes:
+        await trio.sleep(1 if message[0] == pieces.BLOCK_TAG else 0)
+        return message
+
+    network.hooks[A] = slowly
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(middle.fetch, layer, [A])
+        await trio.sleep(5)
+        await node.fetch(layer, [B])
+    assert content_of(middle, layer) == content_of(node, layer) == CONTENT
+    # 21 blocks of a second each: the second hop must not add another 21.
+    assert trio.current_time() < 24
+    assert node.store.writes == dict.fromkeys(range(PIECES), 1)
+
+
+async def test_a_slow_holder_does_not_hold_up_the_end(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    slow, quick, node = Node(network, A), Node(network, B), Node(network, HERE)
+    layer = slow.store.add(CONTENT)
+    quick.store.add(CONTENT)
+
+    async def crawl(message: bytes) -> bytes:
+        await trio.sleep(10 if message[0] == pieces.BLOCK_TAG else 0)
+        return message
+
+    network.hooks[A] = crawl
+    await node.fetch(layer, [A, B])
+    assert content_of(node, layer) == CONTENT
+    assert trio.current_time() < 10
+    assert slow.server.bytes_sent < 2 * MIB
+
+
+async def test_a_holder_that_falls_silent_is_left_and_its_pieces_asked_elsewhere(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    mute, node = Node(network, A), Node(network, HERE)
+    other = Node(network, B)
+    layer = mute.store.add(CONTENT)
+    other.store.add(CONTENT)
+
+    async def fall_silent(message: bytes) -> bytes:
+        if message[0] == pieces.BLOCK_TAG:
+            await trio.sleep_forever()
+        return message
+
+    network.hooks[A] = fall_silent
+    holders = [A]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.fetch, layer, lambda: holders)
+        await trio.sleep(STALL_S + 2)
+        assert network.opened[A] >= 1
+        holders.append(B)
+    assert content_of(node, layer) == CONTENT
+    assert trio.current_time() < STALL_S + 5
+
+
+async def test_a_holder_that_never_answers_is_left(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    node = Node(network, HERE)
+
+    async def say_nothing(peer: NodeId, request: bytes, stream: MemoryStream) -> None:
+        await trio.sleep_forever()
+
+    network.handle(A, pieces.METHOD, say_nothing)
+    with pytest.raises(FetchFailed, match="did not answer"):
+        await node.fetch(layer_of(CONTENT)[0], [A], give_up_after_s=STALL_S * 2)
+
+
+async def test_a_holder_that_breaks_the_protocol_is_banned(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    node = Node(network, HERE)
+
+    async def babble(peer: NodeId, request: bytes, stream: MemoryStream) -> None:
+        await stream.send(b"\xc1 not msgpack")
+        await stream.receive()
+
+    network.handle(A, pieces.METHOD, babble)
+    with pytest.raises(FetchFailed, match="not a valid"):
+        await node.fetch(layer_of(CONTENT)[0], [A], give_up_after_s=20)
+    assert network.opened[A] == 1
+
+
+async def test_a_piece_that_a_holder_cannot_read_comes_from_another(
+    network: Network, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, node = Node(network, A), Node(network, HERE)
+    layer = broken.store.add(CONTENT)
+    open_source = broken.store.open_piece_source
+
+    async def on_a_broken_disk(digest: str) -> object:
+        source = await open_source(digest)
+        read = source.read_piece
+
+        async def read_piece(index: int) -> bytes:
+            if index == 2:
+                raise RuntimeError("I/O error")
+            return await read(index)
+
+        monkeypatch.setattr(source, "read_piece", read_piece)
+        return source
+
+    monkeypatch.setattr(broken.store, "open_piece_source", on_a_broken_disk)
+    holders = [A]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.fetch, layer, lambda: holders)
+        await trio.sleep(10)
+        assert sum(node.store.writes.values()) == PIECES - 1
+        Node(network, B).store.add(CONTENT)
+        holders.append(B)
+    assert content_of(node, layer) == CONTENT
+    assert network.opened[A] == 1  # an unreadable piece is no reason to leave
+
+
+async def test_a_second_fetch_of_the_same_blob_waits_for_the_first(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.fetch, layer, [A])
+        nursery.start_soon(node.fetch, layer, [A])
+    assert node.store.writes == dict.fromkeys(range(PIECES), 1)
+    assert sender.server.bytes_sent == layer.size
+
+
+async def test_memory_is_bounded_when_the_disk_is_slow(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    node.store.write_gate = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.fetch, layer, [A])
+        await trio.sleep(STALL_S * 2)
+        # One piece at the disk, one complete behind it, and what the link itself holds.
+        assert node.reports[-1].received <= 2 * MIB
+        assert network.opened[A] == 1  # a slow disk here is not the holder's fault
+        node.store.write_gate.set()
+    assert content_of(node, layer) == CONTENT
+    assert node.store.writes == dict.fromkeys(range(PIECES), 1)
+
+
+# The server alone.
+
+
+async def test_a_peer_that_stops_reading_costs_one_piece_and_is_dropped(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    opening = pieces.FetcherSide(layer.digest).opening()
+    async with network.exchange(B, A, pieces.METHOD, opening) as stream:
+        for index in range(PIECES):
+            await stream.send(pieces.encode(pieces.Request(index)))
+        await trio.testing.wait_all_tasks_blocked()
+        assert sender.server.bytes_sent <= 2 * MIB
+        await node.fetch(layer, [A])  # others are served meanwhile
+        assert trio.current_time() < 1
+        assert not sender.store.sources[0].closed
+        await trio.sleep(SEND_TIMEOUT_S + 1)
+        assert sender.store.sources[0].closed
+
+
+async def test_a_fetcher_that_breaks_the_protocol_is_told_and_dropped(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender = Node(network, A)
+    layer = sender.store.add(CONTENT)
+    side = pieces.FetcherSide(layer.digest)
+    async with network.exchange(B, A, pieces.METHOD, side.opening()) as stream:
+        await stream.send(b"rubbish")
+        first = await stream.receive()
+        assert first is not None
+        side.receive(first)
+        second = await stream.receive()
+        assert second is not None
+        event = side.receive(second)
+        assert isinstance(event, pieces.Dismissed)
+        assert event.code == "protocol"
+        assert await stream.receive() is None
+    async with network.exchange(B, A, pieces.METHOD, b"no opening") as stream:
+        assert await stream.receive() is not None
+        assert await stream.receive() is None
+
+
+async def test_too_many_exchanges_are_refused_and_places_come_back(
+    network: Network, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ollamad.transfer.server.MAX_EXCHANGES", 2)
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    opening = pieces.FetcherSide(layer.digest).opening()
+    async with (
+        network.exchange(B, A, pieces.METHOD, opening),
+        network.exchange(C, A, pieces.METHOD, opening),
+    ):
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(FetchFailed, match="serves many others"):
+            await node.fetch(layer, [A], give_up_after_s=5)
+    await node.fetch(layer, [A])
+    assert content_of(node, layer) == CONTENT
