@@ -346,7 +346,7 @@ class BlobStore:
         probe = temp_path(self.blobs)
         probe.touch()
         probe.unlink()
-        names = {entry.name for entry in os.scandir(self.blobs)}
+        names = {path.name for path in self.blobs.iterdir()}
         for name in names:
             stem, dot, suffix = name.partition(".")
             lost = digest_of_name(stem) is not None and (
@@ -357,11 +357,16 @@ class BlobStore:
             if lost or name.startswith(TEMP_PREFIX):
                 (self.blobs / name).unlink()
 
+    def _blob_files(self) -> dict[str, os.stat_result]:
+        found = {}
+        for path in self.blobs.iterdir():
+            if (digest := digest_of_name(path.name)) is not None:
+                with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                    found[digest] = path.stat()
+        return found
+
     def _has_blob_of_size(self, size: int) -> bool:
-        return any(
-            digest_of_name(entry.name) and entry.stat().st_size == size
-            for entry in os.scandir(self.blobs)
-        )
+        return any(status.st_size == size for status in self._blob_files().values())
 
     def _load_map(self, digest: str) -> PieceMap | None:
         path = self._pieces_path(digest)
@@ -387,12 +392,9 @@ class BlobStore:
         return self.blobs / (blob_name(digest) + PIECES_SUFFIX)
 
     def _list_partials(self) -> list[str]:
-        stems = (
-            entry.name.removesuffix(PARTIAL_SUFFIX)
-            for entry in os.scandir(self.blobs)
-            if entry.name.endswith(PARTIAL_SUFFIX)
-        )
-        return sorted(digest for stem in stems if (digest := digest_of_name(stem)))
+        names = [path.name for path in self.blobs.iterdir() if path.suffix == PARTIAL_SUFFIX]
+        digests = (digest_of_name(name.removesuffix(PARTIAL_SUFFIX)) for name in names)
+        return sorted(digest for digest in digests if digest is not None)
 
     def _remove(self, path: Path) -> int:
         try:
@@ -407,10 +409,8 @@ class BlobStore:
         newest = time.time() - grace_s
         return {
             digest
-            for entry in os.scandir(self.blobs)
-            if (digest := digest_of_name(entry.name))
-            and digest not in keep
-            and entry.stat().st_mtime <= newest
+            for digest, status in self._blob_files().items()
+            if digest not in keep and status.st_mtime <= newest
         }
 
 

@@ -20,6 +20,7 @@ from ollamad.store import manifests
 from ollamad.store.blobs import GRACE_S, KEEP_FREE_BYTES, BlobStore
 from ollamad.store.details import capabilities_of, details_of, facts_of
 from ollamad.store.errors import BlobMissing, ManifestInvalid
+from ollamad.store.files import TEMP_PREFIX
 from ollamad.store.gguf import GgufHeader, read_header
 from ollamad.store.manifests import Descriptor, Manifest, StoredManifest, describe
 
@@ -64,6 +65,12 @@ class ModelStore(BlobStore):
     def __init__(self, root: Path, *, keep_free_bytes: int = KEEP_FREE_BYTES) -> None:
         super().__init__(root, keep_free_bytes=keep_free_bytes)
         self.manifests = root / "manifests"
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self.manifests.mkdir(exist_ok=True)
+        for temp in self.manifests.rglob(f"{TEMP_PREFIX}*"):
+            temp.unlink()
 
     # Manifests. All raise InvalidName (a ValueError) for what is no model name.
 
