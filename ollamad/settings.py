@@ -52,7 +52,7 @@ class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class AuthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     loopback_role: str = "inference"  # what requests from this host may do without a token
     jwt_secret: str = ""  # empty: the cluster's own key; when set, the same on every node
-    token_ttl: str = "1h"  # lifetime of access tokens
+    token_ttl: str = "30m"  # lifetime of access tokens
 
 
 class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -14,7 +14,7 @@ import trio
 from ollamad.core.ids import NodeId, node_id_of, short
 from ollamad.core.ratelimit import RateLimit
 from ollamad.core.state import JoinToken
-from ollamad.peers.identity import Identity, IdentityError, certificate_der, peer_certificate
+from ollamad.peers.identity import IdentityError, certificate_der, peer_certificate
 from ollamad.peers.tls import Gate, TlsStream, peer_of
 from ollamad.wire.codec import MalformedMessage
 from ollamad.wire.join import (
@@ -42,7 +42,7 @@ MAX_STRANGERS = 16  # exchanges at once, all addresses together
 ATTEMPTS = 20  # exchanges an address a minute: ten hosts behind one NAT may join at once
 ATTEMPTS_PERIOD_S = 60.0
 
-Admit = Callable[[JoinRequest], Awaitable[JoinReply]]
+Admit = Callable[[JoinRequest, str], Awaitable[JoinReply]]
 
 
 class Sponsor:
@@ -50,7 +50,7 @@ class Sponsor:
 
     Args:
       token_of: the live join token with that id, None if there is none.
-      admit: commits the new member; raises JoinRefused.
+      admit: commits the new member, given the host it was seen at; raises JoinRefused.
     """
 
     def __init__(self, token_of: Callable[[str], JoinToken | None], admit: Admit) -> None:
@@ -90,7 +90,7 @@ class Sponsor:
                     "BAD_TOKEN", "the join token is unknown, expired or wrong; make a new one"
                 )
             _check(request)
-            answer = await self._admit(request)
+            answer = await self._admit(request, address)
             log.info("join: %s (%s) is in", short(request.node_id), address)
         except JoinRefused as refused:
             log.warning("join: refused %s at %s: %s", short(request.node_id), address, refused)
@@ -149,9 +149,7 @@ async def request_admission(
     return reply
 
 
-async def join_through(
-    gate: Gate, identity: Identity, address: str, request: JoinRequest, token: Token
-) -> JoinReply:
+async def join_through(gate: Gate, address: str, request: JoinRequest, token: Token) -> JoinReply:
     """Dial a member's P2P port and ask to be let in.
 
     Raises:

@@ -1,0 +1,36 @@
+"""Which version this is, from which commit, and with which engines."""
+
+import importlib
+import importlib.metadata
+from dataclasses import dataclass
+
+import ollamad
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class BuildInfo:
+    version: str
+    build_time: str  # RFC 3339, or "unknown" when no build was made
+    git_commit: str
+
+
+def build_info() -> BuildInfo:
+    """What packaging/build_hook.py baked in; "unknown" for an installation from source."""
+    try:
+        built = importlib.import_module("ollamad._build")
+    except ModuleNotFoundError:
+        return BuildInfo(ollamad.__version__, UNKNOWN, UNKNOWN)
+    return BuildInfo(ollamad.__version__, built.BUILD_TIME, built.GIT_COMMIT)
+
+
+def engine_versions() -> dict[str, str]:
+    """The versions of the engines that are installed, without loading them."""
+    versions = {}
+    for name in ("xllamacpp",):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

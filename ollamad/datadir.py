@@ -1,0 +1,89 @@
+"""The data directory: made, checked and locked, so that two daemons never share one.
+
+lock             held while a daemon runs; holds its pid
+identity/        key, certificate, CA certificate
+raft.db          the replicated log and its snapshot
+seeds            members to talk to before the log tells (written when joining)
+models/          blobs and manifests in Ollama's layout
+run/             sockets of runner processes
+cli-token        lets `ollama-dist` of the same user in (0600)
+admin-password   the first admin's password, if it was made up (0600)
+"""
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+
+
+class DataDirError(Exception):
+    """The data directory cannot be used; the message says why and what to do."""
+
+
+class DataDir:
+    """The directory of one daemon; a context manager that holds the lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = -1
+
+    def __enter__(self) -> "DataDir":
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DataDirError(
+                f"{self.path} is not writable: {error.strerror}; choose another with --data-dir"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
+            os.close(self._lock)
+            raise DataDirError(
+                f"{self.path} is in use by another ollamad (pid {owner or 'unknown'}); "
+                "stop it, or choose another directory with --data-dir"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.close(self._lock)
+
+    @property
+    def identity(self) -> Path:
+        return self.path / "identity"
+
+    @property
+    def raft(self) -> Path:
+        return self.path / "raft.db"
+
+    @property
+    def seeds(self) -> Path:
+        return self.path / "seeds"
+
+    @property
+    def models(self) -> Path:
+        return self.path / "models"
+
+    @property
+    def replicas(self) -> Path:
+        return self.path / "replicas"
+
+    @property
+    def run(self) -> Path:
+        return self.path / "run"
+
+    @property
+    def cli_token(self) -> Path:
+        return self.path / "cli-token"
+
+    @property
+    def admin_password(self) -> Path:
+        return self.path / "admin-password"

