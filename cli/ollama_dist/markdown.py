@@ -47,18 +47,17 @@ class MarkdownStream:
 
     def __init__(self, console: "Console") -> None:
         from rich.live import Live
+        from rich.spinner import Spinner
 
         self._console = console
         self._tail = ""
         self._begun = False
+        self._spinner = Spinner("dots", style="dim")
         self._live = Live(
             console=console, get_renderable=self._render, refresh_per_second=REFRESH_HZ
         )
 
     def __enter__(self) -> "MarkdownStream":
-        from rich.spinner import Spinner
-
-        self._spinner = Spinner("dots", style="dim")
         self._live.start()
         return self
 

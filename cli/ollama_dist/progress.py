@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from ollama_dist.client import Json, path
+from ollama_dist.commands.nodes import names_of
 from ollama_dist.errors import ApiError, CliError, NoConnection
 from ollama_dist.session import Session
 from ollama_dist.text import clock, one_line, plural, short_id, size
@@ -144,8 +145,7 @@ def file_progress(session: Session, label: str, total: int) -> Iterator[Callable
 
 def node_names(session: Session) -> dict[str, str]:
     """The names of all nodes by their ids."""
-    nodes = session.api.get(path("nodes"))["nodes"]
-    return {node["id"]: node.get("name") or short_id(node["id"]) for node in nodes}
+    return names_of(session.api.get(path("nodes"))["nodes"])
 
 
 def follow(

@@ -73,7 +73,10 @@ def show_table(
 
 
 def show_facts(console: "Console", facts: Iterable[tuple[str, object]]) -> None:
-    """Print names and values in two columns; a value may fill several lines."""
+    """Print names and values in two columns; a value may fill several lines.
+
+    A `Text` is shown as it is: it must be of our own words.
+    """
     from rich.table import Table
     from rich.text import Text
 
@@ -81,5 +84,6 @@ def show_facts(console: "Console", facts: Iterable[tuple[str, object]]) -> None:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in facts:
-        grid.add_row(name, Text(printable(value), style=style_of(value)))
+        shown = value if isinstance(value, Text) else Text(printable(value), style_of(value))
+        grid.add_row(name, shown)
     console.print(grid)

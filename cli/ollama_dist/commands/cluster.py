@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ollama_dist.commands.nodes import NODE_COLUMNS, names_of, node_row
 from ollama_dist.completion import node_names
 from ollama_dist.errors import CliError, NoConnection, UsageProblem
 from ollama_dist.session import Session, command
@@ -41,8 +42,7 @@ def status(session: Session) -> None:
     """The cluster at a glance: nodes, leader, quorum, models, versions."""
     from ollama_dist.client import path
     from ollama_dist.commands.models import summary_rows, summary_table
-    from ollama_dist.commands.nodes import NODE_COLUMNS, node_row
-    from ollama_dist.show import show_table
+    from ollama_dist.show import show_facts, show_table
 
     api = session.api
     cluster = api.get(path("cluster", "status"))
@@ -53,7 +53,7 @@ def status(session: Session) -> None:
         session.data({"version": version, "cluster": cluster, "nodes": nodes, "models": models})
         return
     out = session.out
-    _show_cluster(session, cluster, nodes)
+    show_facts(out, _facts(cluster, nodes, names_of(nodes)))
     versions = sorted({str(node["version"]) for node in nodes if node.get("version")})
     if len(versions) > 1:
         out.print(f"Versions differ: {', '.join(versions)}", style="yellow")
@@ -68,22 +68,18 @@ def status(session: Session) -> None:
         out.print('No models yet: try "ollama-dist models pull smollm2:135m".')
 
 
-def _show_cluster(session: Session, cluster: dict[str, Any], nodes: list[dict[str, Any]]) -> None:
-    from ollama_dist.show import show_facts
-
-    names = {node["id"]: node.get("name") or short_id(node["id"]) for node in nodes}
+def _facts(
+    cluster: dict[str, Any], nodes: list[dict[str, Any]], names: dict[str, str]
+) -> list[tuple[str, object]]:
     online = sum(node.get("status") != "offline" for node in nodes)
     words, concern = quorum_text(cluster, nodes)
     leader = cluster.get("leader")
-    show_facts(
-        session.out,
-        [
-            ("Cluster", cluster.get("status", "-")),
-            ("Nodes", f"{online} of {len(nodes)} online"),
-            ("Leader", names.get(leader, leader) if leader else "none"),
-            ("Quorum", _concerned(words) if concern else words),
-        ],
-    )
+    return [
+        ("Cluster", cluster.get("status", "-")),
+        ("Nodes", f"{online} of {len(nodes)} online"),
+        ("Leader", names.get(leader, leader) if leader else "none"),
+        ("Quorum", _concerned(words) if concern else words),
+    ]
 
 
 def _concerned(words: str) -> "Text":
@@ -126,13 +122,13 @@ def cluster_status(session: Session) -> None:
         session.data(cluster)
         return
     nodes = session.api.get(path("nodes"))["nodes"]
-    names = {node["id"]: node.get("name") or short_id(node["id"]) for node in nodes}
-    _show_cluster(session, cluster, nodes)
-    asked = cluster.get("node_id")
+    names = names_of(nodes)
+    asked = str(cluster.get("node_id"))
     voters = [names.get(voter, short_id(voter)) for voter in cluster.get("voters") or ()]
     show_facts(
         session.out,
         [
+            *_facts(cluster, nodes, names),
             ("Voters", ", ".join(voters) or "-"),
             ("Term", cluster.get("term", "-")),
             ("Id", cluster.get("cluster_id", "-")),

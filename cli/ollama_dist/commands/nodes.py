@@ -20,7 +20,7 @@ NodeArgument = Annotated[
 ]
 
 NODE_COLUMNS = (
-    Column("NAME", gives_way=True),
+    Column("  NAME", gives_way=True),
     Column("ID"),
     Column("STATUS"),
     Column("ADDRESS", gives_way=True),
@@ -41,6 +41,11 @@ _LOADED_COLUMNS = (
 )
 
 
+def names_of(nodes: list[dict[str, Any]]) -> dict[str, str]:
+    """What to call each node, by its id."""
+    return {node["id"]: node.get("name") or short_id(node["id"]) for node in nodes}
+
+
 def node_state(node: dict[str, Any]) -> str:
     """The node's status, with what a person wants to know more."""
     state = str(node.get("status", "-"))
@@ -54,7 +59,7 @@ def node_row(node: dict[str, Any]) -> tuple[object, ...]:
     live = usage if node.get("status") != "offline" else {}
     gpus = (node.get("capacity") or {}).get("gpu_count")
     return (
-        f"{node.get('name') or '-'}{' *' if node.get('is_leader') else ''}",
+        f"{'*' if node.get('is_leader') else ' '} {node.get('name') or '-'}",
         short_id(node["id"]),
         node_state(node),
         node.get("address", "-"),
