@@ -81,7 +81,8 @@ log = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 7.0  # for goodbyes; the rest of 10 is for runners and the journal
 TRANSFER_TIMEOUT_S = 1.0
-DEPARTURE_GRACE_S = 0.5
+DEPARTURE_GRACE_S = 0.5  # the answer to `leave` is still on its way
+FIRST_STATE_TIMEOUT_S = 10.0
 SAMPLE_INTERVAL_S = 1.0
 MAX_INBOUND = 256  # connections of other nodes at once, per port
 
@@ -105,9 +106,8 @@ def run(settings: Settings, data_dir: Path, join: str | None) -> None:
             identity = Identity.load_or_create(directory.identity)
             if identity.is_member:
                 identity.check_validity(datetime.datetime.now(datetime.UTC))
-            _check_invitation(settings, directory, identity, invitation)
             trio.run(partial(_run, settings, directory, identity, invitation))
-    except (DataDirError, IdentityError) as error:
+    except (DataDirError, IdentityError, RaftError, StoreError) as error:
         raise StartError(str(error)) from None
     except BaseExceptionGroup as group:
         _explain(group)
@@ -133,28 +133,58 @@ def _parse_invitation(text: str) -> Invitation:
     return Invitation(token, address or None)
 
 
-def _check_invitation(
-    settings: Settings, directory: DataDir, identity: Identity, invitation: Invitation | None
-) -> None:
-    if invitation is None:
-        return
-    if settings.node.bootstrap:
-        raise StartError("this node is the bootstrap node of a cluster; it cannot join another")
-    if identity.is_member and channel_binding(identity.ca_der) != invitation.token.ca_hash:
-        raise StartError(
-            f"{directory.path} belongs to a node of another cluster; take it out there with "
-            "`ollama-dist cluster leave`, or use another --data-dir"
-        )
-
-
 async def _run(
     settings: Settings, directory: DataDir, identity: Identity, invitation: Invitation | None
 ) -> None:
+    if invitation is not None:
+        await _make_room(settings, directory, identity, invitation)
     daemon = await Daemon.build(settings, directory, identity)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_watch_signals, daemon.stop)
         await daemon.run(invitation)
         nursery.cancel_scope.cancel()
+    if daemon.departed:
+        _forget_cluster(directory, identity)
+
+
+async def _make_room(
+    settings: Settings, directory: DataDir, identity: Identity, invitation: Invitation
+) -> None:
+    """Give up the cluster of one that a first `ollamad start` made, in favour of a real one.
+
+    Raises:
+      StartError: this node is in a cluster with others, or must not join any.
+    """
+    if settings.node.bootstrap:
+        raise StartError("this node founds its own cluster (node.bootstrap); it joins no other")
+    if not identity.is_member or channel_binding(identity.ca_der) == invitation.token.ca_hash:
+        return  # in no cluster, or in this one already
+    machine = Machine()
+    store = SqliteStore(directory.raft)
+    try:
+        await RaftNode(identity.node_id, store, machine, lambda *_: None).open()
+    finally:
+        await store.aclose()
+    if len(machine.state.members) > 1:
+        raise StartError(
+            f"{directory.path} belongs to a node of another cluster; take it out there with "
+            "`ollama-dist cluster leave`, or use another --data-dir"
+        )
+    models = ", ".join(model.name for model in machine.state.models.values())
+    log.info("giving up the cluster of one that was here%s", f" (models: {models})" * bool(models))
+    _forget_cluster(directory, identity)
+
+
+def _forget_cluster(directory: DataDir, identity: Identity) -> None:
+    """Put the state of a cluster that this node is no part of aside; blobs stay on disk."""
+    identity.forget_cluster()
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    aside = directory.path / f"left-{stamp}"
+    aside.mkdir(mode=0o700, exist_ok=True)
+    for path in directory.of_cluster():
+        if path.exists():
+            path.rename(aside / path.name)
+    log.info("the old cluster's state is in %s; delete it when you do not need it", aside)
 
 
 async def _watch_signals(stop: Callable[[], None]) -> None:
@@ -415,6 +445,10 @@ class Daemon:
                 self._machine.state.cluster_id,
                 password,
             )
+        with trio.move_on_after(FIRST_STATE_TIMEOUT_S):
+            # A new member is of no use before it knows who is who.
+            while self._identity.node_id not in self._machine.state.members:
+                await self._cluster.changes.next().wait()
         ca = self._machine.state.ca
         if ca is not None and self._identity.renew_if_due(ca, datetime.datetime.now(datetime.UTC)):
             self._gate.refresh()
@@ -575,7 +609,7 @@ class Daemon:
     async def _stop_on_departure(self) -> None:
         """A node that is no member any more keeps its models and forgets the cluster."""
         await self._cluster.departed.wait()
-        await trio.sleep(DEPARTURE_GRACE_S)  # the answer to `leave` is still on its way
+        await trio.sleep(DEPARTURE_GRACE_S)
         log.info("this node has left the cluster; start it with --join to join one again")
         self.departed = True
         self._stop.set()

@@ -87,3 +87,8 @@ class DataDir:
     @property
     def admin_password(self) -> Path:
         return self.path / "admin-password"
+
+    def of_cluster(self) -> list[Path]:
+        """What belongs to the cluster rather than to the node: moved aside when it leaves."""
+        journal = [self.raft.with_name(self.raft.name + end) for end in ("", "-wal", "-shm")]
+        return [*journal, self.seeds, self.replicas, self.cli_token, self.admin_password]
