@@ -170,7 +170,7 @@ class FakeApi:
             "members": 3,
             "term": 7,
         }
-        self.tokens: set[str] | None = None  # None: whoever asks may do everything
+        self.tokens: set[str | None] | None = None  # None: whoever asks may do everything
         self.refresh_tokens: dict[str, str] = {}  # refresh token -> the token that it makes
         self.blobs: set[str] = set()
         self.pieces = ["Hello", ", ", "world\u2028", "!"]
@@ -283,7 +283,7 @@ class FakeApi:
                 return Answer(200, {"user": {"id": "u1", "username": "admin", "role": "admin"}})
             case ["auth", "logout"]:
                 if self.tokens is not None:
-                    self.tokens.discard(request.token or "")
+                    self.tokens.discard(request.token)
                 return Answer(200, {"message": "Logged out"})
         return None
 

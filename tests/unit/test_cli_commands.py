@@ -67,8 +67,8 @@ def test_status_as_data_holds_what_the_api_said(cli: Cli, fake_api: FakeApi) -> 
         (3, 1, True, "2 of 3 voters online; survives no further loss"),
         (5, 0, True, "5 of 5 voters online; survives the loss of 2"),
         (5, 1, True, "4 of 5 voters online; survives the loss of 1"),
-        (2, 1, False, "lost: 1 of 2 voters online; nothing can change until 1 more return"),
-        (5, 4, False, "lost: 1 of 5 voters online; nothing can change until 2 more return"),
+        (2, 1, False, "lost: 1 of 2 voters online; nothing can change until 1 more is back"),
+        (5, 4, False, "lost: 1 of 5 voters online; nothing can change until 2 more are back"),
     ],
 )
 def test_the_quorum_in_words(

@@ -26,7 +26,8 @@ def quorum_text(cluster: dict[str, Any], nodes: list[dict[str, Any]]) -> tuple[s
     count = f"{online} of {plural(len(voters), 'voter')}"
     if not cluster.get("quorum"):
         missing = max(1, majority - online)
-        return f"lost: {count} online; nothing can change until {missing} more return", True
+        verb = "is" if missing == 1 else "are"
+        return f"lost: {count} online; nothing can change until {missing} more {verb} back", True
     spare = online - majority
     if len(voters) == 1:
         return "yes: 1 voter, it is the whole cluster; two more nodes let it survive a loss", False

@@ -65,16 +65,18 @@ def read_prompt(words: list[str] | None) -> str:
 
 
 def write_answer(pieces: Iterator[str]) -> None:
-    """Write pieces of text to stdout as they come, and end the line."""
+    """Write pieces of text to stdout as they come, and end the line, also after a failure."""
     safe = sys.stdout.isatty()
     ended = True
-    for piece in pieces:
-        if piece:
-            sys.stdout.write(printable(piece) if safe else piece)
-            sys.stdout.flush()
-            ended = piece.endswith("\n")
-    if not ended:
-        sys.stdout.write("\n")
+    try:
+        for piece in pieces:
+            if piece:
+                sys.stdout.write(printable(piece) if safe else piece)
+                sys.stdout.flush()
+                ended = piece.endswith("\n")
+    finally:
+        if not ended:
+            sys.stdout.write("\n")
 
 
 @command

@@ -1,0 +1,287 @@
+"""Answers in ollama-dist: streamed, piped, broken off, and a conversation on a terminal."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import cli_fixtures
+from tests.fakes.cli_fixtures import WAIT_S, Cli, Terminal, start_piped
+from tests.fakes.fake_api import FakeApi, error
+
+cli, fake_api, home = cli_fixtures.cli, cli_fixtures.fake_api, cli_fixtures.home
+
+WHOLE = "Hello, world\u2028!"
+
+
+def test_generate_streams_plain_text(cli: Cli, fake_api: FakeApi) -> None:
+    result = cli("generate", "m", "say", "hello", stdin="")
+    assert result.exit_code == 0
+    assert result.stdout == f"{WHOLE}\n"
+    assert fake_api.asked("POST", "/generate")[0].json == {
+        "model": "m",
+        "prompt": "say hello",
+        "stream": True,
+    }
+
+
+def test_generate_passes_its_options_on(cli: Cli, fake_api: FakeApi) -> None:
+    options = ("--system", "Be brief.", "--option", "top_k=1", "--option", "stop=x", "--raw")
+    assert cli("generate", "m", "hi", *options, "--format", "json").exit_code == 0
+    assert fake_api.requests[-1].json == {
+        "model": "m",
+        "prompt": "hi",
+        "system": "Be brief.",
+        "options": {"top_k": 1, "stop": ["x"]},
+        "raw": True,
+        "format": "json",
+        "stream": True,
+    }
+    assert cli("generate", "m", "hi", "--format", '{"type": "object"}').exit_code == 0
+    assert fake_api.requests[-1].json["format"] == {"type": "object"}
+
+
+def test_answers_as_data_are_the_apis_own(cli: Cli, fake_api: FakeApi) -> None:
+    data = json.loads(cli("generate", "m", "hi", "-o", "json").stdout)
+    assert data["response"] == WHOLE
+    assert data["eval_count"] == 4
+    assert fake_api.requests[-1].json["stream"] is False
+    data = json.loads(cli("run", "m", "hi", "-o", "json").stdout)
+    assert data["message"] == {"role": "assistant", "content": WHOLE}
+
+
+def test_run_with_a_prompt_prints_one_answer(cli: Cli, fake_api: FakeApi) -> None:
+    result = cli("run", "m", "hi", "--system", "Be brief.", "--option", "seed=7")
+    assert result.exit_code == 0
+    assert result.stdout == f"{WHOLE}\n"
+    assert fake_api.requests[-1].json == {
+        "model": "m",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "hi"},
+        ],
+        "options": {"seed": 7},
+        "stream": True,
+    }
+
+
+def test_piped_input_comes_before_the_prompt(cli: Cli, fake_api: FakeApi) -> None:
+    cli("run", "m", "Sum it up.", stdin="A long text.\n")
+    assert fake_api.requests[-1].json["messages"][0]["content"] == "A long text.\nSum it up."
+    cli("run", "m", stdin="Only this.\n")
+    assert fake_api.requests[-1].json["messages"][0]["content"] == "Only this."
+    cli("embed", "m", stdin="And this.")
+    assert fake_api.requests[-1].json == {"model": "m", "prompt": "And this.", "stream": False}
+
+
+def test_an_error_in_band_follows_what_came_before_it(cli: Cli, fake_api: FakeApi) -> None:
+    fake_api.stream_error = "the runner died"
+    for name in ("run", "generate"):
+        result = cli(name, "m", "hi")
+        assert result.exit_code == 1
+        assert result.stdout == f"{WHOLE}\n"
+        assert result.stderr == "Error: the runner died\n"
+
+
+def test_an_answer_that_breaks_off_is_no_success(cli: Cli, fake_api: FakeApi) -> None:
+    fake_api.cut_stream = True
+    result = cli("generate", "m", "hi")
+    assert result.exit_code == 1
+    assert result.stdout.startswith(WHOLE)
+    assert "was lost" in result.stderr or "broke off" in result.stderr
+
+
+def test_embed(cli: Cli, fake_api: FakeApi) -> None:
+    result = cli("embed", "m", "some", "words", stdin="")
+    assert result.stdout == "2 numbers, length 1.000: 0.6000 -0.8000\n"
+    data = json.loads(cli("embed", "m", "x", "-o", "json").stdout)
+    assert data == {"model": "m", "embedding": [0.6, -0.8]}
+
+
+def test_a_pipe_gets_text_as_it_comes_and_ctrl_c_is_quiet(home: Path, fake_api: FakeApi) -> None:
+    fake_api.hold_stream = True
+    process = start_piped("--host", fake_api.url, "run", "m", "hi")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    process.stdin = None
+    # The answer has not ended, and yet all that there is has come.
+    assert process.stdout.read(len(WHOLE)) == WHOLE
+    process.send_signal(signal.SIGINT)
+    rest, complaints = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 130
+    assert complaints == ""
+    assert "\x1b" not in rest
+    assert fake_api.client_left.wait(WAIT_S)
+
+
+def test_a_reader_that_leaves_is_no_traceback(home: Path, fake_api: FakeApi) -> None:
+    fake_api.pieces = ["x" * 100_000] * 20
+    process = start_piped("--host", fake_api.url, "generate", "m", "hi")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdin.close()
+    process.stdout.close()
+    complaints = process.stderr.read()
+    process.stderr.close()
+    process.wait(WAIT_S)
+    assert "Traceback" not in complaints
+
+
+def test_a_conversation(home: Path, fake_api: FakeApi) -> None:
+    fake_api.pieces = ["# Title\n\n", "some **bold** ", "words"]
+    with Terminal("--host", fake_api.url, "run", "smollm2:135m") as terminal:
+        terminal.expect(">>> ")
+        terminal.type("first\r")
+        terminal.expect("bold")
+        terminal.expect(">>> ")
+        terminal.type("/set temperature 0.2\r")
+        terminal.expect("temperature is 0.2.")
+        terminal.type("/set system Be brief.\r")
+        terminal.expect("The system message is set.")
+        terminal.expect(">>> ")
+        terminal.type('"""two\r')
+        terminal.expect("... ")
+        terminal.type('lines"""\r')
+        terminal.expect("bold")
+        terminal.expect(">>> ")
+        terminal.type("/clear\r")
+        terminal.expect("forgotten")
+        terminal.expect(">>> ")
+        terminal.type("third\r")
+        terminal.expect("bold")
+        terminal.expect(">>> ")
+        terminal.type("\x1b[A\r")
+        terminal.expect("bold")
+        terminal.expect(">>> ")
+        terminal.type("/nope\r")
+        terminal.expect("There is no /nope.")
+        terminal.type("/help\r")
+        terminal.expect("/bye")
+        terminal.expect(">>> ")
+        terminal.type("/bye\r")
+        assert terminal.exit_code() == 0
+    assert "**" not in terminal.seen
+    bodies = [each.json for each in fake_api.asked("POST", "/chat")]
+    answer = {"role": "assistant", "content": "# Title\n\nsome **bold** words"}
+    assert bodies[0]["messages"] == [{"role": "user", "content": "first"}]
+    assert "options" not in bodies[0]
+    assert bodies[1]["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "first"},
+        answer,
+        {"role": "user", "content": "two\nlines"},
+    ]
+    assert bodies[1]["options"] == {"temperature": 0.2}
+    assert bodies[2]["messages"][1:] == [{"role": "user", "content": "third"}]
+    assert [each["content"] for each in bodies[3]["messages"][1:]] == [
+        "third",
+        answer["content"],
+        "third",
+    ]
+    history = home / "state/ollama-dist/history"
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert "first" in history.read_text()
+
+
+def test_ctrl_c_stops_the_answer_and_again_leaves(home: Path, fake_api: FakeApi) -> None:
+    fake_api.hold_stream = True
+    fake_api.pieces = ["half an ", "answer"]
+    with Terminal("--host", fake_api.url, "run", "smollm2:135m") as terminal:
+        terminal.expect(">>> ")
+        terminal.type("go\r")
+        terminal.expect("answer")
+        terminal.type("\x03")
+        terminal.expect("(stopped)")
+        assert fake_api.client_left.wait(WAIT_S)
+        terminal.expect(">>> ")
+        # What came stays in the conversation.
+        fake_api.hold_stream = False
+        terminal.type("go on\r")
+        terminal.expect("answer")
+        terminal.expect(">>> ")
+        terminal.type("\x03")
+        terminal.expect("Ctrl-C again")
+        terminal.expect(">>> ")
+        terminal.type("\x03")
+        assert terminal.exit_code() == 130
+    assert "Traceback" not in terminal.seen
+    assert fake_api.asked("POST", "/chat")[1].json["messages"] == [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": "half an answer"},
+        {"role": "user", "content": "go on"},
+    ]
+
+
+def test_ctrl_c_at_once_after_a_stopped_answer_leaves(home: Path, fake_api: FakeApi) -> None:
+    fake_api.hold_stream = True
+    with Terminal("--host", fake_api.url, "run", "smollm2:135m") as terminal:
+        terminal.expect(">>> ")
+        terminal.type("go\r")
+        terminal.expect("Hello")
+        terminal.type("\x03")
+        terminal.expect(">>> ")
+        terminal.type("\x03")
+        assert terminal.exit_code() == 130
+
+
+def test_ctrl_d_leaves_and_errors_do_not(home: Path, fake_api: FakeApi) -> None:
+    fake_api.answers["POST", "/chat"] = error(503, "server busy")
+    with Terminal("--host", fake_api.url, "run", "smollm2:135m") as terminal:
+        terminal.expect(">>> ")
+        terminal.type("first\r")
+        terminal.expect("Error: server busy")
+        terminal.expect(">>> ")
+        fake_api.answers.clear()
+        terminal.type("again\r")
+        terminal.expect("Hello")
+        terminal.expect(">>> ")
+        terminal.type("\x04")
+        assert terminal.exit_code() == 0
+    # The message that had no answer is not sent again.
+    assert fake_api.requests[-1].json["messages"] == [{"role": "user", "content": "again"}]
+
+
+def test_a_conversation_with_an_unknown_model_does_not_begin(home: Path, fake_api: FakeApi) -> None:
+    with Terminal("--host", fake_api.url, "run", "smolm2") as terminal:
+        terminal.expect("Error: model 'smolm2' not found. Did you mean smollm2:135m?")
+        assert terminal.exit_code() == 5
+
+
+@pytest.mark.parametrize("flags", [("--no-color",), ()])
+def test_colours_are_for_terminals_that_want_them(
+    home: Path, fake_api: FakeApi, flags: tuple[str, ...]
+) -> None:
+    with Terminal("--host", fake_api.url, *flags, "models", "list") as terminal:
+        terminal.expect("team/llama3.2:latest")
+        assert terminal.exit_code() == 0
+    assert ("\x1b[1m" in terminal.seen) == (not flags)
+
+
+def test_the_terminal_is_safe_from_an_answer(home: Path, fake_api: FakeApi) -> None:
+    fake_api.pieces = ["a\x1b]0;owned\x07b", "\x1b[2Jc"]
+    for arguments in (("run", "m", "hi"), ("generate", "m", "hi")):
+        with Terminal("--host", fake_api.url, *arguments) as terminal:
+            terminal.expect("c")
+            assert terminal.exit_code() == 0
+        assert "\x1b]0;" not in terminal.seen
+        assert "\x1b[2J" not in terminal.seen
+        assert "b" in terminal.seen
+
+
+def test_help_imports_neither_httpx_nor_rich(home: Path) -> None:
+    program = (
+        "import sys; sys.argv = ['ollama-dist', '--help']\n"
+        "from ollama_dist.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'httpx', 'rich', 'trio', 'yaml', 'ollamad'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("[]\n")
