@@ -5,17 +5,16 @@ known), and the handler. What is not in the table does not exist.
 """
 
 import dataclasses
+import secrets
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 import trio
-from quart import request as current_request
 from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import MethodNotAllowed
 
 from ollamad.api import inference, models, nodes, sessions, status
-from ollamad.api.asgi import Connection, Request
+from ollamad.api.asgi import Connection, Reply, Request
 from ollamad.api.auth import Auth, Identity
 from ollamad.api.calls import Api, ApiSettings, Call, Handler, error_reply
 from ollamad.api.errors import as_service_error
@@ -25,6 +24,8 @@ from ollamad.core.state import Role
 
 BASE = "/api/v1"
 PUBLIC = None
+
+View = Callable[..., Awaitable[Reply | None]]  # takes the request and the path's arguments
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,9 +40,9 @@ class Route:
 
 
 ROUTES = (
-    Route("GET", "/", PUBLIC, status.root),
-    Route("GET", f"{BASE}/health", PUBLIC, status.health),
-    Route("GET", f"{BASE}/version", PUBLIC, status.version),
+    Route("GET", "/", PUBLIC, status.root, bounded=False),
+    Route("GET", f"{BASE}/health", PUBLIC, status.health, bounded=False),
+    Route("GET", f"{BASE}/version", PUBLIC, status.version, bounded=False),
     Route("POST", f"{BASE}/auth/login", PUBLIC, sessions.login),
     Route("POST", f"{BASE}/auth/refresh", PUBLIC, sessions.refresh),
     Route("POST", f"{BASE}/auth/logout", "viewer", sessions.logout),
@@ -74,7 +75,12 @@ ROUTES = (
 
 
 class ApiApp(QuartTrio):
-    """Quart with this API's connection and request; `stats` counts every request."""
+    """Quart with this API's connection and request; `stats` counts every request.
+
+    A request takes one explicit way: routed, checked, handled. Quart's request context, hooks,
+    signals and sessions are left out of it, because they would cost a third of a small
+    request and hide what happens to it.
+    """
 
     asgi_http_class = Connection
     request_class = Request
@@ -84,6 +90,21 @@ class ApiApp(QuartTrio):
         self.api = api
         self.stats = api.http_stats
         self.clock = api.services.monotonic
+        self.views: dict[str, View] = {}
+        self.routes = self.url_map.bind("")  # no route depends on the Host
+
+    async def reply_to(self, request: Request) -> Reply | None:
+        """Answer one request; whatever goes wrong is an error answer. None: it was streamed."""
+        try:
+            endpoint, arguments = self.routes.match(request.path, request.method)
+            return await self.views[endpoint](request, **arguments)
+        except Exception as error:
+            return _error_reply(error, request.id)
+        except BaseExceptionGroup as error:
+            _, rest = error.split(trio.Cancelled)
+            if rest is None:
+                raise  # the client went away
+            return _error_reply(rest, request.id)
 
 
 def build_app(services: Services, settings: ApiSettings) -> ApiApp:
@@ -100,21 +121,16 @@ def build_app(services: Services, settings: ApiSettings) -> ApiApp:
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.config["RESPONSE_TIMEOUT"] = None  # Quart's 60 s would cut a long answer
     app.url_map.merge_slashes = False  # a redirect is no answer to a mistyped path
+    app.register_error_handler(Exception, _refuse_socket)
     for route in ROUTES:
-        app.add_url_rule(
-            route.path,
-            endpoint=f"{route.method} {route.path}",
-            view_func=_view(api, route),
-            methods=[route.method],
-        )
-    app.register_error_handler(Exception, _on_error)
+        endpoint = f"{route.method} {route.path}"
+        app.add_url_rule(route.path, endpoint, methods=[route.method])
+        app.views[endpoint] = _view(api, route)
     return app
 
 
-def _view(api: Api, route: Route) -> Callable[..., Awaitable[TrioResponse]]:
-    async def view(**arguments: Any) -> TrioResponse:
-        request: Any = current_request._get_current_object()  # type: ignore[attr-defined]
-        assert isinstance(request, Request)
+def _view(api: Api, route: Route) -> View:
+    async def view(request: Request, **arguments: str) -> Reply | None:
         caller = None
         if route.role is not None:
             peer = (request.scope.get("client") or ("", 0))[0]
@@ -142,12 +158,18 @@ def _authorize(caller: Identity | None, role: Role) -> Identity:
     return caller
 
 
-async def _on_error(error: Exception) -> TrioResponse:
-    request_id = getattr(current_request, "id", "")
+def _error_reply(error: BaseException, request_id: str) -> Reply:
     response = error_reply(as_service_error(error, request_id))
     if isinstance(error, MethodNotAllowed) and error.valid_methods:
         response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
     return response
+
+
+async def _refuse_socket(error: Exception) -> TrioResponse:
+    """The answer to a WebSocket that is not accepted; requests do not come by here."""
+    reply = _error_reply(error, secrets.token_hex(8))
+    content_type = reply.content_type.decode()
+    return TrioResponse(reply.body, reply.status, reply.headers, content_type=content_type)
 
 
 __all__ = ["BASE", "ROUTES", "ApiApp", "ApiSettings", "Route", "build_app"]

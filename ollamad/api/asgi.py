@@ -7,14 +7,15 @@ a connection that ties both to the client's presence: when the client goes away,
 is cancelled.
 """
 
+import dataclasses
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from quart_trio.asgi import TrioASGIHTTPConnection
-from quart_trio.wrappers import TrioRequest, TrioResponse
+from quart_trio.wrappers import TrioRequest
 
 if TYPE_CHECKING:
     from ollamad.api.app import ApiApp
@@ -27,7 +28,6 @@ DRAIN_S = 1.0
 FIXED_HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
 )
 
@@ -92,13 +92,14 @@ class Request(TrioRequest):
 
     id: str
     asgi_send: ASGISendCallable
-    head_sent = False
+    clock: Callable[[], float]
+    head_sent_at: float | None = None
     status_sent = 0
 
     async def send_head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Send status and headers; the request's id and the fixed headers are added."""
         self.body.discard()
-        self.head_sent = True
+        self.head_sent_at = self.clock()
         self.status_sent = status
         await self.asgi_send(
             {
@@ -112,8 +113,14 @@ class Request(TrioRequest):
         await self.asgi_send({"type": "http.response.body", "body": data, "more_body": more})
 
 
-class Streamed(TrioResponse):
-    """What a handler returns that has sent its answer itself."""
+@dataclasses.dataclass(slots=True)
+class Reply:
+    """A whole answer. (Quart's response object costs more than all the rest of a small one.)"""
+
+    body: bytes
+    status: int = 200
+    content_type: bytes = b"application/json; charset=utf-8"
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Connection(TrioASGIHTTPConnection):
@@ -126,15 +133,33 @@ class Connection(TrioASGIHTTPConnection):
         assert isinstance(request, Request)
         request.id = secrets.token_hex(8)
         request.asgi_send = send
+        request.clock = self.app.clock
         stats = self.app.stats
         begun = stats.begin()
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._pump, nursery, request, receive)
+            if self._is_plain_get():
+                # Quick, bounded by the deadline, and nothing to read: no second task is worth it.
+                request.body.set_complete()
                 await self._answer(request)
-                nursery.cancel_scope.cancel()
+            else:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._pump, nursery, request, receive)
+                    await self._answer(request)
+                    nursery.cancel_scope.cancel()
         finally:
-            stats.end(self.app.clock() - begun, failed=request.status_sent >= 500)
+            latency_s = (request.head_sent_at or self.app.clock()) - begun
+            stats.end(latency_s, failed=request.status_sent >= 500)
+
+    def _is_plain_get(self) -> bool:
+        """Whether no body can come. (If one came, unread, the connection would get stuck.)"""
+        scope = self.scope
+        return (
+            scope["method"] in ("GET", "HEAD")
+            and scope["http_version"] in ("1.0", "1.1")  # HTTP/2 need not announce a body
+            and not any(
+                name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"]
+            )
+        )
 
     async def _pump(
         self, nursery: trio.Nursery, request: Request, receive: ASGIReceiveCallable
@@ -151,19 +176,21 @@ class Connection(TrioASGIHTTPConnection):
                 return
 
     async def _answer(self, request: Request) -> None:
-        response: Any = await self.app.handle_request(request)
-        if request.head_sent:
-            if not isinstance(response, Streamed):  # a bug after the first byte; it is logged
+        reply = await self.app.reply_to(request)
+        if request.head_sent_at is not None:
+            if reply is not None:  # a bug after the first byte; it is logged
                 await request.send_body(b"", more=False)
             return
+        assert reply is not None
         if not request.body.complete:
             request.body.discard()
             with trio.move_on_after(DRAIN_S):
                 await request.body.wait_complete()
         headers = [
-            (name.lower().encode("latin-1"), value.encode("latin-1"))
-            for name, value in response.headers
+            (b"content-type", reply.content_type),
+            (b"content-length", b"%d" % len(reply.body)),
         ]
-        await request.send_head(response.status_code, headers)
-        # Every reply of ours is bytes, which Quart keeps in a DataBody.
-        await request.send_body(response.response.data, more=False)
+        for name, value in reply.headers.items():
+            headers.append((name.lower().encode("latin-1"), value.encode("latin-1")))
+        await request.send_head(reply.status, headers)
+        await request.send_body(reply.body, more=False)

@@ -2,15 +2,14 @@
 
 import dataclasses
 import ipaddress
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import msgspec
 import trio
-from quart_trio.wrappers import TrioResponse
 
-from ollamad.api.asgi import Request
+from ollamad.api.asgi import Reply, Request
 from ollamad.api.auth import Auth, AuthSettings, Identity
 from ollamad.api.bodies import decode_body
 from ollamad.api.metrics import RequestStats
@@ -19,7 +18,6 @@ from ollamad.core.commands import AnyCommand, Rejected
 from ollamad.core.names import InvalidName, ModelName, nearest, parse_name
 from ollamad.core.state import Member, Model
 
-JSON_TYPE = "application/json; charset=utf-8"
 # A chat that fills a context of a million tokens is about 4 MB of text; JSON escapes and
 # schemas may double that. Far more is a mistake, or an upload that belongs to /blobs.
 MAX_JSON_BYTES = 32 << 20
@@ -160,7 +158,7 @@ class Call:
             raise rejection_error(outcome)
 
 
-Handler = Callable[..., Awaitable[TrioResponse]]
+Handler = Callable[..., Awaitable[Reply | None]]
 
 
 def read_name(text: str, field: str = "model") -> ModelName:
@@ -183,22 +181,19 @@ def rejection_error(rejected: Rejected) -> ServiceError:
     )
 
 
-def reply(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> TrioResponse:
+def reply(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Reply:
     """A JSON answer."""
-    response = TrioResponse(_encode(body), status, content_type=JSON_TYPE)
-    if headers:
-        response.headers.update(headers)
-    return response
+    return Reply(_encode(body), status, headers=headers or {})
 
 
-def error_reply(error: ServiceError) -> TrioResponse:
+def error_reply(error: ServiceError) -> Reply:
     """The one shape of every error."""
-    response = reply(error_body(error), error.status)
+    headers = {}
     if error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(error.retry_after_s)
+        headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
-        response.headers["WWW-Authenticate"] = "Bearer"
-    return response
+        headers["WWW-Authenticate"] = "Bearer"
+    return reply(error_body(error), error.status, headers)
 
 
 def error_body(error: ServiceError) -> dict[str, Any]:

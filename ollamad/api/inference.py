@@ -12,9 +12,8 @@ from typing import Any
 
 import msgspec
 import trio
-from quart_trio.wrappers import TrioResponse
 
-from ollamad.api.asgi import Streamed
+from ollamad.api.asgi import Reply
 from ollamad.api.bodies import ChatBody, EmbedBody, GenerateBody
 from ollamad.api.calls import Call, error_body, reply
 from ollamad.api.errors import as_service_error
@@ -91,17 +90,17 @@ class Shape:
         }
 
 
-async def generate(call: Call) -> TrioResponse:
+async def generate(call: Call) -> Reply | None:
     body = await call.body(GenerateBody)
     return await _answer(call, body.request(), stream=body.stream)
 
 
-async def chat(call: Call) -> TrioResponse:
+async def chat(call: Call) -> Reply | None:
     body = await call.body(ChatBody)
     return await _answer(call, body.request(), stream=body.stream)
 
 
-async def embeddings(call: Call) -> TrioResponse:
+async def embeddings(call: Call) -> Reply:
     body = await call.body(EmbedBody)
     request = body.request()
     request = msgspec.structs.replace(request, model=call.find_model(request.model).name)
@@ -128,7 +127,7 @@ async def embeddings(call: Call) -> TrioResponse:
     return reply(answer, headers={"X-Ollamad-Node": embedded.node_id})
 
 
-async def _answer(call: Call, request: GenerateRequest, *, stream: bool) -> TrioResponse:
+async def _answer(call: Call, request: GenerateRequest, *, stream: bool) -> Reply | None:
     request = msgspec.structs.replace(request, model=call.find_model(request.model).name)
     shape = Shape.of(request.model, chat=request.messages is not None, wall=call.services.wall)
     stats = call.api.inference_stats
@@ -153,12 +152,12 @@ async def _answer(call: Call, request: GenerateRequest, *, stream: bool) -> Trio
         # No outcome: the client went away, which is no failure.
         failed = isinstance(outcome, ServiceError)
         stats.end(call.services.monotonic() - begun, failed=failed)
-    if call.request.head_sent:
+    if call.request.head_sent_at is not None:
         last = (
             error_body(outcome) if isinstance(outcome, ServiceError) else shape.final("", outcome)
         )
         await call.request.send_body(_encode(last) + b"\n", more=False)
-        return Streamed()
+        return None
     if isinstance(outcome, ServiceError):
         raise outcome
     return reply(shape.final("".join(texts), outcome), headers={"X-Ollamad-Node": node_id})

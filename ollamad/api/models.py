@@ -4,29 +4,29 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from quart_trio.wrappers import TrioResponse
-
+from ollamad.api.asgi import Reply
 from ollamad.api.bodies import CreateBody, DownloadBody, invalid
 from ollamad.api.calls import Call, read_name, reply, rfc3339
-from ollamad.api.services import ServiceError, Transfer
+from ollamad.api.services import ServiceError
 from ollamad.core.ids import NodeId
 from ollamad.core.state import Model
+from ollamad.core.transfers import Transfer
 
 _DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
 
 
-async def list_models(call: Call) -> TrioResponse:
+async def list_models(call: Call) -> Reply:
     models = call.services.cluster.state.models.values()
     newest_first = sorted(models, key=lambda model: (-model.modified_at, model.name))
     return reply({"models": [_summary(model) for model in newest_first]})
 
 
-async def show_model(call: Call, name: str) -> TrioResponse:
+async def show_model(call: Call, name: str) -> Reply:
     model = call.find_model(name)
     return reply({"model": _full(call, model)})
 
 
-async def create_model(call: Call) -> TrioResponse:
+async def create_model(call: Call) -> Reply:
     body = await call.body(CreateBody)
     name = read_name(body.name, "name")
     if not body.files:
@@ -36,7 +36,7 @@ async def create_model(call: Call) -> TrioResponse:
     return reply({"model": _full(call, model)}, 201)
 
 
-async def delete_model(call: Call, name: str) -> TrioResponse:
+async def delete_model(call: Call, name: str) -> Reply:
     services = call.services
     model = call.find_model(name)
     await services.library.delete(model.name)
@@ -49,7 +49,7 @@ async def delete_model(call: Call, name: str) -> TrioResponse:
     )
 
 
-async def download_model(call: Call, name: str) -> TrioResponse:
+async def download_model(call: Call, name: str) -> Reply:
     model = str(read_name(name))
     body = await call.body(DownloadBody, optional=True)
     nodes: Sequence[NodeId] = [call.find_member(reference).id for reference in body.nodes]
@@ -66,14 +66,14 @@ async def download_model(call: Call, name: str) -> TrioResponse:
     )
 
 
-async def has_blob(call: Call, digest: str) -> TrioResponse:
+async def has_blob(call: Call, digest: str) -> Reply:
     digest = _digest(digest, "digest")
     if not await call.services.library.has_blob(digest):
         raise ServiceError(404, "BLOB_NOT_FOUND", f"blob {digest} is not here", {"digest": digest})
     return reply({"digest": digest})
 
 
-async def upload_blob(call: Call, digest: str) -> TrioResponse:
+async def upload_blob(call: Call, digest: str) -> Reply:
     """The raw body is the blob; it is streamed to the disk, and its size is not limited here."""
     digest = _digest(digest, "digest")
     library = call.services.library
@@ -83,16 +83,16 @@ async def upload_blob(call: Call, digest: str) -> TrioResponse:
     return reply({"digest": digest}, 201)
 
 
-async def list_transfers(call: Call) -> TrioResponse:
+async def list_transfers(call: Call) -> Reply:
     transfers = await call.services.library.transfers()
     return reply({"transfers": [_transfer(transfer) for transfer in transfers]})
 
 
-async def show_transfer(call: Call, transfer_id: str) -> TrioResponse:
+async def show_transfer(call: Call, transfer_id: str) -> Reply:
     return reply({"transfer": _transfer(await _find_transfer(call, transfer_id))})
 
 
-async def cancel_transfer(call: Call, transfer_id: str) -> TrioResponse:
+async def cancel_transfer(call: Call, transfer_id: str) -> Reply:
     transfer = await _find_transfer(call, transfer_id)
     if transfer.status not in ("pending", "active"):
         raise ServiceError(
@@ -154,29 +154,23 @@ def _full(call: Call, model: Model) -> dict[str, Any]:
         "status": status,
         "inference_ready": call.services.library.inference_ready(model),
         "desired": model.desired,
+        "loaded_on": [
+            node_id
+            for node_id in cluster.state.members
+            if any(one.digest == model.digest for one in cluster.presence(node_id).beat.loaded)
+        ],
+        "layers": [
+            {"media_type": layer.media_type, "digest": layer.digest, "size": layer.size}
+            for layer in model.layers
+        ],
     }
 
 
 def _transfer(transfer: Transfer) -> dict[str, Any]:
-    if transfer.status == "completed":
-        progress = 100.0
-    elif transfer.total_bytes:
-        progress = round(100 * transfer.completed_bytes / transfer.total_bytes, 2)
-    else:
-        progress = 0.0
-    return {
-        "id": transfer.id,
-        "model_name": transfer.model_name,
-        "type": transfer.type,
-        "status": transfer.status,
-        "progress": progress,
+    ended = transfer.finished_at
+    return msgspec.structs.asdict(transfer) | {
         "speed": round(transfer.speed),
-        "eta": None if transfer.eta_s is None else round(transfer.eta_s),
-        "peer_id": transfer.peer_id,
-        "node_id": transfer.node_id,
-        "total_bytes": transfer.total_bytes,
-        "completed_bytes": transfer.completed_bytes,
-        "error": transfer.error,
+        "eta": None if transfer.eta is None else round(transfer.eta),
         "started_at": rfc3339(transfer.started_at),
-        "updated_at": rfc3339(transfer.updated_at),
+        "finished_at": None if ended is None else rfc3339(ended),
     }

@@ -3,31 +3,31 @@
 from typing import Any
 
 import msgspec
-from quart_trio.wrappers import TrioResponse
 
+from ollamad.api.asgi import Reply
 from ollamad.api.calls import Call, reply, rfc3339
 from ollamad.core.state import Member
 
 GB = 1_000_000_000  # the document's unit for capacity, in whole numbers
 
 
-async def list_nodes(call: Call) -> TrioResponse:
+async def list_nodes(call: Call) -> Reply:
     members = call.services.cluster.state.members.values()
     ordered = sorted(members, key=lambda member: member.name)
     return reply({"nodes": [describe(call, member) for member in ordered]})
 
 
-async def show_node(call: Call, reference: str) -> TrioResponse:
+async def show_node(call: Call, reference: str) -> Reply:
     return reply({"node": describe(call, call.find_member(reference))})
 
 
-async def drain(call: Call, reference: str) -> TrioResponse:
+async def drain(call: Call, reference: str) -> Reply:
     member = call.find_member(reference)
     await call.services.cluster.set_draining(member.id, True)
     return reply({"message": f"Node {member.name} is being drained"})
 
 
-async def undrain(call: Call, reference: str) -> TrioResponse:
+async def undrain(call: Call, reference: str) -> Reply:
     member = call.find_member(reference)
     await call.services.cluster.set_draining(member.id, False)
     return reply({"message": f"Node {member.name} is no longer draining"})
@@ -37,7 +37,7 @@ def describe(call: Call, member: Member) -> dict[str, Any]:
     """A node as both node routes show it: fractions in `*_usage`, percent in `cpu`, `memory`."""
     cluster = call.services.cluster
     presence = cluster.presence(member.id)
-    capacity = member.capacity
+    usage, capacity = presence.beat.usage, member.capacity
     status = "draining" if member.draining else "online"
     if not presence.online:
         status = "offline"
@@ -61,13 +61,13 @@ def describe(call: Call, member: Member) -> dict[str, Any]:
             "gpu_memory_bytes": capacity.gpu_memory_bytes,
         },
         "usage": {
-            "cpu_usage": round(presence.cpu, 4),
-            "memory_usage": round(presence.memory, 4),
-            "disk_usage": round(presence.disk, 4),
-            "gpu_usage": round(presence.gpu, 4),
-            "cpu": round(100 * presence.cpu, 2),
-            "memory": round(100 * presence.memory, 2),
-            "bandwidth": round(presence.bandwidth, 1),
+            "cpu_usage": round(usage.cpu, 4),
+            "memory_usage": round(usage.memory, 4),
+            "disk_usage": round(usage.disk, 4),
+            "gpu_usage": round(usage.gpu, 4),
+            "cpu": round(100 * usage.cpu, 2),
+            "memory": round(100 * usage.memory, 2),
+            "bandwidth": round(usage.bandwidth, 1),
         },
         "draining": member.draining,
         "is_leader": member.id == cluster.leader(),
@@ -78,7 +78,7 @@ def describe(call: Call, member: Member) -> dict[str, Any]:
         "loaded": [
             msgspec.structs.asdict(loaded)
             | {"expires_at": rfc3339(loaded.expires_at) if loaded.expires_at else None}
-            for loaded in presence.loaded
+            for loaded in presence.beat.loaded
         ],
-        "gpus": list(presence.gpus),
+        "gpus": list(usage.gpus),
     }

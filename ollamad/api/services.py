@@ -9,14 +9,16 @@ import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Literal, Protocol
+from typing import Protocol
 
 import msgspec
 
 from ollamad.core.commands import AnyCommand, Outcome
 from ollamad.core.ids import NodeId
-from ollamad.core.inference import Embeddings, EmbedRequest, Event, GenerateRequest, LoadedModel
+from ollamad.core.inference import Embeddings, EmbedRequest, Event, GenerateRequest
+from ollamad.core.presence import Presence
 from ollamad.core.state import ClusterState, Model
+from ollamad.core.transfers import Transfer
 
 Detail = str | int | float | bool | None | Sequence[str] | Mapping[str, str]
 
@@ -60,29 +62,6 @@ class Unavailable(ServiceError):
 
     def __init__(self, message: str, *, code: str = "UNAVAILABLE", retry_after_s: int = 2) -> None:
         super().__init__(503, code, message, retry_after_s=retry_after_s)
-
-
-class Gpu(msgspec.Struct, frozen=True):
-    """One GPU of a node, as it is now."""
-
-    name: str
-    memory_bytes: int
-    memory_used_bytes: int
-    utilization: float  # fraction 0-1
-
-
-class Presence(msgspec.Struct, frozen=True):
-    """What a node said of itself last. Fractions are 0-1; draining stands in the state."""
-
-    online: bool
-    last_seen: float  # Unix seconds; 0 for never
-    cpu: float = 0.0
-    memory: float = 0.0
-    disk: float = 0.0
-    gpu: float = 0.0
-    bandwidth: float = 0.0  # bytes per second, in and out
-    loaded: tuple[LoadedModel, ...] = ()
-    gpus: tuple[Gpu, ...] = ()
 
 
 class IssuedToken(msgspec.Struct, frozen=True):
@@ -142,24 +121,6 @@ class Cluster(Protocol):
         ...
 
     async def set_draining(self, node_id: NodeId, draining: bool) -> None: ...
-
-
-class Transfer(msgspec.Struct, frozen=True):
-    """A model on its way to a node, from a source or from a peer."""
-
-    id: str
-    model_name: str
-    type: Literal["download", "replicate", "import"]
-    status: Literal["pending", "active", "completed", "failed", "cancelled"]
-    node_id: NodeId  # where the bytes go
-    peer_id: str = ""  # where they come from: a node's id, or a source such as `pypi:x`
-    total_bytes: int = 0  # 0 while unknown
-    completed_bytes: int = 0
-    speed: float = 0.0  # bytes per second
-    eta_s: float | None = None
-    error: str = ""
-    started_at: float = 0.0  # Unix seconds
-    updated_at: float = 0.0
 
 
 class Library(Protocol):

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from quart_trio.wrappers import TrioResponse
-
+from ollamad.api.asgi import Reply
 from ollamad.api.auth import TokenPair
 from ollamad.api.bodies import LoginBody, RefreshBody
 from ollamad.api.calls import Call, reply, rfc3339
@@ -11,7 +10,7 @@ from ollamad.api.services import ServiceError
 from ollamad.core.state import User
 
 
-async def login(call: Call) -> TrioResponse:
+async def login(call: Call) -> Reply:
     body = await call.body(LoginBody)
     user = await call.api.auth.check_password(body.username, body.password)
     if user is None:
@@ -19,13 +18,13 @@ async def login(call: Call) -> TrioResponse:
     return reply(_pair(user, call.api.auth.open_session(user)))
 
 
-async def refresh(call: Call) -> TrioResponse:
+async def refresh(call: Call) -> Reply:
     body = await call.body(RefreshBody)
     user, pair = await call.api.auth.refresh(body.refresh_token)
     return reply(_pair(user, pair))
 
 
-async def logout(call: Call) -> TrioResponse:
+async def logout(call: Call) -> Reply:
     caller = call.caller
     if caller is None or not caller.session:
         raise ServiceError(400, "NO_SESSION", "this caller did not log in, so it cannot log out")
@@ -33,7 +32,7 @@ async def logout(call: Call) -> TrioResponse:
     return reply({"message": "Logged out"})
 
 
-async def me(call: Call) -> TrioResponse:
+async def me(call: Call) -> Reply:
     caller = call.caller
     assert caller is not None  # the route needs a role
     return reply(

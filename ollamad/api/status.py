@@ -3,9 +3,8 @@
 import platform
 import sys
 
-from quart_trio.wrappers import TrioResponse
-
 import ollamad
+from ollamad.api.asgi import Reply
 from ollamad.api.bodies import JoinBody, JoinTokenBody, LeaveBody, invalid
 from ollamad.api.calls import Call, is_host_port, reply, rfc3339
 from ollamad.api.services import Cluster, NoQuorum, ServiceError
@@ -23,11 +22,11 @@ except ImportError:  # no wheel was built
     BUILD_TIME = GIT_COMMIT = "unknown"
 
 
-async def root(call: Call) -> TrioResponse:
-    return TrioResponse(b"Ollama is running", content_type="text/plain; charset=utf-8")
+async def root(call: Call) -> Reply:
+    return Reply(b"Ollama is running", content_type=b"text/plain; charset=utf-8")
 
 
-async def health(call: Call) -> TrioResponse:
+async def health(call: Call) -> Reply:
     services = call.services
     trouble = _trouble(call)
     body = {
@@ -41,7 +40,7 @@ async def health(call: Call) -> TrioResponse:
     return reply(body)
 
 
-async def version(call: Call) -> TrioResponse:
+async def version(call: Call) -> Reply:
     machine = platform.machine()
     return reply(
         {
@@ -57,7 +56,7 @@ async def version(call: Call) -> TrioResponse:
     )
 
 
-async def cluster_status(call: Call) -> TrioResponse:
+async def cluster_status(call: Call) -> Reply:
     cluster = call.services.cluster
     state = cluster.state
     online = sum(cluster.presence(node_id).online for node_id in state.members)
@@ -86,14 +85,14 @@ async def cluster_status(call: Call) -> TrioResponse:
     )
 
 
-async def cluster_leader(call: Call) -> TrioResponse:
+async def cluster_leader(call: Call) -> Reply:
     leader = call.services.cluster.leader()
     if leader is None:
         raise NoQuorum("the cluster has no leader now")
     return reply({"leader": leader})
 
 
-async def cluster_join(call: Call) -> TrioResponse:
+async def cluster_join(call: Call) -> Reply:
     body = await call.body(JoinBody)
     if not is_node_id(body.node_id):
         raise invalid("node_id", "node_id is not a node id (Qm… , 46 characters)", expected="id")
@@ -108,14 +107,14 @@ async def cluster_join(call: Call) -> TrioResponse:
     return reply({"message": "Node joined cluster", "node_id": node_id})
 
 
-async def cluster_leave(call: Call) -> TrioResponse:
+async def cluster_leave(call: Call) -> Reply:
     body = await call.body(LeaveBody)
     member = call.find_member(body.node_id)
     await call.services.cluster.remove(member.id)
     return reply({"message": "Node left cluster", "node_id": member.id})
 
 
-async def cluster_token(call: Call) -> TrioResponse:
+async def cluster_token(call: Call) -> Reply:
     body = await call.body(JoinTokenBody, optional=True)
     issued = await call.services.cluster.make_join_token(body.ttl_seconds)
     return reply(
@@ -128,7 +127,7 @@ async def cluster_token(call: Call) -> TrioResponse:
     )
 
 
-async def metrics(call: Call) -> TrioResponse:
+async def metrics(call: Call) -> Reply:
     services = call.services
     cluster = services.cluster
     members = cluster.state.members
@@ -140,7 +139,7 @@ async def metrics(call: Call) -> TrioResponse:
             "connected_peers": connected_peers(cluster),
             "is_leader": cluster.is_leader,
             "requests_processed": http.completed + http.failed,
-            "models_loaded": sum(len(cluster.presence(node_id).loaded) for node_id in members),
+            "models_loaded": sum(len(cluster.presence(node_id).beat.loaded) for node_id in members),
             "cluster_size": len(members),
             "scheduler_stats": {
                 "total_requests": inference.total,
@@ -182,6 +181,8 @@ def format_uptime(seconds: float) -> str:
 def _trouble(call: Call) -> str | None:
     """Why this node cannot serve, or None."""
     cluster = call.services.cluster
+    if not cluster.state.cluster_id:
+        return "this node is not part of a cluster yet"
     lost_s = cluster.quorum_lost_for_s
     if cluster.has_quorum or lost_s <= call.api.settings.election_timeout_s:
         return None
