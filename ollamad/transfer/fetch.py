@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 MAX_SOURCES = 8  # holders used at once; more hardly add speed on one link, and cost memory
 MAX_BUFFERED_BYTES = 512 * MIB  # pieces in memory, two for each holder, before fewer are used
+WRITE_AHEAD_BYTES = 4 * MIB  # small pieces are written side by side, so that their syncs overlap
 RECHECK_S = 1.0  # how often new holders, back-offs and stalls are looked at
 GIVE_UP_AFTER_S = 120.0  # without a byte from anybody: long enough for a host to reboot
 MIN_RETRY_S = 1.0  # before a holder is asked again for a piece that it refused
@@ -126,9 +127,9 @@ class _Session:
 
     holder: NodeId
     side: FetcherSide
+    writing: trio.Semaphore  # a place for each piece that may be verified and written at once
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     unwanted: list[int] = field(default_factory=list)  # pieces to cancel
-    writing: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(1))
     waits_for_disk: bool = False
 
 
@@ -205,13 +206,19 @@ class _Fetch:
         ]
         while usable and len(self._sessions) < self._max_sources:
             holder = usable.pop(self._randrange(len(usable)))
-            session = _Session(holder, FetcherSide(self._layer.digest))
+            writers = max(1, WRITE_AHEAD_BYTES // self._layer.piece_size)
+            side = FetcherSide(self._layer.digest)
+            session = _Session(holder, side, trio.Semaphore(writers))
             self._sessions[holder] = session
             nursery.start_soon(self._run_session, session, nursery)
 
     def _explain(self, waited_s: float) -> str:
         missing = self._layer.size - self._verified
-        who = self._book.reasons() | self._bans.reasons()
+        candidates, now = set(self._candidates()), trio.current_time()
+        who = self._book.reasons()
+        for holder, why in self._bans.reasons().items():
+            if holder in candidates and self._bans.is_banned(holder, now):
+                who[holder] = why
         reasons = "; ".join(f"{short(holder)}: {why}" for holder, why in sorted(who.items()))
         return (
             f"no node sent anything of {self._layer.digest} for {waited_s:g} s, {missing:,} of "
@@ -350,7 +357,7 @@ class _Fetch:
             case pieces.PieceReceived(index, data, size):
                 self._count(holder, size)
                 if picker.received(holder, index, len(data), trio.current_time()):
-                    # One piece is verified and written while the next arrives, no more.
+                    # While pieces are verified and written the next one arrives, no more.
                     session.waits_for_disk = True
                     await session.writing.acquire()
                     session.waits_for_disk = False

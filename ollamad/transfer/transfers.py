@@ -7,37 +7,13 @@ neither peers nor files.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
-
-import msgspec
 
 from ollamad.core.ids import NodeId, short
-
-TransferType = Literal["download", "replication"]  # from an origin; from a peer
-Status = Literal["pending", "active", "completed", "failed", "cancelled"]
+from ollamad.core.transfers import Status, Transfer, TransferType
 
 MAX_FINISHED = 200  # transfers remembered after their end; a page of history
 SPEED_WINDOW_S = 5.0  # speed is the mean over so long: calm, and yet follows the link
 SPEED_SAMPLE_S = 0.25  # samples closer together tell nothing
-
-
-class Transfer(msgspec.Struct, frozen=True):
-    """A transfer as it stands now; the keys of the API. Times are Unix seconds."""
-
-    id: str
-    model_name: str
-    type: TransferType
-    status: Status
-    progress: float  # 0 to 100
-    speed: float  # bytes/s over the last seconds; over the whole time once it is finished
-    eta: float | None  # seconds; None when unknown
-    peer_id: str  # the node that sends, "" for an origin
-    node_id: NodeId  # the node that receives
-    bytes_done: int  # verified
-    bytes_total: int  # 0 when unknown
-    error: str
-    started_at: float
-    finished_at: float | None
 
 
 @dataclass(slots=True)

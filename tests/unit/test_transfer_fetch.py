@@ -8,10 +8,10 @@ import trio
 import trio.testing
 
 from ollamad.core.ids import NodeId
-from ollamad.core.piece_picker import BAN_S, STALL_S
+from ollamad.core.piece_picker import BAN_S, IDLE_S, STALL_S
 from ollamad.core.pieces import MIB, PieceMap
 from ollamad.core.state import Layer
-from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
+from ollamad.transfer.fetch import WRITE_AHEAD_BYTES, Fetcher, FetchFailed, FetchProgress
 from ollamad.transfer.server import SEND_TIMEOUT_S, PieceServer
 from ollamad.wire import pieces
 from tests.fakes.piece_nodes import (
@@ -162,22 +162,22 @@ async def test_with_only_a_liar_it_fails_with_the_reason_and_keeps_the_good_piec
 
 
 @pytest.mark.parametrize(
-    "wrong_map",
+    ("wrong_map", "reason"),
     [
-        PieceMap(len(CONTENT), MIB, bytes(32 * PIECES)),  # other hashes
-        PieceMap(len(CONTENT) + 1, MIB, bytes(32 * PIECES)),  # another size
-        PieceMap(len(CONTENT), 2 * MIB, bytes(32 * 3)),  # other pieces
-        PieceMap(len(CONTENT), MIB, bytes(32)),  # nonsense
+        (PieceMap(len(CONTENT), MIB, bytes(32 * PIECES)), "something else"),  # other hashes
+        (PieceMap(len(CONTENT) + 1, MIB, bytes(32 * PIECES)), "something else"),  # another size
+        (PieceMap(len(CONTENT), 2 * MIB, bytes(32 * 3)), "something else"),  # other pieces
+        (PieceMap(len(CONTENT), MIB, bytes(32)), "bad piece map: 32 bytes of hashes"),
     ],
 )
 async def test_a_wrong_map_is_its_holders_fault(
-    network: Network, autojump_clock: trio.testing.MockClock, wrong_map: PieceMap
+    network: Network, autojump_clock: trio.testing.MockClock, wrong_map: PieceMap, reason: str
 ) -> None:
     liar, honest, node = Node(network, A), Node(network, B), Node(network, HERE)
     layer = liar.store.add(CONTENT)
     liar.store.blobs[layer.digest].map = wrong_map
     liar.store.blobs[layer.digest].have = bytearray(b"\1" * len(wrong_map))
-    with pytest.raises(FetchFailed, match="piece map"):
+    with pytest.raises(FetchFailed, match=reason):
         await node.fetch(layer, [A], give_up_after_s=5)
     assert not node.store.partials
     honest.store.add(CONTENT)
@@ -340,8 +340,16 @@ async def test_pieces_travel_on_while_they_still_arrive(
 
 
 async def test_a_slow_holder_does_not_hold_up_the_end(
-    network: Network, autojump_clock: trio.testing.MockClock
+    network: Network, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    received: list[bytes] = []
+    receive = pieces.HolderSide.receive
+
+    def remember(side: pieces.HolderSide, data: bytes) -> None:
+        received.append(data)
+        receive(side, data)
+
+    monkeypatch.setattr(pieces.HolderSide, "receive", remember)
     slow, quick, node = Node(network, A), Node(network, B), Node(network, HERE)
     layer = slow.store.add(CONTENT)
     quick.store.add(CONTENT)
@@ -355,6 +363,8 @@ async def test_a_slow_holder_does_not_hold_up_the_end(
     assert content_of(node, layer) == CONTENT
     assert trio.current_time() < 10
     assert slow.server.bytes_sent < 2 * MIB
+    # What the quick one brought is not asked of the slow one any longer.
+    assert any(pieces.Cancel.__struct_config__.tag.encode() in data for data in received)
 
 
 async def test_a_holder_that_falls_silent_is_left_and_its_pieces_asked_elsewhere(
@@ -379,6 +389,41 @@ async def test_a_holder_that_falls_silent_is_left_and_its_pieces_asked_elsewhere
         holders.append(B)
     assert content_of(node, layer) == CONTENT
     assert trio.current_time() < STALL_S + 5
+
+
+async def test_a_holder_that_fell_silent_once_is_asked_again(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    silences = 1
+
+    async def fall_silent_once(message: bytes) -> bytes:
+        nonlocal silences
+        if message[0] == pieces.BLOCK_TAG and silences:
+            silences -= 1
+            await trio.sleep_forever()
+        return message
+
+    network.hooks[A] = fall_silent_once
+    await node.fetch(layer, [A])
+    assert content_of(node, layer) == CONTENT
+    assert network.opened[A] == 2
+    assert trio.current_time() < STALL_S + 5
+
+
+async def test_a_holder_that_stopped_receiving_and_then_got_everything_is_used(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer, piece_map = layer_of(CONTENT)
+    await sender.store.open_partial(layer.digest, piece_map)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.fetch, layer, [A])
+        await trio.sleep(1)
+        sender.store.add(CONTENT)  # the exchange that is open knows nothing of it
+    assert content_of(node, layer) == CONTENT
+    assert trio.current_time() < IDLE_S + 5
 
 
 async def test_a_holder_that_never_answers_is_left(
@@ -456,17 +501,18 @@ async def test_memory_is_bounded_when_the_disk_is_slow(
     network: Network, autojump_clock: trio.testing.MockClock
 ) -> None:
     sender, node = Node(network, A), Node(network, HERE)
-    layer = sender.store.add(CONTENT)
+    content = CONTENT * 3
+    layer = sender.store.add(content)
     node.store.write_gate = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(node.fetch, layer, [A])
         await trio.sleep(STALL_S * 2)
-        # One piece at the disk, one complete behind it, and what the link itself holds.
-        assert node.reports[-1].received <= 2 * MIB
+        # Those at the disk, and one complete behind them.
+        assert WRITE_AHEAD_BYTES < node.reports[-1].received <= WRITE_AHEAD_BYTES + MIB
         assert network.opened[A] == 1  # a slow disk here is not the holder's fault
         node.store.write_gate.set()
-    assert content_of(node, layer) == CONTENT
-    assert node.store.writes == dict.fromkeys(range(PIECES), 1)
+    assert content_of(node, layer) == content
+    assert set(node.store.writes.values()) == {1}
 
 
 # The server alone.
@@ -528,3 +574,47 @@ async def test_too_many_exchanges_are_refused_and_places_come_back(
             await node.fetch(layer, [A], give_up_after_s=5)
     await node.fetch(layer, [A])
     assert content_of(node, layer) == CONTENT
+
+
+async def test_memory_of_all_exchanges_together_is_bounded(
+    network: Network, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ollamad.transfer.server.MAX_HELD_BYTES", 2 * MIB)
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    opening = pieces.FetcherSide(layer.digest).opening()
+    async with network.exchange(B, A, pieces.METHOD, opening):
+        await trio.testing.wait_all_tasks_blocked()
+        async with network.exchange(C, A, pieces.METHOD, opening):
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(FetchFailed, match="memory"):
+                await node.fetch(layer, [A], give_up_after_s=5)
+    await node.fetch(layer, [A])
+    assert content_of(node, layer) == CONTENT
+
+
+async def test_a_cancelled_piece_stops_after_the_block_under_way(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender = Node(network, A)
+    layer = sender.store.add(CONTENT)
+    side = pieces.FetcherSide(layer.digest)
+
+    async def slowly(message: bytes) -> bytes:
+        await trio.sleep(1 if message[0] == pieces.BLOCK_TAG else 0)
+        return message
+
+    network.hooks[A] = slowly
+    async with network.exchange(B, A, pieces.METHOD, side.opening()) as stream:
+
+        async def next_event() -> pieces.FetcherEvent:
+            message = await stream.receive()
+            assert message is not None
+            return side.receive(message)
+
+        assert isinstance(await next_event(), pieces.PiecesKnown)
+        await stream.send(side.request(0, MIB))
+        assert await next_event() == pieces.BlockReceived(0, pieces.BLOCK_SIZE)
+        await stream.send(side.cancel(0))
+        assert await next_event() == pieces.BlockReceived(0, pieces.BLOCK_SIZE)
+        assert await next_event() == pieces.RequestEnded(0, "cancelled", 0.0)

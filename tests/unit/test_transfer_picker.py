@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ollamad.core.ids import NodeId
@@ -168,6 +168,7 @@ def test_the_window_is_bounded(piece_size: int, limit: int) -> None:
     assert window.size == limit
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 2**40 - 1), st.integers(0, 2**32))
 def test_any_order_of_events_ends_with_every_piece(count: int, have: int, seed: int) -> None:
     """Holders come, go, fail and send, at random; nothing is lost or received for nothing."""
