@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from tests.fakes.fake_api import FakeApi
 
 WAIT_S = 30.0  # for a process on a busy machine
+RETRY_S = 5.0  # between two presses of a key that may be missed
 
 # Makes the terminal on stdin the controlling one, so that Ctrl-C becomes a signal.
 _IN_TERMINAL = """
@@ -132,6 +133,34 @@ class Terminal:
             if not self._read(deadline):
                 raise AssertionError(f"no {text!r} in {self.seen[self._read_to :]!r}")
         self._read_to = found + len(text)
+
+    def interrupt(self, text: str) -> None:
+        """Press Ctrl-C until `text` appears.
+
+        Python's line editing sleeps through a signal that comes between its prompt and its
+        wait for a key, which only a program is quick enough to hit.
+        """
+        for _ in range(int(WAIT_S / RETRY_S)):
+            self.type("\x03")
+            deadline = time.monotonic() + RETRY_S
+            while self.seen.find(text, self._read_to) < 0 and self._read(deadline):
+                pass
+            if self.seen.find(text, self._read_to) >= 0:
+                break
+        self.expect(text)
+
+    def interrupt_to_exit(self) -> int:
+        """Press Ctrl-C until the program has ended; return its exit code."""
+        for _ in range(int(WAIT_S / RETRY_S)):
+            # The program may have gone meanwhile.
+            with contextlib.suppress(OSError):
+                self.type("\x03")
+            deadline = time.monotonic() + RETRY_S
+            while self._read(deadline):
+                pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self._process.wait(RETRY_S)
+        raise AssertionError(f"still running: {self.seen[self._read_to :]!r}")
 
     def exit_code(self) -> int:
         """Wait for the end."""
