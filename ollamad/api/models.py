@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from ollamad.api.asgi import Reply
 from ollamad.api.bodies import CreateBody, DownloadBody, invalid
 from ollamad.api.calls import Call, read_name, reply, rfc3339
@@ -168,7 +170,8 @@ def _full(call: Call, model: Model) -> dict[str, Any]:
 
 def _transfer(transfer: Transfer) -> dict[str, Any]:
     ended = transfer.finished_at
-    return msgspec.structs.asdict(transfer) | {
+    shown: dict[str, Any] = msgspec.structs.asdict(transfer)
+    return shown | {
         "speed": round(transfer.speed),
         "eta": None if transfer.eta is None else round(transfer.eta),
         "started_at": rfc3339(transfer.started_at),

@@ -80,5 +80,5 @@ def describe(call: Call, member: Member) -> dict[str, Any]:
             | {"expires_at": rfc3339(loaded.expires_at) if loaded.expires_at else None}
             for loaded in presence.beat.loaded
         ],
-        "gpus": list(usage.gpus),
+        "gpus": list(presence.beat.gpus),
     }

@@ -14,10 +14,8 @@ from ollamad.api.services import (
     Generation,
     IssuedToken,
     NoQuorum,
-    Presence,
     ServiceError,
     Services,
-    Transfer,
 )
 from ollamad.core.commands import AnyCommand, FoundCluster, Outcome, Proposal, SetDraining, apply
 from ollamad.core.ids import NodeId, node_id_of
@@ -30,6 +28,7 @@ from ollamad.core.inference import (
     GenerateRequest,
     LoadedModel,
 )
+from ollamad.core.presence import Beat, Presence, Usage
 from ollamad.core.state import (
     Capacity,
     CertificateAuthority,
@@ -40,6 +39,7 @@ from ollamad.core.state import (
     ModelDetails,
     User,
 )
+from ollamad.core.transfers import Transfer
 
 NOW = 1_705_312_800.0  # 2024-01-15T10:00:00Z
 NODE_1 = node_id_of(b"1" * 32)
@@ -125,10 +125,9 @@ class FakeCluster:
         for role in ("viewer", "inference", "operator"):
             self.state.users[role] = User(role, PASSWORD_HASH, role, NOW)
         loaded = LoadedModel("smollm2:135m", "sha256:x", 10, 0, 4096, NOW + 300, busy=1)
-        self.presences[NODE_1] = Presence(
-            True, NOW, cpu=0.452, memory=0.67, disk=0.23, gpu=0.12, bandwidth=12.5, loaded=(loaded,)
-        )
-        self.presences[NODE_2] = Presence(True, NOW - 1)
+        usage = Usage(cpu=0.452, memory=0.67, disk=0.23, gpu=0.12, bandwidth=12.5)
+        self.presences[NODE_1] = Presence(True, NOW, Beat(NOW, usage, loaded=(loaded,)))
+        self.presences[NODE_2] = Presence(True, NOW - 1, Beat(NOW - 1, Usage()))
         self.state.models["smollm2:135m"] = model()
 
     def leader(self) -> NodeId | None:
@@ -138,7 +137,7 @@ class FakeCluster:
         return list(self.state.members)
 
     def presence(self, node_id: NodeId) -> Presence:
-        return self.presences.get(node_id, Presence(False, 0.0))
+        return self.presences.get(node_id, Presence(False, 0.0, Beat(0.0, Usage())))
 
     async def propose(self, command: AnyCommand) -> Outcome:
         await trio.lowlevel.checkpoint()
@@ -179,14 +178,16 @@ class FakeLibrary:
                 model_name="smollm2:135m",
                 type="download",
                 status="active",
+                progress=45.2,
                 node_id=NODE_1,
                 peer_id=NODE_2,
-                total_bytes=1000,
-                completed_bytes=452,
+                bytes_total=1000,
+                bytes_done=452,
                 speed=2415919.4,
-                eta_s=120.0,
+                eta=120.0,
+                error="",
                 started_at=NOW,
-                updated_at=NOW,
+                finished_at=None,
             )
         ]
         self.error: Exception | None = None
