@@ -22,7 +22,6 @@ from ollamad.raft.errors import JournalFailed, SafetyViolation
 from ollamad.raft.journal import Blob, Journal, unpack_snapshot
 from ollamad.raft.private import CANDIDATE, LEADER, Core, Timing
 from ollamad.wire.raftwire import (
-    MAX_ENTRIES,
     SNAPSHOT_CHUNK_SIZE,
     Ack,
     Append,
@@ -135,8 +134,7 @@ class FencedTransport(Transport):  # type: ignore[misc]
         match message["type"]:
             case "append_entries":
                 # May overtake our own sync of the entries, not that of the term.
-                for append in _to_appends(message):
-                    self.emit(to, append, self._journal.term_generation)
+                self.emit(to, _to_append(message), self._journal.term_generation)
             case "next_node_idx":
                 self.emit_synced(to, self._to_ack(message))
             case "request_vote":
@@ -185,25 +183,18 @@ class FencedTransport(Transport):  # type: ignore[misc]
         return Ack(self.term(), next_index, message["success"], message["reset"])
 
 
-def _to_appends(message: dict[str, Any]) -> list[Message]:
-    term, commit = message["term"], message["commit_index"]
+def _to_append(message: dict[str, Any]) -> Append | Install:
+    term = message["term"]
     if "serialized" in message:
         if message["serialized"] is None:
-            return [Install(term, 0, 0, bytes(32), b"")]
+            return Install(term, 0, 0, bytes(32), b"")
         blob, offset, _ = message["serialized"]
         data = blob.data[offset : offset + SNAPSHOT_CHUNK_SIZE]
-        return [Install(term, offset, len(blob.data), blob.sha256, data)]
-    prev_index, prev_term = message["prevLogIdx"], message["prevLogTerm"]
-    entries = message["entries"]
-    appends: list[Message] = []
-    while True:
-        part = entries[:MAX_ENTRIES]
-        wire = tuple(Entry(entry_term, command) for command, _, entry_term in part)
-        appends.append(Append(term, commit, prev_index, prev_term, wire))
-        entries = entries[MAX_ENTRIES:]
-        if not entries:
-            return appends
-        prev_index, prev_term = part[-1][1], part[-1][2]
+        return Install(term, offset, len(blob.data), blob.sha256, data)
+    entries = tuple(Entry(entry_term, command) for command, _, entry_term in message["entries"])
+    return Append(
+        term, message["commit_index"], message["prevLogIdx"], message["prevLogTerm"], entries
+    )
 
 
 def _to_placed(message: dict[str, Any]) -> Placed:
@@ -384,7 +375,7 @@ class Fence:
         if not core.is_follower_of_mine(sender):
             return
         end = core.last_index() + 1
-        if message.next_index < 1 or (message.success and message.next_index > end):
+        if message.next_index < 2 or (message.success and message.next_index > end):
             raise MalformedMessage(f"{short(sender)} answers about entry {message.next_index}")
         core.deliver_ack(sender, min(message.next_index, end), message.success, message.reset)
 

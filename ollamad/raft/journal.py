@@ -141,6 +141,7 @@ class Journal(StockJournal):  # type: ignore[misc]
         self._commit_index = stored.commit_index
         self._hint = stored.hint
         self.snapshot_blob = stored.snapshot
+        self.snapshot_index = 0
         self._batch = Batch()
         self.generation = 0
         self.durable_generation = 0
@@ -166,6 +167,7 @@ class Journal(StockJournal):  # type: ignore[misc]
             if self.term_at(snapshot.index) != snapshot.entry[2]:
                 raise JournalFailed("the journal does not go on where its snapshot ends")
             self._base_voters = frozenset(snapshot.voters)
+            self.snapshot_index = snapshot.index
         if entries and not 1 <= self._commit_index <= entries[-1][1]:
             raise JournalFailed("the journal ends before its last committed entry")
 
@@ -243,6 +245,7 @@ class Journal(StockJournal):  # type: ignore[misc]
             SNAPSHOT_FORMAT, previous, entry, tuple(sorted(self.voters_at(applied))), state
         )
         self.snapshot_blob = pack_snapshot(snapshot)
+        self.snapshot_index = applied
         self._batch.snapshot = self.snapshot_blob
         self.deleteEntriesTo(applied - COMPACTION_TAIL - first)
 
@@ -255,6 +258,7 @@ class Journal(StockJournal):  # type: ignore[misc]
         self.clear()
         self._base_voters = frozenset(snapshot.voters)
         self.snapshot_blob = self._batch.snapshot = blob
+        self.snapshot_index = snapshot.index
         for entry in (snapshot.previous, snapshot.entry, *kept):
             self.add(*entry)
         # The two entries are in the state already, and so are their voters.

@@ -167,13 +167,13 @@ class RaftNode:
         """Found a cluster of this node alone. Only after an `open` that knew no cluster."""
         self._require_blank()
         self._journal.add(encode_voters(frozenset({self.id})), self._core.last_index() + 1, 0)
-        self._core.use_voters(self._journal.voters)
+        self._new_voters()
 
     def start_as_learner(self, voters: frozenset[NodeId]) -> None:
         """Follow a cluster whose voters are those, until its log says otherwise."""
         self._require_blank()
         self._journal.set_hint(voters - {self.id})
-        self._core.use_voters(self._journal.voters)
+        self._new_voters()
 
     def _require_blank(self) -> None:
         if not self._is_open or self._journal.voters:

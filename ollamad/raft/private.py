@@ -8,7 +8,7 @@ What is replaced, at import, in the module `pysyncobj.syncobj`:
 - `pickle`: every use raises. Nothing that reaches this node is ever unpickled.
 - `createJournal`: hands back our journal, which travels in `conf.journalFile`.
 - `createPoller`, `PIPE_NOTIFIER_ENABLED`: no file descriptors, no blocking poll.
-- `Serializer`: snapshots are ours (see `Core._SyncObj__loadDumpFile`).
+- `Serializer`: snapshots are ours (see `_SnapshotSender` and `Core.install`).
 - `monotonicTime`: the clock of whichever node runs just now, so that time can be virtual.
 """
 
@@ -28,6 +28,7 @@ from ollamad.raft.errors import SafetyViolation, WrongLibrary
 from ollamad.raft.journal import Blob, Journal, Snapshot
 from ollamad.wire.raftwire import (
     APPEND_BATCH_SIZE,
+    MAX_ENTRIES,
     REGULAR,
     SNAPSHOT_CHUNK_SIZE,
     decode_voters,
@@ -35,7 +36,8 @@ from ollamad.wire.raftwire import (
 
 PINNED_VERSION = "0.3.17"
 QUEUE_SIZE = 10_000  # proposals that wait for the next tick; more are told to come back
-CHUNKS_PER_HEARTBEAT = 16  # of a snapshot to one node: 4 MiB, so up to 40-80 MB/s
+CHUNKS_PER_HEARTBEAT = 16  # of a snapshot to one node: 4 MiB, so up to 40 MB/s
+BATCHES_PER_SEND = 4  # of entries to one node, 8 MiB; the rest with the next heartbeat
 
 FOLLOWER = stock._RAFT_STATE.FOLLOWER
 CANDIDATE = stock._RAFT_STATE.CANDIDATE
@@ -111,39 +113,35 @@ def _now() -> float:
 
 
 class _SnapshotSender:
-    """Stands in for the library's Serializer: cuts our snapshot into parts for each node."""
+    """Cuts the snapshot into parts for each node, and paces them."""
 
-    def __init__(
-        self, blob: Callable[[], Blob | None], clock: Callable[[], float], period_s: float
-    ) -> None:
-        self._blob = blob
+    def __init__(self, journal: Journal, clock: Callable[[], float], period_s: float) -> None:
+        self._journal = journal
         self._clock = clock
         self._period_s = period_s
-        self._sent: dict[Node, tuple[Blob, int]] = {}
+        self._under_way: dict[Node, tuple[Blob, int, int]] = {}  # with its index and an offset
         self._window: dict[Node, tuple[float, int]] = {}
 
-    def getTransmissionData(self, node: Node) -> tuple[Blob, int, bool] | None:
-        """The next part as (snapshot, offset, is last); None to come back later."""
-        blob = self._blob()
-        if blob is None:
-            return None
+    def next_part(self, node: Node) -> tuple[Blob, int, int] | None:
+        """The next part as (snapshot, offset, index if it is the last, else 0); None: later."""
         now = self._clock()
         since, count = self._window.get(node, (now, 0))
         if now - since >= self._period_s:
             since, count = now, 0
-        if count >= CHUNKS_PER_HEARTBEAT:
+        current = self._journal.snapshot_blob
+        if count >= CHUNKS_PER_HEARTBEAT or current is None:
             return None
         self._window[node] = since, count + 1
-        sent, offset = self._sent.pop(node, (blob, 0))
-        if sent is not blob:
-            offset = 0  # there is a newer one
-        last = offset + SNAPSHOT_CHUNK_SIZE >= len(blob.data)
-        if not last:
-            self._sent[node] = blob, offset + SNAPSHOT_CHUNK_SIZE
-        return blob, offset, last
+        fresh = (current, self._journal.snapshot_index, 0)
+        # One that is under way goes on, though there be a newer: else a busy log starves it.
+        blob, index, offset = self._under_way.pop(node, fresh)
+        if offset + SNAPSHOT_CHUNK_SIZE < len(blob.data):
+            self._under_way[node] = blob, index, offset + SNAPSHOT_CHUNK_SIZE
+            index = 0
+        return blob, offset, index
 
-    def cancelTransmisstion(self, node: Node) -> None:
-        self._sent.pop(node, None)
+    def cancel(self, node: Node) -> None:
+        self._under_way.pop(node, None)
         self._window.pop(node, None)
 
 
@@ -151,7 +149,7 @@ stock.pickle = _NoPickle()
 stock.createJournal = lambda journal: journal
 stock.createPoller = lambda kind: _NoPoller()
 stock.PIPE_NOTIFIER_ENABLED = False
-stock.Serializer = lambda *unused: None  # Core puts its own in place
+stock.Serializer = lambda *unused: None
 stock.monotonicTime = _now
 
 
@@ -210,9 +208,8 @@ class Core(SyncObj):  # type: ignore[misc]
         )
         voters = [Node(voter) for voter in journal.voters - {self_id}]
         super().__init__(Node(self_id), voters, conf, nodeClass=Node, transport=transport)
-        self._SyncObj__serializer = _SnapshotSender(
-            lambda: journal.snapshot_blob, clock, timing.heartbeat_s
-        )
+        self._fenced_transport = transport
+        self._snapshots = _SnapshotSender(journal, clock, timing.heartbeat_s)
         self._SyncObj__raftMatchIndex = _MatchIndex(journal)
         for node in voters:
             self._SyncObj__raftNextIndex[node] = self.last_index() + 1
@@ -249,6 +246,50 @@ class Core(SyncObj):  # type: ignore[misc]
         if fromIDx <= self.commit_index():
             raise SafetyViolation(f"asked to delete committed entry {fromIDx}")
         self.journal.deleteEntriesFrom(fromIDx - self.first_index())
+
+    def _SyncObj__sendAppendEntries(self) -> None:
+        # The library's own pickles entries above its batch size, and where a snapshot is not
+        # ready it sends empty messages for a whole heartbeat without a pause.
+        self._SyncObj__newAppendEntriesTime = self.clock() + self._timing.heartbeat_s
+        for node in self._SyncObj__otherNodes | self._SyncObj__readonlyNodes:
+            if node not in self._SyncObj__connectedNodes:
+                self._snapshots.cancel(node)
+                continue
+            if self._SyncObj__raftNextIndex[node] <= self.first_index():
+                self._send_snapshot(node)
+            if self._SyncObj__raftNextIndex[node] > self.first_index():
+                self._send_entries(node)
+
+    def _send_snapshot(self, node: Node) -> None:
+        message = {"type": "append_entries", "term": self.term(), "commit_index": 0}
+        index = 0
+        while index == 0:
+            part = self._snapshots.next_part(node)
+            self._fenced_transport.send(node, {**message, "serialized": part})
+            if part is None:
+                return
+            index = part[2]
+        self._SyncObj__raftNextIndex[node] = index + 1
+
+    def _send_entries(self, node: Node) -> None:
+        sending = self._SyncObj__raftNextIndex
+        for _ in range(BATCHES_PER_SEND):
+            next_index = sending[node]
+            entries = self._SyncObj__getEntries(next_index, MAX_ENTRIES, APPEND_BATCH_SIZE)
+            message = {
+                "type": "append_entries",
+                "term": self.term(),
+                "commit_index": self.commit_index(),
+                "entries": entries,
+                "prevLogIdx": next_index - 1,
+                "prevLogTerm": self.journal.term_at(next_index - 1),
+            }
+            self._fenced_transport.send(node, message)
+            if not entries:
+                return
+            sending[node] = entries[-1][1] + 1
+            if sending[node] > self.last_index():
+                return
 
     # Reads. Methods, because the library walks over its own attributes while it is half made.
 

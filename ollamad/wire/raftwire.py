@@ -17,7 +17,7 @@ APPEND_BATCH_SIZE = 2 * MIB  # bytes after which a batch of entries is closed (s
 SNAPSHOT_CHUNK_SIZE = 256 * 1024  # bytes; short enough not to hold up heartbeats behind it
 MAX_SNAPSHOT_SIZE = 256 * MIB  # bytes; held in memory by sender and receiver
 MAX_FRAME_SIZE = 4 * MIB  # a batch may go over its size by one entry, and has 16 bytes an entry
-MAX_ENTRIES = 16384  # entries in one message; longer batches are split
+MAX_ENTRIES = 16384  # entries in one message, however small they are
 MAX_VOTERS = 9  # more voters make every commit slower and save nothing
 
 # First byte of every log entry, as PySyncObj numbers its kinds of commands.

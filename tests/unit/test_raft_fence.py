@@ -1,0 +1,526 @@
+"""Each fence alone, against the paper: what the library is told, and what leaves."""
+
+from typing import Any
+
+import pytest
+
+from ollamad.core.ids import NodeId
+from ollamad.raft.errors import SafetyViolation
+from ollamad.raft.fence import narrow
+from ollamad.raft.journal import SNAPSHOT_FORMAT, Snapshot, pack_snapshot
+from ollamad.raft.private import CANDIDATE, FOLLOWER, LEADER
+from ollamad.wire.raftwire import (
+    Ack,
+    Append,
+    Entry,
+    Forward,
+    Install,
+    MalformedMessage,
+    Outdated,
+    PreVote,
+    PreVoteRequest,
+    TakeOver,
+    Vote,
+    VoteRequest,
+    encode_voters,
+)
+from tests.fakes.raft_solo import NO_OP_COMMAND, Solo, command
+
+
+def entries(first: int, terms: str) -> tuple[Entry, ...]:
+    return tuple(
+        Entry(int(term), command(f"{index}@{term}")) for index, term in enumerate(terms, first)
+    )
+
+
+def append(term: int, prev: int, prev_term: int, terms: str = "", commit: int = 0) -> Append:
+    return Append(term, commit, prev, prev_term, entries(prev + 1, terms))
+
+
+# Append entries (§5.3). Logs are the terms of entries 3, 4, 5, …
+
+
+@pytest.mark.parametrize(
+    ("log", "message", "after", "answer"),
+    [
+        pytest.param("11", append(1, 4, 1, "1"), "111", Ack(1, 6, True, False), id="new"),
+        pytest.param("11", append(1, 4, 1), "11", Ack(1, 5, True, False), id="heartbeat"),
+        pytest.param("1111", append(1, 3, 1), "1111", Ack(1, 4, True, False), id="late heartbeat"),
+        pytest.param("1111", append(1, 3, 1, "1"), "1111", Ack(1, 5, True, False), id="duplicate"),
+        pytest.param("11", append(1, 3, 1, "111"), "1111", Ack(1, 7, True, False), id="overlap"),
+        pytest.param("1122", append(3, 4, 1, "3"), "113", Ack(3, 6, True, False), id="conflict"),
+        pytest.param(
+            "1122", append(3, 3, 1, "133"), "1133", Ack(3, 7, True, False), id="late conflict"
+        ),
+        pytest.param("11", append(1, 9, 1, "1"), "11", Ack(1, 5, False, True), id="gap"),
+        pytest.param(
+            "112222", append(3, 8, 3, "3"), "112222", Ack(3, 5, False, True), id="back by a term"
+        ),
+    ],
+)
+def test_append(log: str, message: Append, after: str, answer: Ack) -> None:
+    solo = Solo(log=log)
+    solo.receive("b", message)
+    solo.sync()
+    assert solo.terms() == after
+    assert solo.take() == [("b", answer)]
+
+
+def test_pipelined_and_repeated_appends_delete_nothing() -> None:
+    solo = Solo()
+    for last in (3, 4, 5, 6):
+        solo.receive("b", append(1, 2, 0, "1" * (last - 2), commit=last))
+    deleted: list[int] = []
+    original = solo.journal.deleteEntriesFrom
+    solo.journal.deleteEntriesFrom = lambda at: deleted.append(at) or original(at)  # type: ignore
+    for last in (3, 5, 4, 6):  # as a network may repeat and a pipeline overlap them
+        solo.receive("b", append(1, 2, 0, "1" * (last - 2), commit=last))
+    assert deleted == []
+    assert solo.terms() == "1111"
+
+
+def test_commit_goes_no_further_than_what_the_message_proves() -> None:
+    solo = Solo(log="1122")  # 5 and 6 are of a leader that lost
+    solo.receive("b", append(3, 4, 1, commit=6))
+    assert solo.core.commit_index() == 4
+
+
+@pytest.mark.parametrize("message", [append(3, 2, 0, "3", commit=3), append(3, 3, 2)])
+def test_a_contradiction_to_what_is_committed_stops_the_node(message: Append) -> None:
+    solo = Solo(log="111")
+    solo.receive("b", append(1, 5, 1, commit=5))
+    with pytest.raises(SafetyViolation):
+        solo.receive("c", message)
+    assert solo.terms() == "111"
+
+
+def test_the_library_cannot_delete_what_is_committed_either() -> None:
+    solo = Solo(log="111")
+    solo.receive("b", append(1, 5, 1, commit=5))
+    with pytest.raises(SafetyViolation):
+        solo.core._SyncObj__deleteEntriesFrom(5)
+
+
+def test_entries_from_before_the_snapshot_are_held() -> None:
+    solo = Solo(log="1" * 2000)
+    solo.receive("b", append(1, 2002, 1, commit=2002))
+    solo.core.apply_committed()
+    solo.journal.compact(b"", 2002)
+    first = solo.core.first_index()
+    assert first > 900
+    below = narrow(append(1, 2, 0, "111"), solo.journal, 2002)
+    assert (below.matches, below.proved_index, below.append.entries) == (True, 5, ())
+    across = narrow(append(1, first - 2, 1, "1" * 10), solo.journal, 2002)
+    assert (across.matches, across.proved_index, across.append.entries) == (True, first + 8, ())
+
+
+def test_a_message_of_a_term_that_is_over_is_answered_with_the_term() -> None:
+    solo = Solo(log="11", term=5)
+    solo.receive("b", append(4, 4, 1, "4"))
+    assert solo.terms() == "11"
+    assert solo.take() == [("b", Outdated(5))]
+
+
+def test_two_leaders_of_one_term_are_not_believed() -> None:
+    solo = Solo(log="1")
+    solo.receive("b", append(2, 3, 1))
+    with pytest.raises(MalformedMessage):
+        solo.receive("c", append(2, 3, 1))
+
+
+# Answers.
+
+
+def test_a_leader_commits_by_answers_of_its_term_only() -> None:
+    solo = Solo(log="1", term=1)
+    solo.lead()  # term 2, its no-op is entry 4
+    for message in (Ack(1, 5, True, False), Ack(0, 5, True, False)):
+        solo.receive("b", message)
+        solo.tick()
+        assert solo.core.commit_index() == 1
+    solo.receive("b", Ack(2, 5, True, False))
+    solo.tick()
+    assert solo.core.commit_index() == 4
+
+
+def test_a_strangers_answer_is_ignored_and_an_impossible_one_refused() -> None:
+    solo = Solo(log="1", term=1)
+    solo.lead()
+    solo.receive("x", Ack(2, 5, True, False))
+    solo.tick()
+    assert solo.core.commit_index() == 1
+    with pytest.raises(MalformedMessage):
+        solo.receive("b", Ack(2, 6, True, False))
+
+
+def test_a_leader_steps_down_for_an_answer_of_a_later_term() -> None:
+    for message in (Ack(7, 5, True, False), Outdated(7)):
+        solo = Solo(log="1", term=1)
+        solo.lead()
+        solo.receive("b", message)
+        assert (solo.core.state(), solo.core.term()) == (FOLLOWER, 7)
+
+
+def test_acknowledged_entries_are_not_sent_again() -> None:
+    solo = Solo(term=1)
+    solo.lead()
+    for number in range(5):
+        solo.core.submit(command(str(number)), lambda result, error: None)
+    solo.tick()
+    solo.core.send_appends()
+    solo.take()
+    solo.receive("b", Ack(2, 4, True, False))  # the no-op only; five are on their way
+    solo.core.send_appends()
+    assert [m for to, m in solo.take() if to == "b" and isinstance(m, Append) and m.entries] == []
+
+
+def test_a_reset_does_send_them_again() -> None:
+    solo = Solo(term=1)
+    solo.lead()
+    solo.receive("b", Ack(2, 3, False, True))
+    solo.core.send_appends()
+    sent = [m for to, m in solo.take() if to == "b" and isinstance(m, Append)]
+    assert sent[0].entries == (Entry(2, NO_OP_COMMAND),)
+
+
+# Votes.
+
+
+def test_a_voter_counts_once() -> None:
+    solo = Solo("abcde")
+    solo.wait_for_election()
+    for voter in "bc":
+        solo.receive(voter, PreVote(0, 1, True))
+    solo.tick()
+    solo.sync()
+    assert solo.core.state() == CANDIDATE
+    for _ in range(3):
+        solo.receive("b", Vote(1))
+    assert solo.core.state() == CANDIDATE
+    solo.receive("x", Vote(1))  # no voter
+    solo.receive("c", Vote(0))  # another term
+    assert solo.core.state() == CANDIDATE
+    solo.receive("c", Vote(1))
+    assert solo.core.state() == LEADER
+
+
+def test_one_vote_a_term() -> None:
+    solo = Solo(log="1")
+    solo.receive("b", VoteRequest(2, 3, 1))
+    solo.receive("c", VoteRequest(2, 3, 1))
+    solo.sync()
+    assert solo.take() == [("b", Vote(2))]
+
+
+def test_no_vote_for_a_log_that_lacks_something() -> None:
+    solo = Solo(log="12")
+    solo.receive("b", VoteRequest(3, 9, 1))
+    solo.receive("c", VoteRequest(4, 3, 2))
+    solo.sync()
+    assert solo.take() == []
+
+
+# Durability: what leaves before the disk has it, and what does not.
+
+
+def test_an_answer_waits_for_the_disk() -> None:
+    solo = Solo(log="1")
+    solo.receive("b", append(1, 3, 1, "1"))
+    assert solo.take() == []
+    solo.sync()
+    assert solo.take() == [("b", Ack(1, 5, True, False))]
+
+
+def test_a_vote_waits_for_the_disk() -> None:
+    solo = Solo(log="1")
+    solo.receive("b", VoteRequest(2, 3, 1))
+    assert solo.take() == []
+    solo.sync()
+    assert solo.take() == [("b", Vote(2))]
+
+
+def test_a_request_for_votes_waits_for_the_disk() -> None:
+    solo = Solo(log="1")
+    solo.wait_for_election()
+    solo.take()
+    solo.receive("b", PreVote(1, 2, True))
+    solo.tick()
+    assert solo.core.state() == CANDIDATE
+    assert solo.take() == []
+    solo.sync()
+    assert sorted(solo.take(), key=str) == [(to, VoteRequest(2, 3, 1)) for to in "bc"]
+
+
+def test_what_was_staged_during_a_sync_waits_for_the_next() -> None:
+    solo = Solo(log="1")
+    solo.receive("b", append(1, 3, 1, "1"))
+    assert solo.journal.take() is not None
+    solo.receive("b", append(1, 4, 1, "1"))
+    solo.journal.synced()
+    solo.transport.release()
+    assert solo.take() == [("b", Ack(1, 5, True, False))]
+    solo.sync()
+    assert solo.take() == [("b", Ack(1, 6, True, False))]
+
+
+def test_a_leaders_entries_travel_before_its_sync_but_do_not_count() -> None:
+    solo = Solo(term=1)
+    solo.lead()
+    solo.receive("b", Ack(2, 4, True, False))
+    solo.tick()
+    assert solo.core.commit_index() == 3
+    solo.core.submit(command("x"), lambda result, error: None)
+    solo.tick()
+    solo.core.send_appends()
+    sent = {to for to, m in solo.take() if isinstance(m, Append) and m.entries}
+    assert sent == {"b", "c"}
+    solo.receive("b", Ack(2, 5, True, False))
+    solo.tick()
+    assert solo.core.commit_index() == 3  # held by b alone, durably
+    solo.sync()
+    solo.tick()
+    assert solo.core.commit_index() == 4
+
+
+# Pre-vote and leaders.
+
+
+def test_an_election_needs_a_majority_that_would_vote() -> None:
+    solo = Solo("abcde", log="1")
+    solo.wait_for_election()
+    assert {type(m) for _, m in solo.take()} == {PreVoteRequest}
+    solo.receive("b", PreVote(1, 2, True))
+    solo.receive("b", PreVote(1, 2, True))
+    solo.receive("c", PreVote(1, 2, False))
+    solo.receive("c", PreVote(1, 9, True))
+    solo.receive("x", PreVote(1, 2, True))
+    solo.tick()
+    assert (solo.core.state(), solo.core.term()) == (FOLLOWER, 1)
+
+
+@pytest.mark.parametrize(
+    ("silence_s", "request_", "granted"),
+    [
+        (0.1, PreVoteRequest(2, 9, 1), False),  # the leader is alive
+        (0.5, PreVoteRequest(2, 9, 1), True),
+        (0.5, PreVoteRequest(2, 2, 0), False),  # its log lacks something
+        (0.5, PreVoteRequest(1, 9, 1), False),  # it is not in our term
+    ],
+)
+def test_pre_votes(silence_s: float, request_: PreVoteRequest, granted: bool) -> None:
+    solo = Solo(log="1")
+    solo.receive("b", append(1, 3, 1))
+    solo.take()
+    solo.now += silence_s
+    solo.receive("c", request_)
+    assert solo.take() == [("c", PreVote(1, request_.proposed_term, granted))]
+    assert solo.core.term() == 1
+
+
+def test_a_leader_grants_no_pre_vote() -> None:
+    solo = Solo(log="1")
+    solo.lead()
+    solo.receive("c", PreVoteRequest(3, 9, 2))
+    assert solo.take() == [("c", PreVote(2, 3, False))]
+
+
+def test_a_leader_without_a_majority_steps_down_within_an_election_timeout() -> None:
+    solo = Solo(log="1")
+    solo.lead()
+    assert solo.fence.has_quorum()
+    solo.now += 0.7
+    solo.receive("b", Ack(2, 4, False, False))
+    solo.tick()
+    assert solo.core.state() == LEADER
+    solo.now += 0.81
+    assert not solo.fence.has_quorum()
+    solo.tick()
+    assert solo.core.state() == FOLLOWER
+
+
+def test_a_learner_calls_no_election_but_votes() -> None:
+    solo = Solo("bcd", log="1")
+    for _ in range(5):
+        solo.wait_for_election()
+    assert solo.take() == []
+    assert solo.core.term() == 1
+    solo.receive("b", VoteRequest(2, 3, 1))  # it may be a voter already and not know it yet
+    solo.sync()
+    assert solo.take() == [("b", Vote(2))]
+
+
+def test_only_the_leader_can_hand_over() -> None:
+    solo = Solo(log="1")
+    solo.receive("b", append(1, 3, 1))
+    solo.take()
+    solo.receive("c", TakeOver(1))
+    solo.tick()
+    assert solo.core.state() == FOLLOWER
+    solo.receive("b", TakeOver(1))
+    solo.tick()
+    assert (solo.core.state(), solo.core.term()) == (CANDIDATE, 2)  # without a pre-vote
+
+
+# Membership.
+
+
+def test_voters_follow_the_log_forth_and_back() -> None:
+    solo = Solo("abc", log="1")
+    wider = Entry(2, encode_voters(frozenset(map(NodeId, "abcd"))))
+    solo.receive("b", Append(2, 0, 3, 1, (wider,)))
+    assert solo.journal.voters == set("abcd")
+    solo.receive("c", append(3, 3, 1, "3"))  # truncates it
+    assert solo.journal.voters == set("abc")
+
+
+@pytest.mark.parametrize(
+    ("voters", "accepted"),
+    [("abcd", True), ("ab", True), ("abcde", False), ("ad", False), ("abc", False)],
+)
+def test_one_voter_at_a_time(voters: str, accepted: bool) -> None:
+    solo = Solo(log="1")
+    solo.lead()
+    solo.core.connected(NodeId("d"))
+    for node in "bcd":
+        solo.receive(node, Ack(2, 5, True, False))
+    solo.tick()
+    assert solo.may_change_voters(frozenset(map(NodeId, voters))) == accepted
+
+
+def change(solo: Solo, voters: str) -> list[int]:
+    results: list[int] = []
+    solo.core.submit(
+        encode_voters(frozenset(map(NodeId, voters))), lambda result, error: results.append(error)
+    )
+    solo.tick()
+    solo.core.use_voters(solo.journal.voters)
+    return results
+
+
+def test_no_change_before_the_last_one_or_the_leaders_own_term_is_committed() -> None:
+    solo = Solo(log="1")
+    solo.lead()
+    assert change(solo, "ab") == [6]  # REQUEST_DENIED: the no-op is not committed
+    solo.receive("b", Ack(2, 5, True, False))
+    solo.tick()
+    assert change(solo, "ab") == []
+    assert change(solo, "a") == [6]  # the change before is not committed
+    solo.receive("b", Ack(2, 6, True, False))
+    solo.sync()
+    solo.tick()
+    assert change(solo, "a") == []
+
+
+def test_a_learner_that_lags_or_is_silent_is_not_promoted() -> None:
+    solo = Solo(log="1" * 300)
+    solo.lead()
+    solo.receive("b", Ack(2, 304, True, False))
+    solo.tick()
+    solo.core.connected(NodeId("d"))
+    four = frozenset(map(NodeId, "abcd"))
+    assert not solo.may_change_voters(four)
+    solo.receive("d", Ack(2, 10, True, False))
+    assert not solo.may_change_voters(four)
+    solo.receive("d", Ack(2, 300, True, False))
+    assert solo.may_change_voters(four)
+    solo.now += 1
+    assert not solo.may_change_voters(four)
+
+
+# Snapshots.
+
+
+def snapshot(index: int, term: int, voters: str = "abc", state: bytes = b"s") -> list[Install]:
+    blob = pack_snapshot(
+        Snapshot(
+            SNAPSHOT_FORMAT,
+            (command("p"), index - 1, term),
+            (command("l"), index, term),
+            tuple(map(NodeId, voters)),
+            state,
+        )
+    )
+    half = len(blob.data) // 2
+    return [
+        Install(term, 0, len(blob.data), blob.sha256, blob.data[:half]),
+        Install(term, half, len(blob.data), blob.sha256, blob.data[half:]),
+    ]
+
+
+def test_a_snapshot_is_installed_once_complete() -> None:
+    solo = Solo(log="1")
+    head, tail = snapshot(50, 2, "abd")
+    solo.receive("b", head)
+    assert solo.ledger.restored == 0
+    solo.receive("b", tail)
+    solo.sync()
+    assert solo.ledger.commands == [b"s"]
+    assert (solo.core.last_index(), solo.core.commit_index()) == (50, 50)
+    assert solo.journal.voters == set("abd")
+    assert solo.take()[-1] == ("b", Ack(2, 51, True, False))
+    solo.receive("b", head)
+    solo.receive("b", tail)  # again: it is behind us now
+    assert solo.ledger.restored == 1
+
+
+def test_a_part_of_a_snapshot_commits_nothing() -> None:
+    # The library would commit our own entries up to the leader's commit index.
+    seen: list[dict[str, Any]] = []
+    solo = Solo(log="111")
+    deliver = solo.core.deliver
+    solo.core.deliver = lambda sender, message: seen.append(message) or deliver(sender, message)  # type: ignore
+    solo.receive("b", snapshot(50, 2)[0])
+    assert solo.core.commit_index() == 1
+    assert [message["commit_index"] for message in seen] == [0]
+
+
+@pytest.mark.parametrize("fault", ["lost", "damaged", "swapped"])
+def test_a_faulty_transfer_installs_nothing(fault: str) -> None:
+    solo = Solo(log="1")
+    head, tail = snapshot(50, 2)
+    match fault:
+        case "lost":
+            parts = [tail]
+        case "damaged":
+            parts = [head, Install(2, tail.offset, tail.total, tail.sha256, bytes(len(tail.data)))]
+        case _:
+            parts = [tail, head]
+    for part in parts:
+        solo.receive("b", part)
+    assert solo.ledger.restored == 0
+    assert solo.core.commit_index() == 1
+
+
+def test_entries_after_the_snapshot_are_kept_if_they_fit() -> None:
+    for term, after in ((1, 8), (2, 6)):
+        solo = Solo(log="111111", term=1)  # 3 to 8
+        for part in snapshot(6, term):
+            solo.receive("b", part)
+        assert solo.core.last_index() == after
+
+
+# Proposals.
+
+
+def test_a_forwarded_proposal_is_placed_or_refused() -> None:
+    solo = Solo(log="1")
+    solo.receive("b", Forward(77, command("x")))
+    solo.tick()
+    ((to, answer),) = solo.take()
+    assert (to, answer.request_id, answer.error) == ("b", 77, 2)  # type: ignore[union-attr]
+    solo.lead()
+    solo.receive("b", Forward(78, command("x")))
+    solo.tick()
+    placed = [m for to, m in solo.take() if getattr(m, "request_id", None) == 78]
+    assert [(m.index, m.term, m.error) for m in placed] == [(5, 2, 0)]  # type: ignore[union-attr]
+
+
+def test_request_ids_begin_at_random_so_that_two_lives_do_not_share_them() -> None:
+    solo = Solo(log="1")
+    solo.receive("b", append(1, 3, 1))
+    solo.take()
+    solo.core.submit(command("x"), lambda result, error: None)
+    solo.tick()
+    ((_, forward),) = solo.take()
+    assert isinstance(forward, Forward)
+    assert forward.request_id > 1 << 32

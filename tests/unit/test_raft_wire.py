@@ -1,0 +1,123 @@
+"""Consensus messages on the wire: what is sent arrives, what is malformed is refused."""
+
+import contextlib
+import pickle
+import random
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ollamad.core.ids import NodeId
+from ollamad.wire import raftwire
+from ollamad.wire.raftwire import (
+    MAX_COMMAND_SIZE,
+    MAX_FRAME_SIZE,
+    Ack,
+    Append,
+    Entry,
+    Forward,
+    Install,
+    MalformedMessage,
+    Outdated,
+    Placed,
+    PreVote,
+    PreVoteRequest,
+    TakeOver,
+    Vote,
+    VoteRequest,
+    decode,
+    decode_voters,
+    encode,
+    encode_voters,
+)
+
+MESSAGES = [
+    Append(3, 7, 8, 2, (Entry(2, b"\0x"), Entry(3, b"\1"))),
+    Append(3, 7, 8, 2),
+    Install(3, 0, 4, bytes(32), b"data"),
+    Ack(3, 9, True, False),
+    Outdated(4),
+    VoteRequest(3, 8, 2),
+    Vote(3),
+    PreVoteRequest(4, 8, 2),
+    PreVote(3, 4, True),
+    TakeOver(3),
+    Forward(1 << 62, b"\0x"),
+    Placed(5, 9, 3),
+    Placed(5, error=4),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_round_trip(message: raftwire.Message) -> None:
+    assert decode(encode(message)) == message
+
+
+def array(*fields: object) -> bytes:
+    return msgspec.msgpack.encode(fields)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"\xc1",
+        array("append"),
+        array("ack", "3", 9, True, False),
+        array("ack", -1, 9, True, False),
+        array("ack", 1 << 60, 9, True, False),
+        array("ack", 3, 9, 1, False),
+        array("nonsense", 3),
+        array(3, 3),
+        msgspec.msgpack.encode({"type": "ack"}),
+        array("append", 3, 0, 1, 1, [[1, b""]]),  # a command without a kind
+        array("append", 3, 0, 1, 1, [[1, b"\x03\x80"]]),  # the library's VERSION kind: a pickle
+        array("append", 3, 0, 1, 2, [[1, b"\0"]]),  # a term that goes down
+        array("append", 1, 0, 1, 1, [[2, b"\0"]]),  # an entry newer than its leader
+        array("append", 3, 0, 1, 1, [[1, b"\2" + pickle.dumps(["add", "x"])]]),
+        array("append", 3, 0, 1, 1, [[1, b"\0" + bytes(MAX_COMMAND_SIZE + 1)]]),
+        array("forward", 1, b"\1"),  # only a leader makes no-ops
+        array("forward", 1, b"\2\x90"),  # nobody would vote
+        array("install", 3, 1, 4, bytes(32), b"data"),
+        array("install", 3, 0, 4, bytes(31), b"data"),
+        array("placed", 1, 1, 1, 8),
+        pickle.dumps({"type": "append_entries"}),
+        bytes(MAX_FRAME_SIZE + 1),
+    ],
+)
+def test_malformed_frames_are_refused(frame: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        decode(frame)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_malformed(data: bytes) -> None:
+    with contextlib.suppress(MalformedMessage):
+        decode(data)
+
+
+@given(st.sampled_from(MESSAGES), st.integers(0, 2**32))
+def test_a_damaged_message_is_a_message_or_malformed(message: raftwire.Message, seed: int) -> None:
+    rng = random.Random(seed)
+    frame = bytearray(encode(message))
+    frame[rng.randrange(len(frame))] ^= 1 << rng.randrange(8)
+    del frame[rng.randrange(len(frame)) + 1 :]
+    with contextlib.suppress(MalformedMessage):
+        decode(bytes(frame))
+
+
+def test_voters() -> None:
+    voters = frozenset({NodeId("QmA"), NodeId("QmB")})
+    assert decode_voters(encode_voters(voters)) == voters
+    assert encode_voters(voters) == encode_voters(frozenset(sorted(voters, reverse=True)))
+    assert decode_voters(b"\0anything") is None
+
+
+@pytest.mark.parametrize(
+    "voters", [[], ["a", "a"], ["a b"], [""], [1], "ab", ["x" * 65], [str(n) for n in range(10)]]
+)
+def test_bad_voters(voters: object) -> None:
+    with pytest.raises(MalformedMessage):
+        decode_voters(bytes([raftwire.MEMBERSHIP]) + msgspec.msgpack.encode(voters))
