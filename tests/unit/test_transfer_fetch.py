@@ -618,3 +618,52 @@ async def test_a_cancelled_piece_stops_after_the_block_under_way(
         await stream.send(side.cancel(0))
         assert await next_event() == pieces.BlockReceived(0, pieces.BLOCK_SIZE)
         assert await next_event() == pieces.RequestEnded(0, "cancelled", 0.0)
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_a_cluster_gets_a_blob_whatever_happens(
+    network: Network, autojump_clock: trio.testing.MockClock, seed: int
+) -> None:
+    """One source and a liar; three nodes fetch from all, while any of them is killed at times."""
+    rng = random.Random(seed)
+    names = [NodeId(name) for name in ("source", "liar", "x", "y", "z")]
+    nodes = {name: Node(network, name) for name in names}
+    layer = nodes[names[0]].store.add(CONTENT)
+    nodes[names[1]].store.add(CONTENT)
+    for index in range(0, PIECES, 2):
+        nodes[names[1]].lie(layer, index)
+
+    async def at_some_pace(message: bytes) -> bytes:
+        await trio.sleep(rng.random())
+        return message
+
+    scopes: dict[NodeId, trio.CancelScope] = {}
+
+    async def live(name: NodeId) -> None:
+        """Fetch until it is done, as a new process after each kill."""
+        node = nodes[name]
+        while layer.digest not in node.store.blobs:
+            node.restart()
+            scopes[name] = trio.CancelScope()
+            with scopes[name]:
+                await node.fetch(layer, [other for other in names if other != name])
+
+    async def kill_now_and_then() -> None:
+        for _ in range(12):
+            await trio.sleep(rng.random() * 2)
+            victim = rng.choice(names)
+            network.kill(victim)
+            if victim in scopes:
+                scopes[victim].cancel()
+            await trio.sleep(rng.random() * 2)
+            network.revive(victim)
+
+    for name in names:
+        network.hooks[name] = at_some_pace
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(kill_now_and_then)
+        for name in names[2:]:
+            nursery.start_soon(live, name)
+    for name in names[2:]:
+        assert content_of(nodes[name], layer) == CONTENT
+        assert set(nodes[name].store.writes.values()) == {1}
