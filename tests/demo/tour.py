@@ -71,7 +71,10 @@ class Node:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        wait_for(f"{self.name} to answer", lambda: self.get("/health").status_code == 200, self)
+        wait_for(f"{self.name} to be ready", self.is_ready, self)
+
+    def is_ready(self) -> bool:
+        return self.get("/health").status_code == 200 and (self.dir / "cli-token").exists()
 
     def kill(self) -> None:
         """As if the power failed: the daemon has no chance to say anything."""

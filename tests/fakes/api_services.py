@@ -95,8 +95,8 @@ def model(name: str = "smollm2:135m", **changes: Any) -> Model:
         ),
         layers=(Layer("application/vnd.ollama.image.model", "sha256:" + "a" * 64, 98_000, 1, "b"),),
         modified_at=NOW - 60,
-        desired=(NODE_1,),
-        confirmed=(NODE_1,),
+        desired=(NODE_1, NODE_2),
+        confirmed=(NODE_1, NODE_2),
     )
     return msgspec.structs.replace(plain, **changes)
 
