@@ -574,6 +574,7 @@ class Daemon:
             inference=_ApiInference(self._dispatcher),
             host=_ApiHost(self._host),
             engine_versions=engine_versions(),
+            p2p_port=self._addresses.p2p[1],
         )
         app = build_app(services, ApiSettings(auth=auth))
         try:
@@ -655,7 +656,10 @@ class _Doorman:
                 with trio.move_on_after(1, shield=True):
                     await trio.aclose_forcefully(stream)
         except PeerUnreachable as error:
-            log.warning("closing a connection of %s: %s", host, error)
+            # A node that joins is dialled as soon as it is known, a moment before it has its
+            # certificate.
+            level = logging.WARNING if self._gate.is_member else logging.DEBUG
+            log.log(level, "closing a connection of %s: %s", host, error)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             log.info("a connection of %s ended: %s", host, error)
         except MalformedMessage as error:

@@ -230,5 +230,7 @@ class Services:
     inference: Inference
     host: HostUsage
     engine_versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Told by `/version`, so that a member can find a node that waits to be let in.
+    p2p_port: int = 0
     wall: Callable[[], float] = time.time  # Unix seconds
     monotonic: Callable[[], float] = time.monotonic  # seconds; for durations

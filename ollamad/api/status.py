@@ -52,6 +52,7 @@ async def version(call: Call) -> Reply:
             "api_version": API_VERSION,
             "python_version": platform.python_version(),
             "engine_versions": dict(call.services.engine_versions),
+            "p2p_port": call.services.p2p_port,
         }
     )
 

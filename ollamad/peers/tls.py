@@ -32,6 +32,11 @@ class Gate:
         self._is_welcome = is_welcome
         self.refresh()
 
+    @property
+    def is_member(self) -> bool:
+        """Whether this node has a certificate of a cluster."""
+        return self._client is not None
+
     def refresh(self) -> None:
         """Use the certificate as it is on disk now (after a join or a renewal)."""
         self._server = self._identity.server_context()
