@@ -6,6 +6,7 @@ elsewhere serves as well.
 """
 
 import contextlib
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ RECEIVE_BYTES = 1 << 16
 MAX_IDLE_CONNECTIONS = 2  # each one occupies a thread of the runner
 IDLE_CONNECTION_S = 2.0  # llama.cpp's server closes them after five seconds
 MAX_ANSWER_BYTES = 256 << 20  # 32 embeddings of 8,192 numbers are 6 MiB; a template is small
-MAX_LINE_BYTES = 64 << 20  # of a stream; the last one repeats the whole prompt
+MAX_EVENT_BYTES = 64 << 20  # of a stream; the last one repeats the whole prompt
 
 T = TypeVar("T")
 
@@ -203,19 +204,30 @@ class LlamaClient:
         return None
 
     async def _connect(self) -> "_Connection":
+        await trio.lowlevel.checkpoint()
+        connection = socket.socket(socket.AF_UNIX)
+        connection.setblocking(False)
         try:
-            return _Connection(await trio.open_unix_socket(self._path))
+            connection.connect(self._path)  # a Unix socket connects at once or not at all
         except OSError as error:
+            connection.close()
             raise RunnerGone(f"cannot connect to the runner: {error}") from error
+        return _Connection(connection)
 
 
 class CompletionStream:
-    """A running completion. Whoever opened it must close it; closing early cancels it."""
+    """A running completion. Whoever opened it must close it; closing early cancels it.
+
+    The chunked coding is undone here and the socket is read without trio's stream: both are on
+    the path of every token, beside a llama.cpp that wants all cores. That saves a third of the
+    CPU time that a token costs here with h11 and SocketStream (185 to 125 µs, four streams).
+    """
 
     def __init__(self, connection: "_Connection") -> None:
         self._connection = connection
-        self._buffer = bytearray()
-        self._scanned = 0  # bytes of the buffer without a line end
+        self._socket = connection.stdlib_socket
+        self._coded = connection.take_over()  # bytes in the chunked coding
+        self._text = bytearray()  # what is left of an event that came in several chunks
 
     async def receive(self) -> CompletionEvent:
         """The next event.
@@ -227,10 +239,7 @@ class CompletionStream:
         while True:
             line = self._next_line()
             if line is None:
-                data = await self._connection.receive_body()
-                if not data:
-                    raise RunnerGone("the runner ended the stream in the middle")
-                self._buffer += data
+                await self._read()
                 continue
             if not line.startswith(b"data: "):
                 continue  # the blank line after an event, or a comment that keeps it alive
@@ -247,23 +256,53 @@ class CompletionStream:
         self._connection.close()
 
     def _next_line(self) -> bytes | None:
-        end = self._buffer.find(b"\n", self._scanned)
-        if end < 0:
-            self._scanned = len(self._buffer)
-            if self._scanned > MAX_LINE_BYTES:
-                raise RunnerGone("the runner sent an endless line")
-            return None
-        line = bytes(self._buffer[:end])
-        del self._buffer[: end + 1]
-        self._scanned = 0
+        """The next whole line, or None if more bytes are needed."""
+        while (end := self._text.find(b"\n")) < 0:
+            if not self._next_chunk():
+                return None
+        line = bytes(self._text[:end])
+        del self._text[: end + 1]
         return line
+
+    def _next_chunk(self) -> bool:
+        """Move the data of the next chunk to the text; false if it is not complete yet."""
+        head = self._coded.find(b"\r\n")
+        if head < 0:
+            return False
+        try:
+            size = int(self._coded[:head].partition(b";")[0], 16)
+        except ValueError:
+            raise RunnerGone("the runner's stream is not in chunks") from None
+        start = head + 2
+        if size == 0:
+            raise RunnerGone("the runner ended the stream in the middle")
+        if len(self._text) + size > MAX_EVENT_BYTES:
+            raise RunnerGone("the runner sent an endless event")
+        if len(self._coded) < start + size + 2:
+            return False
+        self._text += self._coded[start : start + size]
+        del self._coded[: start + size + 2]
+        return True
+
+    async def _read(self) -> None:
+        await trio.lowlevel.wait_readable(self._socket)
+        try:
+            data = self._socket.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise RunnerGone(f"the runner closed the connection: {error}") from error
+        if not data:
+            raise RunnerGone("the runner closed the connection in the middle")
+        self._coded += data
 
 
 class _Connection:
     """One HTTP/1.1 connection. After an error or a cancellation it can only be closed."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self._stream = stream
+    def __init__(self, stdlib_socket: socket.socket) -> None:
+        self.stdlib_socket = stdlib_socket
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(stdlib_socket))
         self._http = h11.Connection(h11.CLIENT)
         self.last_used = 0.0
 
@@ -300,6 +339,10 @@ class _Connection:
             if len(parts) > MAX_ANSWER_BYTES:
                 raise RunnerGone("the runner's answer is too long")
         return bytes(parts)
+
+    def take_over(self) -> bytearray:
+        """What has come of the body already; the caller reads the rest off the socket."""
+        return bytearray(self._http.trailing_data[0])
 
     def reset(self) -> bool:
         """Get ready for another request; false if the connection is spent."""
