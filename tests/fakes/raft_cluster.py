@@ -270,8 +270,10 @@ class Cluster:
         """Wait until all running nodes have applied the same, and check that they did."""
         hosts = [self[name] for name in (names or self.hosts) if self[name].node is not None]
         with trio.fail_after(60):
-            while len({host.raft.applied_index for host in hosts}) > 1 or any(
-                host.raft._core.commit_index() < host.raft._core.last_index() for host in hosts
-            ):
+            while True:
+                cores = [host.raft._core for host in hosts]
+                quiet = all(core.commit_index() == core.last_index() for core in cores)
+                if quiet and len({core.applied_index() for core in cores}) == 1:
+                    break
                 await trio.sleep(0.01)
         assert len({host.ledger.digest() for host in hosts}) == 1
