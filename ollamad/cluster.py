@@ -122,7 +122,6 @@ class Cluster:
         machine.on_change = self.changes.notify
         mesh.answer("announce", UpdateMember, self._on_announce)
         mesh.answer("voter.remove", NodeId, self._on_remove_voter)
-        mesh.answer("departed", NodeId, self._on_departed)
 
     # What everybody reads.
 
@@ -274,13 +273,6 @@ class Cluster:
                 if not was_draining:
                     await self.propose(SetDraining(node_id, False))
             raise
-        if node_id != self.node_id:
-            try:
-                with trio.move_on_after(2):
-                    await self.mesh.call(node_id, "departed", node_id, bool)
-            except (PeerUnreachable, RemoteFailure):
-                pass  # it is down, and finds out when it returns
-            self.mesh.expel(node_id)
 
     # Tasks.
 
@@ -346,13 +338,6 @@ class Cluster:
             elif known and self.node_id in self.state.departed:
                 self.departed.set()
             await changed.wait()
-
-    def _on_departed(self, peer: NodeId, node_id: NodeId) -> bool:
-        if node_id != self.node_id:
-            raise HandlerError("FORBIDDEN", "this is another node")
-        log.info("%s says that this node has left the cluster", short(peer))
-        self.departed.set()
-        return True
 
     async def _keep_voters(self) -> None:
         """While leading: make members voters, up to five, and replace those long gone."""

@@ -7,6 +7,7 @@ the consensus end last.
 
 import datetime
 import logging
+import math
 import os
 import secrets
 import signal
@@ -82,6 +83,7 @@ log = logging.getLogger(__name__)
 SHUTDOWN_TIMEOUT_S = 7.0  # for goodbyes; the rest of 10 is for runners and the journal
 TRANSFER_TIMEOUT_S = 1.0
 DEPARTURE_GRACE_S = 0.5  # the answer to `leave` is still on its way
+DEPARTURE_NOTICE_S = 3.0  # a node that was taken out still hears so from the log
 FIRST_STATE_TIMEOUT_S = 10.0
 SAMPLE_INTERVAL_S = 1.0
 MAX_INBOUND = 256  # connections of other nodes at once, per port
@@ -584,19 +586,25 @@ class Daemon:
 
     async def _track_members(self) -> None:
         """Follow the replicated state where other parts need to be told."""
+        expelled_at: dict[NodeId, float] = {}
         known: set[NodeId] = set()
         while True:
             changed = self._cluster.changes.next()
-            state = self._machine.state
+            self._write_local_token()
+            state, now = self._machine.state, trio.current_time()
             members = set(state.members) or {seed.id for seed in self._seeds.seeds}
             members |= self._raft.voters
-            if members != known:
-                for gone in known - members:
-                    self._mesh.expel(gone)
-                known = members
-                self._links.set_peers(frozenset(known - {self._identity.node_id}))
-            self._write_local_token()
-            await changed.wait()
+            for gone in known - members:
+                expelled_at.setdefault(gone, now + DEPARTURE_NOTICE_S)
+            for gone, at in list(expelled_at.items()):
+                if gone in members or at <= now:
+                    del expelled_at[gone]
+                    if gone not in members:
+                        self._mesh.expel(gone)
+            known = members | expelled_at.keys()
+            self._links.set_peers(frozenset(known - {self._identity.node_id}))
+            with trio.move_on_at(min(expelled_at.values(), default=math.inf)):
+                await changed.wait()
 
     def _write_local_token(self) -> None:
         """Let the command line of this host's user in, as soon as there is a key to sign with."""
