@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import argon2
 import jwt
+import msgspec
 import trio
 
 from ollamad.api.services import Cluster, ServiceError
@@ -93,6 +94,20 @@ class TokenPair:
     expires_at: float  # of the access token
 
 
+class Claims(msgspec.Struct, frozen=True):
+    """What a token of ours says, beside issuer and audience."""
+
+    sub: str
+    sid: str
+    jti: str
+    typ: Purpose
+    iat: int
+    exp: int
+    # Of a local token only; another's role stands in the state.
+    role: Literal["", "viewer", "inference", "operator", "admin"] = ""
+    node: str = ""
+
+
 class Headers(Protocol):
     """The headers of a request; names are compared without case."""
 
@@ -147,15 +162,12 @@ class Auth:
           ServiceError: 401 for a token that is spent, expired, ended or not ours; 503.
         """
         claims = self._read(token, "refresh")
-        user = self._cluster.state.users.get(claims["sub"])
-        if user is None:
-            raise _unauthorized("this user does not exist any more")
-        session = claims["sid"]
-        if claims["jti"] not in self._cluster.state.revoked:
-            spend = Revoke(claims["jti"], claims["exp"] + CLOCK_SKEW_S)
+        user = self._user(claims)
+        if claims.jti not in self._cluster.state.revoked:
+            spend = Revoke(claims.jti, claims.exp + CLOCK_SKEW_S)
             if not isinstance(await self._cluster.propose(spend), Rejected):
-                return user, self._mint_pair(user, session)
-        await self.end_session(session)
+                return user, self._mint_pair(user, claims.sid)
+        await self.end_session(claims.sid)
         raise _unauthorized(
             "this refresh token was used before; its session is ended, log in again"
         )
@@ -172,22 +184,26 @@ class Auth:
 
     def _identity_of(self, token: str) -> Identity:
         claims = self._read(token, "access", "local")
-        if claims["jti"] in self._cluster.state.revoked:
+        if claims.jti in self._cluster.state.revoked:
             raise _unauthorized("this token was revoked")
-        if claims["typ"] == "local":
-            if claims["node"] != self._cluster.node_id:
+        if claims.typ == "local":
+            if claims.node != self._cluster.node_id or not claims.role:
                 raise _unauthorized("this token belongs to another node")
-            return Identity(claims["sub"], claims["role"], expires_at=claims["exp"])
-        user = self._cluster.state.users.get(claims["sub"])
+            return Identity(claims.sub, claims.role, expires_at=claims.exp)
+        user = self._user(claims)
+        return Identity(user.username, user.role, claims.sid, claims.exp)
+
+    def _user(self, claims: Claims) -> User:
+        user = self._cluster.state.users.get(claims.sub)
         if user is None:
             raise _unauthorized("this user does not exist any more")
-        return Identity(user.username, user.role, claims["sid"], claims["exp"])
+        return user
 
-    def _read(self, token: str, *purposes: Purpose) -> dict[str, Any]:
+    def _read(self, token: str, *purposes: Purpose) -> Claims:
         claims = read_token(token, self._cluster.state, self._settings, self._wall())
-        if claims["typ"] not in purposes:
-            raise _unauthorized(f"a token for {claims['typ']} cannot be used here")
-        if claims["sid"] in self._cluster.state.revoked:
+        if claims.typ not in purposes:
+            raise _unauthorized(f"a token for {claims.typ} cannot be used here")
+        if claims.sid in self._cluster.state.revoked:
             raise _unauthorized("this session has ended; log in again")
         return claims
 
@@ -220,9 +236,7 @@ def hash_password(password: str) -> str:
     return argon2.PasswordHasher().hash(password)
 
 
-def read_token(
-    token: str, state: ClusterState, settings: AuthSettings, now: float
-) -> dict[str, Any]:
+def read_token(token: str, state: ClusterState, settings: AuthSettings, now: float) -> Claims:
     """The claims of a token that is whole, ours, for this cluster, and of its time.
 
     Raises:
@@ -232,7 +246,7 @@ def read_token(
     if key is None:
         raise _unauthorized("this node is in no cluster yet and knows no tokens")
     try:
-        claims: dict[str, Any] = jwt.decode(
+        payload = jwt.decode(
             token,
             key,
             algorithms=[ALGORITHM],
@@ -246,11 +260,12 @@ def read_token(
                 "verify_nbf": False,
             },
         )
-    except jwt.InvalidTokenError:
+        claims = msgspec.convert(payload, Claims)
+    except (jwt.InvalidTokenError, msgspec.ValidationError):
         raise _unauthorized("the token is not valid") from None
-    if not claims["exp"] > now:
+    if claims.exp <= now:
         raise ServiceError(401, "TOKEN_EXPIRED", "the token has expired; refresh it or log in")
-    if claims["iat"] > now + CLOCK_SKEW_S:
+    if claims.iat > now + CLOCK_SKEW_S:
         raise _unauthorized("the token is from the future; check the nodes' clocks")
     return claims
 
