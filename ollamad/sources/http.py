@@ -6,7 +6,7 @@ import functools
 import ssl
 import urllib.parse
 import urllib.request
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Final
 
@@ -82,10 +82,11 @@ class Http:
         try:
             async with self._get(url, {"Accept": accept}) as response:
                 _check_status(response)
-                async for data in response.aiter_bytes(CHUNK_BYTES):
-                    content += data
-                    if len(content) > MAX_PAGE_BYTES:
-                        raise SourceError(f"{shown(url)} is larger than any index page")
+                async with _unwinding(response.aiter_raw(CHUNK_BYTES)) as chunks:
+                    async for data in chunks:
+                        content += data
+                        if len(content) > MAX_PAGE_BYTES:
+                            raise SourceError(f"{shown(url)} is larger than any index page")
                 kind = response.headers.get("Content-Type", "")
                 return Page(bytes(content), kind, str(response.url))
         except (httpx.HTTPError, httpx.InvalidURL, _TryAgain) as error:
@@ -104,6 +105,7 @@ class Http:
             async for part in self._file_parts(url):
                 yield part
             return
+        gathered = bytearray()
         received = failures = 0
         while True:
             before = received
@@ -114,12 +116,16 @@ class Http:
                     resumed = _is_rest(response, received)
                     skip = 0 if resumed else received  # this server has no ranges
                     total = _total(response, received if resumed else 0)
-                    async for data in response.aiter_raw(CHUNK_BYTES):
-                        fresh = data[skip:]
-                        skip -= len(data) - len(fresh)
-                        received += len(fresh)
-                        if fresh:
-                            yield Part(fresh, total)
+                    async with _unwinding(response.aiter_raw()) as chunks:
+                        async for data in chunks:
+                            fresh = data[skip:]
+                            skip -= len(data) - len(fresh)
+                            received += len(fresh)
+                            gathered += fresh
+                            if len(gathered) >= CHUNK_BYTES:
+                                yield Part(bytes(gathered), total)
+                                gathered.clear()
+                yield Part(bytes(gathered), total)
                 return
             except NotFound:
                 raise SourceError(f"there is no {shown(url)} any more (HTTP 404)") from None
@@ -181,6 +187,22 @@ class Http:
             max_redirects=MAX_REDIRECTS,
             headers={"User-Agent": f"ollamad/{__version__}"},
         )
+
+
+@contextlib.asynccontextmanager
+async def _unwinding(chunks: AsyncIterator[bytes]) -> AsyncGenerator[AsyncIterator[bytes], None]:
+    """Leaves no generator suspended when its user stops reading.
+
+    httpx reads through generators within generators, of which `aclose` reaches the outermost
+    only. A read that is cancelled ends them all.
+    """
+    try:
+        yield chunks
+    finally:
+        with contextlib.suppress(httpx.HTTPError), trio.CancelScope(shield=True) as scope:
+            scope.cancel()
+            while await anext(chunks, None) is not None:
+                pass  # what was buffered; the next real read is the cancelled one
 
 
 class _TryAgain(Exception):

