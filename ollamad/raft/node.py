@@ -35,6 +35,7 @@ from ollamad.wire.raftwire import (
     Ack,
     Append,
     Install,
+    MalformedMessage,
     Message,
     decode,
     encode,
@@ -213,6 +214,8 @@ class RaftNode:
           MalformedMessage: the frame breaks the protocol; close the link that brought it.
         """
         message = decode(frame)
+        if self._failure is not None:
+            return
         core, journal = self._core, self._journal
         before = (core.state(), core.term(), core.leader_id(), core.election_deadline())
         generation = journal.generation
@@ -220,6 +223,13 @@ class RaftNode:
             self._fence.receive(sender, message)
         except NodeFailed as error:
             self._fail(error)
+            return
+        except MalformedMessage:
+            raise
+        except Exception as error:
+            # A bug, and nobody knows how much of the message was carried out.
+            logger.exception("handling a message of %s raised", short(sender))
+            self._fail(NodeFailed(f"{type(message).__name__} of {short(sender)}: {error!r}"))
             return
         if journal.generation != generation:
             self._dirty.set()
