@@ -1,0 +1,75 @@
+"""Fixtures of the system tests: clusters of real daemons, shared where isolation allows."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.harness import Cluster
+
+_numbers = itertools.count(1)
+_clusters: list[Cluster] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.system)
+            if "smollm2_path" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.model)
+
+
+def open_cluster(factory: pytest.TempPathFactory, **environment: str) -> Iterator[Cluster]:
+    """A cluster without nodes that is ended after use; its paths are short, for Unix sockets."""
+    with Cluster(factory.mktemp(f"c{next(_numbers)}-", numbered=False), environment) as cluster:
+        _clusters.append(cluster)
+        try:
+            yield cluster
+        finally:
+            _clusters.remove(cluster)
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster of a test's own, without nodes."""
+    yield from open_cluster(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One node, for the tests of a module."""
+    for cluster in open_cluster(tmp_path_factory):
+        cluster.found()
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def trio_of_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three nodes, for the tests of a module; a test leaves all of them running."""
+    for cluster in open_cluster(tmp_path_factory):
+        cluster.found()
+        cluster.grow(2)
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def no_tracebacks() -> Iterator[None]:
+    """A daemon never logs a traceback, whatever a test does to it."""
+    before = {node.log_path: len(node.log()) for each in _clusters for node in each.nodes}
+    yield
+    for cluster in _clusters:
+        for node in cluster.nodes:
+            new = node.log()[before.get(node.log_path, 0) :]
+            assert "Traceback (most recent call last)" not in new, f"{node.name}:\n{new}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.failed:
+        for cluster in _clusters:
+            for node in cluster.nodes:
+                report.sections.append((f"log of {node.name}", node.tail()))
+    return report
