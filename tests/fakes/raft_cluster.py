@@ -48,7 +48,8 @@ class MemoryDisk:
         if self.is_dead:
             return
         if self.stall is not None:
-            await self.stall.wait()
+            with trio.move_on_after(100):  # a test that failed must end all the same
+                await self.stall.wait()
         await trio.sleep(self.sync_s)
         if self.is_dead:
             return

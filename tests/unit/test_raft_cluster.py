@@ -1,6 +1,7 @@
 """Whole nodes on virtual time: elections, commits, crashes, partitions, membership."""
 
 import builtins
+import contextlib
 import pickle
 import random
 from collections.abc import Awaitable, Callable
@@ -217,6 +218,27 @@ async def test_a_clean_end_loses_nothing_and_the_state_is_there_before_the_quoru
     host = await c.start("b")
     assert len(host.ledger.commands) == 5
     assert not host.raft.has_quorum
+
+
+async def test_an_end_in_the_middle_of_a_sync_leaves_no_hole(
+    nursery: trio.Nursery, autojump_clock: MockClock, found: Found
+) -> None:
+    c = await found()
+    leader = await c.leader()
+    await leader.raft.propose(b"before", 5)
+    leader.disk.sync_s = 0.05
+    for command in (b"being written", b"staged behind it"):
+        nursery.start_soon(_try_to_propose, leader.raft, command)
+        await trio.sleep(0.01)
+    await c.stop(leader.id)
+    again = await c.start(leader.id)
+    await c.settled()
+    assert b"staged behind it" in again.ledger.commands
+
+
+async def _try_to_propose(node: node_module.RaftNode, command: bytes) -> None:
+    with contextlib.suppress(RaftError):
+        await node.propose(command, 1)
 
 
 async def test_a_founder_that_restarts_does_not_lead_alone(

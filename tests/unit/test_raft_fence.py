@@ -399,6 +399,7 @@ def change(solo: Solo, voters: str) -> list[int]:
 
 def test_no_change_before_the_last_one_or_the_leaders_own_term_is_committed() -> None:
     solo = Solo(log="1")
+    solo.receive("b", append(1, 3, 1, commit=3))
     solo.lead()
     assert change(solo, "ab") == [6]  # REQUEST_DENIED: the no-op is not committed
     solo.receive("b", Ack(2, 5, True, False))
