@@ -1,0 +1,420 @@
+"""`apply`: every command, and that it is total, deterministic, and applies an id once."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ollamad.core.commands import (
+    APPLIED,
+    AddJoinToken,
+    AdmitMember,
+    AnyCommand,
+    ChangeSettings,
+    Command,
+    ConfirmReplica,
+    DeleteModel,
+    DeleteUser,
+    FoundCluster,
+    Outcome,
+    Proposal,
+    PutModel,
+    PutUser,
+    Rejected,
+    RemoveMember,
+    Revoke,
+    SetDesired,
+    SetDraining,
+    UpdateMember,
+    apply,
+)
+from ollamad.core.ids import NodeId
+from ollamad.core.state import (
+    RECENT_COMMANDS,
+    Capacity,
+    CertificateAuthority,
+    ClusterState,
+    JoinToken,
+    Layer,
+    Member,
+    Model,
+    ModelDetails,
+    Settings,
+    User,
+)
+from ollamad.machine import Machine, decode_outcome, encode_outcome
+from ollamad.wire.codec import MalformedMessage, encode
+from tests.fakes.api_services import NODE_1, NODE_2, STRANGER, member, model
+
+NODE_3 = NodeId("QmThird")
+NOW = 1000.0
+ADMIN = User("admin", "hash", "admin", 1.0)
+FOUND = FoundCluster(
+    "c1", CertificateAuthority(b"ca", b"key"), b"jwt", member(NODE_1, "one"), ADMIN
+)
+TOKEN = JoinToken("t1", b"key", NOW + 60)
+
+
+class Replica:
+    """A state with a counter for ids."""
+
+    def __init__(self, *commands: AnyCommand) -> None:
+        self.state = ClusterState()
+        self._count = 0
+        for command in commands:
+            assert self(command) == APPLIED
+
+    def __call__(self, command: AnyCommand, at: float = NOW) -> Outcome:
+        self._count += 1
+        return apply(self.state, Proposal(f"id{self._count}", at, command))
+
+
+@pytest.fixture
+def replica() -> Replica:
+    """Two members, a model on the first, a token that is alive."""
+    return Replica(
+        FOUND,
+        AddJoinToken(TOKEN),
+        AdmitMember(member(NODE_2, "two"), "t1"),
+        PutModel(model("smollm2:135m", desired=(NODE_1, NODE_2), confirmed=(NODE_1,))),
+    )
+
+
+def code(outcome: Outcome) -> str:
+    return outcome.code if isinstance(outcome, Rejected) else ""
+
+
+def update(node_id: NodeId, name: str, **changes: Any) -> UpdateMember:
+    plain = UpdateMember(node_id, name, "h:1", "h:2", "h:3", Capacity(1, 2, 3), "9.9")
+    return msgspec.structs.replace(plain, **changes)
+
+
+EVERY_COMMAND: list[AnyCommand] = [
+    FOUND,
+    ChangeSettings(Settings(auto_distribution=False)),
+    AdmitMember(member(NODE_3, "three"), "t1"),
+    update(NODE_1, "one"),
+    SetDraining(NODE_1, True),
+    RemoveMember(NODE_2),
+    PutModel(model()),
+    DeleteModel("smollm2:135m"),
+    SetDesired("smollm2:135m", (NODE_2,)),
+    ConfirmReplica("smollm2:135m", model().digest, NODE_2),
+    PutUser(User("u", "h", "viewer", 1.0)),
+    DeleteUser("admin"),
+    AddJoinToken(JoinToken("t2", b"k", NOW + 1)),
+    Revoke("x", NOW + 1),
+]
+
+
+def test_the_list_above_is_complete() -> None:
+    assert {type(command) for command in EVERY_COMMAND} == set(Command.__subclasses__())
+
+
+@pytest.mark.parametrize("command", EVERY_COMMAND, ids=lambda c: type(c).__name__)
+def test_every_command_survives_the_wire_and_changes_the_state(command: AnyCommand) -> None:
+    machine = Machine()
+    if not isinstance(command, FoundCluster):
+        for number, before in enumerate([FOUND, AddJoinToken(TOKEN)]):
+            machine.apply(encode(Proposal(f"b{number}", NOW, before)))
+        machine.apply(encode(Proposal("b2", NOW, AdmitMember(member(NODE_2, "two"), "t1"))))
+        machine.apply(encode(Proposal("b3", NOW, PutModel(model(confirmed=(), desired=())))))
+    before_print = machine.state.fingerprint()
+    assert decode_outcome(machine.apply(encode(Proposal("c", NOW, command)))) == APPLIED
+    after_print = machine.state.fingerprint()
+    assert after_print != before_print
+    # The same id again answers the same and changes nothing.
+    assert decode_outcome(machine.apply(encode(Proposal("c", NOW, command)))) == APPLIED
+    assert machine.state.fingerprint() == after_print
+
+
+@pytest.mark.parametrize("command", EVERY_COMMAND[1:], ids=lambda c: type(c).__name__)
+def test_nothing_happens_before_the_founding(command: AnyCommand) -> None:
+    replica = Replica()
+    assert code(replica(command)) == "NO_CLUSTER"
+    assert msgspec.structs.replace(replica.state, recent={}) == ClusterState()
+
+
+def test_a_cluster_is_founded_once() -> None:
+    replica = Replica(FOUND)
+    state = replica.state
+    assert (state.cluster_id, state.jwt_key, list(state.members)) == ("c1", b"jwt", [NODE_1])
+    assert state.users == {"admin": ADMIN}
+    other = msgspec.structs.replace(FOUND, cluster_id="c2")
+    assert code(replica(other)) == "ALREADY_FOUNDED"
+    assert state.cluster_id == "c1"
+
+
+@pytest.mark.parametrize(
+    ("command", "at", "expected"),
+    [
+        (AdmitMember(member(NODE_3, "three"), "t1"), NOW, ""),
+        (AdmitMember(member(NODE_3, "three"), "t1"), NOW + 60, ""),
+        (AdmitMember(member(NODE_3, "three"), "t1"), NOW + 60.1, "TOKEN_EXPIRED"),
+        (AdmitMember(member(NODE_3, "three"), "t9"), NOW, "TOKEN_EXPIRED"),
+        (AdmitMember(member(NODE_3, "two"), "t1"), NOW, "NAME_TAKEN"),
+        (AdmitMember(member(NODE_2, "one"), "t1"), NOW, "NAME_TAKEN"),
+        (AdmitMember(member(NODE_2, "renamed"), "t1"), NOW, ""),
+        (update(NODE_1, "uno"), NOW, ""),
+        (update(STRANGER, "x"), NOW, "NODE_NOT_FOUND"),
+        (SetDraining(STRANGER, True), NOW, "NODE_NOT_FOUND"),
+        (RemoveMember(STRANGER), NOW, "NODE_NOT_FOUND"),
+        (PutModel(model("../x")), NOW, "INVALID_MODEL_NAME"),
+        (PutModel(model("")), NOW, "INVALID_MODEL_NAME"),
+        (DeleteModel("no-such"), NOW, "MODEL_NOT_FOUND"),
+        (DeleteModel("../x\0"), NOW, "MODEL_NOT_FOUND"),
+        (DeleteModel("SMOLLM2:135M"), NOW, ""),
+        (SetDesired("no-such", ()), NOW, "MODEL_NOT_FOUND"),
+        (SetDesired("smollm2:135m", (NODE_1, STRANGER)), NOW, "NODE_NOT_FOUND"),
+        (ConfirmReplica("no-such", "", NODE_1), NOW, "MODEL_NOT_FOUND"),
+        (ConfirmReplica("smollm2:135m", "sha256:other", NODE_1), NOW, "SUPERSEDED"),
+        (ConfirmReplica("smollm2:135m", model().digest, STRANGER), NOW, "NODE_NOT_FOUND"),
+        (PutUser(User("u", "h", "root", 1.0)), NOW, "INVALID_ROLE"),
+        (DeleteUser("nobody"), NOW, "USER_NOT_FOUND"),
+    ],
+)
+def test_outcomes(replica: Replica, command: AnyCommand, at: float, expected: str) -> None:
+    before = msgspec.structs.replace(replica.state, recent={}).fingerprint()
+    assert code(replica(command, at)) == expected
+    changed = msgspec.structs.replace(replica.state, recent={}).fingerprint() != before
+    assert changed == (not expected), "a rejected command changes nothing"
+
+
+def test_who_joins_again_stays_drained_and_keeps_its_seniority(replica: Replica) -> None:
+    replica(SetDraining(NODE_2, True))
+    again = member(NODE_2, "two", p2p_address="new:9", joined_at=5e9)
+    assert replica(AdmitMember(again, "t1")) == APPLIED
+    found = replica.state.members[NODE_2]
+    assert (found.draining, found.p2p_address) == (True, "new:9")
+    assert found.joined_at == member(NODE_2, "two").joined_at
+
+
+def test_a_name_that_was_taken_meanwhile_is_not_taken_away(replica: Replica) -> None:
+    assert replica(update(NODE_2, "one")) == APPLIED
+    found = replica.state.members[NODE_2]
+    assert (found.name, found.api_address, found.version) == ("two", "h:1", "9.9")
+
+
+def test_who_leaves_departs_and_holds_nothing(replica: Replica) -> None:
+    assert replica(RemoveMember(NODE_1)) == APPLIED
+    state = replica.state
+    assert list(state.members) == [NODE_2]
+    assert state.departed == {NODE_1: NOW}
+    found = state.models["smollm2:135m"]
+    assert (found.desired, found.confirmed) == ((NODE_2,), ())
+    assert code(replica(RemoveMember(NODE_2))) == "LAST_MEMBER"
+    assert replica(AdmitMember(member(NODE_1, "one"), "t1")) == APPLIED
+    assert state.departed == {}
+
+
+def test_a_model_is_put_only_on_members_and_replaced_by_name(replica: Replica) -> None:
+    replica(PutModel(model("X", desired=(STRANGER, NODE_2, NODE_1, NODE_2), confirmed=(STRANGER,))))
+    found = replica.state.models["x:latest"]
+    assert found.desired == tuple(sorted((NODE_1, NODE_2)))
+    assert found.confirmed == ()
+    replica(PutModel(model("x", digest="sha256:new")))
+    assert len(replica.state.models) == 2
+    assert replica.state.models["x:latest"].digest == "sha256:new"
+
+
+def test_replicas_are_confirmed_and_taken_back(replica: Replica) -> None:
+    digest = model("smollm2:135m").digest
+    models = replica.state.models
+    replica(ConfirmReplica("smollm2:135m", digest, NODE_2))
+    assert models["smollm2:135m"].confirmed == tuple(sorted((NODE_1, NODE_2)))
+    replica(ConfirmReplica("smollm2:135m", digest, NODE_2))
+    assert models["smollm2:135m"].confirmed == tuple(sorted((NODE_1, NODE_2)))
+    replica(ConfirmReplica("smollm2:135m", digest, NODE_1, present=False))
+    replica(ConfirmReplica("smollm2:135m", digest, NODE_1, present=False))
+    assert models["smollm2:135m"].confirmed == (NODE_2,)
+    replica(SetDesired("SmolLM2:135m", (NODE_2, NODE_1, NODE_2)))
+    assert models["smollm2:135m"].desired == tuple(sorted((NODE_1, NODE_2)))
+
+
+def test_a_token_is_spent_once_and_forgotten_when_it_would_have_expired() -> None:
+    replica = Replica(FOUND)
+    assert replica(Revoke("jti", 2000.0), at=1000.0) == APPLIED
+    assert code(replica(Revoke("jti", 2000.0), at=1999.0)) == "ALREADY_REVOKED"
+    replica(Revoke("other", 9000.0), at=2001.0)
+    assert list(replica.state.revoked) == ["other"]
+
+
+def test_expired_join_tokens_are_cleaned_away() -> None:
+    replica = Replica(FOUND)
+    replica(AddJoinToken(JoinToken("old", b"", 10.0)), at=5.0)
+    replica(AddJoinToken(JoinToken("new", b"", 99.0)), at=11.0)
+    assert list(replica.state.join_tokens) == ["new"]
+
+
+def test_a_repeated_id_answers_as_the_first_time(replica: Replica) -> None:
+    spent = Proposal("same", NOW, Revoke("jti", 2000.0))
+    assert apply(replica.state, spent) == APPLIED
+    assert apply(replica.state, spent) == APPLIED
+    refused = Proposal("no", NOW, DeleteUser("later"))
+    assert code(apply(replica.state, refused)) == "USER_NOT_FOUND"
+    replica(PutUser(User("later", "h", "viewer", 1.0)))
+    assert code(apply(replica.state, refused)) == "USER_NOT_FOUND"
+    assert "later" in replica.state.users
+
+
+def test_memory_of_ids_is_bounded_and_forgets_the_oldest_also_after_a_snapshot() -> None:
+    machine = Machine()
+    machine.apply(encode(Proposal("zz first", NOW, FOUND)))
+    for number in range(RECENT_COMMANDS - 1):
+        apply(machine.state, Proposal(f"{number}", NOW, SetDraining(NODE_1, True)))
+    restored = Machine()
+    restored.restore(machine.snapshot())
+    for state in (machine.state, restored.state):
+        assert len(state.recent) == RECENT_COMMANDS
+        apply(state, Proposal("one more", NOW, SetDraining(NODE_1, True)))
+        assert len(state.recent) == RECENT_COMMANDS
+        assert "zz first" not in state.recent
+        assert "0" in state.recent
+    assert machine.state.fingerprint() == restored.state.fingerprint()
+
+
+# Fuzz: small pools of ids and names, so that commands meet each other.
+
+IDS = st.sampled_from([NODE_1, NODE_2, NODE_3, NodeId(""), NodeId("\0")])
+NAMES = st.sampled_from(["one", "two", "", "a/b:c", "../x", "X", "x:latest", "é", "a" * 99])
+TIMES = st.sampled_from([0.0, 500.0, 1000.0, 2000.0, float("inf"), -1.0])
+CAPACITIES = st.builds(Capacity, st.integers(-1, 9), st.just(2**63), st.just(0))
+MEMBERS = st.builds(Member, IDS, NAMES, NAMES, NAMES, NAMES, CAPACITIES, TIMES)
+NODES = st.lists(IDS, max_size=4).map(tuple)
+MODELS = st.builds(
+    Model,
+    name=NAMES,
+    digest=st.sampled_from(["d1", "d2"]),
+    manifest=st.binary(max_size=3),
+    details=st.just(ModelDetails()),
+    layers=st.just((Layer("", "", 1, 1, ""),)),
+    modified_at=TIMES,
+    desired=NODES,
+    confirmed=NODES,
+)
+USERS = st.builds(User, NAMES, NAMES, st.sampled_from(["viewer", "admin", "", "root"]), TIMES)
+KEYS = st.sampled_from(["t1", "t2", ""])
+COMMANDS: st.SearchStrategy[AnyCommand] = st.one_of(
+    st.just(FOUND),
+    st.builds(ChangeSettings, st.builds(Settings, st.booleans())),
+    st.builds(AdmitMember, MEMBERS, KEYS),
+    st.builds(UpdateMember, IDS, NAMES, NAMES, NAMES, NAMES, CAPACITIES, NAMES),
+    st.builds(SetDraining, IDS, st.booleans()),
+    st.builds(RemoveMember, IDS),
+    st.builds(PutModel, MODELS),
+    st.builds(DeleteModel, NAMES),
+    st.builds(SetDesired, NAMES, NODES),
+    st.builds(ConfirmReplica, NAMES, st.sampled_from(["d1", "d2"]), IDS, st.booleans()),
+    st.builds(PutUser, USERS),
+    st.builds(DeleteUser, NAMES),
+    st.builds(AddJoinToken, st.builds(JoinToken, KEYS, st.just(b""), TIMES)),
+    st.builds(Revoke, KEYS, TIMES),
+)
+LOGS = st.lists(st.builds(Proposal, st.sampled_from([*"abcdefghij"]), TIMES, COMMANDS), max_size=25)
+
+
+def without_recent(state: ClusterState) -> str:
+    return msgspec.structs.replace(state, recent={}).fingerprint()
+
+
+def check_invariants(state: ClusterState) -> None:
+    assert not set(state.members) & set(state.departed)
+    names = [m.name for m in state.members.values()]
+    assert len(names) == len(set(names))
+    for key, found in state.models.items():
+        assert state.find_model(found.name) is found
+        assert state.find_model(key) is found
+        for nodes in (found.desired, found.confirmed):
+            assert list(nodes) == sorted(set(nodes))
+            assert set(nodes) <= set(state.members)
+    assert bool(state.members) == bool(state.cluster_id)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(LOGS, st.integers(0, 25))
+def test_any_log_gives_every_node_the_same_state_with_or_without_a_snapshot(
+    log: list[Proposal], cut: int
+) -> None:
+    one, other = Machine(), Machine()
+    first = Proposal("found", 0.0, FOUND)
+    for number, proposal in enumerate([first, *log]):
+        if number == cut:
+            other.restore(other.snapshot())
+        data = encode(proposal)
+        before = without_recent(one.state)
+        answer = one.apply(data)
+        assert other.apply(data) == answer
+        if decode_outcome(answer) != APPLIED and not isinstance(proposal.command, Revoke):
+            assert without_recent(one.state) == before  # a refused Revoke may still clean up
+        once = one.state.fingerprint()
+        assert one.apply(data) == answer
+        assert one.state.fingerprint() == once
+        check_invariants(one.state)
+    assert one.state.fingerprint() == other.state.fingerprint()
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_in_the_log_are_refused_and_never_raise(data: bytes) -> None:
+    machine = Machine()
+    assert code(decode_outcome(machine.apply(data))) == "UNKNOWN_COMMAND"
+
+
+@given(st.data())
+def test_a_damaged_command_never_raises(data: st.DataObject) -> None:
+    whole = bytearray(encode(Proposal("x", NOW, data.draw(COMMANDS))))
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    machine = Machine()
+    machine.apply(encode(Proposal("found", 0.0, FOUND)))
+    decode_outcome(machine.apply(bytes(whole)))
+    check_invariants(machine.state)
+
+
+@given(st.binary(max_size=100))
+def test_what_is_no_snapshot_is_refused_and_leaves_the_state(data: bytes) -> None:
+    machine = Machine()
+    machine.apply(encode(Proposal("found", 0.0, FOUND)))
+    with pytest.raises(MalformedMessage):
+        machine.restore(data)
+    assert machine.state.cluster_id == "c1"
+
+
+def test_the_machine_tells_of_every_change() -> None:
+    calls = list[int]()
+    machine = Machine(lambda: calls.append(1))
+    machine.apply(encode(Proposal("found", 0.0, FOUND)))
+    machine.restore(machine.snapshot())
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("outcome", [APPLIED, Rejected("CODE", "why")])
+def test_outcomes_survive_the_wire(outcome: Outcome) -> None:
+    assert decode_outcome(encode_outcome(outcome)) == outcome
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"),
+    [
+        (NODE_1, NODE_1),
+        ("two", NODE_2),
+        (NODE_1[:12], NODE_1),
+        (NODE_1[:5], None),
+        ("Qm", None),
+        ("", None),
+        (NODE_1 + "x", None),
+    ],
+)
+def test_members_are_found_by_id_name_and_prefix(
+    replica: Replica, reference: str, expected: NodeId | None
+) -> None:
+    found = replica.state.find_member(reference)
+    assert (found.id if found else None) == expected
+
+
+def test_an_ambiguous_prefix_finds_nobody() -> None:
+    members = {NodeId(f"Qmsame{i}"): member(NodeId(f"Qmsame{i}"), f"n{i}") for i in range(2)}
+    state = ClusterState(members=members)
+    assert state.find_member("Qmsame") is None
+    assert state.find_member("Qmsame1") is members[NodeId("Qmsame1")]
