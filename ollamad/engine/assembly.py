@@ -11,6 +11,7 @@ Sans-I/O. llama.cpp's stream has three habits that a consumer must not see:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from ollamad.core.inference import Chunk
@@ -73,8 +74,11 @@ class Assembler:
             if self._delayed is not None:
                 self._delayed[1].pop()
             self._held = []
-        kept = [] if stop_type == "word" else [id_ for id_ in self._held if id_ is not None]
-        return self._release(), kept
+        if stop_type == "word":
+            return self._release(), []
+        # What comes after an untold token cannot be spelled without it.
+        kept = itertools.takewhile(lambda id_: id_ is not None, self._held)
+        return self._release(), [id_ for id_ in kept if id_ is not None]
 
     def _release(self) -> list[Piece]:
         if self._delayed is None:

@@ -181,7 +181,7 @@ class RunnerPool:
 
     async def _load(self, key: str, spec: ModelSpec, config: RunnerConfig) -> Resident:
         if self._nursery is None:
-            raise RuntimeError("the engine does not run")
+            raise InferenceError(_STOPPED)
         if (old := self._residents.get(key)) is not None:
             await self._end(old)
         crashes = self._crashes.get(key, _Crashes())
@@ -234,19 +234,27 @@ class RunnerPool:
         """End idle models, the longest unused first, until one of `size` bytes fits."""
         while True:
             changed = self._changed
-            free = self._free_memory()
-            most = free + sum(resident.size for resident in self._residents.values())
+            available = self._free_memory()
+            residents = list(self._residents.values())
+            taken = [resident.runner.anonymous_bytes() for resident in residents]
+            most = available + sum(taken)
             if size > most:
                 raise InferenceError(_no_memory(name, size, most))
+            # The system counts mapped weights, and caches that no token has filled yet, as free.
+            promised = sum(
+                max(0, resident.size - bytes_taken)
+                for resident, bytes_taken in zip(residents, taken, strict=True)
+            )
+            free = available - promised
             full = len(self._residents) >= max(1, self._settings.max_loaded_models)
             if size <= free and not full:
                 return
-            idle = [r for r in self._residents.values() if not r.pins]
+            idle = [resident for resident in residents if not resident.pins]
             if idle:
                 victim = min(idle, key=lambda resident: resident.last_used)
                 log.info("%s makes room for %s", victim.spec.name, name)
                 await self._end(victim)
-            elif self._residents:
+            elif residents:
                 await changed.wait()
             else:
                 raise InferenceError(_no_memory(name, size, free))
@@ -288,6 +296,9 @@ def queue_full() -> InferenceError:
     """The error when too many requests wait, in Ollama's words."""
     message = "server busy, please try again.  maximum pending requests exceeded"
     return InferenceError(Failed(code="QUEUE_FULL", message=message, status=503))
+
+
+_STOPPED = Failed(code="STOPPED", message="the engine of this node is not running", status=503)
 
 
 def _no_memory(name: str, size: int, free: int) -> Failed:

@@ -2,6 +2,7 @@
 
 import collections
 import logging
+import re
 import signal
 import subprocess
 import time
@@ -106,6 +107,17 @@ class Runner:
             await self._over.wait()
         return self._failure("RUNNER_DIED", "stopped in the middle", self.describe_end())
 
+    def anonymous_bytes(self) -> int:
+        """Bytes of memory that come free when the process ends; a mapped file is not among them."""
+        if self._process is None:
+            return 0
+        try:
+            status = Path(f"/proc/{self._process.pid}/status").read_text()
+        except OSError:  # it has just ended, or this is not Linux
+            return 0
+        found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+        return 1024 * int(found[1]) if found else 0
+
     def describe_end(self) -> str:
         """Why the process ended, as far as it is known, in words for people."""
         status = None if self._process is None else self._process.returncode
@@ -164,6 +176,7 @@ class Runner:
 
     async def _end(self, process: trio.Process) -> None:
         """Kill the process: it holds nothing that would want a farewell."""
+        self._over.set()
         self.client.close()
         with trio.move_on_after(END_S, shield=True):
             process.kill()

@@ -1,0 +1,174 @@
+"""A runner without a model: the few llama-server routes that the engine speaks.
+
+Run as `python -m tests.fakes.fake_runner` with a runner's arguments. Its "GGUF" is a JSON file
+that says how it behaves (`Behaviour`), so that one engine can have good and bad models. A token
+is a character, its id the code point; BOS is 1. What a completion does stands in its prompt:
+
+- `endless`: tokens until the client closes
+- `crash`: two tokens, then the process ends with exit code 9 and a last word
+- `refuse`: an error, as for a bad grammar
+- `script`: the events of the behaviour
+- else the tokens of `abcde`, at most `n_predict`
+"""
+
+import argparse
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import h11
+import msgspec
+import trio
+
+BOS = 1
+WIDTH = 3  # of the embeddings
+
+
+class Behaviour(msgspec.Struct):
+    exit_code: int | None = None  # ends with it while "loading"
+    last_words: str = ""
+    never_ready: bool = False
+    script: list[dict[str, Any]] = []
+    spellings: dict[str, list[int]] = {}  # what /tokenize says of these texts
+
+
+class FakeRunner:
+    def __init__(self, arguments: argparse.Namespace, behaviour: Behaviour) -> None:
+        self.arguments = arguments
+        self.behaviour = behaviour
+        self.processing = 0
+
+    async def serve_connection(self, stream: trio.SocketStream) -> None:
+        connection = h11.Connection(h11.SERVER)
+
+        async def next_event() -> Any:
+            while (event := connection.next_event()) is h11.NEED_DATA:
+                connection.receive_data(await stream.receive_some(65536))
+            return event
+
+        async def send(*events: Any) -> None:
+            await stream.send_all(b"".join(connection.send(event) or b"" for event in events))
+
+        async def answer(status: int, value: object) -> None:
+            body = msgspec.json.encode(value)
+            headers = [("Content-Length", str(len(body)))]
+            head = h11.Response(status_code=status, headers=headers)
+            await send(head, h11.Data(data=body), h11.EndOfMessage())
+
+        try:
+            while True:
+                request = await next_event()
+                if not isinstance(request, h11.Request):
+                    return
+                body = b""
+                while isinstance(part := await next_event(), h11.Data):
+                    body += bytes(part.data)
+                question = msgspec.json.decode(body) if body else {}
+                target = request.target.decode()
+                if target == "/completion" and "refuse" not in text_of(question["prompt"]):
+                    headers = [("Transfer-Encoding", "chunked")]
+                    await send(h11.Response(status_code=200, headers=headers))
+                    self.processing += 1
+                    try:
+                        await self.complete(question, send)
+                    finally:
+                        self.processing -= 1
+                    await send(h11.EndOfMessage())
+                else:
+                    await answer(*self.answer(target, question))
+                connection.start_next_cycle()
+        except (trio.BrokenResourceError, h11.RemoteProtocolError):
+            pass
+        finally:
+            await trio.aclose_forcefully(stream)
+
+    def answer(self, target: str, question: dict[str, Any]) -> tuple[int, object]:
+        match target:
+            case "/health":
+                return (503 if self.behaviour.never_ready else 200), {}
+            case "/slots":
+                count = self.arguments.parallel
+                return 200, [{"id": i, "is_processing": i < self.processing} for i in range(count)]
+            case "/tokenize":
+                text = question["content"]
+                ids = self.behaviour.spellings.get(text) or [ord(character) for character in text]
+                return 200, {"tokens": [BOS] * question["add_special"] + ids}
+            case "/detokenize":
+                return 200, {"content": text_of(question["tokens"])}
+            case "/apply-template":
+                lines = [f"{m['role']}:{m['content']}\n" for m in question["messages"]]
+                return 200, {"prompt": "".join(lines)}
+            case "/v1/embeddings":
+                vectors = [
+                    {"index": index, "embedding": [float(len(ids))] * WIDTH}
+                    for index, ids in enumerate(question["input"])
+                ]
+                return 200, {"data": vectors[::-1]}
+            case _:
+                return 400, {"error": {"code": 400, "message": "failed to parse grammar"}}
+
+    async def complete(self, question: dict[str, Any], send: Any) -> None:
+        prompt = text_of(question["prompt"])
+
+        async def tell(event: dict[str, Any]) -> None:
+            await send(h11.Data(data=b"data: " + msgspec.json.encode(event) + b"\n\n"))
+
+        if "script" in prompt:
+            for event in self.behaviour.script:
+                await tell(event)
+            return
+        answer = "ab" if "crash" in prompt else "abcde"[: question["n_predict"]]
+        count = 0
+        while count < len(answer) or "endless" in prompt:
+            character = answer[count % len(answer)]
+            count += 1
+            await tell(
+                {"content": character, "tokens": [ord(character)], "tokens_predicted": count}
+            )
+            await trio.sleep(0.001)
+        if "crash" in prompt:
+            print("0.00.000.001 E fake: out of luck", file=sys.stderr, flush=True)
+            os._exit(9)
+        await tell(
+            {
+                "stop": True,
+                "stop_type": "limit" if count == question["n_predict"] else "eos",
+                "tokens_predicted": count,
+                "tokens_evaluated": len(question["prompt"]),
+                "timings": {"cache_n": 2, "prompt_ms": 1.5, "predicted_ms": 2.5},
+            }
+        )
+
+
+def text_of(ids: list[int]) -> str:
+    return "".join(chr(id_) for id_ in ids if id_ != BOS)
+
+
+async def exit_with_stdin() -> None:
+    await trio.to_thread.run_sync(sys.stdin.buffer.read, abandon_on_cancel=True)
+    os._exit(0)
+
+
+async def main(arguments: argparse.Namespace) -> None:
+    behaviour = msgspec.json.decode(Path(arguments.model).read_bytes(), type=Behaviour)  # noqa: ASYNC240
+    if behaviour.exit_code is not None:
+        print(behaviour.last_words, file=sys.stderr, flush=True)
+        os._exit(behaviour.exit_code)
+    listener = trio.socket.socket(trio.socket.AF_UNIX)
+    await listener.bind(arguments.socket)
+    listener.listen()
+    runner = FakeRunner(arguments, behaviour)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(exit_with_stdin)
+        serve = functools.partial(trio.serve_listeners, runner.serve_connection)
+        nursery.start_soon(serve, [trio.SocketListener(listener)])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--socket")
+    parser.add_argument("--model")
+    parser.add_argument("--parallel", type=int)
+    trio.run(main, parser.parse_known_args()[0])
