@@ -213,7 +213,7 @@ SEED = gguf_bytes(
     {**LLAMA, "tokenizer.ggml.tokens": [f"t{n}" for n in range(520)], "scores": [0.5] * 20},
     {"a.weight": ((32, 4), 3), "b.weight": ((8,), 0)},
 )
-FUZZ = settings(max_examples=400, deadline=2000, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=400, deadline=5000, suppress_health_check=list(HealthCheck))
 INTERESTING = [0, 1, 0x7F, 0x80, 0xFF]
 
 

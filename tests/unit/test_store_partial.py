@@ -335,9 +335,13 @@ async def test_a_journal_cut_or_changed_anywhere_proves_no_wrong_piece(store: Bl
     cuts = [*range(0, len(good) - 24, 9), *range(len(good) - 24, len(good))]
     variants = [good[:length] for length in cuts]
     variants += [good + b"\0" * 8, good + b"\0" * 5, good + b"\xff" * 16]
-    for _ in range(40):
+    flips = [(chance.randrange(len(good) - 24), chance.randrange(8)) for _ in range(20)]
+    # In each record: every bit of the piece's number, and one of its check.
+    flips += [(len(good) - 24 + at + 3, bit) for at in (0, 8, 16) for bit in range(8)]
+    flips += [(len(good) - 24 + at + 7, 0) for at in (0, 8, 16)]
+    for at, bit in flips:
         flipped = bytearray(good)
-        flipped[chance.randrange(len(good))] ^= 1 << chance.randrange(8)
+        flipped[at] ^= 1 << bit
         variants.append(bytes(flipped))
     true = bytearray(b"\1\1\0\1")
     backup = data.with_name("copy")
