@@ -30,6 +30,7 @@ ANSWER_TIMEOUT_S = 120.0  # a generation on a machine that is busy with other te
 # Below the range that the system takes ports for outgoing connections from, so that a node that
 # is started again finds its ports free.
 PORTS = range(12000, 32000)
+DAEMON = (sys.executable, "-m", "ollamad")
 LOG_LINES = 60  # of each node, shown when a test fails
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ def wait_until(
 ) -> T:
     """Call `predicate` until it gives something true, and return that.
 
-    Errors of the network count as not yet.
+    Nobody listening, and a token file that is not there, count as not yet.
 
     Raises:
       AssertionError: it did not in time; tells what came last.
@@ -61,7 +62,7 @@ def wait_until(
     while True:
         try:
             last = predicate()
-        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+        except (httpx.TransportError, FileNotFoundError) as error:
             last = error
         else:
             if last:
@@ -165,8 +166,15 @@ class Node:
         }
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ollamad", "start"]
-                + ["--data-dir", str(self.data_dir), *arguments],
+                [
+                    sys.executable,
+                    "-m",
+                    "ollamad",
+                    "start",
+                    "--data-dir",
+                    str(self.data_dir),
+                    *arguments,
+                ],
                 env=environment | self.environment,
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
@@ -179,7 +187,8 @@ class Node:
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         process, ready = self.process, self._ready
-        assert process is not None and ready is not None
+        assert process is not None
+        assert ready is not None
 
         def is_ready() -> bool:
             if any("READY=1" in message for message in ready.listen()):
@@ -267,9 +276,9 @@ class Node:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                if os.getpgid(process.pid) in self._pids:
-                    if process.status() != psutil.STATUS_ZOMBIE:
-                        found.append(process)
+                alive = process.status() != psutil.STATUS_ZOMBIE
+                if alive and os.getpgid(process.pid) in self._pids:
+                    found.append(process)
         return found
 
     def runners(self) -> list[psutil.Process]:
@@ -534,7 +543,7 @@ def run_daemon(
 ) -> subprocess.CompletedProcess[str]:
     """Run `ollamad` to its end, for starts that must fail."""
     return subprocess.run(
-        [sys.executable, "-m", "ollamad", *arguments],
+        [*DAEMON, *arguments],
         capture_output=True,
         text=True,
         env=clean_environment(directory) | dict(environment or {}),
