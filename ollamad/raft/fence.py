@@ -1,31 +1,26 @@
 """What stands between the network and PySyncObj, so that its known defects cannot be reached.
 
-In: every message is checked against the paper before the library sees it. Entries that are held
+Every message is checked against the paper before the library sees it. Entries that are held
 already are cut off, so that it truncates on a conflict only (§5.3); answers and votes of another
 term, and a second vote of one voter, are dropped; an election needs a pre-vote (thesis, 9.6).
-Out: answers say only what the message proved, and carry the term.
+What leaves goes through `FencedTransport`.
 
 Knows no socket, no disk and no time but what it is given. See `docs/consensus.md`.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-from pysyncobj.node import Node
-from pysyncobj.transport import Transport
 
 from ollamad.core.ids import NodeId, short
 from ollamad.raft.errors import JournalFailed, SafetyViolation
 from ollamad.raft.journal import Blob, Journal, unpack_snapshot
 from ollamad.raft.private import CANDIDATE, LEADER, Core, Timing
+from ollamad.raft.transport import FencedTransport
 from ollamad.wire.raftwire import (
-    SNAPSHOT_CHUNK_SIZE,
     Ack,
     Append,
-    Entry,
     Forward,
     Install,
     MalformedMessage,
@@ -115,92 +110,6 @@ def _start_of_term(index: int, journal: Journal, commit_index: int) -> int:
     while index - 1 > commit_index and journal.term_at(index - 1) == term:
         index -= 1
     return index
-
-
-class FencedTransport(Transport):  # type: ignore[misc]
-    """Turns what the library sends into our messages, and holds back what disk must know first."""
-
-    def __init__(self, journal: Journal, send: Callable[[NodeId, Message], None]) -> None:
-        super().__init__(None, None, [])
-        self._journal = journal
-        self._send = send
-        self._held: list[tuple[int, NodeId, Message]] = []
-        self.proved: int | None = None  # what the Append that is being handled proves
-        self.resume: int | None = None
-        self.term: Callable[[], int] = lambda: 0
-
-    def send(self, node: Node, message: dict[str, Any]) -> bool:
-        to = NodeId(node.id)
-        match message["type"]:
-            case "append_entries":
-                # May overtake our own sync of the entries, not that of the term.
-                self.emit(to, _to_append(message), self._journal.term_generation)
-            case "next_node_idx":
-                self.emit_synced(to, self._to_ack(message))
-            case "request_vote":
-                self.emit_synced(
-                    to,
-                    VoteRequest(
-                        message["term"], message["last_log_index"], message["last_log_term"]
-                    ),
-                )
-            case "response_vote":
-                self.emit_synced(to, Vote(message["term"]))
-            case "timeout_now":
-                self.emit_synced(to, TakeOver(message["term"]))
-            case "apply_command":
-                self.emit(to, Forward(message["request_id"], message["command"]), 0)
-            case "apply_command_response":
-                # Says where an entry was put, not that it is safe there.
-                self.emit(to, _to_placed(message), 0)
-            case unknown:
-                raise AssertionError(f"the library sends {unknown!r}")
-        return True
-
-    def emit_synced(self, to: NodeId, message: Message) -> None:
-        """Send as soon as all that this node has decided so far is durable."""
-        self.emit(to, message, self._journal.generation)
-
-    def emit(self, to: NodeId, message: Message, generation: int) -> None:
-        """Send as soon as that generation of the journal is durable."""
-        if generation <= self._journal.durable_generation:
-            self._send(to, message)
-        else:
-            self._held.append((generation, to, message))
-
-    def release(self) -> None:
-        """Send what was waiting for the sync that just ended."""
-        held, self._held = self._held, []
-        for generation, to, message in held:
-            self.emit(to, message, generation)
-
-    def _to_ack(self, message: dict[str, Any]) -> Ack:
-        next_index = message["next_node_idx"]
-        if message["success"] and self.proved is not None:
-            next_index = self.proved + 1
-        elif message["reset"] and self.resume is not None:
-            next_index = self.resume
-        return Ack(self.term(), next_index, message["success"], message["reset"])
-
-
-def _to_append(message: dict[str, Any]) -> Append | Install:
-    term = message["term"]
-    if "serialized" in message:
-        if message["serialized"] is None:
-            return Install(term, 0, 0, bytes(32), b"")
-        blob, offset, _ = message["serialized"]
-        data = blob.data[offset : offset + SNAPSHOT_CHUNK_SIZE]
-        return Install(term, offset, len(blob.data), blob.sha256, data)
-    entries = tuple(Entry(entry_term, command) for command, _, entry_term in message["entries"])
-    return Append(
-        term, message["commit_index"], message["prevLogIdx"], message["prevLogTerm"], entries
-    )
-
-
-def _to_placed(message: dict[str, Any]) -> Placed:
-    if "error" in message:
-        return Placed(message["request_id"], error=message["error"])
-    return Placed(message["request_id"], message["log_idx"], message["log_term"])
 
 
 class Fence:

@@ -25,9 +25,10 @@ from ollamad.raft.errors import (
     OutcomeUnknown,
     RaftError,
 )
-from ollamad.raft.fence import Fence, FencedTransport
+from ollamad.raft.fence import Fence
 from ollamad.raft.journal import COMPACTION_TAIL, Journal, Store, unpack_snapshot
 from ollamad.raft.private import LEADER, Core, Timing
+from ollamad.raft.transport import FencedTransport
 from ollamad.wire.raftwire import (
     MAX_COMMAND_SIZE,
     MAX_VOTERS,

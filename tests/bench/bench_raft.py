@@ -161,6 +161,18 @@ def free_ports() -> str:
     return ports
 
 
+def disk_floor(directory: str) -> list[float]:
+    """Seconds that one small write and sync take here, sorted: what no commit can beat."""
+    times = []
+    with (Path(directory) / "floor").open("wb", buffering=0) as file:
+        for _ in range(300):
+            started = time.perf_counter()
+            file.write(bytes(4096))
+            os.fdatasync(file.fileno())
+            times.append(time.perf_counter() - started)
+    return sorted(times)
+
+
 def bench(directory: str, kills: int) -> None:
     ports = free_ports()
     nodes = {name: Remote(name, ports, directory) for name in NAMES}
@@ -170,6 +182,9 @@ def bench(directory: str, kills: int) -> None:
         leader = find_leader(nodes)
         follower = NAMES.replace(leader, "")[0]
         print(f"{'3 nodes, 3 processes, loopback, syncing on':44} {os.cpu_count()} CPUs")
+        floor = disk_floor(directory)
+        p50, p99 = f"{floor[150] * 1e3:.2f}", f"{floor[297] * 1e3:.2f}"
+        print(f"a 4 KiB write and fdatasync, all nodes idle  p50 {p50} ms  p99 {p99} ms")
         for label, name in (("leader", leader), ("follower", follower)):
             p50, p99 = nodes[name].ask("latency").split()
             print(f"commit through the {label:25} p50 {p50} ms  p99 {p99} ms")

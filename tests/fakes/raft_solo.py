@@ -3,9 +3,10 @@
 import random
 
 from ollamad.core.ids import NodeId
-from ollamad.raft.fence import Fence, FencedTransport
+from ollamad.raft.fence import Fence
 from ollamad.raft.journal import Journal, LogEntry, Stored
 from ollamad.raft.private import CANDIDATE, LEADER, Core, Timing
+from ollamad.raft.transport import FencedTransport
 from ollamad.wire.raftwire import (
     NO_OP,
     REGULAR,

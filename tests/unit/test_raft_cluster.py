@@ -641,7 +641,7 @@ async def test_a_late_node_gets_a_snapshot_and_restarts_from_it(
     monkeypatch.setattr("ollamad.raft.node.COMPACTION_TAIL", 10)
     monkeypatch.setattr("ollamad.wire.raftwire.SNAPSHOT_CHUNK_SIZE", 100)
     monkeypatch.setattr("ollamad.raft.private.SNAPSHOT_CHUNK_SIZE", 100)
-    monkeypatch.setattr("ollamad.raft.fence.SNAPSHOT_CHUNK_SIZE", 100)
+    monkeypatch.setattr("ollamad.raft.transport.SNAPSHOT_CHUNK_SIZE", 100)
     c = await found()
     parts = 0
 

@@ -217,7 +217,8 @@ async def test_a_newer_stream_of_a_peer_replaces_the_older(
     for ours, _ in pairs:
         nursery.start_soon(links.serve, ours, B)
         await trio.testing.wait_all_tasks_blocked()
-    assert [await theirs.receive_some() for _, theirs in pairs[:2]] == [b"", b""]
+    with trio.fail_after(5):
+        assert [await theirs.receive_some() for _, theirs in pairs[:2]] == [b"", b""]
     await pairs[2][1].send_all(framed(b"x"))
     await trio.testing.wait_all_tasks_blocked()
     assert recorder.frames == [(B, b"x")]
