@@ -227,7 +227,7 @@ class Link:
         """Begin an exchange.
 
         Raises:
-          LinkClosed: the connection is gone.
+          LinkClosed: the connection is gone. TooManyStreams: too many exchanges run.
         """
         if self._closed:
             raise LinkClosed(f"the connection to {short(self.peer)} is closed")

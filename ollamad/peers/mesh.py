@@ -15,7 +15,7 @@ from ollamad.core.ids import NodeId, short
 from ollamad.peers.link import Handler, HandlerError, Link, LinkClosed, RemoteFailure, Stream
 from ollamad.peers.tls import Gate, PeerUnreachable, TlsStream
 from ollamad.wire.codec import MalformedMessage, decode, encode
-from ollamad.wire.mux import ProtocolError
+from ollamad.wire.mux import ProtocolError, TooManyStreams
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Mesh:
         link = await self._link_to(node_id, bulk)
         try:
             stream = link.open(method, request)
-        except LinkClosed as error:
+        except (LinkClosed, TooManyStreams) as error:
             raise PeerUnreachable(str(error)) from None
         try:
             yield stream

@@ -34,7 +34,8 @@ def decode(data: bytes | bytearray | memoryview, type_: type[T]) -> T:
         decoder = _decoders[type_] = msgspec.msgpack.Decoder(type_)
     try:
         value: T = decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # msgspec lets the error of text that is not UTF-8 through as it is.
         raise MalformedMessage(f"not a valid {_name(type_)}: {error}") from None
     return value
 

@@ -19,6 +19,9 @@ connection of its own), and a frame is a whole message, so that nobody reassembl
 | RESET   | msgpack Reset: the exchange is over, and why | both |
 | CREDIT  | 4 bytes: that many more bytes may be sent on the stream | both |
 
+Credit counts the headers of messages too: empty messages would be free otherwise, and a peer
+could pile up any number of them.
+
 A stream is forgotten when both sides ended or one reset it; late frames of forgotten streams
 are dropped, since they may have been under way.
 """
@@ -68,6 +71,10 @@ class Reset(msgspec.Struct, frozen=True):
 
 class ProtocolError(Exception):
     """The peer broke the protocol; the connection must be closed."""
+
+
+class TooManyStreams(Exception):
+    """This side has MAX_STREAMS exchanges open; the peer would close the connection at one more."""
 
 
 class IncompatibleVersion(ProtocolError):
@@ -140,8 +147,14 @@ class MuxConnection:
         return len(self._streams)
 
     def open(self, method: str, request: bytes) -> tuple[int, bytes]:
-        """Begin an exchange: its stream id and the bytes to send (dialler only)."""
+        """Begin an exchange: its stream id and the bytes to send (dialler only).
+
+        Raises:
+          TooManyStreams: try again when an exchange has ended.
+        """
         assert self._dialler, "only the side that dialled opens streams"
+        if len(self._streams) >= MAX_STREAMS:
+            raise TooManyStreams(f"{MAX_STREAMS} exchanges are open on this connection")
         name = method.encode("ascii")
         if len(name) + 1 + len(request) > MAX_MESSAGE:
             raise ValueError(f"a request of {len(request)} bytes is over {MAX_MESSAGE}")
@@ -161,7 +174,7 @@ class MuxConnection:
             raise ValueError(f"a message of {len(data)} bytes is over {MAX_MESSAGE}")
         state = self._streams[stream]
         assert not state.sent_end, "the stream was ended"
-        state.send_window -= len(data)
+        state.send_window -= HEADER.size + len(data)
         return _frame(Kind.MESSAGE, stream, data)
 
     def end(self, stream: int) -> bytes:
@@ -180,11 +193,11 @@ class MuxConnection:
         return _frame(Kind.RESET, stream, encode(Reset(code, message[:1000])))
 
     def consumed(self, stream: int, size: int) -> bytes:
-        """Our side has read that many bytes: perhaps a credit frame to send."""
+        """Our side has read a message of that many bytes: perhaps a credit frame to send."""
         state = self._streams.get(stream)
         if state is None or state.got_end:
             return b""
-        state.consumed += size
+        state.consumed += HEADER.size + size
         if state.consumed < WINDOW // 2:
             return b""
         grant, state.consumed = state.consumed, 0
@@ -229,7 +242,7 @@ class MuxConnection:
                 # A message may overdraw the window once, so that it need not be cut.
                 if state.got_end or state.receive_window <= 0:
                     raise ProtocolError("a message came after the end or without credit")
-                state.receive_window -= len(payload)
+                state.receive_window -= HEADER.size + len(payload)
                 return MessageReceived(stream, payload)
             case Kind.END:
                 state = self._live(stream)

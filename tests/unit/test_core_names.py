@@ -64,7 +64,7 @@ def test_names_that_are_valid(
         "a:b:c",
         "x:7b/../../y",
         "llämä",
-        "ｌｌａｍａ",
+        "\uff4c\uff4cama",
         "llama\u200b2",
         "llama\u2215x",
         "x" * (MAX_PART_LENGTH + 1),
