@@ -21,7 +21,6 @@ from typer.testing import CliRunner, Result
 from tests.fakes.fake_api import FakeApi
 
 WAIT_S = 30.0  # for a process on a busy machine
-RETRY_S = 5.0  # between two presses of a key that may be missed
 
 # Makes the terminal on stdin the controlling one, so that Ctrl-C becomes a signal.
 _IN_TERMINAL = """
@@ -134,33 +133,18 @@ class Terminal:
                 raise AssertionError(f"no {text!r} in {self.seen[self._read_to :]!r}")
         self._read_to = found + len(text)
 
-    def interrupt(self, text: str) -> None:
-        """Press Ctrl-C until `text` appears.
+    def interrupt(self) -> None:
+        """Press Ctrl-C at the prompt, once the program waits for a key.
 
         Python's line editing sleeps through a signal that comes between its prompt and its
-        wait for a key, which only a program is quick enough to hit.
+        wait; only a program is quick enough to hit those microseconds.
         """
-        for _ in range(int(WAIT_S / RETRY_S)):
-            self.type("\x03")
-            deadline = time.monotonic() + RETRY_S
-            while self.seen.find(text, self._read_to) < 0 and self._read(deadline):
-                pass
-            if self.seen.find(text, self._read_to) >= 0:
-                break
-        self.expect(text)
-
-    def interrupt_to_exit(self) -> int:
-        """Press Ctrl-C until the program has ended; return its exit code."""
-        for _ in range(int(WAIT_S / RETRY_S)):
-            # The program may have gone meanwhile.
-            with contextlib.suppress(OSError):
-                self.type("\x03")
-            deadline = time.monotonic() + RETRY_S
-            while self._read(deadline):
-                pass
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return self._process.wait(RETRY_S)
-        raise AssertionError(f"still running: {self.seen[self._read_to :]!r}")
+        stat = Path(f"/proc/{self._process.pid}/stat")
+        deadline = time.monotonic() + WAIT_S
+        while stat.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        self.type("\x03")
 
     def exit_code(self) -> int:
         """Wait for the end."""

@@ -204,9 +204,11 @@ def test_ctrl_c_stops_the_answer_and_again_leaves(home: Path, fake_api: FakeApi)
         terminal.type("go on\r")
         terminal.expect("answer")
         terminal.expect(">>> ")
-        terminal.interrupt("Ctrl-C again")
+        terminal.interrupt()
+        terminal.expect("Ctrl-C again")
         terminal.expect(">>> ")
-        assert terminal.interrupt_to_exit() == 130
+        terminal.interrupt()
+        assert terminal.exit_code() == 130
     assert "Traceback" not in terminal.seen
     assert fake_api.asked("POST", "/chat")[1].json["messages"] == [
         {"role": "user", "content": "go"},
@@ -223,7 +225,8 @@ def test_ctrl_c_at_once_after_a_stopped_answer_leaves(home: Path, fake_api: Fake
         terminal.expect("Hello")
         terminal.type("\x03")
         terminal.expect(">>> ")
-        assert terminal.interrupt_to_exit() == 130
+        terminal.interrupt()
+        assert terminal.exit_code() == 130
 
 
 def test_ctrl_d_leaves_and_errors_do_not(home: Path, fake_api: FakeApi) -> None:
