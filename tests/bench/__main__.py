@@ -1,0 +1,26 @@
+"""`make bench`: all benchmarks, one after the other; each prints ratios within its own run."""
+
+import subprocess
+import sys
+
+BENCHMARKS = (
+    ("tokens through the daemon, against its runner", "bench_inference"),
+    ("commits: latency, throughput, failover", "bench_raft"),
+    ("/health, against a bare ASGI app", "bench_http"),
+)
+
+
+def main() -> int:
+    missed = []
+    for title, module in BENCHMARKS:
+        print(f"\n== {title} ({module})", flush=True)
+        done = subprocess.run([sys.executable, "-m", f"tests.bench.{module}"])
+        if done.returncode:
+            missed.append(module)
+    if missed:
+        print(f"\ngoals missed or not measured: {', '.join(missed)}")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
