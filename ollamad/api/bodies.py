@@ -4,7 +4,6 @@ Unknown fields are ignored, as Ollama does. Fields whose feature this version do
 refused when they would change the answer: silence would be a wrong answer.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
@@ -27,7 +26,7 @@ Text = Annotated[str, msgspec.Meta(min_length=1)]
 
 _MESSAGE = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
-_DURATION = re.compile(r"(?:(?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|μs|ms|s|m|h))+")
+_DURATION = re.compile(r"(?:(?:\d+(?:\.\d*)?|\.\d+)(?:ns|us|µs|μs|ms|s|m|h))+", re.ASCII)
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
 _UNIT_S = {
     "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0,
@@ -214,10 +213,8 @@ def keep_alive_s(value: KeepAlive) -> float | None:
     """
     if value is None:
         return None
-    seconds = _go_duration_s(value) if isinstance(value, str) else float(value)
-    if math.isnan(seconds):
-        raise _bad_keep_alive()
-    return FOR_EVER_S if seconds < 0 or seconds > MAX_KEEP_ALIVE_S else seconds
+    seconds = _go_duration_s(value) if isinstance(value, str) else value
+    return FOR_EVER_S if seconds < 0 or seconds > MAX_KEEP_ALIVE_S else float(seconds)
 
 
 def invalid(field: str, message: str, *, expected: str | None = None) -> ServiceError:

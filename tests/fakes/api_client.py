@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import trio
+
 from ollamad.api.app import ApiApp, ApiSettings, build_app
 from ollamad.api.auth import AuthSettings
 from tests.fakes.api_services import World, make_world
@@ -65,10 +67,54 @@ class ApiClient:
             data = json.dumps(body).encode()
             sent.setdefault("Content-Type", "application/json")
         full = path if path.startswith("//") or path == "/" else f"/api/v1{path}"
-        response = await self.app.test_client().open(
-            full, method=method, headers=sent, data=data, scope_base={"client": peer}
-        )
-        content = await response.get_data(as_text=False)
-        return Answer(
-            response.status_code, {k.lower(): v for k, v in response.headers.items()}, content
-        )
+        return await exchange(self.app, method, full, sent, data or b"", peer)
+
+
+async def exchange(
+    app: ApiApp,
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    data: bytes,
+    peer: tuple[str, int],
+) -> Answer:
+    """One request by ASGI, as hypercorn would make it."""
+    raw = [(b"host", b"localhost")]
+    if data:
+        raw.append((b"content-length", b"%d" % len(data)))
+    raw += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "asgi": {"spec_version": "2.1", "version": "3.0"},
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": raw,
+        "client": peer,
+        "server": ("127.0.0.1", 8080),
+        "state": {},
+        "extensions": {},
+    }
+    incoming = [{"type": "http.request", "body": data, "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await trio.lowlevel.checkpoint()
+        return incoming.pop() if incoming else await trio.sleep_forever()
+
+    async def send(message: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        sent.append(message)
+
+    await app(scope, receive, send)  # type: ignore[arg-type]
+    start, *bodies = sent
+    assert [message["more_body"] for message in bodies] == [True] * (len(bodies) - 1) + [False]
+    return Answer(
+        start["status"],
+        {name.decode(): value.decode() for name, value in start["headers"]},
+        b"".join(message["body"] for message in bodies),
+    )

@@ -1,0 +1,252 @@
+"""Request bodies: what is taken, and the error that names the field of what is not."""
+
+from typing import Any
+
+import pytest
+
+from ollamad.api.bodies import (
+    FOR_EVER_S,
+    ChatBody,
+    EmbedBody,
+    GenerateBody,
+    decode_body,
+    keep_alive_s,
+)
+from ollamad.api.services import ServiceError
+from ollamad.core.inference import EmbedRequest, GenerateRequest, Message, Options
+from tests.fakes.api_client import ApiClient
+
+MODEL = "smollm2:135m"
+
+
+async def refused(path: str, body: Any, **how: Any) -> tuple[int, str, str, str]:
+    answer = await ApiClient().call("POST", path, body, **how)
+    details = answer.json["details"]
+    return answer.status, answer.code, details.get("field", ""), details.get("expected", "")
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "model"),
+        ({"model": 5}, "model"),
+        ({"model": None}, "model"),
+        ([], "body"),
+        ("text", "body"),
+        ({"model": MODEL, "prompt": 1}, "prompt"),
+        ({"model": MODEL, "stream": "yes"}, "stream"),
+        ({"model": MODEL, "stream": 1}, "stream"),
+        ({"model": MODEL, "raw": "no"}, "raw"),
+        ({"model": MODEL, "raw": True, "system": "s"}, "raw"),
+        ({"model": MODEL, "options": []}, "options"),
+        ({"model": MODEL, "options": {"temperature": "hot"}}, "options.temperature"),
+        ({"model": MODEL, "options": {"num_ctx": 1.5}}, "options.num_ctx"),
+        ({"model": MODEL, "options": {"num_ctx": True}}, "options.num_ctx"),
+        ({"model": MODEL, "options": {"num_predict": 10**30}}, "options.num_predict"),
+        ({"model": MODEL, "options": {"seed": -(2**31) - 1}}, "options.seed"),
+        ({"model": MODEL, "options": {"stop": "x"}}, "options.stop"),
+        ({"model": MODEL, "options": {"stop": ["x", 1]}}, "options.stop[1]"),
+        ({"model": MODEL, "context": [1, "2"]}, "context[1]"),
+        ({"model": MODEL, "context": [-1]}, "context[0]"),
+        ({"model": MODEL, "context": [2**40]}, "context[0]"),
+        ({"model": MODEL, "format": "xml"}, "format"),
+        ({"model": MODEL, "format": 3}, "format"),
+        ({"model": MODEL, "keep_alive": "5"}, "keep_alive"),
+        ({"model": MODEL, "keep_alive": "5 m"}, "keep_alive"),
+        ({"model": MODEL, "keep_alive": "m"}, "keep_alive"),
+        ({"model": MODEL, "keep_alive": ""}, "keep_alive"),
+        ({"model": MODEL, "keep_alive": "٣m"}, "keep_alive"),
+        ({"model": MODEL, "keep_alive": True}, "keep_alive"),
+        ({"model": MODEL, "keep_alive": []}, "keep_alive"),
+    ],
+    ids=str,
+)
+async def test_a_bad_field_is_named(body: Any, field: str) -> None:
+    status, code, named, expected = await refused("/generate", body)
+    assert (status, code, named) == (400, "INVALID_REQUEST", field)
+    assert expected or field == "raw"
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ({"content": "x"}, "messages[0].role"),
+        ({"role": "user", "content": 1}, "messages[0].content"),
+        ({"role": "robot", "content": "x"}, "messages[0].role"),
+        ("hello", "messages[0]"),
+    ],
+    ids=str,
+)
+async def test_a_bad_message_is_named(message: Any, field: str) -> None:
+    status, code, named, _ = await refused("/chat", {"model": MODEL, "messages": [message]})
+    assert (status, code, named) == (400, "INVALID_REQUEST", field)
+
+
+async def test_a_chat_needs_its_messages() -> None:
+    assert (await refused("/chat", {"model": MODEL}))[2] == "messages"
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"suffix": "x"}, "suffix"),
+        ({"template": "x"}, "template"),
+        ({"images": ["x"]}, "images"),
+        ({"tools": [{}]}, "tools"),
+        ({"think": True}, "think"),
+        ({"think": "low"}, "think"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"failover": "replay"}, "failover"),
+        ({"messages": [{"role": "user", "content": "", "images": ["x"]}]}, "messages[0].images"),
+        ({"messages": [{"role": "tool", "content": "1"}]}, "messages[0].role"),
+        (
+            {"messages": [{"role": "user"}, {"role": "assistant", "tool_calls": [{}]}]},
+            "messages[1].tool_calls",
+        ),
+    ],
+    ids=str,
+)
+async def test_what_is_not_there_yet_is_refused_by_name(body: dict[str, Any], field: str) -> None:
+    found = await refused("/chat", {"model": MODEL, "messages": []} | body)
+    assert found[:3] == (400, "NOT_SUPPORTED", field)
+
+
+async def test_what_would_not_change_the_answer_is_ignored() -> None:
+    body = {
+        "model": MODEL,
+        "prompt": "x",
+        "suffix": "",
+        "images": [],
+        "tools": None,
+        "think": False,
+        "logprobs": False,
+        "top_logprobs": 0,
+        "failover": "off",
+        "unknown": {"a": 1},
+        "options": {"unknown": "x", "temperature": 1},
+    }
+    client = ApiClient()
+    assert (await client.call("POST", "/generate", body)).status == 200
+    assert client.world.inference.requests == [
+        GenerateRequest(MODEL, prompt="x", options=Options(temperature=1.0))
+    ]
+
+
+def test_a_whole_generate_request() -> None:
+    body = decode_body(
+        b'{"model":"m","prompt":"p","system":"s","context":[1,2],"format":"json","stream":true,'
+        b'"options":{"temperature":0,"stop":["a"],"seed":4294967295,"num_ctx":4096},'
+        b'"keep_alive":"1h30m","truncate":false}',
+        GenerateBody,
+    )
+    assert body.stream
+    assert body.request() == GenerateRequest(
+        "m",
+        prompt="p",
+        system="s",
+        context=(1, 2),
+        format="json",
+        options=Options(temperature=0.0, stop=("a",), seed=4294967295, num_ctx=4096),
+        keep_alive_s=5400.0,
+        truncate=False,
+    )
+
+
+def test_a_schema_goes_on_as_json_text_in_its_own_order() -> None:
+    body = decode_body(
+        b'{"model":"m","messages":[{"role":"user","content":"x"}],"format":{"z":1,"a":{"b":[]}}}',
+        ChatBody,
+    )
+    request = body.request()
+    assert request.format == '{"z":1,"a":{"b":[]}}'
+    assert request.messages == (Message("user", "x"),)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, None),
+        (0, 0.0),
+        (300, 300.0),
+        (1.5, 1.5),
+        (-1, FOR_EVER_S),
+        (-0.5, FOR_EVER_S),
+        ("0", 0.0),
+        ("0s", 0.0),
+        ("5m", 300.0),
+        ("1h30m", 5400.0),
+        ("1.5h", 5400.0),
+        (".5s", 0.5),
+        ("+10s", 10.0),
+        ("-1s", FOR_EVER_S),
+        ("250ms", 0.25),
+        ("100us", 0.0001),
+        ("100µs", 0.0001),
+        ("1000000000h", FOR_EVER_S),
+        (1e300, FOR_EVER_S),
+        (10**400, FOR_EVER_S),
+    ],
+)
+def test_keep_alive_in_all_its_forms(given: Any, expected: float | None) -> None:
+    assert keep_alive_s(given) == (None if expected is None else pytest.approx(expected))
+
+
+def test_embeddings_take_a_prompt_or_inputs() -> None:
+    def request(body: bytes) -> EmbedRequest:
+        return decode_body(body, EmbedBody).request()
+
+    assert request(b'{"model":"m","prompt":"a"}').inputs == ("a",)
+    assert request(b'{"model":"m","input":"a"}').inputs == ("a",)
+    assert request(b'{"model":"m","prompt":"x","input":["a","b"]}').inputs == ("a", "b")
+    for bad, field in [
+        (b'{"model":"m"}', "prompt"),
+        (b'{"model":"m","prompt":""}', "prompt"),
+        (b'{"model":"m","input":[]}', "input"),
+        (b'{"model":"m","input":["a",""]}', "input"),
+    ]:
+        with pytest.raises(ServiceError) as caught:
+            request(bad)
+        assert caught.value.details["field"] == field
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"{",
+        b'{"model":"m",}',
+        b"\xff\xfe",
+        b'{"model":"\xff"}',
+        b'{"model":"m"} x',
+        b"[" * 100_000,
+        b'{"options":' * 50_000,
+        b'{"model":"m","keep_alive":1e999}',
+        b'{"format":' + b'{"a":' * 20_000 + b"1" + b"}" * 20_000 + b',"model":"m"}',
+    ],
+    ids=lambda data: repr(data[:24]),
+)
+async def test_what_is_no_json_is_told_so(data: bytes) -> None:
+    answer = await ApiClient().call("POST", "/generate", data=data)
+    assert answer.status == 400, answer.data
+    assert answer.code in ("INVALID_JSON", "INVALID_REQUEST")
+
+
+async def test_an_empty_body_is_told_so() -> None:
+    for data in (b"", b"  \n"):
+        answer = await ApiClient().call("POST", "/generate", data=data)
+        assert (answer.status, answer.json["error"]) == (400, "missing request body")
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/x"])
+async def test_another_content_type_is_415(kind: str) -> None:
+    headers = {"Content-Type": kind}
+    answer = await ApiClient().call("POST", "/generate", data=b'{"model":"m"}', headers=headers)
+    assert (answer.status, answer.code) == (415, "UNSUPPORTED_MEDIA_TYPE")
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", None])
+async def test_json_by_any_name_is_taken(kind: str | None) -> None:
+    headers = {"Content-Type": kind} if kind else {}
+    data = b'{"model":"smollm2:135m"}'
+    answer = await ApiClient().call("POST", "/generate", data=data, headers=headers)
+    assert answer.status == 200
