@@ -6,6 +6,7 @@ a socket of the harness, as it does to systemd. Nothing here knows the daemon's 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -404,6 +405,7 @@ class Cluster:
         self.directory = directory
         self.environment = dict(environment or {})
         self.nodes: list[Node] = []
+        self._numbers = itertools.count(1)
 
     def __enter__(self) -> "Cluster":
         return self
@@ -421,7 +423,7 @@ class Cluster:
 
     def new_node(self, environment: Mapping[str, str] | None = None) -> Node:
         """A node that is not started yet."""
-        number = len(self.nodes) + 1
+        number = next(self._numbers)
         node = Node(
             self.directory / f"n{number}",
             f"node-{number}",
@@ -445,6 +447,15 @@ class Cluster:
             self.new_node().start("--join", f"{token}@{self.nodes[0].p2p}")
         self.wait_whole()
         return self.nodes[-1]
+
+    def dismiss(self, node: Node) -> None:
+        """Take a node out of the cluster, and out of the harness once it has ended."""
+        other = next(each for each in self.running if each is not node)
+        other.post("/cluster/leave", {"node_id": node.id}, timeout_s=60)
+        assert node.wait_end() == 0
+        self.nodes.remove(node)
+        assert node.destroy() == []
+        self.wait_whole()
 
     @property
     def running(self) -> list[Node]:

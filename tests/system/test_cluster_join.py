@@ -25,12 +25,6 @@ def start_and_fail(node: Node, *arguments: str) -> str:
     return errors[0]
 
 
-def remove(cluster: Cluster, node: Node) -> None:
-    """Take a node out again, for the next test."""
-    cluster.nodes[0].post("/cluster/leave", {"node_id": node.id})
-    assert node.wait_end() == 0
-
-
 def test_a_node_joins_by_token_and_address(cluster: Cluster) -> None:
     first = cluster.found()
     made = first.post("/cluster/token", {"ttl_seconds": 600})
@@ -102,10 +96,9 @@ def test_a_waiting_node_lets_nobody_else_answer(pair: Cluster, cluster: Cluster)
         # The right one still can.
         pair.nodes[0].post("/cluster/join", body)
         wait_until("it is in", lambda: waiting.get("/cluster/status")["cluster_size"] == 2)
-        remove(pair, waiting)
+        pair.dismiss(waiting)
     finally:
         waiting.destroy()
-        pair.nodes.remove(waiting)
 
 
 def test_a_waiting_node_can_be_stopped(cluster: Cluster, single: Cluster) -> None:
@@ -159,7 +152,8 @@ def test_a_cluster_of_one_gives_way_to_a_larger_one(cluster: Cluster, single: Cl
     node.start("--join", f"{single.join_token()}@{single.nodes[0].p2p}")
     wait_until("it is in", lambda: node.get("/cluster/status")["cluster_size"] == 2)
     assert node.get("/cluster/status")["node_id"] == old
-    remove(single, node)
+    single.nodes[0].post("/cluster/leave", {"node_id": node.id})
+    assert node.wait_end() == 0
 
 
 def test_a_join_that_fails_gives_nothing_up(cluster: Cluster, single: Cluster) -> None:

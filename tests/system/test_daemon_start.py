@@ -45,7 +45,7 @@ def test_a_first_start_keeps_secrets_to_its_user(cluster: Cluster) -> None:
     wait_until("the token file is there", (node.data_dir / "cli-token").exists)
 
     assert stat.S_IMODE(node.data_dir.stat().st_mode) == 0o700
-    private = ["cli-token", "admin-password", "raft.db", "identity/key.pem"]
+    private = ["cli-token", "admin-password", "raft.db", "identity/node.key"]
     for name in private:
         mode = stat.S_IMODE((node.data_dir / name).stat().st_mode)
         assert mode & 0o077 == 0, f"{name} has the mode {mode:o}"
