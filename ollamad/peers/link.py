@@ -299,6 +299,8 @@ class Link:
                         found.notify_credit()
 
     async def _handle(self, stream_id: int, stream: Stream, method: str, request: bytes) -> None:
+        if stream_id not in self._streams:
+            return  # given up before this task began
         handler = self._handlers.get(method)
         if handler is None:
             self.end_stream(stream_id, "UNKNOWN_METHOD", f"this node has no method {method!r}")
