@@ -57,7 +57,7 @@ Callback = Callable[[Any, int], None]  # (result, one of FAIL_REASON)
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Consensus timing in seconds. The defaults are for a LAN."""
+    """Consensus timing in seconds, for a LAN. An election waits for more than three heartbeats."""
 
     heartbeat_s: float = 0.1
     election_min_s: float = 0.4
