@@ -168,7 +168,7 @@ class Link:
         self.mux = MuxConnection(dialler=dialler, version=version)
         self.peer_hello: Hello | None = None
         self._transport = transport
-        self._handlers = handlers or {}
+        self._handlers = {} if handlers is None else handlers  # may grow while it runs
         self._streams: dict[int, Stream] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
         self._outbox = bytearray()
