@@ -95,6 +95,7 @@ class Request(TrioRequest):
     clock: Callable[[], float]
     head_sent_at: float | None = None
     status_sent = 0
+    ending = False  # the last bytes are being sent
 
     async def send_head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Send status and headers; the request's id and the fixed headers are added."""
@@ -110,6 +111,7 @@ class Request(TrioRequest):
         )
 
     async def send_body(self, data: bytes, *, more: bool) -> None:
+        self.ending = not more
         await self.asgi_send({"type": "http.response.body", "body": data, "more_body": more})
 
 
@@ -172,7 +174,10 @@ class Connection(TrioASGIHTTPConnection):
                 if not message.get("more_body", False):
                     body.set_complete()
             elif message["type"] == "http.disconnect":
-                nursery.cancel_scope.cancel()
+                # hypercorn also says so when it ends a connection behind a whole answer, from
+                # within the send of the last bytes; that must go on to close the connection.
+                if not request.ending:
+                    nursery.cancel_scope.cancel()
                 return
 
     async def _answer(self, request: Request) -> None:
