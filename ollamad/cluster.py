@@ -344,7 +344,7 @@ class Cluster:
         away_since: dict[NodeId, float] = {}
         while True:
             await trio.sleep(MEMBERSHIP_INTERVAL_S)
-            if not self._raft.is_leader:
+            if not self._raft.is_leader or not self.state.cluster_id:
                 away_since.clear()
                 continue
             now = trio.current_time()
@@ -515,7 +515,7 @@ async def find_p2p_address(api_address: str) -> str:
             answer = msgspec.json.decode((await client.get(url)).content, type=_Version)
     except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError) as error:
         raise PeerUnreachable(
-            f"no ollamad answers at {api_address}: {error or type(error).__name__}"
+            f"no ollamad answers at {api_address}: {str(error) or type(error).__name__}"
         ) from None
     return f"{api_address.rpartition(':')[0]}:{answer.p2p_port}"
 

@@ -5,13 +5,16 @@ their order; shutting down goes the other way: new requests are refused first, t
 the consensus end last.
 """
 
+import atexit
 import datetime
 import logging
 import math
 import os
 import secrets
+import shutil
 import signal
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -86,6 +89,8 @@ DEPARTURE_GRACE_S = 0.5  # the answer to `leave` is still on its way
 DEPARTURE_NOTICE_S = 3.0  # a node that was taken out still hears so from the log
 FIRST_STATE_TIMEOUT_S = 10.0
 SAMPLE_INTERVAL_S = 1.0
+RENEWAL_CHECK_S = 86400.0
+MAX_RUNTIME_DIR = 80  # bytes; sockets' names and their limit of 107 leave no more
 MAX_INBOUND = 256  # connections of other nodes at once, per port
 
 
@@ -102,6 +107,7 @@ def run(settings: Settings, data_dir: Path, join: str | None) -> None:
     logs.set_up(
         settings.log.level, settings.log.format, under_systemd="JOURNAL_STREAM" in os.environ
     )
+    os.umask(0o077)  # the journal holds the cluster's keys
     invitation = _parse_invitation(join) if join else None
     try:
         with DataDir(data_dir) as directory:
@@ -139,7 +145,7 @@ async def _run(
     settings: Settings, directory: DataDir, identity: Identity, invitation: Invitation | None
 ) -> None:
     if invitation is not None:
-        await _make_room(settings, directory, identity, invitation)
+        await _check_room(settings, directory, identity, invitation)
     daemon = await Daemon.build(settings, directory, identity)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_watch_signals, daemon.stop)
@@ -149,18 +155,20 @@ async def _run(
         _forget_cluster(directory, identity)
 
 
-async def _make_room(
+async def _check_room(
     settings: Settings, directory: DataDir, identity: Identity, invitation: Invitation
 ) -> None:
-    """Give up the cluster of one that a first `ollamad start` made, in favour of a real one.
+    """Whether this node may join: it is in no cluster, in this one, or in a cluster of one.
+
+    The last is what a first `ollamad start` makes; it is given up for a real one.
 
     Raises:
       StartError: this node is in a cluster with others, or must not join any.
     """
     if settings.node.bootstrap:
         raise StartError("this node founds its own cluster (node.bootstrap); it joins no other")
-    if not identity.is_member or channel_binding(identity.ca_der) == invitation.token.ca_hash:
-        return  # in no cluster, or in this one already
+    if not _is_elsewhere(identity, invitation):
+        return
     machine = Machine()
     store = SqliteStore(directory.raft)
     try:
@@ -172,9 +180,11 @@ async def _make_room(
             f"{directory.path} belongs to a node of another cluster; take it out there with "
             "`ollama-dist cluster leave`, or use another --data-dir"
         )
-    models = ", ".join(model.name for model in machine.state.models.values())
-    log.info("giving up the cluster of one that was here%s", f" (models: {models})" * bool(models))
-    _forget_cluster(directory, identity)
+
+
+def _is_elsewhere(identity: Identity, invitation: Invitation) -> bool:
+    """Whether this node belongs to another cluster than the one that invites it."""
+    return identity.is_member and channel_binding(identity.ca_der) != invitation.token.ca_hash
 
 
 def _forget_cluster(directory: DataDir, identity: Identity) -> None:
@@ -255,7 +265,7 @@ class Daemon:
         self._store = ModelStore(models_dir)
         self._engine = Engine(
             EngineSettings(
-                runtime_dir=directory.run,
+                runtime_dir=_runtime_dir(directory),
                 keep_alive_s=parse_duration(settings.engine.keep_alive),
                 num_parallel=settings.engine.num_parallel,
                 max_loaded_models=settings.engine.max_loaded_models,
@@ -347,6 +357,7 @@ class Daemon:
                 await nursery.start(self._cluster.run)
                 await nursery.start(self._library.run)
                 nursery.start_soon(self._sample_host)
+                nursery.start_soon(self._renew_certificate)
                 nursery.start_soon(self._track_members)
                 if await self._until_stopped(self._become_ready):
                     self._announce(time.monotonic() - begun)
@@ -385,6 +396,13 @@ class Daemon:
 
     async def _enter_cluster(self, invitation: Invitation | None) -> None:
         """Know the cluster: from the journal, by joining, or by founding one."""
+        if invitation is not None and _is_elsewhere(self._identity, invitation):
+            # The cluster of one is given up only once the other one has let this node in.
+            reply = await self._join(invitation)
+            _forget_cluster(self._directory, self._identity)
+            await self._raft.open()
+            self._take_part(reply)
+            return
         if await self._raft.open():
             return
         if self._identity.is_member:  # stopped after it was let in and before the log began
@@ -393,7 +411,10 @@ class Daemon:
         if invitation is None:
             self._raft.bootstrap()
             return
-        reply = await self._join(invitation)
+        self._take_part(await self._join(invitation))
+
+    def _take_part(self, reply: JoinReply) -> None:
+        """Become a member by what the sponsor answered."""
         # In this order: a crash in between either joins again or goes on from the seeds.
         write_private(self._directory.seeds, encode(Seeds(reply.seeds, reply.voters)))
         self._seeds = Seeds(reply.seeds, reply.voters)
@@ -453,9 +474,6 @@ class Daemon:
             while self._identity.node_id not in self._machine.state.members:
                 await self._cluster.changes.next().wait()
         self._write_local_token()
-        ca = self._machine.state.ca
-        if ca is not None and self._identity.renew_if_due(ca, datetime.datetime.now(datetime.UTC)):
-            self._gate.refresh()
 
     async def _make_admin(self) -> tuple[str, User]:
         """The first user, and where its password is (never the password itself)."""
@@ -622,6 +640,15 @@ class Daemon:
             self._host.sample()
             await trio.sleep(SAMPLE_INTERVAL_S)
 
+    async def _renew_certificate(self) -> None:
+        """Every member holds the CA's key, so a node renews its own certificate in time."""
+        while True:
+            ca, now = self._machine.state.ca, datetime.datetime.now(datetime.UTC)
+            if ca is not None and self._identity.renew_if_due(ca, now):
+                self._gate.refresh()
+                log.info("this node's certificate was renewed")
+            await trio.sleep(RENEWAL_CHECK_S)
+
     async def _stop_on_departure(self) -> None:
         """A node that is no member any more keeps its models and forgets the cluster."""
         await self._cluster.departed.wait()
@@ -777,6 +804,15 @@ async def _listen(key: str, text: str) -> list[trio.SocketListener]:
             f"cannot listen on {text} ({key}): {error.strerror or error}; "
             "is another ollamad running?"
         ) from None
+
+
+def _runtime_dir(directory: DataDir) -> Path:
+    """Where the runners' sockets are; a Unix socket's path must be short."""
+    if len(os.fsencode(directory.run)) <= MAX_RUNTIME_DIR:
+        return directory.run
+    path = tempfile.mkdtemp(prefix="ollamad-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
 
 
 def _bound(text: str, port: int) -> tuple[str, int]:

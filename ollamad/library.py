@@ -88,7 +88,7 @@ class Library:
         self._unload = unload
         self._held_path = held_path
         self._default_replicas = default_replicas
-        self._held = _read_held(held_path)
+        self._held: dict[str, str] = {}
         self._pulls: dict[str, str] = {}  # name key -> transfer id
         self._fetches: dict[str, str] = {}  # name key -> transfer id
         self._retry_at: dict[str, float] = {}
@@ -229,6 +229,7 @@ class Library:
         """Keep what this node holds equal to what it should hold; until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            self._held = _read_held(self._held_path)
             task_status.started()
             await self._check_disk()
             while True:

@@ -18,6 +18,9 @@ from typing import Any
 import msgspec
 import yaml
 
+MIN_SECRET_BYTES = 32  # RFC 7518: an HS256 key is at least as long as its hash
+MIN_TOKEN_TTL_S, MAX_TOKEN_TTL_S = 900.0, 3600.0  # short, since a stolen token works so long
+
 CONFIG_FILES = ("config.yaml", "node.yaml")  # weakest first
 
 
@@ -334,12 +337,23 @@ def _at_least(least: int) -> Any:
     return check
 
 
+def _check_secret(value: str) -> None:
+    if value and len(value.encode()) < MIN_SECRET_BYTES:
+        raise ValueError(f"it must have at least {MIN_SECRET_BYTES} bytes")
+
+
+def _check_token_ttl(value: str) -> None:
+    if not MIN_TOKEN_TTL_S <= parse_duration(value) <= MAX_TOKEN_TTL_S:
+        raise ValueError("use 15m to 1h")
+
+
 _CHECKS: dict[str, Any] = {
     "api.listen": parse_listen,
     "p2p.listen": parse_listen,
     "raft.listen": parse_listen,
     "auth.loopback_role": _one_of("none", "viewer", "inference", "operator", "admin"),
-    "auth.token_ttl": parse_duration,
+    "auth.jwt_secret": _check_secret,
+    "auth.token_ttl": _check_token_ttl,
     "engine.keep_alive": parse_duration,
     "engine.num_parallel": _at_least(1),
     "engine.max_loaded_models": _at_least(1),

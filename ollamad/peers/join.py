@@ -70,7 +70,7 @@ class Sponsor:
             with trio.move_on_after(EXCHANGE_TIMEOUT_S):
                 await self._exchange(stream, channel_binding(server_certificate), address)
         except (trio.BrokenResourceError, trio.TooSlowError, MalformedMessage) as error:
-            log.warning("join: closing %s: %s", address, error or type(error).__name__)
+            log.warning("join: closing %s: %s", address, str(error) or type(error).__name__)
         finally:
             self._active -= 1
             with trio.move_on_after(1, shield=True):

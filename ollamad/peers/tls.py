@@ -135,6 +135,8 @@ def _set_user_timeout(stream: trio.SocketStream) -> None:
 def _reason(error: BaseException) -> str:
     """Why a connection failed, in words for the log; clocks are named where they are at fault."""
     cause = error.__cause__ if isinstance(error, trio.BrokenResourceError) else error
+    if isinstance(cause, OSError) and isinstance(cause.__cause__, BaseExceptionGroup):
+        cause = cause.__cause__.exceptions[0]  # one for each address that was tried
     if isinstance(cause, trio.TooSlowError):
         return "timed out"
     if isinstance(cause, ssl.SSLCertVerificationError):

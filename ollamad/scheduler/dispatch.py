@@ -369,7 +369,7 @@ def _find_loaded(loaded: Sequence[LoadedModel], model: Model) -> LoadedModel | N
 def _lost(node_id: NodeId, error: BaseException) -> Failed:
     return Failed(
         "NODE_LOST",
-        f"node {short(node_id)}… was lost: {error or type(error).__name__}",
+        f"node {short(node_id)}… was lost: {str(error) or type(error).__name__}",
         503,
         {"node_id": node_id},
     )
