@@ -68,7 +68,8 @@ def start(
             "raft.listen": "127.0.0.1:7000",
         }
     effective, directory = _load(config, data_dir, command_line, dev=dev)
-    from ollamad.daemon import StartError, run
+    from ollamad.errors import StartError
+    from ollamad.start import run
 
     try:
         run(effective.settings, directory, join)

@@ -1,0 +1,99 @@
+"""Fits parts to each other that do not know each other: engine to scheduler, host to API."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from ollamad.api.services import Embedded, Generation
+from ollamad.core.inference import (
+    Embeddings,
+    EmbedRequest,
+    Event,
+    Failed,
+    GenerateRequest,
+    InferenceError,
+)
+from ollamad.core.state import Model
+from ollamad.engine.engine import Engine
+from ollamad.engine.spec import ModelSpec
+from ollamad.host import HostMonitor
+from ollamad.scheduler.dispatch import Dispatcher, EventSource
+from ollamad.store.errors import StoreError
+from ollamad.store.models import ModelStore
+
+
+class LocalEngine:
+    """The engine in terms of the cluster's models: finds the files of each."""
+
+    def __init__(self, engine: Engine, store: ModelStore) -> None:
+        self._engine = engine
+        self._store = store
+
+    @asynccontextmanager
+    async def generate(self, model: Model, request: GenerateRequest) -> AsyncIterator[EventSource]:
+        spec = await self._spec(model)
+        async with self._engine.generate(spec, request) as events:
+            yield _OnDemand(events)
+
+    async def embed(self, model: Model, request: EmbedRequest) -> Embeddings:
+        return await self._engine.embed(await self._spec(model), request)
+
+    async def _spec(self, model: Model) -> ModelSpec:
+        try:
+            parts = await self._store.runtime_parts(model)
+        except StoreError as error:
+            raise InferenceError(Failed("NOT_HERE", str(error), 503)) from None
+        return ModelSpec(
+            name=model.name,
+            digest=model.digest,
+            gguf_path=str(parts.gguf),
+            size=model.size,
+            details=model.details,
+            template=parts.template,
+            system=parts.system,
+            options=parts.params,
+        )
+
+
+class _OnDemand:
+    """The engine makes events only when asked, so there is never one waiting."""
+
+    def __init__(self, events: trio.abc.ReceiveChannel[Event]) -> None:
+        self._events = events
+
+    async def receive(self) -> Event:
+        return await self._events.receive()
+
+    def receive_nowait(self) -> Event:
+        raise trio.WouldBlock
+
+
+class ApiInference:
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    @asynccontextmanager
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Generation]:
+        async with self._dispatcher.generate(request) as serving:
+            yield Generation(serving.node_id, serving.events)
+
+    async def embed(self, request: EmbedRequest) -> Embedded:
+        return Embedded(*await self._dispatcher.embed(request))
+
+    def queued(self) -> int:
+        return 0
+
+
+class ApiHost:
+    def __init__(self, host: HostMonitor) -> None:
+        self._host = host
+
+    def cpu_percent(self) -> float:
+        return 100 * self._host.usage.cpu
+
+    def memory_percent(self) -> float:
+        return 100 * self._host.usage.memory
+
+    def network_percent(self) -> float:
+        return self._host.network_percent()

@@ -1,0 +1,90 @@
+"""From the command line to a running daemon and back: the directory, the clock, signals, exits.
+
+Whatever ends a daemon and is to be expected becomes one line and an exit code.
+"""
+
+import datetime
+import logging
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from ollamad import logs
+from ollamad.admission import Invitation, check_room, forget_cluster, parse_invitation
+from ollamad.api.serve import CannotListen
+from ollamad.api.services import ServiceError
+from ollamad.daemon import Daemon
+from ollamad.datadir import DataDir, DataDirError
+from ollamad.errors import StartError
+from ollamad.peers.identity import Identity, IdentityError
+from ollamad.raft.errors import RaftError
+from ollamad.settings import Settings
+from ollamad.store.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+EXPECTED = (StartError, CannotListen, RaftError, StoreError, ServiceError)
+
+
+def run(settings: Settings, data_dir: Path, join: str | None) -> None:
+    """Run a daemon until it is told to stop.
+
+    Raises:
+      StartError: it cannot start, or had to give up.
+    """
+    logs.set_up(
+        settings.log.level, settings.log.format, under_systemd="JOURNAL_STREAM" in os.environ
+    )
+    os.umask(0o077)  # the journal holds the cluster's keys
+    invitation = parse_invitation(join) if join else None
+    try:
+        with DataDir(data_dir) as directory:
+            identity = Identity.load_or_create(directory.identity)
+            if identity.is_member:
+                identity.check_validity(datetime.datetime.now(datetime.UTC))
+            trio.run(partial(_run, settings, directory, identity, invitation))
+    except (DataDirError, IdentityError, RaftError, StoreError) as error:
+        raise StartError(str(error)) from None
+    except BaseExceptionGroup as group:
+        _explain(group)
+
+
+async def _run(
+    settings: Settings, directory: DataDir, identity: Identity, invitation: Invitation | None
+) -> None:
+    if invitation is not None:
+        await check_room(settings, directory, identity, invitation)
+    daemon = await Daemon.build(settings, directory, identity)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_watch_signals, daemon.stop)
+        await daemon.run(invitation)
+        nursery.cancel_scope.cancel()
+    if daemon.departed:
+        forget_cluster(directory, identity)
+
+
+async def _watch_signals(stop: Callable[[], None]) -> None:
+    """SIGTERM and Ctrl-C stop in order; the second one at once."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("%s: stopping", signal.Signals(number).name)
+            stop()
+            break
+        async for _ in signals:
+            os._exit(1)  # whoever asks twice does not want to wait for anything
+
+
+def _explain(group: BaseExceptionGroup[BaseException]) -> None:
+    """Turn what ended the daemon into one line, if it is something expected."""
+    expected = group.subgroup(EXPECTED)
+    rest = group.split(EXPECTED)[1]
+    if expected is None or rest is not None:
+        raise group
+    error: BaseException = expected
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    raise StartError(str(error)) from None
