@@ -9,6 +9,7 @@ clients are the same few lines over a blocking socket. Also prints what a daemon
 """
 
 import json
+import signal
 import socket
 import statistics
 import sys
@@ -24,7 +25,7 @@ from tests.bench.bench_engine import TOKENS, prompt_of
 from tests.conftest import smollm2_file
 from tests.system.harness import Cluster, Node
 
-ROUNDS = 5
+ROUNDS = 3
 STREAM_COUNTS = (1, 4)
 GOALS = {"local": 0.97, "forwarded": 0.94}
 RSS_GOAL_MB = 120
@@ -141,6 +142,7 @@ def compare(ways: dict[str, Ask], streams: int) -> bool:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the daemons must not outlive it
     model_file = smollm2_file()
     with tempfile.TemporaryDirectory(prefix="ollamad-bench-") as directory:
         environment = {"OLLAMAD_MODELS__REPLICAS": "1", "OLLAMA_KEEP_ALIVE": "-1"}

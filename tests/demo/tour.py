@@ -112,6 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--once", action="store_true", help="stop the cluster at the end")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the daemons must not outlive it
     base = Path(tempfile.mkdtemp(prefix="ollamad-demo-"))
     nodes = [Node(f"node-{number}", base) for number in (1, 2, 3)]
     try:
