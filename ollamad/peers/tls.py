@@ -11,6 +11,10 @@ from ollamad.peers.identity import Identity, IdentityError, peer_certificate
 DIAL_TIMEOUT_S = 3.0  # TCP and TLS to a LAN neighbour take milliseconds
 HANDSHAKE_TIMEOUT_S = 5.0  # for those who dial us; half-open connections end here
 TCP_USER_TIMEOUT_MS = 5000  # a peer that lost power is noticed when it owes us an ACK
+# A node that only answers owes its peer nothing; without probes it would keep the connection of
+# one that lost power for ever.
+KEEPALIVE_IDLE_S = 15
+KEEPALIVE_INTERVAL_S = 5
 _TCP_USER_TIMEOUT = 18  # from linux/tcp.h; trio.socket does not name it
 
 TlsStream = trio.SSLStream[trio.SocketStream]
@@ -72,7 +76,7 @@ class Gate:
         Raises:
           PeerUnreachable: no TLS, a certificate of another cluster, or of a node that left.
         """
-        _set_user_timeout(transport)
+        _watch_over(transport)
         stream = trio.SSLStream(transport, self._server, server_side=True, https_compatible=True)
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
@@ -95,7 +99,7 @@ class Gate:
         try:
             with trio.fail_after(DIAL_TIMEOUT_S):
                 transport = await trio.open_tcp_stream(host, port)
-                _set_user_timeout(transport)
+                _watch_over(transport)
                 stream = trio.SSLStream(transport, context, https_compatible=True)
                 await stream.do_handshake()
         except (trio.TooSlowError, trio.BrokenResourceError, ssl.SSLError, OSError) as error:
@@ -128,8 +132,13 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _set_user_timeout(stream: trio.SocketStream) -> None:
-    stream.setsockopt(trio.socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
+def _watch_over(stream: trio.SocketStream) -> None:
+    """Have the kernel end a connection whose other end is gone."""
+    tcp = trio.socket.IPPROTO_TCP
+    stream.setsockopt(tcp, _TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)
+    stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_KEEPALIVE, 1)
+    stream.setsockopt(tcp, trio.socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    stream.setsockopt(tcp, trio.socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
 
 
 def _reason(error: BaseException) -> str:
