@@ -6,6 +6,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from ollama_dist.client import Json, path
@@ -90,7 +91,9 @@ def _detail(transfer: Json) -> str:
         if transfer.get("status") == "completed":
             return f"{size(transfer.get('bytes_total'))}, done"
         return str(transfer.get("status"))
-    parts = [f"{size(transfer.get('bytes_done'))} of {size(transfer.get('bytes_total'))}"]
+    if transfer.get("status") == "pending":
+        return "waiting"
+    parts = [f"{size(transfer.get('bytes_done'))} of {size(transfer.get('bytes_total') or None)}"]
     if transfer.get("speed"):
         parts.append(f"{size(transfer['speed'])}/s")
     if transfer.get("eta") is not None:
@@ -157,45 +160,63 @@ def follow(
     Without one, all that are active. With more than one of `replicas` it also waits for the
     copies, as long as the cluster is at it.
     """
-    seen: dict[str, Json] = {}
     before: set[str] | None = None
     idle_since: float | None = None
     wait_s = FIRST_POLL_S
     with TransferView(session, node_names(session)) as view:
         while True:
-            transfers = _patiently(lambda: session.api.get(path("transfers"))["transfers"])
+            listed = {t["id"]: t for t in _patiently(lambda: _transfers(session))}
+            if transfer_id and transfer_id not in listed:
+                # Where it was listed before, its node is away for a moment, or for good.
+                passing = (404,) if before is not None else ()
+                wanted = partial(_transfer, session, transfer_id)
+                listed[transfer_id] = _patiently(wanted, passing)
             if before is None:
-                # What had ended before we looked is of no interest, but for the one asked for.
-                before = {t["id"] for t in transfers if t.get("status") in ENDED}
-            if transfer_id and all(t["id"] != transfer_id for t in transfers):
-                transfers.append(_patiently(lambda: _transfer(session, transfer_id)))
-            for transfer in transfers:
-                mine = transfer["id"] == transfer_id
-                other = transfer["id"] not in before and (
-                    model is None or transfer.get("model_name") == model
-                )
-                if mine or (other and (model is not None or transfer_id is None)):
-                    seen[transfer["id"]] = transfer
-            view.show(list(seen.values()))
-            if all(each.get("status") in ENDED for each in seen.values()):
+                before = {t["id"] for t in listed.values() if t.get("status") in ENDED}
+            if transfer_id and model is not None:
+                # A source such as pypi:PACKAGE says what the model is called.
+                model = listed[transfer_id].get("model_name") or model
+            chosen = _chosen(list(listed.values()), before, transfer_id, model)
+            view.show(chosen)
+            if all(each.get("status") in ENDED for each in chosen):
                 idle_since = idle_since or time.monotonic()
-                if _satisfied(session, model, replicas, idle_since, seen):
-                    return list(seen.values())
+                if _satisfied(session, model, replicas, idle_since, chosen):
+                    return chosen
             else:
                 idle_since = None
             pause(wait_s)
             wait_s = min(POLL_S, wait_s * 1.5)
 
 
-def _transfer(session: Session, transfer_id: str | None) -> Json:
-    found: Json = session.api.get(path("transfers", transfer_id or ""))["transfer"]
+def _transfers(session: Session) -> list[Json]:
+    found: list[Json] = session.api.get(path("transfers"))["transfers"]
     return found
 
 
+def _transfer(session: Session, transfer_id: str) -> Json:
+    found: Json = session.api.get(path("transfers", transfer_id))["transfer"]
+    return found
+
+
+def _chosen(
+    transfers: list[Json], before: set[str], transfer_id: str | None, model: str | None
+) -> list[Json]:
+    """Those to follow, without what had ended `before` we looked, but for the one asked for."""
+    return [
+        each
+        for each in transfers
+        if each["id"] == transfer_id
+        or (
+            each["id"] not in before
+            and (transfer_id is None or (model is not None and each.get("model_name") == model))
+        )
+    ]
+
+
 def _satisfied(
-    session: Session, model: str | None, replicas: int, idle_since: float, seen: dict[str, Json]
+    session: Session, model: str | None, replicas: int, idle_since: float, ended: list[Json]
 ) -> bool:
-    if model is None or replicas < 2 or any(t.get("status") != "completed" for t in seen.values()):
+    if model is None or replicas < 2 or any(t.get("status") != "completed" for t in ended):
         return True
     found = _patiently(lambda: session.api.get(path("models", model)))["model"]
     ready = len(found.get("replicas") or ())
@@ -209,14 +230,14 @@ def _satisfied(
     return True
 
 
-def _patiently(call: Callable[[], T]) -> T:
+def _patiently(call: Callable[[], T], also: tuple[int, ...] = ()) -> T:
     """Call until it works: an election, a restart or a rate limit is no reason to look away."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             return call()
         except (NoConnection, ApiError) as problem:
-            passing = isinstance(problem, NoConnection) or problem.status in (429, 503)
+            passing = isinstance(problem, NoConnection) or problem.status in (429, 503, *also)
             if not passing or time.monotonic() >= deadline:
                 raise
             pause(max(POLL_S, getattr(problem, "retry_after_s", 0)))

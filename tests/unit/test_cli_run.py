@@ -86,12 +86,17 @@ def test_an_error_in_band_follows_what_came_before_it(cli: Cli, fake_api: FakeAp
         assert result.stderr == "Error: the runner died\n"
 
 
-def test_an_answer_that_breaks_off_is_no_success(cli: Cli, fake_api: FakeApi) -> None:
-    fake_api.cut_stream = True
+@pytest.mark.parametrize(
+    ("how", "words"), [("cut_stream", "was lost"), ("end_early", "broke off before its end")]
+)
+def test_an_answer_that_breaks_off_is_no_success(
+    cli: Cli, fake_api: FakeApi, how: str, words: str
+) -> None:
+    setattr(fake_api, how, True)
     result = cli("generate", "m", "hi")
     assert result.exit_code == 1
-    assert result.stdout.startswith(WHOLE)
-    assert "was lost" in result.stderr or "broke off" in result.stderr
+    assert result.stdout == f"{WHOLE}\n"
+    assert words in result.stderr
 
 
 def test_embed(cli: Cli, fake_api: FakeApi) -> None:

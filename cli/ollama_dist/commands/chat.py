@@ -204,7 +204,6 @@ def line_editing() -> Iterator[None]:
     file = Path(base) / "ollama-dist" / "history"
     with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file.touch(mode=0o600)
         readline.read_history_file(file)
     readline.set_history_length(HISTORY_LINES)
     try:

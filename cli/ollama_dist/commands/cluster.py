@@ -24,7 +24,7 @@ def quorum_text(cluster: dict[str, Any], nodes: list[dict[str, Any]]) -> tuple[s
     online = sum(state.get(voter) != "offline" for voter in voters)
     majority = len(voters) // 2 + 1
     count = f"{online} of {plural(len(voters), 'voter')}"
-    if not cluster.get("quorum"):
+    if not cluster.get("has_quorum", cluster.get("quorum")):
         missing = max(1, majority - online)
         verb = "is" if missing == 1 else "are"
         return f"lost: {count} online; nothing can change until {missing} more {verb} back", True

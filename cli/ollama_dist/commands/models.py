@@ -171,6 +171,7 @@ def pull(
     if session.wants_data:
         session.data({"transfers": ended})
     raise_for_failures(ended)
+    name = next((t["model_name"] for t in ended if t.get("model_name")), name)
     if not session.wants_data:
         session.say(f"{name} is ready: ollama-dist run {name}")
 

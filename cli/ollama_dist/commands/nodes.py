@@ -109,7 +109,7 @@ def show_node(session: Session, node: NodeArgument) -> None:
         ("Last seen", ago(found.get("last_seen"), now)),
         ("Hardware", _hardware(found.get("capacity") or {})),
     ]
-    facts += [("GPU", _gpu(gpu)) for gpu in found.get("gpu") or ()]
+    facts += [("GPU", _gpu(gpu)) for gpu in found.get("gpus") or ()]
     if found.get("status") != "offline":
         facts.append(("Usage", _usage(usage)))
     facts.append(("Models", "\n".join(found.get("models") or ()) or "none"))
@@ -131,11 +131,8 @@ def _hardware(capacity: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _gpu(gpu: Any) -> str:
-    if not isinstance(gpu, dict):
-        return str(gpu)
-    total = gpu.get("memory_total") or gpu.get("memory_bytes")
-    return f"{gpu.get('name', '-')}{f', {size(total)}' if total else ''}"
+def _gpu(gpu: dict[str, Any]) -> str:
+    return f"{gpu.get('name', '-')}, {size(gpu.get('memory_total'))}"
 
 
 def _usage(usage: dict[str, Any]) -> str:
