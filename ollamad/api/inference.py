@@ -137,14 +137,14 @@ async def _answer(call: Call, request: GenerateRequest, *, stream: bool) -> Repl
     texts: list[str] = []
     try:
         try:
-            with _deadline(call) as scope:
+            with _deadline(call):
                 async with call.services.inference.generate(request) as generation:
                     node_id = generation.node_id
                     if stream:
                         outcome = await _stream(call, generation, shape)
                     else:
                         outcome = await _collect(generation.events, texts)
-            if outcome is None or scope.cancelled_caught:
+            if outcome is None:
                 outcome = _too_late()
         except Exception as error:  # also a group of them, from a generation with a nursery
             outcome = as_service_error(error, call.request.id)

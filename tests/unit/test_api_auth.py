@@ -20,7 +20,7 @@ from ollamad.api.auth import (
 from ollamad.core.commands import Revoke
 from ollamad.core.state import ROLES, User
 from tests.fakes.api_client import LOOPBACK, REMOTE, Answer, ApiClient
-from tests.fakes.api_services import NODE_1, NODE_2, NOW, PASSWORD, make_world
+from tests.fakes.api_services import NODE_1, NODE_2, NOW, PASSWORD, PASSWORD_HASH, make_world
 
 KEY = b"k" * 32  # of the fake cluster
 
@@ -261,7 +261,7 @@ async def test_wrong_credentials_are_told_apart_by_nobody(monkeypatch: pytest.Mo
     assert answers[0].data == answers[1].data
     assert [a.status for a in answers] == [401, 401]
     assert answers[0].code == "INVALID_CREDENTIALS"
-    assert len(checked) == 2  # an unknown user costs one check as well
+    assert checked == [PASSWORD_HASH, client.app.api.auth._nobody]  # one check for each
 
 
 def test_the_hash_for_nobody_costs_what_a_real_one_does() -> None:
@@ -335,6 +335,13 @@ async def test_no_session_is_given_to_a_deleted_user() -> None:
     pair = (await login(client, "viewer")).json
     del client.world.cluster.state.users["viewer"]
     assert (await refresh(client, pair["refresh_token"])).status == 401
+
+
+async def test_a_single_token_can_be_revoked_by_its_id() -> None:
+    client = ApiClient()
+    await client.world.cluster.propose(Revoke("j1", NOW + 900))
+    assert (await ask(client, jwt.encode(claims(), KEY, "HS256"))).status == 401
+    assert (await ask(client, jwt.encode(claims(jti="j2"), KEY, "HS256"))).status == 200
 
 
 async def test_logout_kills_every_token_of_the_session() -> None:

@@ -177,7 +177,7 @@ async def test_a_stream_arrives_token_by_token() -> None:
 @pytest.mark.parametrize("script", [[], [Chunk("Hel")]], ids=["before", "amid"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 async def test_a_client_that_leaves_ends_its_generation(
-    stream: bool, script: list[Any], reset: bool
+    stream: bool, script: list[Any], reset: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serving() as server:
         inference = server.world.inference
@@ -199,6 +199,8 @@ async def test_a_client_that_leaves_ends_its_generation(
             await inference.left.wait()
         stats = server.client.app.api.inference_stats.snapshot()
         assert (stats.active, stats.failed) == (0, 0)
+        await server.all_done()
+    assert caplog.records == []  # it is no error
 
 
 async def test_shutdown_lets_a_stream_end() -> None:
@@ -288,9 +290,22 @@ async def test_a_refused_upload_is_answered_and_gets_nothing_stuck() -> None:
             with trio.fail_after(SOON_S):
                 assert (await wire.answer())[0] == 403
                 assert await wire.stream.receive_some() == b""  # closed: it is out of step
-        # Nor does a body where none belongs.
+        # One that announces far too much is told so before it sends anything.
         async with await server.connect() as wire:
-            await wire.send_head("GET", "/api/v1/health", Content_Length=str(size))
+            await wire.send_head("POST", "/api/v1/generate", Content_Length=str(1 << 40))
+            with trio.fail_after(SOON_S):
+                assert (await wire.answer())[0] == 413
+        # Nor does a body where none belongs, though the answer takes its time.
+        sent_enough = trio.Event()
+        transfers = server.world.library.transfers
+
+        async def slow_transfers() -> Any:
+            await sent_enough.wait()
+            return await transfers()
+
+        server.world.library.transfers = slow_transfers  # type: ignore[method-assign]
+        async with await server.connect() as wire:
+            await wire.send_head("GET", "/api/v1/transfers", Content_Length=str(size))
             async with trio.open_nursery() as nursery:
 
                 async def send_all() -> None:
@@ -302,6 +317,8 @@ async def test_a_refused_upload_is_answered_and_gets_nothing_stuck() -> None:
                             scope.cancel()  # the server may have closed by now
 
                 nursery.start_soon(send_all)
+                await trio.testing.wait_all_tasks_blocked(0.1)
+                sent_enough.set()
                 with trio.fail_after(SOON_S):
                     assert (await wire.answer())[0] == 200
         async with await server.connect() as wire:
