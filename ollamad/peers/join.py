@@ -108,7 +108,7 @@ def _check(request: JoinRequest) -> None:
             f"needs protocol {OLDEST_PROTOCOL} to {PROTOCOL}; install the cluster's version",
         )
     skew = request.now - time.time()
-    if abs(skew) > MAX_CLOCK_SKEW_S:
+    if not abs(skew) <= MAX_CLOCK_SKEW_S:  # so written, NaN is refused too
         raise JoinRefused(
             "CLOCK_SKEW",
             f"the joining machine's clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'};"
@@ -137,13 +137,13 @@ async def request_admission(
     except (trio.BrokenResourceError, MalformedMessage) as error:
         raise JoinRefused("BROKEN", f"the connection ended early ({error})") from None
     reply = open_reply(answer, body, token, binding)
-    ca_der = certificate_der(reply.ca_certificate_pem)
+    try:
+        ca_der = certificate_der(reply.ca_certificate_pem)
+        own = peer_certificate(certificate_der(reply.certificate_pem))
+    except (IdentityError, ValueError) as error:  # ValueError: it is not PEM
+        raise JoinRefused("MALFORMED", f"the answer's certificates: {error}") from None
     if channel_binding(ca_der) != token.ca_hash:
         raise JoinRefused("WRONG_CLUSTER", "the answer comes from another cluster than the token")
-    try:
-        own = peer_certificate(certificate_der(reply.certificate_pem))
-    except IdentityError as error:
-        raise JoinRefused("MALFORMED", str(error)) from None
     if own.node_id != request.node_id:
         raise JoinRefused("MALFORMED", "the cluster signed a certificate for another node")
     return reply
@@ -172,7 +172,10 @@ async def sponsor_waiting_node(gate: Gate, sponsor: Sponsor, node_id: NodeId, ad
       PeerUnreachable: nobody answers there. JoinRefused: somebody else answers.
     """
     stream = await gate.dial_stranger(address)
-    found = peer_of(stream)
+    try:
+        found = peer_of(stream)
+    except IdentityError:  # some other TLS server
+        found = None
     if found != node_id:
         await trio.aclose_forcefully(stream)
         raise JoinRefused(
