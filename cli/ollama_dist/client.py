@@ -304,10 +304,11 @@ class Api:
         if shown:
             message += f" ({one_line(', '.join(shown))})"
         wait_s = int(retry_after) if retry_after and retry_after.isdecimal() else 0
-        suggestions = details.get("suggestions")
+        raw = details.get("suggestions")
+        suggestions = [one_line(name) for name in raw] if isinstance(raw, list) else []
         hint = ""
-        if isinstance(suggestions, list) and suggestions:
-            hint = f"Did you mean {' or '.join(one_line(name) for name in suggestions)}?"
+        if suggestions and suggestions[0] not in message:
+            hint = f"Did you mean {' or '.join(suggestions)}?"
         elif status == 401:
             hint = f"Sign in: {self._login_command}"
         elif status == 403:

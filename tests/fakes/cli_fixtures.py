@@ -78,6 +78,18 @@ def cli(fake_api: FakeApi, home: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
     return Cli(fake_api.url)
 
 
+def ok(result: Result) -> str:
+    """What a command that worked wrote to stdout."""
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.stdout
+    return result.stdout
+
+
+def lines_with(text: str, *words: str) -> list[str]:
+    """The lines that have all these words."""
+    return [line for line in text.splitlines() if all(word in line for word in words)]
+
+
 def start_piped(*arguments: str, **popen: Any) -> subprocess.Popen[str]:
     """Start the program as a process with pipes, in a session of its own."""
     return subprocess.Popen(

@@ -30,6 +30,14 @@ def test_an_unknown_model_is_5_and_names_the_nearest(cli: Cli) -> None:
     assert line == "Error: model 'smolm2' not found. Did you mean smollm2:135m?"
 
 
+def test_what_the_daemon_suggests_in_its_words_is_not_said_twice(
+    cli: Cli, fake_api: FakeApi
+) -> None:
+    told = error(404, "no m; did you mean mm?", suggestions=["mm"])
+    fake_api.answers["GET", "/models/m"] = told
+    assert failed(cli("models", "show", "m"), 5) == "Error: no m; did you mean mm?"
+
+
 def test_an_unknown_node_is_5(cli: Cli) -> None:
     assert failed(cli("nodes", "drain", "nobody"), 5) == "Error: node 'nobody' not found"
 
