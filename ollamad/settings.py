@@ -8,6 +8,7 @@ starts in milliseconds, and its errors carry the path of the bad key, which the 
 turns into a line. pydantic-settings would add 25 MB of memory for the same.
 """
 
+import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -205,10 +206,9 @@ def _all_values(
                 continue
             key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
             if key not in _types():
-                close = ", ".join(sorted(k for k in _types() if _alike(k, key))[:3])
-                hint = f"; did you mean {close}?" if close else ""
-                raise ConfigError(f"{variable}: there is no setting {key!r}{hint}")
-        yield key, text, Origin(variable)
+                raise ConfigError(f"{variable}: there is no setting {key!r}{_hint(key)}")
+        if text:  # an empty variable is as good as none, in unit files above all
+            yield key, text, Origin(variable)
     for key, value in command_line.items():
         if value is not None:
             yield key, value, Origin("command line")
@@ -223,33 +223,48 @@ def _file_values(path: Path) -> Iterator[tuple[str, Any, Origin]]:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is None or _is_null(root):
+            return
+        yield from _mapping_values(path, root, "")
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    if root is None:
-        return
-    yield from _mapping_values(path, root, "")
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{path}:{line}: not valid YAML: {error.reason}") from None
 
 
 def _mapping_values(path: Path, node: yaml.Node, prefix: str) -> Iterator[tuple[str, Any, Origin]]:
     line = node.start_mark.line + 1
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}:{line}: {prefix or 'the file'} must be a mapping of keys")
+    seen = set[str]()
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         key = f"{prefix}.{key_node.value}" if prefix else str(key_node.value)
+        if key in seen:
+            raise ConfigError(f"{path}:{line}: {key} is given twice")
+        seen.add(key)
         if key in _types():
-            constructor = yaml.constructor.SafeConstructor()
-            yield key, constructor.construct_object(value_node, deep=True), Origin(f"{path}:{line}")
+            try:
+                value = yaml.constructor.SafeConstructor().construct_object(value_node, deep=True)
+            except ValueError as error:  # a date that does not exist
+                raise ConfigError(f"{path}:{line}: {key}: {error}") from None
+            yield key, value, Origin(f"{path}:{line}")
         elif any(known.startswith(f"{key}.") for known in _types()) and not prefix:
-            yield from _mapping_values(path, value_node, key)
+            if not _is_null(value_node):  # a section whose keys are all commented out
+                yield from _mapping_values(path, value_node, key)
         else:
-            close = sorted(known for known in _types() if _alike(known, key))
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"{path}:{line}: there is no setting {key!r}{hint}")
+            raise ConfigError(f"{path}:{line}: there is no setting {key!r}{_hint(key)}")
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return node.tag == "tag:yaml.org,2002:null"
 
 
 def _convert(key: str, value: Any, origin: Origin) -> Any:
+    if _types()[key] is str and type(value) in (int, float):
+        value = str(value)  # `keep_alive: 300` and `name: 17` need no quotes
     try:
         converted = msgspec.convert(value, _types()[key], strict=not isinstance(value, str))
         _CHECKS.get(key, lambda _: None)(converted)
@@ -270,9 +285,12 @@ def _types() -> dict[str, Any]:
     return types
 
 
-def _alike(known: str, given: str) -> bool:
-    a, b = known.rpartition(".")[2], given.rpartition(".")[2]
-    return a == b or (len(b) > 3 and (a.startswith(b[:4]) or b.startswith(a[:4])))
+def _hint(given: str) -> str:
+    """The keys that somebody who typed `given` most likely meant, as the end of a message."""
+    name = given.rpartition(".")[2]
+    same = [known for known in _types() if known.rpartition(".")[2] == name]
+    close = same or difflib.get_close_matches(given, _types(), cutoff=0.75)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 _MULTIADDR = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)/?")
@@ -292,7 +310,7 @@ def parse_listen(text: str) -> tuple[str, int]:
     else:
         host, colon, port = text.rpartition(":")
         host = host.strip("[]") or "0.0.0.0"
-        if not colon or not port.isdigit():
+        if not colon or not re.fullmatch("[0-9]+", port):
             raise ValueError("use host:port, for example 0.0.0.0:8080")
     if not 0 <= int(port) <= 65535:
         raise ValueError("a port is a number from 0 to 65535")
@@ -300,6 +318,7 @@ def parse_listen(text: str) -> tuple[str, int]:
 
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_NUMBER = re.compile(r"[+-]?(\d+(?:\.\d*)?|\.\d+)")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
 
 
@@ -310,10 +329,8 @@ def parse_duration(text: str) -> float:
       ValueError: it is neither.
     """
     body = text.strip()
-    try:
+    if _NUMBER.fullmatch(body):  # not all that float() takes: no nan, no inf
         return float(body)
-    except ValueError:
-        pass
     sign, body = (-1.0, body[1:]) if body.startswith("-") else (1.0, body.removeprefix("+"))
     parts = _DURATION_PART.findall(body)
     if not parts or "".join(number + unit for number, unit in parts) != body:
