@@ -484,8 +484,12 @@ class Library:
         except StoreError:
             digests = set()
         await self._store.delete_manifest(key)
+        me = self._cluster.node_id
         keep = {
-            layer.digest for model in self._cluster.state.models.values() for layer in model.layers
+            layer.digest
+            for model in self._cluster.state.models.values()
+            if me in model.desired or me in model.confirmed
+            for layer in model.layers
         }
         freed = 0
         for digest in await self._store.unreferenced(keep, grace_s=0) & digests:

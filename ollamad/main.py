@@ -83,13 +83,15 @@ def config(
     data_dir: DataDirOption = None,
 ) -> None:
     """Print the settings in force and where each comes from; secrets are masked."""
-    effective, _ = _load(config, data_dir, {}, dev=False)
+    effective, directory = _load(config, data_dir, {}, dev=False)
     from ollamad.settings import SECRETS, walk
 
     rows = []
     for key, value in walk(effective.settings):
         if key in SECRETS and value:
             value = "********"
+        if key == "data_dir":
+            value = directory
         shown = str(value).lower() if isinstance(value, bool) else str(value)
         rows.append((key, shown or '""', effective.origins[key].text))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]

@@ -50,7 +50,7 @@ ROUTES = (
     Route("GET", f"{BASE}/cluster/status", "viewer", status.cluster_status),
     Route("GET", f"{BASE}/cluster/leader", "viewer", status.cluster_leader),
     Route("POST", f"{BASE}/cluster/join", "admin", status.cluster_join),
-    Route("POST", f"{BASE}/cluster/leave", "admin", status.cluster_leave),
+    Route("POST", f"{BASE}/cluster/leave", "admin", status.cluster_leave, bounded=False),
     Route("POST", f"{BASE}/cluster/token", "admin", status.cluster_token),
     Route("GET", f"{BASE}/metrics", "viewer", status.metrics),
     Route("GET", f"{BASE}/nodes", "viewer", nodes.list_nodes),
