@@ -145,6 +145,7 @@ class Node:
                 return self
             try:
                 self.wait_ready()
+                wait_until("its id is known", lambda: self.id)
                 return self
             except AssertionError:
                 # Somebody else took a port in between; only a first start may choose anew.
