@@ -7,7 +7,7 @@ to the next node. After the first event a failure is told in band.
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Protocol
 
 import msgspec
@@ -46,6 +46,8 @@ TRY_ELSEWHERE = {
     "NODE_LOST",
 }
 LOADED_MARGIN = 64 << 20  # bytes a runner takes beside weights and cache
+PART_SIZE = 512 << 10  # bytes; longer requests and answers travel in parts of this size
+MAX_WHOLE = 64 << 20  # bytes of all parts: 2000 embeddings of 3000 numbers
 
 
 class EventSource(Protocol):
@@ -123,7 +125,7 @@ class Dispatcher:
                 try:
                     events = await self._open(stack, node_id, model, request)
                     first = await events.receive()
-                except (OSError, trio.BrokenResourceError, trio.EndOfChannel) as error:
+                except (*_LOSSES, trio.EndOfChannel) as error:
                     first = _lost(node_id, error)
                 except InferenceError as error:
                     first = error.failure
@@ -151,7 +153,7 @@ class Dispatcher:
             with self._counted(node_id, model):
                 try:
                     return node_id, await self._embed_on(node_id, model, request)
-                except (OSError, trio.BrokenResourceError) as error:
+                except _LOSSES as error:
                     failure = _lost(node_id, error)
                 except InferenceError as error:
                     failure = error.failure
@@ -165,7 +167,7 @@ class Dispatcher:
     async def serve_generate(self, peer: NodeId, request: bytes, stream: PeerStream) -> None:
         """Handle a forwarded generation: events go back in batches, as they come."""
         try:
-            asked = decode(request, GenerateRequest)
+            asked = decode(request or await _receive_whole(stream), GenerateRequest)
             async with self._engine.generate(self._local(asked.model), asked) as events:
                 await _relay(events, stream)
         except InferenceError as error:
@@ -177,13 +179,13 @@ class Dispatcher:
         """Handle a forwarded embedding request."""
         answer: Embeddings | Failed
         try:
-            asked = decode(request, EmbedRequest)
+            asked = decode(request or await _receive_whole(stream), EmbedRequest)
             answer = await self._engine.embed(self._local(asked.model), asked)
         except InferenceError as error:
             answer = error.failure
         except MalformedMessage as error:
             answer = Failed("MALFORMED", str(error), 400)
-        await stream.send(encode(_EmbedAnswer.of(answer)))
+        await _send_whole(stream, encode(_EmbedAnswer.of(answer)))
 
     # Inside.
 
@@ -204,9 +206,10 @@ class Dispatcher:
         return model
 
     def _local(self, name: str) -> Model:
-        model = self._find(name)
+        model = self._state().find_model(name)
         member = self._state().members.get(self._node_id)
-        if self._node_id not in model.confirmed:
+        # Who asks knows the model; here the log may be a little behind.
+        if model is None or self._node_id not in model.confirmed:
             raise InferenceError(Failed("NOT_HERE", f"{name} is not on this node", 503))
         if member is not None and member.draining:
             raise InferenceError(Failed("DRAINING", "this node is draining", 503))
@@ -242,25 +245,32 @@ class Dispatcher:
     ) -> EventSource:
         if node_id == self._node_id:
             return await stack.enter_async_context(self._engine.generate(model, request))
-        stream = await stack.enter_async_context(
-            self._peers.open(node_id, GENERATE, encode(request))
-        )
-        await stream.send_eof()
+        stream = await stack.enter_async_context(self._ask(node_id, GENERATE, encode(request)))
         return _RemoteEvents(stream)
 
     async def _embed_on(self, node_id: NodeId, model: Model, request: EmbedRequest) -> Embeddings:
         if node_id == self._node_id:
             return await self._engine.embed(model, request)
-        async with self._peers.open(node_id, EMBED, encode(request)) as stream:
-            await stream.send_eof()
-            data = await stream.receive()
-        if data is None:
-            raise trio.BrokenResourceError("no answer")
-        answer = decode(data, _EmbedAnswer)
+        async with self._ask(node_id, EMBED, encode(request)) as stream:
+            answer = decode(await _receive_whole(stream), _EmbedAnswer)
         if answer.failed is not None:
             raise InferenceError(answer.failed)
-        assert answer.embeddings is not None, "an answer has one of both"
+        if answer.embeddings is None:
+            raise MalformedMessage("an answer has one of both")
         return answer.embeddings
+
+    @asynccontextmanager
+    async def _ask(self, node_id: NodeId, method: str, request: bytes) -> AsyncIterator[PeerStream]:
+        """An exchange with a whole request; a long one goes in parts behind the opening."""
+        if len(request) > MAX_WHOLE:
+            raise InferenceError(
+                Failed("REQUEST_TOO_LARGE", f"the request is over {MAX_WHOLE >> 20} MiB", 413)
+            )
+        head, rest = (request, b"") if len(request) <= PART_SIZE else (b"", request)
+        async with self._peers.open(node_id, method, head) as stream:
+            await _send_whole(stream, rest)
+            await stream.send_eof()
+            yield stream
 
     def _counted(self, node_id: NodeId, model: Model) -> "_Counted":
         return _Counted(self._outstanding, (node_id, model.name))
@@ -309,7 +319,7 @@ class _RemoteEvents:
         return self._batch.pop()
 
     def receive_nowait(self) -> Event:
-        if not self._batch:
+        while not self._batch:
             data = self._stream.receive_nowait()
             if data is None:
                 raise trio.WouldBlock
@@ -322,6 +332,8 @@ class _RemoteEvents:
 
 
 _BATCH: Any = list[Event]
+# How a node that is lost, or talks nonsense, shows.
+_LOSSES = (OSError, trio.BrokenResourceError, MalformedMessage)
 
 
 class _Peeked:
@@ -338,14 +350,17 @@ class _Peeked:
             return first
         try:
             return await self._rest.receive()
-        except (OSError, trio.BrokenResourceError, MalformedMessage) as error:
+        except _LOSSES as error:
             return _lost(self._node_id, error)
 
     def receive_nowait(self) -> Event:
         if (first := self._first) is not None:
             self._first = None
             return first
-        return self._rest.receive_nowait()
+        try:
+            return self._rest.receive_nowait()
+        except _LOSSES as error:
+            return _lost(self._node_id, error)
 
 
 async def _relay(events: EventSource, stream: PeerStream) -> None:
@@ -353,13 +368,27 @@ async def _relay(events: EventSource, stream: PeerStream) -> None:
     while True:
         try:
             batch = [await events.receive()]
-            while len(batch) < 64:
-                batch.append(events.receive_nowait())
-        except trio.WouldBlock:
-            pass
         except trio.EndOfChannel:
             return
+        with suppress(trio.WouldBlock, trio.EndOfChannel):
+            while len(batch) < 64:
+                batch.append(events.receive_nowait())
         await stream.send(encode(batch))
+
+
+async def _send_whole(stream: PeerStream, data: bytes) -> None:
+    for start in range(0, len(data), PART_SIZE):
+        await stream.send(data[start : start + PART_SIZE])
+
+
+async def _receive_whole(stream: PeerStream) -> bytes:
+    """All messages up to the end, as one."""
+    whole = bytearray()
+    while (part := await stream.receive()) is not None:
+        whole += part
+        if len(whole) > MAX_WHOLE:
+            raise MalformedMessage(f"more than {MAX_WHOLE} bytes")
+    return bytes(whole)
 
 
 def _find_loaded(loaded: Sequence[LoadedModel], model: Model) -> LoadedModel | None:

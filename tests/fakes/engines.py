@@ -1,48 +1,100 @@
-"""An engine over fake runners, for tests."""
+"""An engine that does what a test scripted, and notes what ran and how it ended."""
 
-import contextlib
-import sys
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 
-import msgspec
 import trio
 
-from ollamad.core.inference import Event, GenerateRequest
-from ollamad.core.state import ModelDetails
-from ollamad.engine.engine import Engine
-from ollamad.engine.spec import EngineSettings, ModelSpec
-
-FAKE_RUNNER = (sys.executable, "-m", "tests.fakes.fake_runner")
-REAL_RUNNER = (sys.executable, "-m", "ollamad.engine.runner")
-PLENTY = 64 << 30  # bytes of memory
-
-
-@contextlib.asynccontextmanager
-async def running_engine(
-    runtime_dir: Path,
-    free_memory: Callable[[], int] = lambda: PLENTY,
-    **settings: Any,
-) -> AsyncIterator[Engine]:
-    """An engine that runs; by default with fake runners."""
-    settings.setdefault("runner_command", FAKE_RUNNER)
-    engine = Engine(EngineSettings(runtime_dir=runtime_dir, **settings), free_memory)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(engine.run)
-        yield engine
-        nursery.cancel_scope.cancel()
+from ollamad.core.inference import (
+    Chunk,
+    Embeddings,
+    EmbedRequest,
+    Event,
+    Failed,
+    Finished,
+    GenerateRequest,
+    InferenceError,
+)
+from ollamad.core.state import Model
 
 
-def fake_model(directory: Path, name: str = "fake:latest", **behaviour: Any) -> ModelSpec:
-    """A model for the fake runner, which behaves as told (see `fake_runner.Behaviour`)."""
-    path = directory / f"{name.partition(':')[0]}.json"
-    path.write_bytes(msgspec.json.encode(behaviour))
-    details = ModelDetails(context_length=100_000, kv_bytes_per_token=1)
-    return ModelSpec(name, f"sha256:{name}", str(path), 1000, details)
+class ScriptedEngine:
+    """`script` are the events of each generation; an exception in it is raised at that point."""
+
+    def __init__(self) -> None:
+        self.script: list[Event | Exception] = [Chunk("Hi", (1,)), Finished("stop", eval_count=1)]
+        self.refuse: Exception | None = None  # raised instead of beginning
+        self.together = False  # all events are there at once, and then the end
+        self.hang_after: int | None = None  # events after which nothing comes any more
+        self.requests: list[GenerateRequest | EmbedRequest] = []
+        self.running = 0
+        self.cancelled = 0
+        self.vector: tuple[float, ...] = (0.5, 0.25)
+
+    @asynccontextmanager
+    async def generate(self, model: Model, request: GenerateRequest) -> AsyncIterator["Source"]:
+        self.requests.append(request)
+        await trio.lowlevel.checkpoint()
+        if self.refuse is not None:
+            raise self.refuse
+        self.running += 1
+        source = Source(self)
+        try:
+            yield source
+        finally:
+            self.running -= 1
+            self.cancelled += not source.ended
+
+    async def embed(self, model: Model, request: EmbedRequest) -> Embeddings:
+        self.requests.append(request)
+        await trio.lowlevel.checkpoint()
+        if self.refuse is not None:
+            raise self.refuse
+        if self.hang_after is not None:
+            await trio.sleep_forever()
+        return Embeddings(tuple(self.vector for _ in request.inputs), len(request.inputs))
 
 
-async def events_of(engine: Engine, spec: ModelSpec, request: GenerateRequest) -> list[Event]:
-    """All events of a generation."""
-    async with engine.generate(spec, request) as events:
-        return [event async for event in events]
+class Source:
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self._engine = engine
+        self._events = list(engine.script)
+        self._count = 0
+        self.ended = False
+
+    async def receive(self) -> Event:
+        await trio.lowlevel.checkpoint()
+        if self._engine.hang_after == self._count:
+            await trio.sleep_forever()
+        return self._next()
+
+    def receive_nowait(self) -> Event:
+        if not self._engine.together:
+            raise trio.WouldBlock
+        return self._next()
+
+    def _next(self) -> Event:
+        if not self._events:
+            self.ended = True
+            raise trio.EndOfChannel
+        self._count += 1
+        event = self._events.pop(0)
+        if isinstance(event, Exception):
+            raise event
+        self.ended = isinstance(event, Finished | Failed)
+        return event
+
+
+def refusal(code: str, status: int = 503) -> InferenceError:
+    return InferenceError(Failed(code, f"{code} here", status))
+
+
+async def drain(events: "Iterable[Event] | Source") -> list[Event]:
+    """All events of a generation up to its end."""
+    got = list[Event]()
+    while not got or isinstance(got[-1], Chunk):
+        try:
+            got.append(await events.receive())  # type: ignore[union-attr]
+        except trio.EndOfChannel:
+            break
+    return got
