@@ -35,7 +35,7 @@ from ollamad.wire.join import (
     channel_binding,
     parse_token,
 )
-from ollamad.wire.mux import PROTOCOL
+from ollamad.wire.mux import OLDEST_PROTOCOL, PROTOCOL
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +166,7 @@ class Admission:
             capacity=self._capacity,
             version=ollamad.__version__,
             protocol=PROTOCOL,
+            oldest_protocol=OLDEST_PROTOCOL,
             token_id=invitation.token.id,
             now=time.time(),
         )

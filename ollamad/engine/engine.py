@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
+import msgspec
 import trio
 
 from ollamad.core.inference import (
@@ -28,11 +29,18 @@ from ollamad.engine.llama_client import CompletionEvent, RunnerGone, RunnerRefus
 from ollamad.engine.pool import Resident, RunnerPool, queue_full
 from ollamad.engine.process import Runner
 from ollamad.engine.prompt import prompt_ids, too_long
-from ollamad.engine.sampling import completion_body
-from ollamad.engine.spec import EngineSettings, ModelSpec, estimate_bytes, runner_config
+from ollamad.engine.sampling import completion_body, json_schema
+from ollamad.engine.spec import (
+    EngineSettings,
+    ModelSpec,
+    RunnerConfig,
+    estimate_bytes,
+    runner_config,
+)
 
 EMBED_GROUP = 32  # inputs in one question to the runner: bounds its answer, lets others in between
 MAX_SPELLINGS = 1024  # remembered of one model's untold tokens, a few hundred bytes each
+MAX_SCHEMAS = 64  # remembered of one model, some kilobytes each
 NS_PER_MS = 1_000_000
 NO_OPTIONS = Options()
 
@@ -69,15 +77,16 @@ class Engine:
     async def embed(self, spec: ModelSpec, request: EmbedRequest) -> Embeddings:
         """One vector for each input: the mean over its tokens for a generative model.
 
-        An input longer than the context, or for a generative model than `num_batch` (512),
-        is cut if `request.truncate`.
+        An input longer than the context, for a generative model longer than `num_batch` (512
+        if nobody says), is cut if `request.truncate`.
 
         Raises:
           InferenceError: with what the client should see.
         """
         started = time.perf_counter_ns()
         options = request.options.over(spec.options)
-        async with self._resident(spec, options, request.keep_alive_s) as resident:
+        config = runner_config(spec, options, self._settings, embedding=True)
+        async with self._resident(spec, config, request.keep_alive_s) as resident:
             load_duration = time.perf_counter_ns() - started
             async with _slot(resident, self._settings.max_queue):
                 inputs = await _embedding_inputs(resident, request)
@@ -101,7 +110,11 @@ class Engine:
         Raises:
           InferenceError: it cannot be loaded.
         """
-        async with self._resident(spec, options.over(spec.options), keep_alive_s):
+        embedding = "completion" not in spec.details.capabilities
+        config = runner_config(
+            spec, options.over(spec.options), self._settings, embedding=embedding
+        )
+        async with self._resident(spec, config, keep_alive_s):
             pass
 
     async def unload(self, name: str) -> bool:
@@ -116,7 +129,7 @@ class Engine:
         return self._pool.loaded()
 
     def estimate(self, spec: ModelSpec, options: Options = NO_OPTIONS) -> int:
-        """Bytes of memory that the model would take with these options.
+        """Bytes of memory that the model would take with these options, generating text.
 
         Raises:
           InferenceError: an option is out of range.
@@ -126,10 +139,9 @@ class Engine:
 
     @contextlib.asynccontextmanager
     async def _resident(
-        self, spec: ModelSpec, options: Options, keep_alive_s: float | None
+        self, spec: ModelSpec, config: RunnerConfig, keep_alive_s: float | None
     ) -> AsyncIterator[Resident]:
         """A model in memory that stays there meanwhile; the runner's faults are translated."""
-        config = runner_config(spec, options, self._settings)
         resident = await self._pool.acquire(spec, config, keep_alive_s)
         try:
             yield resident
@@ -149,14 +161,15 @@ class Engine:
                 yield await self._load_only(spec, request, started)
                 return
             options = request.options.over(spec.options)
-            async with self._resident(spec, options, request.keep_alive_s) as resident:
+            config = runner_config(spec, options, self._settings)
+            async with self._resident(spec, config, request.keep_alive_s) as resident:
                 load_duration = time.perf_counter_ns() - started
                 async with _slot(resident, self._settings.max_queue):
-                    limit = resident.config.context_length - 1  # room for a token of the answer
+                    limit = config.context_length - 1  # room for a token of the answer
                     ids = await prompt_ids(resident.runner, request, spec.system, limit)
-                    body = completion_body(
-                        ids, options, resident.config.context_length, request.format
-                    )
+                    schema = json_schema(request.format)
+                    await _check_schema(resident.runner, schema)
+                    body = completion_body(ids, options, config.context_length, schema)
                     emitted: list[int] = []
                     stream = await resident.runner.client.open_completion(body)
                     try:
@@ -234,6 +247,24 @@ async def _slot(resident: Resident, max_queue: int) -> AsyncIterator[None]:
         resident.slots.release()
 
 
+async def _check_schema(runner: Runner, schema: msgspec.Raw | None) -> None:
+    """Refuse a schema that llama.cpp cannot enforce: it would go on without, and only log it.
+
+    It is found out by asking for a token that begins no JSON value. Once for each schema.
+    """
+    if schema is None or bytes(schema) in runner.schemas:
+        return
+    (*_, impossible) = await runner.client.tokenize("x", add_special=False, parse_special=False)
+    if await runner.client.ignores_schema(schema, impossible):
+        reason = next((line for line in runner.errors()[::-1] if "schema" in line), "")
+        message = "the format is a JSON schema that llama.cpp cannot enforce"
+        message += f": {reason}" if reason else ""
+        raise InferenceError(Failed(code="INVALID_FORMAT", message=message, status=400))
+    while len(runner.schemas) >= MAX_SCHEMAS:
+        runner.schemas.pop()
+    runner.schemas.add(bytes(schema))
+
+
 async def _complete(runner: Runner, piece: Piece) -> Chunk:
     """The piece as a chunk, with the ids that the runner did not tell looked up."""
     if isinstance(piece, Chunk):
@@ -266,7 +297,7 @@ async def _spell(runner: Runner, gap: Gap) -> tuple[int, ...]:
 
 
 async def _embedding_inputs(resident: Resident, request: EmbedRequest) -> list[list[int]]:
-    limit = min(resident.config.context_length, resident.config.batch)
+    limit = resident.config.context_length
     client = resident.runner.client
     inputs = []
     for text in request.inputs:

@@ -143,6 +143,18 @@ class LlamaClient:
         answer.data.sort(key=lambda item: item.index)
         return [item.embedding for item in answer.data]
 
+    async def ignores_schema(self, schema: msgspec.Raw, impossible: int) -> bool:
+        """Whether a completion comes out as a token that the schema forbids at the start."""
+        question = {
+            "prompt": [impossible],
+            "json_schema": schema,
+            "logit_bias": [[impossible, 1000]],
+            "n_predict": 1,
+            "temperature": 0,
+            "return_tokens": True,
+        }
+        return impossible in (await self._ask("/completion", question, CompletionEvent)).tokens
+
     async def slots(self) -> list[Slot]:
         """What the runner's slots are doing."""
         status, body = await self._request("GET", "/slots")

@@ -12,7 +12,9 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import trio
 
 from ollamad.core.inference import Failed, InferenceError, LoadedModel
@@ -25,6 +27,11 @@ MAX_BACK_OFF_S = 30.0
 GIB = 1 << 30
 
 log = logging.getLogger(__name__)
+
+
+class _Key(NamedTuple):
+    name: str  # lower case
+    embedding: bool
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -68,8 +75,8 @@ class RunnerPool:
     def __init__(self, settings: EngineSettings, free_memory: Callable[[], int]) -> None:
         self._settings = settings
         self._free_memory = free_memory
-        self._residents: dict[str, Resident] = {}
-        self._crashes: dict[str, _Crashes] = {}
+        self._residents: dict[_Key, Resident] = {}
+        self._crashes: dict[_Key, _Crashes] = {}
         self._load_lock = trio.Lock()
         self._waiting = 0  # requests that wait for a load
         self._nursery: trio.Nursery | None = None
@@ -107,7 +114,7 @@ class RunnerPool:
         Raises:
           InferenceError: the model cannot be loaded, or too many requests wait already.
         """
-        key = _key(spec.name)
+        key = _key(spec, config)
         resident = self._find(key, spec, config)
         if resident is None:
             if self._waiting >= self._settings.max_queue:
@@ -136,24 +143,39 @@ class RunnerPool:
 
     def finished_well(self, resident: Resident) -> None:
         """The runner has proved that it works: its crashes are forgotten."""
-        self._crashes.pop(_key(resident.spec.name), None)
+        self._crashes.pop(_key(resident.spec, resident.config), None)
 
     async def unload(self, name: str) -> bool:
-        """End a model's runner: now if it is idle, else after its last answer.
+        """End a model's runners: now if they are idle, else after their last answer.
 
-        Returns whether it was loaded.
+        Returns whether there was one.
         """
-        resident = self._residents.get(_key(name))
-        if resident is None:
-            return False
-        resident.keep_alive_s = 0.0
-        if not resident.pins:
-            await self._end(resident)
-        return True
+        residents = [r for key, r in self._residents.items() if key.name == name.lower()]
+        for resident in residents:
+            resident.keep_alive_s = 0.0
+        for resident in residents:
+            if not resident.pins:
+                await self._end(resident)
+        return bool(residents)
 
     def loaded(self) -> tuple[LoadedModel, ...]:
-        """The models in memory, in the order of their loading."""
-        return tuple(self._describe(resident) for resident in self._residents.values())
+        """The models in memory.
+
+        A model with a runner for embeddings beside the one for text is told as one, in the
+        terms of the latter.
+        """
+        told: dict[str, LoadedModel] = {}
+        for key, resident in sorted(self._residents.items(), key=lambda item: item[0].embedding):
+            model = self._describe(resident)
+            if (text := told.get(key.name)) is not None:
+                model = msgspec.structs.replace(
+                    text,
+                    size=text.size + model.size,
+                    busy=text.busy + model.busy,
+                    queued=text.queued + model.queued,
+                )
+            told[key.name] = model
+        return tuple(told.values())
 
     def _describe(self, resident: Resident) -> LoadedModel:
         expires_at = 0.0
@@ -172,14 +194,14 @@ class RunnerPool:
             queued=resident.queued,
         )
 
-    def _find(self, key: str, spec: ModelSpec, config: RunnerConfig) -> Resident | None:
+    def _find(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> Resident | None:
         resident = self._residents.get(key)
         if resident is None or resident.retiring or resident.runner.over:
             return None
         same = resident.config == config and resident.spec.digest == spec.digest
         return resident if same else None
 
-    async def _load(self, key: str, spec: ModelSpec, config: RunnerConfig) -> Resident:
+    async def _load(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> Resident:
         if self._nursery is None:
             raise InferenceError(_STOPPED)
         if (old := self._residents.get(key)) is not None:
@@ -212,7 +234,7 @@ class RunnerPool:
         return resident
 
     async def _keep(
-        self, key: str, resident: Resident, *, task_status: trio.TaskStatus[Failed | None]
+        self, key: _Key, resident: Resident, *, task_status: trio.TaskStatus[Failed | None]
     ) -> None:
         try:
             await resident.runner.run(task_status=task_status)
@@ -271,7 +293,7 @@ class RunnerPool:
         resident.runner.stop()
         await resident.runner.exited.wait()
         # `_keep` takes it out right after this; who waited must not see it any more.
-        key = _key(resident.spec.name)
+        key = _key(resident.spec, resident.config)
         if self._residents.get(key) is resident:
             del self._residents[key]
 
@@ -310,8 +332,8 @@ def _no_memory(name: str, size: int, free: int) -> Failed:
     return Failed(code="INSUFFICIENT_MEMORY", message=message, status=503, details=details)
 
 
-def _key(name: str) -> str:
-    return name.lower()
+def _key(spec: ModelSpec, config: RunnerConfig) -> _Key:
+    return _Key(spec.name.lower(), config.embedding)
 
 
 def _socket_path(directory: Path) -> Path:

@@ -44,6 +44,7 @@ class Runner:
         self.exited = trio.Event()
         self.empty_prompt: list[int] = []  # what the tokenizer makes of nothing: mostly BOS
         self.spellings: dict[Gap, tuple[int, ...]] = {}  # ids that were looked up before
+        self.schemas: set[bytes] = set()  # JSON schemas that it has proved to enforce
         self.crashed = False  # ended by itself after it was ready
         self._name = spec.name
         self._argv = [*command, "--socket", str(socket_path), *config.arguments()]
@@ -129,7 +130,7 @@ class Runner:
             return f"it crashed with {signal.Signals(-status).name}"
         return f"it ended with exit code {status}"
 
-    def last_errors(self) -> list[str]:
+    def errors(self) -> list[str]:
         """The last lines of output that are errors, each once; any lines if there is none."""
         lines = list(self._output)
         errors = [_without_prefix(line) for line in lines if " E " in line]
@@ -188,7 +189,7 @@ class Runner:
         self.exited.set()
 
     def _failure(self, code: str, what: str, reason: str) -> Failed:
-        lines = self.last_errors()
+        lines = self.errors()
         # The first error is the cause, the others are mostly its consequences.
         cause = f" ({lines[0]})" if lines else ""
         message = f"the runner of {self._name} {what}: {reason}{cause}"

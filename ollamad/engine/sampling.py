@@ -35,13 +35,9 @@ _ANY_JSON_OBJECT = msgspec.Raw(b'{"type":"object"}')
 
 
 def completion_body(
-    prompt: Sequence[int], options: Options, context_length: int, format_: str
+    prompt: Sequence[int], options: Options, context_length: int, schema: msgspec.Raw | None
 ) -> bytes:
-    """The JSON body that asks the runner for a streamed completion of these token ids.
-
-    Raises:
-      InferenceError: `format_` is neither "json" nor a JSON schema.
-    """
+    """The JSON body that asks the runner for a streamed completion of these token ids."""
     chosen = options.over(DEFAULTS)
     limit = MAX_CONTEXTS * context_length
     wanted = chosen.num_predict or -1
@@ -67,15 +63,24 @@ def completion_body(
         "mirostat_eta": chosen.mirostat_eta,
         "stop": [text for text in chosen.stop or () if text],
     }
-    if format_:
-        body["json_schema"] = _ANY_JSON_OBJECT if format_ == "json" else _schema(format_)
+    if schema is not None:
+        body["json_schema"] = schema
     return msgspec.json.encode(body)
 
 
-def _schema(text: str) -> msgspec.Raw:
+def json_schema(format_: str) -> msgspec.Raw | None:
+    """What a request's `format` asks for: nothing, any object ("json"), or its own schema.
+
+    Raises:
+      InferenceError: it is neither "json" nor a JSON schema.
+    """
+    if not format_:
+        return None
+    if format_ == "json":
+        return _ANY_JSON_OBJECT
     try:
-        if isinstance(msgspec.json.decode(text), dict):
-            return msgspec.Raw(text.encode())
+        if isinstance(msgspec.json.decode(format_), dict):
+            return msgspec.Raw(format_.encode())
     except msgspec.DecodeError:
         pass
     message = 'the format must be "json" or a JSON schema (an object)'

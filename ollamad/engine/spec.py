@@ -17,13 +17,15 @@ from ollamad.engine.runner import PROMPT_CACHE_MIB
 
 MIB = 1 << 20
 
-DEFAULT_BATCH = 512  # tokens evaluated at once; Ollama's default
+# Tokens of an input to embed: pooling needs them all in one batch. Ollama's batch.
+EMBEDDING_BATCH = 512
+AUTO_BATCH = 0  # the runner knows what suits its hardware
 MIN_CONTEXT = 4  # tokens; Ollama raises smaller ones to this too
 MAX_CONTEXT = 1 << 24  # tokens; far above any model, well below what overflows llama.cpp's int
 MAX_BATCH = 1 << 16  # tokens; compute buffers grow with it
 
-# Measured: 52 MiB for the program and its libraries, 100 MiB of compute buffers for batches of
-# 512 and a vocabulary of 49,000; a vocabulary of 128,000 takes 150 MiB more.
+# Measured with batches of 512: 50 MiB for the program and its libraries, 100 MiB of compute
+# buffers for a vocabulary of 49,000, which grow with it: 160 MiB more for 128,000.
 RUNNER_OVERHEAD_BYTES = 320 * MIB
 # For files that do not tell their layers: a model of 4 GB with full attention keeps 0.5 MB a
 # token, newer ones (grouped attention) a quarter of that.
@@ -68,8 +70,9 @@ class RunnerConfig:
     context_length: int  # tokens a slot
     parallel: int
     threads: int
-    batch: int
+    batch: int = AUTO_BATCH  # tokens evaluated at once
     gpu_layers: int = -1  # -1: as many as fit
+    embedding: bool = False  # makes embeddings, not text
     pooling: str = ""  # how embeddings are pooled; empty: as the model's file says
     chat_template: str = ""  # Jinja; empty: the one in the file
 
@@ -79,6 +82,8 @@ class RunnerConfig:
         arguments += ["--ctx", str(self.context_length), "--parallel", str(self.parallel)]
         arguments += ["--threads", str(self.threads), "--batch", str(self.batch)]
         arguments += ["--gpu-layers", str(self.gpu_layers)]
+        if self.embedding:
+            arguments.append("--embedding")
         if self.pooling:
             arguments += ["--pooling", self.pooling]
         if self.chat_template:
@@ -86,8 +91,14 @@ class RunnerConfig:
         return arguments
 
 
-def runner_config(spec: ModelSpec, options: Options, settings: EngineSettings) -> RunnerConfig:
+def runner_config(
+    spec: ModelSpec, options: Options, settings: EngineSettings, *, embedding: bool = False
+) -> RunnerConfig:
     """What a runner for this model and these options (already over the model's) looks like.
+
+    Text and embeddings have runners of their own: embeddings need batches as large as an input,
+    and while a batch is evaluated no stream gets a token and no cancellation is heard. Both map
+    the same file, so the second one costs no weights.
 
     Raises:
       InferenceError: an option is out of range.
@@ -97,12 +108,17 @@ def runner_config(spec: ModelSpec, options: Options, settings: EngineSettings) -
     context = max(MIN_CONTEXT, context)
     if spec.details.context_length:
         context = min(context, spec.details.context_length)  # beyond, a model talks nonsense
-    batch = DEFAULT_BATCH if options.num_batch is None else options.num_batch
-    _check_range("num_batch", batch, 1, MAX_BATCH)
-    generates = "completion" in spec.details.capabilities
-    if not generates:
-        # An embedding model reads an input in one go, so the batch must hold a whole one.
-        batch = max(batch, min(context, MAX_BATCH))
+    batch = AUTO_BATCH
+    if options.num_batch is not None:
+        batch = options.num_batch
+        _check_range("num_batch", batch, 1, MAX_BATCH)
+    pooling = ""
+    if embedding and "completion" in spec.details.capabilities:
+        # Generative models have no pooling of their own; the mean is what Ollama takes too.
+        pooling = "mean"
+        batch = context = min(context, batch or EMBEDDING_BATCH)
+    elif embedding:
+        batch = context = min(context, MAX_BATCH)
     threads = options.num_thread or 0
     template = spec.template or ""
     return RunnerConfig(
@@ -112,9 +128,9 @@ def runner_config(spec: ModelSpec, options: Options, settings: EngineSettings) -
         threads=threads if threads > 0 else usable_cores(),
         batch=batch,
         gpu_layers=-1 if options.num_gpu is None else max(-1, options.num_gpu),
-        # Generative models have no pooling of their own; the mean is what Ollama takes too.
-        pooling="mean" if generates else "",
-        chat_template=template if "{%" in template else "",
+        embedding=embedding,
+        pooling=pooling,
+        chat_template=template if "{%" in template and not embedding else "",
     )
 
 

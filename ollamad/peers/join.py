@@ -101,11 +101,11 @@ class Sponsor:
 def _check(request: JoinRequest) -> None:
     if len(request.public_key) != 32 or node_id_of(request.public_key) != request.node_id:
         raise JoinRefused("BAD_IDENTITY", "the node id does not belong to the node's key")
-    if request.protocol < OLDEST_PROTOCOL:
+    if request.protocol < OLDEST_PROTOCOL or request.oldest_protocol > PROTOCOL:
         raise JoinRefused(
             "INCOMPATIBLE_VERSION",
-            f"the joining node runs {request.version} (protocol {request.protocol}), this cluster "
-            f"needs protocol {OLDEST_PROTOCOL} to {PROTOCOL}; install the cluster's version",
+            f"the joining node runs {request.version} (protocol {request.oldest_protocol} to "
+            f"{request.protocol}), this cluster speaks protocol {OLDEST_PROTOCOL} to {PROTOCOL}; install the cluster's version",
         )
     skew = request.now - time.time()
     if not abs(skew) <= MAX_CLOCK_SKEW_S:  # so written, NaN is refused too

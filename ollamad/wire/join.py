@@ -113,9 +113,10 @@ class JoinRequest(msgspec.Struct, frozen=True):
     raft_address: str
     capacity: Capacity
     version: str
-    protocol: int
+    protocol: int  # the newest that it speaks
     token_id: str
     now: float  # the joiner's clock, Unix seconds
+    oldest_protocol: int = 1  # the oldest that it speaks
 
 
 class JoinReply(msgspec.Struct, frozen=True):

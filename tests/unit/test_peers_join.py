@@ -38,7 +38,7 @@ from ollamad.wire.join import (
     channel_binding,
     seal_request,
 )
-from ollamad.wire.mux import OLDEST_PROTOCOL
+from ollamad.wire.mux import OLDEST_PROTOCOL, PROTOCOL
 from tests.fakes.tls_nodes import TlsNode, utc_now
 
 CA = make_ca(utc_now())
@@ -252,6 +252,12 @@ async def test_a_clock_that_is_no_number(member: Member, joiner: TlsNode) -> Non
 
 async def test_a_protocol_that_is_too_old(member: Member, joiner: TlsNode) -> None:
     assert await refused(joiner, member, protocol=OLDEST_PROTOCOL - 1) == "INCOMPATIBLE_VERSION"
+
+
+async def test_a_protocol_that_is_too_new(member: Member, joiner: TlsNode) -> None:
+    newer = PROTOCOL + 1
+    code = await refused(joiner, member, protocol=newer + 1, oldest_protocol=newer)
+    assert code == "INCOMPATIBLE_VERSION"
 
 
 async def test_a_refusal_of_the_cluster_is_told_word_for_word(
