@@ -105,7 +105,8 @@ def _check(request: JoinRequest) -> None:
         raise JoinRefused(
             "INCOMPATIBLE_VERSION",
             f"the joining node runs {request.version} (protocol {request.oldest_protocol} to "
-            f"{request.protocol}), this cluster speaks protocol {OLDEST_PROTOCOL} to {PROTOCOL}; install the cluster's version",
+            f"{request.protocol}), this cluster speaks protocol {OLDEST_PROTOCOL} to {PROTOCOL}; "
+            "install the cluster's version",
         )
     skew = request.now - time.time()
     if not abs(skew) <= MAX_CLOCK_SKEW_S:  # so written, NaN is refused too
