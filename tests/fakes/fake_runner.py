@@ -9,6 +9,8 @@ is a character, its id the code point; BOS is 1. What a completion does stands i
 - `refuse`: an error, as for a bad grammar
 - `script`: the events of the behaviour
 - else the tokens of `abcde`, at most `n_predict`
+
+It enforces every JSON schema but that of type `banana`.
 """
 
 import argparse
@@ -67,7 +69,7 @@ class FakeRunner:
                     body += bytes(part.data)
                 question = msgspec.json.decode(body) if body else {}
                 target = request.target.decode()
-                if target == "/completion" and "refuse" not in text_of(question["prompt"]):
+                if question.get("stream") and "refuse" not in text_of(question["prompt"]):
                     headers = [("Transfer-Encoding", "chunked")]
                     await send(h11.Response(status_code=200, headers=headers))
                     self.processing += 1
@@ -100,6 +102,9 @@ class FakeRunner:
             case "/apply-template":
                 lines = [f"{m['role']}:{m['content']}\n" for m in question["messages"]]
                 return 200, {"prompt": "".join(lines)}
+            case "/completion" if not question.get("stream"):
+                allowed = question["json_schema"].get("type") != "banana"
+                return 200, {"tokens": [ord("{")] if allowed else question["prompt"]}
             case "/v1/embeddings":
                 vectors = [
                     {"index": index, "embedding": [float(len(ids))] * WIDTH}

@@ -11,10 +11,17 @@ import pytest
 import trio
 import trio.testing
 
-from ollamad.core.inference import Chunk, Failed, GenerateRequest, InferenceError, Options
+from ollamad.core.inference import (
+    Chunk,
+    EmbedRequest,
+    Failed,
+    GenerateRequest,
+    InferenceError,
+    Options,
+)
 from ollamad.engine.engine import Engine
 from ollamad.engine.spec import EngineSettings, ModelSpec
-from tests.fakes.engines import FAKE_RUNNER, events_of, fake_model, running_engine
+from tests.fakes.runner_engines import FAKE_RUNNER, events_of, fake_model, running_engine
 
 DEADLINE_S = 20
 ROOM_FOR_ONE = 700 << 20  # bytes; a fake model is taken for 450 MiB
@@ -128,6 +135,21 @@ async def test_unloading_a_busy_model_waits_for_its_answer(tmp_path: Path):
             assert await engine.unload(spec.name)
             assert isinstance(await events.receive(), Chunk)
         await until(lambda: names(engine) == [])
+
+
+async def test_text_and_embeddings_have_runners_of_their_own_but_are_one_model(tmp_path: Path):
+    spec = fake_model(tmp_path)
+    async with running_engine(tmp_path / "run") as engine:
+        await engine.embed(spec, EmbedRequest(spec.name, ("hi",)))
+        (alone,) = engine.loaded()
+        assert alone.context_length == 512
+        await engine.load(spec)
+        (both,) = engine.loaded()
+        assert both.context_length == 4096
+        assert both.size == alone.size + engine.estimate(spec)
+        assert len(runner_pids()) == 2
+        assert await engine.unload(spec.name)
+        assert runner_pids() == []
 
 
 async def test_the_longest_unused_model_makes_room(tmp_path: Path):

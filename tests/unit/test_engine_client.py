@@ -1,0 +1,164 @@
+"""The client against servers that misbehave, byte by byte."""
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from ollamad.engine.llama_client import LlamaClient, RunnerGone, RunnerRefused
+
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+FIRST = b'data: {"content":"a","tokens":[5],"tokens_predicted":1}\n\n'
+LAST = b'data: {"stop":true,"stop_type":"limit"}\n\n'
+DEADLINE_S = 10
+
+Handler = Callable[[trio.SocketStream], Awaitable[None]]
+
+
+def chunk(data: bytes, extension: bytes = b"") -> bytes:
+    return b"%x%b\r\n%b\r\n" % (len(data), extension, data)
+
+
+@contextlib.asynccontextmanager
+async def client_of(directory: Path, handler: Handler) -> AsyncIterator[LlamaClient]:
+    """A client of a server whose every connection is the handler's."""
+    path = directory / "s"
+    listener = trio.socket.socket(trio.socket.AF_UNIX)
+    await listener.bind(str(path))
+    listener.listen()
+    client = LlamaClient(path)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, handler, [trio.SocketListener(listener)])
+        with trio.fail_after(DEADLINE_S):
+            yield client
+        client.close()
+        nursery.cancel_scope.cancel()
+
+
+def answering(data: bytes, byte_by_byte: bool = False) -> Handler:
+    """Reads a request, answers with these bytes, closes."""
+
+    async def handler(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some()
+            for part in [bytes([byte]) for byte in data] if byte_by_byte else [data]:
+                await stream.send_all(part)
+                await trio.lowlevel.checkpoint()
+
+    return handler
+
+
+@pytest.mark.parametrize("byte_by_byte", [False, True])
+async def test_a_stream_in_any_cut(tmp_path: Path, byte_by_byte: bool):
+    both = FIRST + LAST
+    cut = 20
+    data = HEAD + chunk(b": still here\n\n") + chunk(both[:cut], b";x=1") + chunk(both[cut:])
+    async with client_of(tmp_path, answering(data, byte_by_byte)) as client:
+        stream = await client.open_completion(b"{}")
+        first = await stream.receive()
+        assert (first.content, first.tokens, first.tokens_predicted) == ("a", [5], 1)
+        last = await stream.receive()
+        assert (last.stop, last.stop_type) == (True, "limit")
+        stream.close()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        HEAD + chunk(FIRST),
+        HEAD + chunk(FIRST) + b"0\r\n\r\n",
+        HEAD + chunk(FIRST) + chunk(LAST)[:-9],
+        HEAD + chunk(FIRST) + b"zz\r\n",
+        HEAD + chunk(FIRST) + chunk(b"data: {no json}\n\n"),
+        HEAD + chunk(FIRST) + b"7fffffff\r\n",
+    ],
+    ids=["closed", "ended", "cut", "no chunk", "no json", "endless"],
+)
+async def test_a_broken_stream_is_an_error_after_what_came(tmp_path: Path, data: bytes):
+    async with client_of(tmp_path, answering(data)) as client:
+        stream = await client.open_completion(b"{}")
+        assert (await stream.receive()).content == "a"
+        with pytest.raises(RunnerGone):
+            await stream.receive()
+        stream.close()
+
+
+@pytest.mark.parametrize("data", [b"", b"HTTP/1.1 200", b"nonsense\r\n\r\n"])
+async def test_no_answer_is_an_error(tmp_path: Path, data: bytes):
+    async with client_of(tmp_path, answering(data)) as client:
+        with pytest.raises(RunnerGone):
+            await client.open_completion(b"{}")
+        with pytest.raises(RunnerGone):
+            await client.tokenize("x", add_special=True, parse_special=True)
+        assert not await client.is_ready()
+
+
+async def test_an_error_inside_a_stream(tmp_path: Path):
+    error = b'data: {"error":{"code":500,"message":"no luck"}}\n\n'
+    async with client_of(tmp_path, answering(HEAD + chunk(error))) as client:
+        stream = await client.open_completion(b"{}")
+        with pytest.raises(RunnerRefused, match="no luck"):
+            await stream.receive()
+        stream.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [(b'{"error":{"message":"too long","n_ctx":7}}', "too long"), (b"oops", "oops")],
+)
+async def test_an_error_instead_of_an_answer(tmp_path: Path, body: bytes, message: str):
+    data = b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    async with client_of(tmp_path, answering(data)) as client:
+        with pytest.raises(RunnerRefused, match=message) as caught:
+            await client.open_completion(b"{}")
+        assert caught.value.status == 400
+        with pytest.raises(RunnerRefused, match=message):
+            await client.detokenize([1])
+
+
+async def test_nobody_listens(tmp_path: Path):
+    client = LlamaClient(tmp_path / "missing")
+    assert not await client.is_ready()
+    with pytest.raises(RunnerGone, match="cannot connect"):
+        await client.open_completion(b"{}")
+
+
+async def test_connections_are_used_again_and_replaced_when_the_server_closed_them(
+    tmp_path: Path,
+):
+    answer = b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"content":"y"}'
+    requests_on: list[int] = []
+
+    async def two_requests_each(stream: trio.SocketStream) -> None:
+        requests_on.append(0)
+        number = len(requests_on) - 1
+        async with stream:
+            for _ in range(2):
+                if not await stream.receive_some():
+                    return
+                requests_on[number] += 1
+                await stream.send_all(answer)
+
+    async with client_of(tmp_path, two_requests_each) as client:
+        for _ in range(5):
+            assert await client.detokenize([1]) == "y"
+    assert requests_on == [2, 2, 1]
+
+
+async def test_a_cancelled_question_closes_its_connection(tmp_path: Path):
+    closed = trio.Event()
+
+    async def silent(stream: trio.SocketStream) -> None:
+        async with stream:
+            while await stream.receive_some():
+                pass
+        closed.set()
+
+    async with client_of(tmp_path, silent) as client:
+        with trio.move_on_after(0.05):
+            await client.detokenize([1])
+        await closed.wait()
+        with trio.move_on_after(0.05):
+            await client.open_completion(b"{}")
