@@ -7,6 +7,7 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import httpx
@@ -269,7 +270,8 @@ class Cluster:
             await self._remove_voter(node_id)
             await self.require(RemoveMember(node_id))
         except BaseException:
-            with trio.move_on_after(PROPOSE_TIMEOUT_S, shield=True):
+            # What ended the removal must go on, also if there is no quorum to undo its beginning.
+            with trio.move_on_after(PROPOSE_TIMEOUT_S, shield=True), suppress(ServiceError):
                 if not was_draining:
                     await self.propose(SetDraining(node_id, False))
             raise
@@ -513,7 +515,7 @@ async def find_p2p_address(api_address: str) -> str:
     try:
         async with httpx.AsyncClient(timeout=3.0, trust_env=False) as client:
             answer = msgspec.json.decode((await client.get(url)).content, type=_Version)
-    except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PeerUnreachable(
             f"no ollamad answers at {api_address}: {str(error) or type(error).__name__}"
         ) from None
@@ -554,5 +556,5 @@ def _specific(host: str) -> str:
 
 def _with_host(address: str, host: str) -> str:
     own, _, port = address.rpartition(":")
-    chosen = own or host
-    return f"[{chosen}]:{port}" if ":" in chosen.strip("[]") else f"{chosen}:{port}"
+    chosen = (own or host).strip("[]")
+    return f"[{chosen}]:{port}" if ":" in chosen else f"{chosen}:{port}"
