@@ -262,7 +262,7 @@ class Node:
                 self.wait_end()
         left: list[str] = []
         deadline = time.monotonic() + 3
-        while (members := self._group_members()) and time.monotonic() < deadline:
+        while (members := self._processes()) and time.monotonic() < deadline:
             time.sleep(0.02)
         for member in members:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -273,19 +273,21 @@ class Node:
             self._ready = None
         return left
 
-    def _group_members(self) -> list[psutil.Process]:
-        """Processes of the groups that this node's daemons led, the living ones."""
+    def _processes(self) -> list[psutil.Process]:
+        """The living processes of this node: its daemons' groups, and runners of its models."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                alive = process.status() != psutil.STATUS_ZOMBIE
-                if alive and os.getpgid(process.pid) in self._pids:
+                mine = os.getpgid(process.pid) in self._pids or any(
+                    argument.startswith(f"{self.data_dir}/") for argument in process.cmdline()
+                )
+                if mine and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
 
     def runners(self) -> list[psutil.Process]:
         """The runner processes, those of a daemon that was killed included."""
-        return [one for one in self._group_members() if "runner" in one.cmdline()]
+        return [one for one in self._processes() if "runner" in one.cmdline()]
 
     # Reading.
 

@@ -273,8 +273,10 @@ def test_a_model_that_is_deleted_while_it_is_copied_leaves_nothing(
     with imported(three, source, large_file, "large"):
         copy_to(witness, "large", target)
         wait_until("it moves", lambda: transfer_of(witness, "large", target, "active"), 30, 0.01)
-    ended = wait_until("it is over", lambda: transfer_of(witness, "large", target))
-    assert ended["status"] in ("cancelled", "failed")
+    wait_until(
+        "it is over",
+        lambda: transfer_of(witness, "large", target)["status"] in ("cancelled", "failed"),
+    )
 
 
 def test_a_deleted_model_is_gone_from_every_node_also_from_one_that_was_down(
