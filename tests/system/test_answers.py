@@ -61,6 +61,12 @@ def busy(node: Node) -> int:
     return sum(each["busy"] for each in node.loaded())
 
 
+def text_runner(node: Node) -> psutil.Process:
+    """The runner that generates (embeddings have one of their own)."""
+    [runner] = [each for each in node.runners() if "--pooling" not in each.cmdline()]
+    return runner
+
+
 def holder_of(cluster: Cluster, node_id: str) -> Node:
     return next(node for node in cluster.nodes if node.id == node_id)
 
@@ -86,12 +92,10 @@ def test_every_node_answers(three: Cluster, index: int) -> None:
     assert "Paris" in answer["response"]
     assert (answer["done"], answer["done_reason"]) == (True, "length")
     assert answer["eval_count"] == 12
-    assert answer["prompt_eval_count"] > 5
+    assert answer["prompt_eval_count"] >= 5
     assert answer["eval_duration"] > 0
     assert answer["total_duration"] >= answer["eval_duration"]
     assert response.headers["X-Ollamad-Node"] in holders
-    if node.id in holders:
-        assert response.headers["X-Ollamad-Node"] == node.id
 
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     answer = ok(node.answer("/chat", model=MODEL, messages=messages, options=options))
@@ -244,10 +248,31 @@ def test_a_larger_context_is_loaded_when_it_is_asked_for(three: Cluster) -> None
 # Who is asked, and who leaves.
 
 
+def load_on(cluster: Cluster, node: Node) -> None:
+    """Have the model in a holder's memory."""
+    if not any(each["name"] == MODEL for each in node.loaded()):
+        other = next(each for each in cluster.nodes[:2] if each is not node)
+        other.post(f"/nodes/{other.id}/drain")
+        wait_until("it drains", lambda: node.node(other)["draining"])
+        ok(node.answer("/generate", model=MODEL, prompt="Hi", options=SHORT))
+        other.post(f"/nodes/{other.id}/undrain")
+    for each in cluster.nodes:
+        wait_until("all know", lambda n=each: node.id in model_of(n)["loaded_on"])
+
+
+def test_a_node_that_has_the_model_in_memory_answers_itself(three: Cluster) -> None:
+    for node in three.nodes[:2]:
+        load_on(three, node)
+    for node in three.nodes[:2]:
+        wait_until("it does not drain", lambda n=node: n.node(n)["status"] == "online")
+        answer = node.answer("/generate", model=MODEL, prompt="Hi", options=SHORT)
+        assert ok(answer)
+        assert answer.headers["X-Ollamad-Node"] == node.id
+
+
 def test_requests_are_spread_over_the_holders(three: Cluster) -> None:
     for node in three.nodes[:2]:
-        ok(node.answer("/generate", model=MODEL, prompt="Hi", options=SHORT))
-    wait_until("it is known", lambda: len(model_of(three.nodes[2])["loaded_on"]) == 2)
+        load_on(three, node)
     asked = {"model": MODEL, "prompt": "Tell me a story", "options": GREEDY | {"num_predict": 40}}
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda _: three.nodes[2].answer("/generate", **asked), range(6)))
@@ -270,7 +295,7 @@ def test_a_client_that_leaves_stops_its_generation(three: Cluster, index: int) -
     print(f"stopped after {took_s:.2f} s")
     assert took_s < 1.0
     # The runner itself has stopped too: it burns no more time.
-    [runner] = serving.runners()
+    runner = text_runner(serving)
     before = sum(runner.cpu_times()[:2])
     time.sleep(0.5)
     assert sum(runner.cpu_times()[:2]) - before < 0.1
@@ -335,7 +360,7 @@ def test_a_killed_runner_is_told_in_band_and_the_next_answer_comes(
     with node.stream("/generate", model=MODEL, prompt="Tell me a story", options=LONG) as stream:
         serving = holder_of(three, stream.served_by)
         stream.next()
-        [runner] = serving.runners()
+        runner = text_runner(serving)
         runner.kill()
         last = list(stream)[-1]
     assert last["code"] == "RUNNER_DIED", last
@@ -344,13 +369,13 @@ def test_a_killed_runner_is_told_in_band_and_the_next_answer_comes(
     answer = serving.answer("/generate", model=MODEL, prompt="Hi", options=SHORT)
     assert ok(answer)["eval_count"] == 1
     assert answer.headers["X-Ollamad-Node"] == serving.id, "it was started again"
-    assert [each.pid for each in serving.runners()] != [runner.pid]
+    assert text_runner(serving).pid != runner.pid
 
 
 def test_a_runner_that_dies_idle_is_started_again(three: Cluster) -> None:
     node = three.nodes[0]
     ok(node.answer("/generate", model=MODEL, prompt="Hi", options=SHORT))
-    [runner] = node.runners()
+    runner = text_runner(node)
     runner.kill()
     answer = node.answer("/generate", model=MODEL, prompt="Hi", options=SHORT)
     assert ok(answer)["done"]
