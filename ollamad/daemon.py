@@ -164,6 +164,7 @@ class Daemon:
             unload=self._unload,
             held_path=directory.replicas,
             default_replicas=settings.models.replicas,
+            owns_store=not settings.models.path,
         )
         self._dispatcher = Dispatcher(
             identity.node_id,

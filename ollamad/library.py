@@ -42,6 +42,8 @@ from ollamad.wire.codec import MalformedMessage, decode, encode
 
 log = logging.getLogger(__name__)
 
+GARBAGE_INTERVAL_S = 3600.0
+GARBAGE_AGE_S = 86400.0  # an upload may wait that long for the request that makes it a model
 RECHECK_S = 5.0  # how often a node compares what it holds with what it should hold
 FIRST_RETRY_S = 2.0  # after a failed fetch; doubles up to MAX_RETRY_S
 MAX_RETRY_S = 60.0
@@ -58,6 +60,13 @@ class PullRequest(msgspec.Struct, frozen=True):
     nodes: tuple[NodeId, ...]
 
 
+class _Fetch(msgspec.Struct, frozen=True):
+    """A copy that is under way to this node."""
+
+    transfer_id: str
+    digest: str  # of the manifest
+
+
 class Library:
     """Models of the cluster, from this node's point of view.
 
@@ -66,6 +75,7 @@ class Library:
       unload: frees the memory of a model that is about to go.
       held_path: remembers which models this node holds for the cluster, so that it drops those
         that were deleted while it was down, and nothing else.
+      owns_store: false for a directory that an Ollama uses too: nothing is collected there.
     """
 
     def __init__(
@@ -79,6 +89,7 @@ class Library:
         unload: Callable[[str], Awaitable[None]],
         held_path: Path,
         default_replicas: int,
+        owns_store: bool = True,
     ) -> None:
         self._cluster = cluster
         self._store = store
@@ -88,9 +99,12 @@ class Library:
         self._unload = unload
         self._held_path = held_path
         self._default_replicas = default_replicas
+        self._owns_store = owns_store
         self._held: dict[str, str] = {}
         self._pulls: dict[str, str] = {}  # name key -> transfer id
-        self._fetches: dict[str, str] = {}  # name key -> transfer id
+        self._fetches: dict[str, _Fetch] = {}  # by name key
+        # Name keys of models that are on the disk and on their way into the state: hands off.
+        self._publishing: set[str] = set()
         self._retry_at: dict[str, float] = {}
         self._retry_after: dict[str, float] = {}
         self._nursery: trio.Nursery | None = None
@@ -231,6 +245,8 @@ class Library:
             self._nursery = nursery
             self._held = _read_held(self._held_path)
             task_status.started()
+            if self._owns_store:
+                nursery.start_soon(self._collect_garbage)
             await self._check_disk()
             while True:
                 changed = self._cluster.changes.next()
@@ -243,22 +259,46 @@ class Library:
                 with trio.move_on_after(RECHECK_S):
                     await changed.wait()
 
+    async def _collect_garbage(self) -> None:
+        """Free uploads that never became a model, and partial copies that nobody wants."""
+        while True:
+            await trio.sleep(GARBAGE_INTERVAL_S)
+            wanted = self._wanted_here()
+            try:
+                for digest in await self._store.unreferenced(wanted, grace_s=GARBAGE_AGE_S):
+                    log.info("freeing %s, which no model uses", digest)
+                    await self._store.remove_blob(digest)
+                for digest in set(await self._store.partials()) - wanted:
+                    await self._store.discard_partial(digest)
+            except StoreError as error:
+                log.warning("freeing unused blobs: %s", error)
+
     async def _check_disk(self) -> None:
         """Do not claim to hold what is not on the disk any more (somebody cleaned up)."""
         for model in list(self._cluster.state.models.values()):
-            if self._cluster.node_id not in model.confirmed:
-                continue
-            for layer in model.layers:
-                if not await self._store.has_blob(layer.digest):
-                    log.warning("%s: blob %s is missing here", model.name, layer.digest)
-                    await self._confirm(model, present=False)
-                    break
+            if self._cluster.node_id in model.confirmed:
+                await self._take_stock(model)
+
+    async def _take_stock(self, model: Model) -> None:
+        """This node should have that model: remember it, or say that it is not here."""
+        for layer in model.layers:
+            if not await self._store.has_blob(layer.digest):
+                log.warning("%s: blob %s is missing here", model.name, layer.digest)
+                await self._confirm(model, present=False)
+                return
+        self._remember(parse_name(model.name).key, model.digest)
 
     async def _reconcile(self) -> None:
         assert self._nursery is not None, "runs inside run()"
         me = self._cluster.node_id
         models = dict(self._cluster.state.models)
+        for key, fetch in self._fetches.items():
+            wanted = models.get(key)
+            if wanted is None or me not in wanted.desired or wanted.digest != fetch.digest:
+                self._table.request_cancel(fetch.transfer_id)
         for key, model in models.items():
+            if key in self._publishing:
+                continue
             if me in model.desired and me not in model.confirmed:
                 if key not in self._fetches and self._retry_at.get(key, 0) <= trio.current_time():
                     self._start_fetch(model)
@@ -268,8 +308,10 @@ class Library:
                     await self._confirm(model, present=False)
                     await self._drop(key)
             elif me in model.confirmed and self._held.get(key) != model.digest:
-                self._remember(key, model.digest)
-        for key in [key for key in self._held if key not in models]:
+                await self._take_stock(model)
+            elif key in self._held and me not in model.desired and me not in model.confirmed:
+                await self._drop(key)  # replaced or moved away while this node was down
+        for key in [key for key in self._held if key not in models and key not in self._publishing]:
             await self._drop(key)
 
     # Bringing in.
@@ -285,8 +327,8 @@ class Library:
     async def _running_pull(self, name: str) -> str | None:
         key = parse_name(name).key
         for transfer in await self.transfers():
-            unfinished = transfer.status in ("pending", "active")
-            if unfinished and parse_name(transfer.model_name).key == key:
+            runs = transfer.type == "download" and transfer.status in ("pending", "active")
+            if runs and parse_name(transfer.model_name).key == key:
                 return transfer.id
         return None
 
@@ -337,14 +379,22 @@ class Library:
     async def _publish(self, model: Model, nodes: Sequence[NodeId], replicas: int) -> None:
         """Make a model that this node holds known to the cluster, and place its copies."""
         me = self._cluster.node_id
-        await self._store.write_manifest(model.name, model.manifest)
-        desired = tuple(sorted({me, *nodes}))
-        if not nodes:
-            desired = place(self._sites(), model.size, replicas, keep=(me,))
-        self._remember(parse_name(model.name).key, model.digest)
-        await self._cluster.require(
-            PutModel(msgspec.structs.replace(model, desired=desired, confirmed=(me,)))
-        )
+        key = parse_name(model.name).key
+        before = await self._blobs_of(key)
+        self._publishing.add(key)
+        try:
+            await self._store.write_manifest(model.name, model.manifest)
+            desired = tuple(sorted({me, *nodes}))
+            if not nodes:
+                desired = place(self._sites(), model.size, replicas, keep=(me,))
+            self._remember(key, model.digest)
+            await self._cluster.require(
+                PutModel(msgspec.structs.replace(model, desired=desired, confirmed=(me,)))
+            )
+        finally:
+            self._publishing.discard(key)
+            self._cluster.changes.notify()
+        await self._free(before)
 
     # Spreading.
 
@@ -383,7 +433,8 @@ class Library:
                     break
                 await changed.wait()  # the command is on its way to this node
         key = parse_name(name).key
-        return self._fetches.get(key) or self._start_fetch(model)
+        running = self._fetches.get(key)
+        return running.transfer_id if running is not None else self._start_fetch(model)
 
     def _start_fetch(self, model: Model) -> str:
         assert self._nursery is not None, "runs inside run()"
@@ -391,7 +442,7 @@ class Library:
         transfer_id = self._table.begin(
             model.name, "replication", bytes_total=model.size, cancel=scope.cancel
         )
-        self._fetches[parse_name(model.name).key] = transfer_id
+        self._fetches[parse_name(model.name).key] = _Fetch(transfer_id, model.digest)
         self._nursery.start_soon(self._fetch, model, transfer_id, scope)
         return transfer_id
 
@@ -400,14 +451,17 @@ class Library:
         try:
             with scope:
                 await self._fetch_layers(model, transfer_id)
+                before = await self._blobs_of(key)
                 await self._store.write_manifest(model.name, model.manifest)
                 self._remember(key, model.digest)
                 await self._confirm(model, present=True)
+                await self._free(before)
                 self._table.complete(transfer_id)
                 self._retry_after.pop(key, None)
                 log.info("%s is here now", model.name)
             if scope.cancelled_caught:
                 self._table.cancelled(transfer_id)
+                await self._abandon(model)
         except (FetchFailed, StoreError, ServiceError, OSError) as error:
             pause = min(MAX_RETRY_S, 2 * self._retry_after.get(key, FIRST_RETRY_S / 2))
             self._retry_after[key] = pause
@@ -417,6 +471,14 @@ class Library:
         finally:
             self._fetches.pop(key, None)
             self._cluster.changes.notify()
+
+    async def _abandon(self, model: Model) -> None:
+        """Free what came of a model that this node is not to have after all."""
+        wanted = self._wanted_here()
+        for layer in model.layers:
+            if layer.digest not in wanted:
+                await self._store.discard_partial(layer.digest)
+        await self._free({layer.digest for layer in model.layers})
 
     async def _fetch_layers(self, model: Model, transfer_id: str) -> None:
         before = 0
@@ -478,25 +540,38 @@ class Library:
     async def _drop(self, key: str) -> None:
         """Free what this node holds of a model that is not wanted here any more."""
         await self._unload(key)
+        digests = await self._blobs_of(key)
+        await self._store.delete_manifest(key)
+        freed = await self._free(digests)
+        self._held.pop(key, None)
+        self._write_held()
+        log.info("%s is gone from this node; %.1f MB freed", key, freed / 1e6)
+
+    async def _blobs_of(self, key: str) -> set[str]:
+        """The blobs of the model of that name as it is on the disk; none if there is none."""
         try:
             manifest = describe(await self._store.read_manifest(key))
-            digests = {blob.digest for blob in manifest.blobs}
         except StoreError:
-            digests = set()
-        await self._store.delete_manifest(key)
+            return set()
+        return {blob.digest for blob in manifest.blobs}
+
+    async def _free(self, digests: set[str]) -> int:
+        """Remove those of the blobs that no model here needs; the bytes that it freed."""
+        freed = 0
+        unreferenced = await self._store.unreferenced(self._wanted_here(), grace_s=0)
+        for digest in unreferenced & digests:
+            freed += await self._store.remove_blob(digest)
+        return freed
+
+    def _wanted_here(self) -> set[str]:
+        """The digests of all blobs of models that this node holds or should hold."""
         me = self._cluster.node_id
-        keep = {
+        return {
             layer.digest
             for model in self._cluster.state.models.values()
             if me in model.desired or me in model.confirmed
             for layer in model.layers
         }
-        freed = 0
-        for digest in await self._store.unreferenced(keep, grace_s=0) & digests:
-            freed += await self._store.remove_blob(digest)
-        self._held.pop(key, None)
-        self._write_held()
-        log.info("%s is gone from this node; %.1f MB freed", key, freed / 1e6)
 
     # Helpers.
 

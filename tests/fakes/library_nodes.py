@@ -1,0 +1,204 @@
+"""Nodes with real stores and transfers around one replicated state that applies at once."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from ollamad.api.services import NoQuorum, ServiceError
+from ollamad.cluster import Changes
+from ollamad.core.commands import AnyCommand, Outcome, Proposal, Rejected, apply
+from ollamad.core.ids import NodeId
+from ollamad.core.presence import Beat, Presence, Usage
+from ollamad.core.state import ClusterState
+from ollamad.core.transfers import Transfer
+from ollamad.library import Library
+from ollamad.peers.mesh import Mesh
+from ollamad.sources.base import Offer, Progress, Sink, SourceError
+from ollamad.store.errors import BlobMissing, PieceCorrupt
+from ollamad.store.models import ModelStore
+from ollamad.transfer.fetch import Fetcher
+from ollamad.transfer.server import PieceServer
+from ollamad.transfer.transfers import TransferTable
+from ollamad.wire.pieces import METHOD
+from tests.fakes.api_services import member
+from tests.fakes.peer_net import PeerNet
+
+
+class SharedState:
+    """What consensus would keep equal on all nodes."""
+
+    def __init__(self) -> None:
+        self.state = ClusterState(cluster_id="c1")
+        self.changes: dict[NodeId, Changes] = {}
+        self.offline: set[NodeId] = set()
+        self.has_quorum = True
+        self.hold: trio.Event | None = None  # proposals wait for it before they are applied
+        self.waiting = 0
+        self.proposed: list[AnyCommand] = []
+        self._count = 0
+
+    def notify(self) -> None:
+        for changes in self.changes.values():
+            changes.notify()
+
+    def apply(self, command: AnyCommand) -> Outcome:
+        self._count += 1
+        outcome = apply(self.state, Proposal(f"{self._count}", time.time(), command))
+        self.notify()
+        return outcome
+
+    async def propose(self, command: AnyCommand) -> Outcome:
+        self.waiting += 1
+        try:
+            await trio.lowlevel.checkpoint()
+            if self.hold is not None:
+                await self.hold.wait()
+        finally:
+            self.waiting -= 1
+        if not self.has_quorum:
+            raise NoQuorum
+        self.proposed.append(command)
+        return self.apply(command)
+
+
+class LibraryCluster:
+    """The part of `Cluster` that a library uses."""
+
+    def __init__(self, shared: SharedState, node_id: NodeId, mesh: Mesh) -> None:
+        self.node_id = node_id
+        self.mesh = mesh
+        self.changes = Changes()
+        self.hand_over: Callable[[NodeId], Awaitable[None]]
+        self._shared = shared
+        shared.changes[node_id] = self.changes
+        self.propose = shared.propose
+        self.disk_free = 1 << 40
+
+    @property
+    def state(self) -> ClusterState:
+        return self._shared.state
+
+    async def require(self, command: AnyCommand) -> None:
+        outcome = await self.propose(command)
+        if isinstance(outcome, Rejected):
+            raise ServiceError(409, outcome.code, outcome.message)
+
+    def other_members(self) -> list[NodeId]:
+        return [node_id for node_id in self.state.members if node_id != self.node_id]
+
+    def is_online(self, node_id: NodeId) -> bool:
+        return node_id not in self._shared.offline
+
+    def presence(self, node_id: NodeId) -> Presence:
+        usage = Usage(disk_free=self.disk_free)
+        return Presence(self.is_online(node_id), 1.0, Beat(1.0, usage))
+
+
+class ScriptedSource:
+    """One model file behind every reference."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.failure: SourceError | None = None
+        self.gate: trio.Event | None = None  # the second half waits for it
+        self.fetches = 0
+
+    async def resolve(self, reference: str) -> Offer:
+        await trio.lowlevel.checkpoint()
+        if self.failure is not None:
+            raise self.failure
+        return Offer(reference, "tiny", "tiny.whl", "https://x", "sha256:x", licence="MIT")
+
+    async def fetch(
+        self, offer: Offer, sink: Sink[Any], *, progress: Progress | None = None
+    ) -> Any:
+        self.fetches += 1
+
+        async def chunks() -> AsyncIterator[bytes]:
+            half = len(self.content) // 2
+            yield self.content[:half]
+            if progress is not None:
+                progress(half, len(self.content))
+            if self.gate is not None:
+                await self.gate.wait()
+            yield self.content[half:]
+
+        return await sink(chunks(), size=len(self.content))
+
+
+class LibraryNode:
+    """A node's disk and library. `start` may be called again, as after a restart."""
+
+    def __init__(
+        self, shared: SharedState, net: PeerNet, node_id: NodeId, root: Path, content: bytes
+    ) -> None:
+        self.id = node_id
+        self.shared = shared
+        self.source = ScriptedSource(content)
+        self.store = ModelStore(root / "models", keep_free_bytes=0)
+        self.root = root
+        self.unloaded: list[str] = []
+        self._net = net
+        self._scope, self._stopped = trio.CancelScope(), trio.Event()
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        (self.root / "models").mkdir(parents=True, exist_ok=True)
+        await self.store.prepare()
+        mesh = await self._net.add(self.id)
+        self.cluster = LibraryCluster(self.shared, self.id, mesh)
+        self.table = TransferTable(
+            self.id, secrets.token_hex(2), wall=time.time, steady=time.monotonic
+        )
+        self.library = Library(
+            cluster=self.cluster,  # type: ignore[arg-type]
+            store=self.store,
+            fetcher=Fetcher(mesh, self.store, corrupt=PieceCorrupt),
+            table=self.table,
+            source=self.source,
+            unload=self._unload,
+            held_path=self.root / "held",
+            default_replicas=2,
+        )
+        mesh.handle(METHOD, PieceServer(self.store, missing=BlobMissing).handle)
+        self._scope, self._stopped = trio.CancelScope(), trio.Event()
+
+        async def run(*, task_status: trio.TaskStatus[None]) -> None:
+            with self._scope:
+                await self.library.run(task_status=task_status)
+            self._stopped.set()
+
+        await nursery.start(run)
+
+    async def stop(self) -> None:
+        self._scope.cancel()
+        await self._stopped.wait()
+        self._net.cut(self.id)
+        self.shared.offline.add(self.id)
+
+    async def _unload(self, name: str) -> None:
+        self.unloaded.append(name)
+
+    async def holds(self, digests: set[str]) -> set[str]:
+        return {digest for digest in digests if await self.store.has_blob(digest)}
+
+    def transfer(self, transfer_id: str) -> Transfer:
+        return next(t for t in self.table.list() if t.id == transfer_id)
+
+
+def join(shared: SharedState, *nodes: NodeId) -> None:
+    for node_id in nodes:
+        shared.state.members[node_id] = member(node_id, node_id.lower())
+
+
+async def until(shared: SharedState, condition: Callable[[], bool], timeout_s: float = 10) -> None:
+    """Wait for the state or the tables to say so."""
+    with trio.fail_after(timeout_s):
+        for _ in range(int(timeout_s / 0.005)):
+            if condition():
+                return
+            await trio.sleep(0.005)
+    raise AssertionError("it never came true")
