@@ -47,7 +47,7 @@ def run(settings: Settings, data_dir: Path, join: str | None) -> None:
             if identity.is_member:
                 identity.check_validity(datetime.datetime.now(datetime.UTC))
             trio.run(partial(_run, settings, directory, identity, invitation))
-    except (DataDirError, IdentityError, RaftError, StoreError) as error:
+    except (DataDirError, IdentityError, *EXPECTED) as error:
         raise StartError(str(error)) from None
     except BaseExceptionGroup as group:
         _explain(group)
