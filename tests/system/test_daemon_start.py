@@ -176,7 +176,7 @@ def test_a_data_directory_in_use_is_told(single: Cluster, tmp_path: Path) -> Non
     ("text", "place", "words"),
     [
         ("log:\n  level: loud\n", "config.yaml:2", ["log.level", "'loud'", "debug, info"]),
-        ("api:\n  listn: 1\n", "config.yaml:2", ["api.listn", "did you mean 'api.listen'"]),
+        ("api:\n  listn: 1\n", "config.yaml:2", ["api.listn", "did you mean api.listen"]),
         ("api: [\n", "config.yaml:2", ["YAML"]),
         ("api:\n  listen: nowhere\n", "config.yaml:2", ["api.listen", "host:port"]),
         ("\n\nraft: 3\n", "config.yaml:3", ["raft", "mapping"]),
