@@ -1,0 +1,292 @@
+"""What surrounds the daemon: its directory, log, service manager, host, start, and admission."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ollamad import admission, build, logs, start, systemd
+from ollamad.admission import Seeds, check_room, forget_cluster, parse_invitation, read_seeds
+from ollamad.core.ids import NodeId
+from ollamad.core.presence import Usage
+from ollamad.datadir import DataDir, DataDirError
+from ollamad.errors import StartError
+from ollamad.host import HostMonitor, platform_name
+from ollamad.peers.identity import certificate_der, make_ca, write_private
+from ollamad.settings import NodeSettings, Settings
+from ollamad.wire.codec import encode
+from ollamad.wire.join import Seed, Token, channel_binding, format_token
+from tests.fakes.tls_nodes import TlsNode, utc_now
+
+FAR = 2**40
+TOKEN = Token("010203040506", b"s" * 16, b"c" * 32, FAR)
+
+
+# The data directory.
+
+
+def test_a_directory_is_made_for_its_owner_and_locked(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b"
+    with DataDir(path) as directory:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+        assert (path / "lock").read_text() == f"{os.getpid()}\n"
+        with pytest.raises(DataDirError, match=rf"in use by another ollamad \(pid {os.getpid()}\)"):
+            DataDir(path).__enter__()
+        assert directory.identity == path / "identity"
+    with DataDir(path):
+        pass
+
+
+def test_the_lock_of_a_daemon_that_was_killed_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("99999999999999999999999999999999999999999999\n")
+    with DataDir(tmp_path):
+        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_what_cannot_be_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(DataDirError, match="choose another with --data-dir"):
+            DataDir(path).__enter__()
+
+
+# The log.
+
+
+@pytest.fixture
+def root_logger() -> Iterator[None]:
+    root, own = logging.getLogger(), logging.getLogger("ollamad")
+    handlers, level, own_level = root.handlers, root.level, own.level
+    yield
+    root.handlers = handlers
+    root.setLevel(level)
+    own.setLevel(own_level)
+
+
+@pytest.mark.usefixtures("root_logger")
+@pytest.mark.parametrize(("under_systemd", "pattern"), [(True, ""), (False, r"\d\d:\d\d:\d\d ")])
+def test_lines_for_people(
+    capsys: pytest.CaptureFixture[str], under_systemd: bool, pattern: str
+) -> None:
+    logs.set_up("info", "text", under_systemd=under_systemd)
+    logging.getLogger("ollamad.peers.join").warning("hello %d", 7)
+    logging.getLogger("ollamad.x").debug("hidden")
+    logging.getLogger("httpx").info("hidden")
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(pattern + "WARNING peers.join: hello 7", line)
+
+
+@pytest.mark.usefixtures("root_logger")
+def test_lines_for_collectors(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.set_up("debug", "json", under_systemd=False)
+    with contextlib.suppress(ZeroDivisionError):
+        try:
+            1 / 0  # noqa: B018
+        except ZeroDivisionError:
+            logging.getLogger("ollamad.x").exception('a "quote"\nand a line')
+            raise
+    [line] = capsys.readouterr().err.splitlines()
+    entry = json.loads(line)
+    assert entry["message"] == 'a "quote"\nand a line'
+    assert entry["level"] == "error"
+    assert "ZeroDivisionError" in entry["exception"]
+    assert entry["time"].endswith("Z")
+
+
+# The service manager.
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_the_service_manager_is_told(tmp_path: Path, abstract: bool) -> None:
+    path = f"@ollamad-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind("\0" + path[1:] if abstract else path)
+        assert systemd.notify("READY=1", {"NOTIFY_SOCKET": path})
+        assert listener.recv(100) == b"READY=1"
+
+
+def test_no_service_manager_is_no_trouble(tmp_path: Path) -> None:
+    assert not systemd.notify("READY=1", {})
+    assert not systemd.notify("READY=1", {"NOTIFY_SOCKET": ""})
+    assert not systemd.notify("READY=1", {"NOTIFY_SOCKET": str(tmp_path / "nowhere")})
+
+
+# The host.
+
+
+def test_what_the_host_has_is_measured(tmp_path: Path) -> None:
+    monitor = HostMonitor(tmp_path)
+    capacity = monitor.capacity()
+    assert capacity.cpu_cores >= 1
+    assert capacity.memory_bytes > 1 << 20
+    assert capacity.disk_bytes > 1 << 20
+    usage = monitor.sample()
+    assert usage is monitor.usage
+    for fraction in (usage.cpu, usage.memory, usage.disk, usage.gpu):
+        assert 0 <= fraction <= 1
+    assert 0 < usage.memory_available <= capacity.memory_bytes
+    assert 0 < usage.disk_free <= capacity.disk_bytes
+    assert 0 <= monitor.network_percent() <= 100
+
+
+class FakeNvml:
+    """Two GPUs; the driver may fail in the middle."""
+
+    class NVMLError(Exception):
+        pass
+
+    NVML_TEMPERATURE_GPU = 0
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.fail_at = fail_at
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index == self.fail_at:
+            raise self.NVMLError("GPU is lost")
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
+        return type("Memory", (), {"total": 100, "used": 10 * handle})
+
+    def nvmlDeviceGetName(self, handle: int) -> bytes | str:
+        return b"GPU 0" if handle == 0 else "GPU 1"
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> Any:
+        return type("Rates", (), {"gpu": 50 + handle})
+
+    def nvmlDeviceGetTemperature(self, handle: int, kind: int) -> int:
+        return 40
+
+
+def test_gpus_are_read_and_may_fall_off_the_bus(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor = HostMonitor(tmp_path)
+    monitor._nvml = FakeNvml()
+    assert monitor.capacity().gpu_memory_bytes == 200
+    assert monitor.sample().gpu == 0.51
+    assert [gpu.name for gpu in monitor.gpus] == ["GPU 0", "GPU 1"]
+    monitor._nvml = FakeNvml(fail_at=1)
+    monitor.sample()
+    assert [gpu.name for gpu in monitor.gpus] == ["GPU 0"]
+    assert "GPU is lost" in caplog.text
+    monitor._nvml = None
+    assert monitor.sample() == monitor.usage
+    assert isinstance(monitor.usage, Usage)
+
+
+def test_the_platform_has_gos_form() -> None:
+    system, _, machine = platform_name().partition("/")
+    assert system == "linux"
+    assert machine in ("amd64", "arm64") or machine
+
+
+def test_a_build_says_what_it_is() -> None:
+    info = build.build_info()
+    assert info.version
+    assert info.git_commit
+    assert set(build.engine_versions()) <= {"xllamacpp"}
+
+
+# Starting.
+
+
+def test_invitations() -> None:
+    text = format_token(TOKEN)
+    assert parse_invitation(text).address is None
+    assert parse_invitation(f"{text}@").address is None
+    invitation = parse_invitation(f"{text}@[::1]:9000")
+    assert (invitation.token, invitation.address) == (TOKEN, "[::1]:9000")
+    old = format_token(Token(TOKEN.id, TOKEN.secret, TOKEN.ca_hash, 5))
+    for bad, reason in ((old, "has expired"), ("x@h:1", "starts with"), (text[:-1], "damaged")):
+        with pytest.raises(StartError, match=reason):
+            parse_invitation(bad)
+
+
+@pytest.mark.usefixtures("root_logger")
+def test_a_second_daemon_in_one_directory_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "umask", lambda mask: 0)
+    with DataDir(tmp_path), pytest.raises(StartError, match="in use by another ollamad"):
+        start.run(Settings(), tmp_path, None)
+
+
+@pytest.mark.usefixtures("root_logger")
+def test_a_clock_that_does_not_fit_stops_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "umask", lambda mask: 0)
+    ca = make_ca(utc_now())
+    TlsNode(tmp_path / "identity").enter(ca, at=utc_now().replace(year=2020))
+    with pytest.raises(StartError, match="set the clock"):
+        start.run(Settings(), tmp_path, None)
+
+
+def test_what_ended_the_daemon_becomes_one_line_if_it_was_to_be_expected() -> None:
+    with pytest.raises(StartError, match=r"^the reason$"):
+        start._explain(BaseExceptionGroup("", [BaseExceptionGroup("", [StartError("the reason")])]))
+    for group in (
+        BaseExceptionGroup("", [KeyError("bug")]),
+        BaseExceptionGroup("", [StartError("x"), BaseExceptionGroup("", [KeyError("bug")])]),
+    ):
+        with pytest.raises(BaseExceptionGroup) as caught:
+            start._explain(group)
+        assert caught.value is group
+
+
+async def test_who_founds_a_cluster_joins_none(tmp_path: Path) -> None:
+    node = TlsNode(tmp_path / "identity")
+    settings = Settings(node=NodeSettings(bootstrap=True))
+    with DataDir(tmp_path) as directory:
+        invitation = parse_invitation(format_token(TOKEN))
+        with pytest.raises(StartError, match="joins no other"):
+            await check_room(settings, directory, node.identity, invitation)
+        await check_room(Settings(), directory, node.identity, invitation)
+
+
+def test_a_node_knows_which_cluster_it_belongs_to(tmp_path: Path) -> None:
+    ca = make_ca(utc_now())
+    node = TlsNode(tmp_path)
+    here = Token(TOKEN.id, TOKEN.secret, channel_binding(certificate_der(ca.certificate_pem)), FAR)
+    invitations = [parse_invitation(format_token(token)) for token in (here, TOKEN)]
+    assert [admission.is_elsewhere(node.identity, i) for i in invitations] == [False, False]
+    node.enter(ca)
+    assert [admission.is_elsewhere(node.identity, i) for i in invitations] == [False, True]
+
+
+def test_a_cluster_is_put_aside_whole_and_the_key_and_the_models_stay(tmp_path: Path) -> None:
+    node = TlsNode(tmp_path / "identity").enter(make_ca(utc_now()))
+    names = ["raft.db", "raft.db-wal", "raft.db-shm", "seeds", "cli-token", "admin-password"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    (tmp_path / "models").mkdir()
+    with DataDir(tmp_path) as directory:
+        forget_cluster(directory, node.identity)
+    assert not node.identity.is_member
+    [aside] = tmp_path.glob("left-*")
+    assert stat.S_IMODE(aside.stat().st_mode) == 0o700
+    assert sorted(p.name for p in aside.iterdir()) == sorted(names)
+    assert {p.name for p in tmp_path.iterdir()} == {"identity", "lock", "models", aside.name}
+    assert (tmp_path / "identity" / "node.key").exists()
+
+
+def test_seeds_are_read_or_empty(tmp_path: Path) -> None:
+    path = tmp_path / "seeds"
+    assert read_seeds(path) == Seeds()
+    seeds = Seeds((Seed(NodeId("A"), "a:1", "a:2"),), (NodeId("A"),))
+    write_private(path, encode(seeds))
+    assert read_seeds(path) == seeds
+    path.write_bytes(b"\xff damaged")
+    assert read_seeds(path) == Seeds()
