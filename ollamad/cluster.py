@@ -265,8 +265,7 @@ class Cluster:
         await self.set_draining(node_id, True)
         try:
             if self.is_online(node_id):
-                with trio.fail_after(HAND_OVER_TIMEOUT_S):
-                    await self.hand_over(node_id)
+                await self._hand_over(node_id)
             await self._remove_voter(node_id)
             await self.require(RemoveMember(node_id))
         except BaseException:
@@ -275,6 +274,18 @@ class Cluster:
                 if not was_draining:
                     await self.propose(SetDraining(node_id, False))
             raise
+
+    async def _hand_over(self, node_id: NodeId) -> None:
+        try:
+            with trio.fail_after(HAND_OVER_TIMEOUT_S):
+                await self.hand_over(node_id)
+        except trio.TooSlowError:
+            raise ServiceError(
+                503,
+                "HAND_OVER_TIMEOUT",
+                f"copying what only {short(node_id)}… holds takes longer than "
+                f"{HAND_OVER_TIMEOUT_S:.0f} s; drain it, wait for the transfers, and try again",
+            ) from None
 
     # Tasks.
 
