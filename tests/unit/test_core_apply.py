@@ -372,12 +372,15 @@ def test_a_damaged_command_never_raises(data: st.DataObject) -> None:
     check_invariants(machine.state)
 
 
-@given(st.binary(max_size=100))
-def test_what_is_no_snapshot_is_refused_and_leaves_the_state(data: bytes) -> None:
+@given(st.data())
+def test_what_is_no_snapshot_is_refused_and_leaves_the_state(data: st.DataObject) -> None:
     machine = Machine()
     machine.apply(encode(Proposal("found", 0.0, FOUND)))
-    with pytest.raises(MalformedMessage):
-        machine.restore(data)
+    whole = machine.snapshot()
+    cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    for damaged in (cut, whole + b"\0", b"\xff" + cut, data.draw(st.binary(max_size=1)) + b"\xc1"):
+        with pytest.raises(MalformedMessage):
+            machine.restore(damaged)
     assert machine.state.cluster_id == "c1"
 
 

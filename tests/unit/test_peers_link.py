@@ -417,10 +417,17 @@ async def test_a_slow_reader_holds_up_only_its_own_exchange() -> None:
     async with linked() as (link, other):
         slow = link.open("silent", b"")
         sent = 0
-        with trio.move_on_after(0.05):
+
+        async def push() -> None:
+            nonlocal sent
             while True:
                 await slow.send(bytes(10_000))
                 sent += 10_000
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(push)
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
         assert WINDOW <= sent <= WINDOW + MAX_MESSAGE
         assert await ask(link, "echo", b"x" * 100_000) == b"x" * 100_000
         inbox = sum(map(len, other._streams[1]._inbox))
@@ -444,8 +451,7 @@ async def test_what_waits_for_a_stalled_connection_is_bounded() -> None:
 
         for _ in range(20):
             nursery.start_soon(push)
-        with trio.move_on_after(0.05):
-            await trio.sleep_forever()
+        await wait_all_tasks_blocked()
         assert link.is_congested
         assert len(link._outbox) <= MAX_OUTBOX + MAX_MESSAGE
         stalled = len(progress)
