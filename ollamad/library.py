@@ -1,7 +1,6 @@
 """The cluster's models: bringing them in, spreading them, deleting them.
 
-Which node should hold what stands in the replicated state. Every node works on its own share: it
-fetches what it should hold and lacks from peers, and drops what it should not hold any more.
+What is asked here changes the replicated state; `share.py` makes this node's disk follow it.
 """
 
 import logging
@@ -15,10 +14,7 @@ import trio
 from ollamad.api.services import ServiceError
 from ollamad.cluster import Cluster
 from ollamad.core.commands import (
-    Applied,
-    ConfirmReplica,
     DeleteModel,
-    PutModel,
     SetDesired,
 )
 from ollamad.core.ids import NodeId, short
@@ -26,27 +22,20 @@ from ollamad.core.names import parse_name
 from ollamad.core.placement import Site, place
 from ollamad.core.state import Model
 from ollamad.core.transfers import Transfer
-from ollamad.peers.identity import write_private
 from ollamad.peers.link import HandlerError, RemoteFailure
 from ollamad.peers.tls import PeerUnreachable
+from ollamad.share import Share
 from ollamad.sources.base import Source, SourceError
 from ollamad.sources.catalogue import Wanted, resolve_source
 from ollamad.sources.pypi import SCHEME
 from ollamad.store.errors import BlobMissing, DigestMismatch, SizeMismatch, StoreError, StoreFull
 from ollamad.store.gguf import GgufError
-from ollamad.store.manifests import describe
 from ollamad.store.models import ModelStore
-from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
+from ollamad.transfer.fetch import Fetcher
 from ollamad.transfer.transfers import TransferTable
-from ollamad.wire.codec import MalformedMessage, decode, encode
 
 log = logging.getLogger(__name__)
 
-GARBAGE_INTERVAL_S = 3600.0
-GARBAGE_AGE_S = 86400.0  # an upload may wait that long for the request that makes it a model
-RECHECK_S = 5.0  # how often a node compares what it holds with what it should hold
-FIRST_RETRY_S = 2.0  # after a failed fetch; doubles up to MAX_RETRY_S
-MAX_RETRY_S = 60.0
 PEER_TIMEOUT_S = 2.0  # for questions that a peer answers from memory
 PULL_TIMEOUT_S = 30.0  # for the begin of a pull on another node (it asks the origin first)
 
@@ -60,22 +49,12 @@ class PullRequest(msgspec.Struct, frozen=True):
     nodes: tuple[NodeId, ...]
 
 
-class _Fetch(msgspec.Struct, frozen=True):
-    """A copy that is under way to this node."""
-
-    transfer_id: str
-    digest: str  # of the manifest
-
-
 class Library:
     """Models of the cluster, from this node's point of view.
 
     Args:
       source: where models come from that the cluster does not have.
-      unload: frees the memory of a model that is about to go.
-      held_path: remembers which models this node holds for the cluster, so that it drops those
-        that were deleted while it was down, and nothing else.
-      owns_store: false for a directory that an Ollama uses too: nothing is collected there.
+      unload, held_path, owns_store: see `Share`, which looks after this node's own copies.
     """
 
     def __init__(
@@ -93,20 +72,19 @@ class Library:
     ) -> None:
         self._cluster = cluster
         self._store = store
-        self._fetcher = fetcher
         self._table = table
         self._source = source
-        self._unload = unload
-        self._held_path = held_path
         self._default_replicas = default_replicas
-        self._owns_store = owns_store
-        self._held: dict[str, str] = {}
+        self._share = Share(
+            cluster=cluster,
+            store=store,
+            fetcher=fetcher,
+            table=table,
+            unload=unload,
+            held_path=held_path,
+            owns_store=owns_store,
+        )
         self._pulls: dict[str, str] = {}  # name key -> transfer id
-        self._fetches: dict[str, _Fetch] = {}  # by name key
-        # Name keys of models that are on the disk and on their way into the state: hands off.
-        self._publishing: set[str] = set()
-        self._retry_at: dict[str, float] = {}
-        self._retry_after: dict[str, float] = {}
         self._nursery: trio.Nursery | None = None
         cluster.hand_over = self.hand_over
         mesh = cluster.mesh
@@ -237,82 +215,12 @@ class Library:
         for name in list(self._cluster.state.models):
             await self._hand_over_model(name, node_id)
 
-    # Tasks.
-
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep what this node holds equal to what it should hold; until cancelled."""
+        """Run pulls, and this node's share of the models; until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            self._held = _read_held(self._held_path)
+            await nursery.start(self._share.run)
             task_status.started()
-            if self._owns_store:
-                nursery.start_soon(self._collect_garbage)
-            await self._check_disk()
-            while True:
-                changed = self._cluster.changes.next()
-                try:
-                    await self._reconcile()
-                except ServiceError as error:
-                    log.info("models: %s", error)  # no quorum; the next round tries again
-                except StoreError as error:
-                    log.error("models: %s", error)
-                with trio.move_on_after(RECHECK_S):
-                    await changed.wait()
-
-    async def _collect_garbage(self) -> None:
-        """Free uploads that never became a model, and partial copies that nobody wants."""
-        while True:
-            await trio.sleep(GARBAGE_INTERVAL_S)
-            wanted = self._wanted_here()
-            try:
-                for digest in await self._store.unreferenced(wanted, grace_s=GARBAGE_AGE_S):
-                    log.info("freeing %s, which no model uses", digest)
-                    await self._store.remove_blob(digest)
-                for digest in set(await self._store.partials()) - wanted:
-                    await self._store.discard_partial(digest)
-            except StoreError as error:
-                log.warning("freeing unused blobs: %s", error)
-
-    async def _check_disk(self) -> None:
-        """Do not claim to hold what is not on the disk any more (somebody cleaned up)."""
-        for model in list(self._cluster.state.models.values()):
-            if self._cluster.node_id in model.confirmed:
-                await self._take_stock(model)
-
-    async def _take_stock(self, model: Model) -> None:
-        """This node should have that model: remember it, or say that it is not here."""
-        for layer in model.layers:
-            if not await self._store.has_blob(layer.digest):
-                log.warning("%s: blob %s is missing here", model.name, layer.digest)
-                await self._confirm(model, present=False)
-                return
-        self._remember(parse_name(model.name).key, model.digest)
-
-    async def _reconcile(self) -> None:
-        assert self._nursery is not None, "runs inside run()"
-        me = self._cluster.node_id
-        models = dict(self._cluster.state.models)
-        for key, fetch in self._fetches.items():
-            wanted = models.get(key)
-            if wanted is None or me not in wanted.desired or wanted.digest != fetch.digest:
-                self._table.request_cancel(fetch.transfer_id)
-        for key, model in models.items():
-            if key in self._publishing:
-                continue
-            if me in model.desired and me not in model.confirmed:
-                if key not in self._fetches and self._retry_at.get(key, 0) <= trio.current_time():
-                    self._start_fetch(model)
-            elif me in model.confirmed and me not in model.desired and model.desired:
-                # Only once those who should hold it do.
-                if set(model.desired) <= set(model.confirmed):
-                    await self._confirm(model, present=False)
-                    await self._drop(key)
-            elif me in model.confirmed and self._held.get(key) != model.digest:
-                await self._take_stock(model)
-            elif key in self._held and me not in model.desired and me not in model.confirmed:
-                await self._drop(key)  # replaced or moved away while this node was down
-        for key in [key for key in self._held if key not in models and key not in self._publishing]:
-            await self._drop(key)
 
     # Bringing in.
 
@@ -331,12 +239,6 @@ class Library:
             if runs and parse_name(transfer.model_name).key == key:
                 return transfer.id
         return None
-
-    async def _on_pull(self, peer: NodeId, request: PullRequest) -> str:
-        try:
-            return await self._start_pull(request)
-        except ServiceError as error:
-            raise HandlerError(error.code, error.message) from None
 
     async def _start_pull(self, request: PullRequest) -> str:
         key = parse_name(request.name).key
@@ -379,22 +281,10 @@ class Library:
     async def _publish(self, model: Model, nodes: Sequence[NodeId], replicas: int) -> None:
         """Make a model that this node holds known to the cluster, and place its copies."""
         me = self._cluster.node_id
-        key = parse_name(model.name).key
-        before = await self._blobs_of(key)
-        self._publishing.add(key)
-        try:
-            await self._store.write_manifest(model.name, model.manifest)
-            desired = tuple(sorted({me, *nodes}))
-            if not nodes:
-                desired = place(self._sites(), model.size, replicas, keep=(me,))
-            self._remember(key, model.digest)
-            await self._cluster.require(
-                PutModel(msgspec.structs.replace(model, desired=desired, confirmed=(me,)))
-            )
-        finally:
-            self._publishing.discard(key)
-            self._cluster.changes.notify()
-        await self._free(before)
+        desired = tuple(sorted({me, *nodes}))
+        if not nodes:
+            desired = place(self._sites(), model.size, replicas, keep=(me,))
+        await self._share.publish(model, desired)
 
     # Spreading.
 
@@ -409,7 +299,7 @@ class Library:
         for node_id in missing:
             if self._cluster.is_online(node_id):
                 if node_id == self._cluster.node_id:
-                    return await self._on_want(node_id, model.name)
+                    return await self._fetch_here(model.name)
                 return await self._ask(node_id, "library.want", model.name, PEER_TIMEOUT_S)
         if missing:
             raise ServiceError(
@@ -423,91 +313,16 @@ class Library:
         self._table.complete(done)
         return done
 
-    async def _on_want(self, peer: NodeId, name: str) -> str:
+    async def _fetch_here(self, name: str) -> str:
         """Begin to fetch a model that this node should hold; the transfer's id."""
-        with trio.fail_after(PEER_TIMEOUT_S):
+        with trio.move_on_after(PEER_TIMEOUT_S):
             while True:
                 changed = self._cluster.changes.next()
                 model = self._cluster.state.find_model(name)
                 if model is not None and self._cluster.node_id in model.desired:
-                    break
+                    return self._share.fetch(model)
                 await changed.wait()  # the command is on its way to this node
-        key = parse_name(name).key
-        running = self._fetches.get(key)
-        return running.transfer_id if running is not None else self._start_fetch(model)
-
-    def _start_fetch(self, model: Model) -> str:
-        assert self._nursery is not None, "runs inside run()"
-        scope = trio.CancelScope()
-        transfer_id = self._table.begin(
-            model.name, "replication", bytes_total=model.size, cancel=scope.cancel
-        )
-        self._fetches[parse_name(model.name).key] = _Fetch(transfer_id, model.digest)
-        self._nursery.start_soon(self._fetch, model, transfer_id, scope)
-        return transfer_id
-
-    async def _fetch(self, model: Model, transfer_id: str, scope: trio.CancelScope) -> None:
-        key = parse_name(model.name).key
-        try:
-            with scope:
-                await self._fetch_layers(model, transfer_id)
-                before = await self._blobs_of(key)
-                await self._store.write_manifest(model.name, model.manifest)
-                self._remember(key, model.digest)
-                await self._confirm(model, present=True)
-                await self._free(before)
-                self._table.complete(transfer_id)
-                self._retry_after.pop(key, None)
-                log.info("%s is here now", model.name)
-            if scope.cancelled_caught:
-                self._table.cancelled(transfer_id)
-                await self._abandon(model)
-        except (FetchFailed, StoreError, ServiceError, OSError) as error:
-            pause = min(MAX_RETRY_S, 2 * self._retry_after.get(key, FIRST_RETRY_S / 2))
-            self._retry_after[key] = pause
-            self._retry_at[key] = trio.current_time() + pause
-            log.warning("fetching %s failed: %s; next try in %.0f s", model.name, error, pause)
-            self._table.fail(transfer_id, str(error))
-        finally:
-            self._fetches.pop(key, None)
-            self._cluster.changes.notify()
-
-    async def _abandon(self, model: Model) -> None:
-        """Free what came of a model that this node is not to have after all."""
-        wanted = self._wanted_here()
-        for layer in model.layers:
-            if layer.digest not in wanted:
-                await self._store.discard_partial(layer.digest)
-        await self._free({layer.digest for layer in model.layers})
-
-    async def _fetch_layers(self, model: Model, transfer_id: str) -> None:
-        before = 0
-
-        def holders() -> Sequence[NodeId]:
-            current = self._cluster.state.find_model(model.name)
-            confirmed = current.confirmed if current and current.digest == model.digest else ()
-            return [n for n in confirmed if n != self._cluster.node_id and self._online(n)]
-
-        received_before = 0
-        for layer in model.layers:
-            received = 0
-
-            def progress(step: FetchProgress) -> None:
-                nonlocal received
-                received = step.received
-                self._table.update(
-                    transfer_id,
-                    bytes_done=before + step.verified,  # noqa: B023 - called within this turn
-                    received=received_before + step.received,  # noqa: B023
-                    peer_id=step.holder,
-                )
-
-            await self._fetcher.fetch_blob(layer, holders, progress)
-            before += layer.size
-            received_before += received
-
-    def _online(self, node_id: NodeId) -> bool:
-        return self._cluster.is_online(node_id)
+        raise ServiceError(503, "BEHIND", "this node does not know of that model yet; try again")
 
     async def _hand_over_model(self, key: str, node_id: NodeId) -> None:
         while True:
@@ -535,44 +350,6 @@ class Library:
                 await self._cluster.require(SetDesired(model.name, wanted))
             await changed.wait()
 
-    # Dropping.
-
-    async def _drop(self, key: str) -> None:
-        """Free what this node holds of a model that is not wanted here any more."""
-        await self._unload(key)
-        digests = await self._blobs_of(key)
-        await self._store.delete_manifest(key)
-        freed = await self._free(digests)
-        self._held.pop(key, None)
-        self._write_held()
-        log.info("%s is gone from this node; %.1f MB freed", key, freed / 1e6)
-
-    async def _blobs_of(self, key: str) -> set[str]:
-        """The blobs of the model of that name as it is on the disk; none if there is none."""
-        try:
-            manifest = describe(await self._store.read_manifest(key))
-        except StoreError:
-            return set()
-        return {blob.digest for blob in manifest.blobs}
-
-    async def _free(self, digests: set[str]) -> int:
-        """Remove those of the blobs that no model here needs; the bytes that it freed."""
-        freed = 0
-        unreferenced = await self._store.unreferenced(self._wanted_here(), grace_s=0)
-        for digest in unreferenced & digests:
-            freed += await self._store.remove_blob(digest)
-        return freed
-
-    def _wanted_here(self) -> set[str]:
-        """The digests of all blobs of models that this node holds or should hold."""
-        me = self._cluster.node_id
-        return {
-            layer.digest
-            for model in self._cluster.state.models.values()
-            if me in model.desired or me in model.confirmed
-            for layer in model.layers
-        }
-
     # Helpers.
 
     def _sites(self) -> list[Site]:
@@ -584,22 +361,6 @@ class Library:
             )
             for member in self._cluster.state.members.values()
         ]
-
-    async def _confirm(self, model: Model, *, present: bool) -> None:
-        """Say that this node holds a model, or not any more; waits out elections."""
-        command = ConfirmReplica(model.name, model.digest, self._cluster.node_id, present)
-        pause = 0.5
-        while True:
-            try:
-                outcome = await self._cluster.propose(command)
-            except ServiceError as error:
-                log.info("confirming %s: %s", model.name, error)
-                await trio.sleep(pause)
-                pause = min(10.0, 2 * pause)
-                continue
-            if not isinstance(outcome, Applied):
-                log.info("confirming %s: %s", model.name, outcome.message)
-            return
 
     async def _ask(self, node_id: NodeId, method: str, request: object, timeout_s: float) -> str:
         """Ask another node something that it answers with a text."""
@@ -616,24 +377,27 @@ class Library:
             status = {"UNKNOWN_SOURCE": 404, "INVALID_SOURCE": 400}.get(error.code, 503)
             raise ServiceError(status, error.code, error.message) from None
 
+    # What other nodes ask.
+
+    async def _on_pull(self, peer: NodeId, request: PullRequest) -> str:
+        try:
+            return await self._start_pull(request)
+        except ServiceError as error:
+            raise HandlerError(error.code, error.message) from None
+
+    async def _on_want(self, peer: NodeId, name: str) -> str:
+        try:
+            return await self._fetch_here(name)
+        except ServiceError as error:
+            raise HandlerError(error.code, error.message) from None
+
     def _on_transfers(self, peer: NodeId, _: None) -> list[Transfer]:
         return self._table.list()
 
     def _on_cancel(self, peer: NodeId, transfer_id: str) -> str:
-        try:
+        with suppress(KeyError):  # it is over and forgotten
             self._table.request_cancel(transfer_id)
-        except KeyError:
-            raise HandlerError(
-                "TRANSFER_NOT_FOUND", f"there is no transfer {transfer_id}"
-            ) from None
         return transfer_id
-
-    def _remember(self, key: str, digest: str) -> None:
-        self._held[key] = digest
-        self._write_held()
-
-    def _write_held(self) -> None:
-        write_private(self._held_path, encode(self._held))
 
 
 def _wanted(text: str) -> Wanted:
@@ -641,13 +405,6 @@ def _wanted(text: str) -> Wanted:
         return resolve_source(text)
     except SourceError as error:
         raise ServiceError(404, "UNKNOWN_SOURCE", str(error), {"source": text}) from None
-
-
-def _read_held(path: Path) -> dict[str, str]:
-    try:
-        return decode(path.read_bytes(), dict[str, str])
-    except (FileNotFoundError, MalformedMessage):
-        return {}
 
 
 def _store_failure(error: StoreError) -> ServiceError:

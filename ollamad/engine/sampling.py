@@ -46,6 +46,9 @@ def completion_body(
         "stream": True,
         "return_tokens": True,
         "cache_prompt": True,
+        # Something to write after each batch of the prompt: llama.cpp notices only by a failed
+        # write that the client has gone.
+        "return_progress": True,
         "n_predict": min(wanted, limit) if wanted > 0 else limit,
         "n_keep": chosen.num_keep,
         "seed": -1 if chosen.seed is None or chosen.seed < 0 else chosen.seed,

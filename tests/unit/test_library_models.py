@@ -11,6 +11,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from ollamad import library as library_module
+from ollamad import share as share_module
 from ollamad.api.services import ServiceError
 from ollamad.core.commands import AddJoinToken, DeleteModel, PutModel, SetDesired, SetDraining
 from ollamad.core.ids import NodeId
@@ -377,8 +378,8 @@ async def test_a_node_that_is_away_gets_its_copy_later(world: World) -> None:
 async def test_a_copy_that_fails_is_tried_again(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(library_module, "FIRST_RETRY_S", 0.05)
-    monkeypatch.setattr(library_module, "RECHECK_S", 0.05)
+    monkeypatch.setattr(share_module, "FIRST_RETRY_S", 0.05)
+    monkeypatch.setattr(share_module, "RECHECK_S", 0.05)
     await world.pulled(A)
     await world.start(B)
     node = world.nodes[B]
