@@ -106,6 +106,23 @@ def test_the_secret_never_crosses_the_wire() -> None:
     assert token_key(TOKEN.secret) != TOKEN.secret
 
 
+def test_the_macs_never_change() -> None:
+    """Nodes of other versions compute them too; purpose, binding and body are all in them."""
+    macs = [
+        decode(frame, Sealed).mac.hex()
+        for frame in (
+            FRAME,
+            seal_reply(REPLY, BODY, TOKEN.key, BINDING),
+            seal_reply(Refusal("A", "b"), BODY, TOKEN.key, BINDING),
+        )
+    ]
+    assert macs == [
+        "21091faf25918382e237428bb41110f16b4ca6158fd9c12e9fac1bce0a20e3fb",
+        "7d9d45897c1c912f394a61761fa309021ce0560135216b72250f2b9766fa6ee3",
+        "08a30b24db405d4eeb0e7311e7934ac5016d306644f5c62c4e6ee1bb526e304f",
+    ]
+
+
 def test_a_request_is_proved_by_the_key_and_the_channel() -> None:
     request, sealed = open_request(FRAME)
     assert request == REQUEST
