@@ -1,10 +1,15 @@
 """How nodes come into a cluster and leave it."""
 
+import dataclasses
+import datetime
 import threading
 import time
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from ollamad.peers.identity import self_signed
+from ollamad.wire.join import format_token, parse_token
 from tests.system.harness import Cluster, Node, free_ports, refused, wait_until
 
 
@@ -123,6 +128,29 @@ def test_a_damaged_token_is_told(
     token = damage(single.join_token())
     line = start_and_fail(cluster.new_node(), "--join", f"{token}@{single.nodes[0].p2p}")
     assert words in line
+
+
+def test_an_expired_token_is_told(cluster: Cluster, single: Cluster) -> None:
+    token = dataclasses.replace(parse_token(single.join_token()), expires_at=int(time.time()) - 1)
+    node = cluster.new_node()
+    line = start_and_fail(node, "--join", f"{format_token(token)}@{single.nodes[0].p2p}")
+    assert "expired" in line
+    assert "ollama-dist cluster token" in line
+
+
+def test_a_clock_that_breaks_certificates_is_told(cluster: Cluster) -> None:
+    node = cluster.found()
+    node.stop()
+    key = Ed25519PrivateKey.generate()
+    future = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=2)
+    certificate = node.data_dir / "identity" / "node.crt"
+    good = certificate.read_bytes()
+    certificate.write_bytes(self_signed(key, future))
+    line = start_and_fail(node)
+    assert "clock" in line
+    assert f"{future:%Y-%m-%d}" in line
+    certificate.write_bytes(good)
+    node.start()
 
 
 def test_a_token_of_another_cluster_is_told(cluster: Cluster, single: Cluster) -> None:

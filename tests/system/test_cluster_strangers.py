@@ -277,6 +277,15 @@ def closed(stream: socket.socket) -> bool:
         return True
 
 
+def test_a_stranger_that_says_nothing_is_cut_off(pair: Cluster) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connected(pair.nodes[0], port)) for port in PORTS]
+        begun = time.monotonic()
+        for stranger in silent:
+            assert len(read_all(stranger)) <= 7
+        assert time.monotonic() - begun < CLOSE_LIMIT_S
+
+
 def test_a_stranger_that_drips_is_cut_off(pair: Cluster) -> None:
     begun = time.monotonic()
     with secured(pair.nodes[0], "p2p_port") as stream:
@@ -343,14 +352,17 @@ def test_each_wrong_request_is_refused_with_its_reason(pair: Cluster) -> None:
     node = pair.nodes[0]
     token = parse_token(pair.join_token())
     right = request(token)
-    cases = {
-        "BAD_IDENTITY": msgspec.structs.replace(right, node_id=key_pair()[0]),
-        "INCOMPATIBLE_VERSION": msgspec.structs.replace(right, protocol=0),
-        "CLOCK_SKEW": msgspec.structs.replace(right, now=time.time() - 3600),
-        "BAD_TOKEN": msgspec.structs.replace(right, token_id="00" * 6),
-        "NAME_TAKEN": msgspec.structs.replace(right, name=pair.nodes[1].name),
-    }
-    for code, wrong in cases.items():
+    cases: list[tuple[str, dict[str, object]]] = [
+        ("BAD_IDENTITY", {"node_id": key_pair()[0]}),
+        ("INCOMPATIBLE_VERSION", {"protocol": 0}),
+        ("INCOMPATIBLE_VERSION", {"protocol": 99, "oldest_protocol": 98}),
+        ("CLOCK_SKEW", {"now": time.time() - 3600}),
+        ("CLOCK_SKEW", {"now": float("nan")}),
+        ("BAD_TOKEN", {"token_id": "00" * 6}),
+        ("NAME_TAKEN", {"name": pair.nodes[1].name}),
+    ]
+    for code, change in cases:
+        wrong = msgspec.structs.replace(right, **change)
         answer = exchange(node, lambda seen, w=wrong: seal_request(w, token.key, seen))
         assert refusal(answer) == code
     answer = exchange(node, lambda seen: seal_request(right, b"guessed" * 5, seen))

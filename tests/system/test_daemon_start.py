@@ -100,7 +100,7 @@ def test_a_second_signal_ends_the_daemon_at_once(cluster: Cluster) -> None:
         wait_until("the first signal is seen", lambda: "SIGTERM: stopping" in node.log())
         begun = time.monotonic()
         node.signal(signal.SIGTERM)
-        node.wait_end()
+        assert node.wait_end() == 1, "not the end of an orderly stop"
     assert time.monotonic() - begun < 2
 
 

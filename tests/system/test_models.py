@@ -294,6 +294,8 @@ def test_a_deleted_model_is_gone_from_every_node_also_from_one_that_was_down(
     refused(second.request("GET", "/models/tiny"), 404, "MODEL_NOT_FOUND")
     third.start()
     wait_until("it is gone there too", lambda: not blobs(third))
+    manifests = third.data_dir / "models" / "manifests"
+    wait_until("and its name", lambda: not list(manifests.rglob("tiny/*")))
     refused(third.request("GET", "/models/tiny"), 404, "MODEL_NOT_FOUND")
 
 
