@@ -71,6 +71,16 @@ async def world(nursery: trio.Nursery, tmp_path: Path) -> World:
     return world
 
 
+async def comes_to_hold(node: LibraryNode, digests: set[str], expected: set[str]) -> None:
+    """Wait until of those blobs exactly the expected ones are on the node's disk."""
+    with trio.fail_after(10):
+        for _ in range(2000):
+            if await node.holds(digests) == expected:
+                return
+            await trio.sleep(0.005)
+    raise AssertionError(f"{await node.holds(digests)} are there, not {expected}")
+
+
 # Bringing in.
 
 
@@ -183,8 +193,8 @@ async def test_a_pull_without_quorum_fails_and_frees_the_disk(world: World) -> N
     transfer_id = await node.library.download(REFERENCE)
     await until(world.shared, lambda: node.transfer(transfer_id).status == "failed")
     await until(world.shared, lambda: bool(node.unloaded))
-    await world.settled()
-    assert [p for p in (node.root / "models" / "blobs").iterdir() if p.is_file()] == []
+    blobs = node.root / "models" / "blobs"
+    await until(world.shared, lambda: not any(path.is_file() for path in blobs.iterdir()))
 
 
 async def test_a_model_that_came_after_all_is_not_claimed_without_its_blobs(world: World) -> None:
@@ -194,7 +204,7 @@ async def test_a_model_that_came_after_all_is_not_claimed_without_its_blobs(worl
     await world.pulled(A, B)
     model = world.models[NAME]
     world.shared.apply(DeleteModel(NAME))
-    await until(world.shared, lambda: len(node.unloaded) == 1)
+    await comes_to_hold(node, {layer.digest for layer in model.layers}, set())
     await world.settled()
     world.shared.apply(PutModel(msgspec.structs.replace(model, desired=(A,), confirmed=(A,))))
     await until(world.shared, lambda: world.confirmed() == ())
@@ -255,7 +265,7 @@ async def test_a_deleted_model_is_gone_from_every_node(world: World) -> None:
         await until(world.shared, lambda node=node: node.unloaded == [NAME])
     await world.settled()
     for node_id in (A, B):
-        assert await world.nodes[node_id].holds(digests) == set()
+        await comes_to_hold(world.nodes[node_id], digests, set())
         assert await world.nodes[node_id].store.list_manifests() == []
 
 
@@ -270,7 +280,7 @@ async def test_a_node_that_was_down_drops_what_was_deleted(world: World) -> None
     await world.start(B)
     await until(world.shared, lambda: node.unloaded == [NAME])
     await world.settled()
-    assert await node.holds(digests) == set()
+    await comes_to_hold(node, digests, set())
 
 
 async def test_a_node_that_was_down_drops_what_was_moved_away(world: World) -> None:
@@ -283,7 +293,7 @@ async def test_a_node_that_was_down_drops_what_was_moved_away(world: World) -> N
     await world.start(B)
     await until(world.shared, lambda: node.unloaded == [NAME])
     await world.settled()
-    assert await node.holds(digests) == set()
+    await comes_to_hold(node, digests, set())
 
 
 async def test_blobs_of_another_model_stay(world: World) -> None:
@@ -296,7 +306,7 @@ async def test_blobs_of_another_model_stay(world: World) -> None:
     await until(world.shared, lambda: node.unloaded == [NAME])
     await world.settled()
     mine = {layer.digest for layer in world.models["mine:latest"].layers}
-    assert await node.holds(mine | digests) == mine
+    await comes_to_hold(node, mine | digests, mine)
 
 
 async def test_a_copy_that_is_not_wanted_goes_when_the_others_have_it(world: World) -> None:
@@ -314,7 +324,7 @@ async def test_a_copy_that_is_not_wanted_goes_when_the_others_have_it(world: Wor
     await until(world.shared, lambda: world.confirmed() == (B,))
     await until(world.shared, lambda: world.nodes[A].unloaded == [NAME])
     await world.settled()
-    assert await world.nodes[A].holds(digests) == set()
+    await comes_to_hold(world.nodes[A], digests, set())
 
 
 async def test_the_blobs_of_a_replaced_model_are_freed_everywhere(world: World) -> None:
@@ -329,7 +339,7 @@ async def test_the_blobs_of_a_replaced_model_are_freed_everywhere(world: World) 
     await world.settled()
     new = {layer.digest for layer in world.models[NAME].layers}
     for node_id in (A, B):
-        assert await world.nodes[node_id].holds(old | new) == new
+        await comes_to_hold(world.nodes[node_id], old | new, new)
 
 
 async def test_a_blob_that_somebody_deleted_is_fetched_again(world: World) -> None:
