@@ -34,6 +34,7 @@ from ollamad.api.services import Services
 from ollamad.build import engine_versions
 from ollamad.cluster import Addresses, Cluster
 from ollamad.core.ids import NodeId, short
+from ollamad.core.names import node_name_of
 from ollamad.core.presence import Beat
 from ollamad.core.state import User
 from ollamad.datadir import DataDir
@@ -108,7 +109,7 @@ class Daemon:
             raft=_bound(settings.raft.listen, raft_listeners[0].socket.getsockname()[1]),
             advertise=settings.node.advertise,
         )
-        self._name = settings.node.name or socket.gethostname()
+        self._name = settings.node.name or node_name_of(socket.gethostname())
 
         self._machine = Machine()
         self._gate = Gate(identity, self._is_welcome)

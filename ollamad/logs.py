@@ -13,6 +13,11 @@ LEVELS = {
 }
 
 
+# Texts of strangers get into log lines; none of them may move the cursor of who reads them.
+_VISIBLE = dict.fromkeys((*range(32), 127, *range(128, 160)), "�")
+del _VISIBLE[ord("\n")], _VISIBLE[ord("\t")]
+
+
 class TextFormatter(logging.Formatter):
     """`12:00:00 WARNING peers.join: text`; without the time under systemd, which adds its own."""
 
@@ -24,7 +29,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         record.name = record.name.removeprefix("ollamad.")
-        return super().format(record)
+        return super().format(record).translate(_VISIBLE)
 
 
 class JsonFormatter(logging.Formatter):

@@ -162,5 +162,7 @@ def _unless_set(command_line: dict[str, Any], config_dir: Path | None) -> dict[s
 
 
 def _fail(message: str, code: int) -> Any:
-    typer.echo(f"ollamad: {message}", err=True)
+    # A refusal may come from a stranger; it must not move the cursor of who reads it.
+    shown = "".join(c if c.isprintable() else " " for c in message)
+    typer.echo(f"ollamad: {shown}", err=True)
     raise typer.Exit(code)

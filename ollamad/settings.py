@@ -19,6 +19,8 @@ from typing import Any
 import msgspec
 import yaml
 
+from ollamad.core.names import check_node_name
+
 MIN_SECRET_BYTES = 32  # RFC 7518: an HS256 key is at least as long as its hash
 MIN_TOKEN_TTL_S, MAX_TOKEN_TTL_S = 900.0, 3600.0  # short, since a stolen token works so long
 
@@ -354,6 +356,11 @@ def _at_least(least: int) -> Any:
     return check
 
 
+def _check_node_name(value: str) -> None:
+    if value:
+        check_node_name(value)
+
+
 def _check_secret(value: str) -> None:
     if value and len(value.encode()) < MIN_SECRET_BYTES:
         raise ValueError(f"it must have at least {MIN_SECRET_BYTES} bytes")
@@ -377,6 +384,7 @@ _CHECKS: dict[str, Any] = {
     "engine.max_queue": _at_least(0),
     "engine.context_length": _at_least(8),
     "models.replicas": _at_least(1),
+    "node.name": _check_node_name,
     "log.level": _one_of("debug", "info", "warning", "error"),
     "log.format": _one_of("text", "json"),
 }

@@ -11,7 +11,7 @@ import dataclasses
 import msgspec
 
 from ollamad.core.ids import NodeId, short
-from ollamad.core.names import InvalidName, parse_name
+from ollamad.core.names import InvalidName, check_node_name, parse_name
 from ollamad.core.state import (
     RECENT_COMMANDS,
     ROLES,
@@ -245,6 +245,8 @@ def _admit(state: ClusterState, member: Member, token_id: str, now: float) -> Ou
     token = state.join_tokens.get(token_id)
     if token is None or token.expires_at < now:
         return Rejected("TOKEN_EXPIRED", "the join token is unknown or expired; make a new one")
+    if (problem := _name_problem(member.name)) is not None:
+        return problem
     twin = next((m for m in state.members.values() if m.name == member.name), None)
     if twin is not None and twin.id != member.id:
         return Rejected(
@@ -265,6 +267,8 @@ def _update_member(state: ClusterState, command: UpdateMember) -> Outcome:
     if member is None:
         return _unknown_node(command.id)
     name = command.name
+    if (problem := _name_problem(name)) is not None:
+        return problem
     if any(m.name == name and m.id != command.id for m in state.members.values()):
         name = member.name  # somebody else took the new name; keep the old one
     state.members[command.id] = msgspec.structs.replace(
@@ -338,6 +342,14 @@ def _confirm(state: ClusterState, command: ConfirmReplica) -> Outcome:
 
 def _replace_model(state: ClusterState, model: Model) -> None:
     state.models[parse_name(model.name).key] = model
+
+
+def _name_problem(name: str) -> Rejected | None:
+    try:
+        check_node_name(name)
+    except ValueError as error:
+        return Rejected("INVALID_NAME", str(error))
+    return None
 
 
 def _unknown_node(node_id: NodeId) -> Rejected:

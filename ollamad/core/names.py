@@ -15,6 +15,9 @@ _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(:[0-9]{1,5})?")
 
 
+_NODE_NAME = re.compile(r"(?!Qm)[A-Za-z0-9][A-Za-z0-9._\-]{0,62}")
+
+
 class InvalidName(ValueError):
     """The text is not a model name; the message says which part is wrong."""
 
@@ -76,6 +79,25 @@ def parse_name(text: str) -> ModelName:
                 f"{MAX_PART_LENGTH} letters, digits, '_', '-' and '.', not starting with a dot"
             )
     return name
+
+
+def check_node_name(name: str) -> None:
+    """Whether a node may be called that: as a host, and not like the beginning of an id.
+
+    Raises:
+      ValueError: it may not.
+    """
+    if not _NODE_NAME.fullmatch(name):
+        raise ValueError(
+            "a node's name has 1 to 63 letters, digits, '.', '_' and '-', begins with a letter "
+            "or digit, and not with Qm as ids do"
+        )
+
+
+def node_name_of(host: str) -> str:
+    """The nearest allowed name for a host's name."""
+    name = re.sub(r"[^A-Za-z0-9._\-]", "-", host)[:63].lstrip("._-")
+    return name if _NODE_NAME.fullmatch(name) else f"node-{name}"[:63]
 
 
 def nearest(text: str, known: Iterable[str], limit: int = 3) -> list[str]:

@@ -145,8 +145,8 @@ class Engine:
         resident = await self._pool.acquire(spec, config, keep_alive_s)
         try:
             yield resident
-        except RunnerGone:
-            raise InferenceError(await resident.runner.died()) from None
+        except RunnerGone as lost:
+            raise InferenceError(await resident.runner.died(lost)) from None
         except RunnerRefused as refusal:
             raise _translated(refusal) from None
         finally:

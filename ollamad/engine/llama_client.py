@@ -61,6 +61,13 @@ class Timings(msgspec.Struct, gc=False):
     predicted_ms: float = 0.0
 
 
+class Progress(msgspec.Struct, gc=False):
+    """How far the evaluation of a prompt is, in tokens."""
+
+    total: int = 0
+    processed: int = 0
+
+
 class CompletionEvent(msgspec.Struct):
     """One line of a streamed `/completion`; the one with `stop` is the last."""
 
@@ -72,6 +79,7 @@ class CompletionEvent(msgspec.Struct):
     stop_type: str = ""  # eos, limit or word
     timings: Timings | None = None
     error: ErrorBody | None = None
+    prompt_progress: Progress | None = None  # then the rest says nothing
 
 
 class _Tokens(msgspec.Struct):
@@ -261,7 +269,8 @@ class CompletionStream:
                 raise RunnerGone(f"the runner sent what is no event: {error}") from error
             if event.error is not None:
                 raise RunnerRefused(event.error.code, event.error)
-            return event
+            if event.prompt_progress is None:
+                return event
 
     def close(self) -> None:
         """Close the connection; the runner stops a generation that is not over."""

@@ -51,6 +51,7 @@ class Runner:
         self._socket_path = socket_path
         self._load_timeout_s = load_timeout_s
         self._asked_to_stop = False
+        self._ended_by_us = False
         self._over = trio.Event()  # asked to stop, or ended by itself
         self._output_read = trio.Event()
         self._output: collections.deque[str] = collections.deque(maxlen=LOG_LINES)
@@ -102,11 +103,12 @@ class Runner:
         finally:
             await self._end(process)
 
-    async def died(self) -> Failed:
+    async def died(self, lost: RunnerGone) -> Failed:
         """What a request hears that lost its connection; waits a moment for the reason."""
         with trio.move_on_after(END_S):
             await self._over.wait()
-        return self._failure("RUNNER_DIED", "stopped in the middle", self.describe_end())
+        reason = self.describe_end() if self.over else str(lost)
+        return self._failure("RUNNER_DIED", "stopped in the middle", reason)
 
     def anonymous_bytes(self) -> int:
         """Bytes of memory that come free when the process ends; a mapped file is not among them."""
@@ -122,8 +124,8 @@ class Runner:
     def describe_end(self) -> str:
         """Why the process ended, as far as it is known, in words for people."""
         status = None if self._process is None else self._process.returncode
-        if status is None:
-            return "it closed the connection"
+        if status is None or self._ended_by_us:
+            return "it was told to stop"
         if status == -signal.SIGKILL:
             return "it was killed, as the system does when memory runs out"
         if status < 0:
@@ -177,6 +179,7 @@ class Runner:
 
     async def _end(self, process: trio.Process) -> None:
         """Kill the process: it holds nothing that would want a farewell."""
+        self._ended_by_us = process.returncode is None
         self._over.set()
         self.client.close()
         with trio.move_on_after(END_S, shield=True):

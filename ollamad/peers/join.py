@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from ollamad.core.ids import NodeId, node_id_of, short
+from ollamad.core.ids import NodeId, is_node_id, node_id_of, short
+from ollamad.core.names import check_node_name
 from ollamad.core.ratelimit import RateLimit
 from ollamad.core.state import JoinToken
 from ollamad.peers.identity import IdentityError, certificate_der, peer_certificate
@@ -93,7 +94,8 @@ class Sponsor:
             answer = await self._admit(request, address)
             log.info("join: %s (%s) is in", short(request.node_id), address)
         except JoinRefused as refused:
-            log.warning("join: refused %s at %s: %s", short(request.node_id), address, refused)
+            who = short(request.node_id) if is_node_id(request.node_id) else "somebody"
+            log.warning("join: refused %s at %s: %s", who, address, refused)
             answer = Refusal(refused.code, str(refused))
         await _write_frame(stream, seal_reply(answer, sealed.body, key, binding))
 
@@ -108,6 +110,10 @@ def _check(request: JoinRequest) -> None:
             f"{request.protocol}), this cluster speaks protocol {OLDEST_PROTOCOL} to {PROTOCOL}; "
             "install the cluster's version",
         )
+    try:
+        check_node_name(request.name)
+    except ValueError as error:
+        raise JoinRefused("INVALID_NAME", f"{error}; set NODE_ID") from None
     skew = request.now - time.time()
     if not abs(skew) <= MAX_CLOCK_SKEW_S:  # so written, NaN is refused too
         raise JoinRefused(

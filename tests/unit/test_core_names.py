@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollamad.core.names import MAX_PART_LENGTH, InvalidName, ModelName, nearest, parse_name
+from ollamad.core.names import (
+    MAX_PART_LENGTH,
+    InvalidName,
+    ModelName,
+    check_node_name,
+    nearest,
+    node_name_of,
+    parse_name,
+)
 
 
 @pytest.mark.parametrize(
@@ -125,3 +133,22 @@ def test_the_nearest_names_come_first(typed: str, known: list[str], expected: li
 
 def test_no_more_names_than_asked_for() -> None:
     assert len(nearest("x", [f"x:{i}" for i in range(9)])) == 3
+
+
+@pytest.mark.parametrize("name", ["a", "node-1", "n.example.org", "x" * 63, "9_9"])
+def test_names_of_nodes(name: str) -> None:
+    check_node_name(name)
+    assert node_name_of(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", "x" * 64, "a b", "a/b", "a\n", "\x1b[2J", "-a", ".a", "Qmabcdef", "näme", "a\0"]
+)
+def test_names_that_no_node_may_have(name: str) -> None:
+    with pytest.raises(ValueError, match="a node's name"):
+        check_node_name(name)
+
+
+@given(st.text())
+def test_every_host_name_gives_a_node_name(host: str) -> None:
+    check_node_name(node_name_of(host))

@@ -290,3 +290,9 @@ def test_seeds_are_read_or_empty(tmp_path: Path) -> None:
     assert read_seeds(path) == seeds
     path.write_bytes(b"\xff damaged")
     assert read_seeds(path) == Seeds()
+
+
+def test_a_log_line_cannot_move_the_cursor() -> None:
+    record = logging.LogRecord("ollamad.x", logging.INFO, "", 0, "evil \x1b[2J\r\x9b", None, None)
+    shown = logs.TextFormatter(with_time=False).format(record)
+    assert shown == "INFO    x: evil \ufffd[2J\ufffd\ufffd"
