@@ -11,6 +11,8 @@ from ollamad.engine.llama_client import LlamaClient, RunnerGone, RunnerRefused
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 FIRST = b'data: {"content":"a","tokens":[5],"tokens_predicted":1}\n\n'
+# Its token is none: llama.cpp sends a default value.
+PROGRESS = b'data: {"content":"","tokens":[0],"prompt_progress":{"total":9,"processed":5}}\n\n'
 LAST = b'data: {"stop":true,"stop_type":"limit"}\n\n'
 DEADLINE_S = 10
 
@@ -54,7 +56,8 @@ def answering(data: bytes, byte_by_byte: bool = False) -> Handler:
 async def test_a_stream_in_any_cut(tmp_path: Path, byte_by_byte: bool):
     both = FIRST + LAST
     cut = 20
-    data = HEAD + chunk(b": still here\n\n") + chunk(both[:cut], b";x=1") + chunk(both[cut:])
+    data = HEAD + chunk(b": still here\n\n") + chunk(PROGRESS)
+    data += chunk(both[:cut], b";x=1") + chunk(both[cut:])
     async with client_of(tmp_path, answering(data, byte_by_byte)) as client:
         stream = await client.open_completion(b"{}")
         first = await stream.receive()

@@ -21,7 +21,13 @@ from ollamad.core.inference import (
 )
 from ollamad.engine.engine import Engine
 from ollamad.engine.spec import EngineSettings, ModelSpec
-from tests.fakes.runner_engines import FAKE_RUNNER, events_of, fake_model, running_engine
+from tests.fakes.runner_engines import (
+    FAKE_RUNNER,
+    PLENTY,
+    events_of,
+    fake_model,
+    running_engine,
+)
 
 DEADLINE_S = 20
 ROOM_FOR_ONE = 700 << 20  # bytes; a fake model is taken for 450 MiB
@@ -296,6 +302,23 @@ async def test_a_killed_runner_is_noticed_and_comes_back(tmp_path: Path):
         assert isinstance(
             (await events_of(engine, spec, GenerateRequest(spec.name, "hi")))[0], Chunk
         )
+
+
+async def test_the_engines_end_is_no_crash(tmp_path: Path):
+    spec = fake_model(tmp_path)
+    engine = Engine(
+        EngineSettings(runtime_dir=tmp_path, runner_command=FAKE_RUNNER), lambda: PLENTY
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(engine.run)
+        with trio.CancelScope(shield=True):
+            async with engine.generate(spec, GenerateRequest(spec.name, "endless")) as events:
+                await events.receive()
+                nursery.cancel_scope.cancel()
+                with trio.fail_after(DEADLINE_S):
+                    *_, last = [event async for event in events]
+    assert isinstance(last, Failed)
+    assert "it was told to stop" in last.message
 
 
 async def test_crashes_in_a_row_delay_the_restart(

@@ -36,6 +36,7 @@ def test_ollamas_defaults():
         "stream": True,
         "return_tokens": True,
         "cache_prompt": True,
+        "return_progress": True,
         "n_predict": 1000,
         "n_keep": 4,
         "seed": -1,
