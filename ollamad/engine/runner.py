@@ -79,9 +79,6 @@ def run_runner(argv: Sequence[str]) -> int:
         server = xllamacpp.Server(params)
     except RuntimeError:
         return 1  # llama.cpp has said why
-    # The server took the signals over in its constructor.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Event().wait()
     del server
     return 0

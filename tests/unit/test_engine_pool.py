@@ -169,6 +169,19 @@ async def test_the_longest_unused_model_makes_room(tmp_path: Path):
         assert len(runner_pids()) == 2
 
 
+async def test_an_idle_model_leaves_rather_than_a_busy_one_unused_for_longer(tmp_path: Path):
+    a, b, c = (fake_model(tmp_path, name) for name in "abc")
+    async with (
+        running_engine(tmp_path / "run", max_loaded_models=2) as engine,
+        engine.generate(a, GenerateRequest("a", "endless")) as events,
+    ):
+        await events.receive()
+        await engine.load(b)
+        with trio.fail_after(DEADLINE_S):
+            await engine.load(c)
+        assert names(engine) == ["a", "c"]
+
+
 async def test_memory_makes_a_model_leave(tmp_path: Path):
     a, b = (fake_model(tmp_path, name) for name in "ab")
     async with running_engine(tmp_path / "run", lambda: ROOM_FOR_ONE) as engine:
@@ -234,6 +247,23 @@ async def test_another_context_length_reloads(tmp_path: Path):
         assert engine.loaded()[0].context_length == 64
         assert len(runner_pids()) == 1
         assert runner_pids() != first
+
+
+async def test_giving_up_on_a_reload_leaves_the_model_as_it_was(tmp_path: Path):
+    spec = fake_model(tmp_path)
+    async with (
+        running_engine(tmp_path / "run") as engine,
+        engine.generate(spec, GenerateRequest(spec.name, "endless")) as events,
+    ):
+        await events.receive()
+        before = runner_pids()
+        with trio.move_on_after(0.05) as scope:
+            await engine.load(spec, Options(num_ctx=64))
+        assert scope.cancelled_caught
+        assert isinstance(await events.receive(), Chunk)
+        with trio.fail_after(DEADLINE_S):
+            await engine.load(spec)
+        assert runner_pids() == before
 
 
 async def test_a_new_digest_reloads(tmp_path: Path):
