@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any
 
 import pytest
-from ollama_dist.main import app
 from typer.testing import CliRunner, Result
 
+from ollama_dist.main import app
 from tests.fakes.fake_api import FakeApi
 
 WAIT_S = 30.0  # for a process on a busy machine

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ollama_dist import credentials
 from ollama_dist.address import parse_address
 from ollama_dist.client import Api
 from ollama_dist.client import path as url_path
 from ollama_dist.credentials import Login
-
 from tests.fakes import cli_fixtures
 from tests.fakes.cli_fixtures import Cli
 from tests.fakes.fake_api import FakeApi, error

@@ -4,6 +4,8 @@ import io
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from rich.console import Console
+
 from ollama_dist.address import parse_address
 from ollama_dist.client import path
 from ollama_dist.commands.inference import parse_options
@@ -21,7 +23,6 @@ from ollama_dist.text import (
     size,
     until,
 )
-from rich.console import Console
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
