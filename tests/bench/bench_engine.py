@@ -33,10 +33,10 @@ def prompt_of(marker: int) -> str:
     return " ".join(str(1000 * marker + number) for number in range(1, COUNTED + 1))
 
 
-def bare_stream(path: str, prompt: str, result: list[tuple[float, float]]) -> None:
-    """One completion with the leanest client; appends (seconds to first token, seconds in all)."""
+def bare_body(prompt: str) -> dict[str, object]:
+    """What the runner is asked when nothing is in between."""
     # The same sampling as the engine's: greedy, and none of llama.cpp's other filters.
-    body = {
+    return {
         "prompt": prompt,
         "stream": True,
         "return_tokens": True,
@@ -47,7 +47,11 @@ def bare_stream(path: str, prompt: str, result: list[tuple[float, float]]) -> No
         "min_p": 0,
         "repeat_penalty": 1.0,
     }
-    data = json.dumps(body).encode()
+
+
+def bare_stream(path: str, prompt: str, result: list[tuple[float, float]]) -> None:
+    """One completion with the leanest client; appends (seconds to first token, seconds in all)."""
+    data = json.dumps(bare_body(prompt)).encode()
     head = f"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.bench.bench_engine import TOKENS, prompt_of
+from tests.bench.bench_engine import TOKENS, bare_body, prompt_of
 from tests.conftest import smollm2_file
 from tests.system.harness import Cluster, Node
 
@@ -38,20 +38,9 @@ def over_runner(path: str) -> Ask:
     """Asks llama.cpp's server itself."""
 
     def ask(prompt: str) -> Result:
-        body = {
-            "prompt": prompt,
-            "stream": True,
-            "return_tokens": True,
-            "n_predict": TOKENS,
-            "temperature": 0,
-            "top_k": 40,
-            "top_p": 0.9,
-            "min_p": 0,
-            "repeat_penalty": 1.0,
-        }
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(path)
-            return timed(connection, "/completion", {}, body, b'"stop":true')
+            return timed(connection, "/completion", {}, bare_body(prompt), b'"stop":true')
 
     return ask
 
