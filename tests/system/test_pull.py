@@ -67,11 +67,14 @@ def test_the_catalogue_brings_a_model_to_two_nodes(two: Cluster) -> None:
     # A pulled model is on two nodes; the second has it from the first, not from the index.
     two.wait_replicas("smollm2:135m", two.nodes)
     options = {"temperature": 0, "num_predict": 6, "num_thread": 1}
-    for node in two.nodes:
+    for holder, other in ((first, second), (second, first)):
+        other.post(f"/nodes/{other.id}/drain")
+        wait_until("it drains", lambda h=holder, o=other: h.node(o)["draining"])
         asked = {"model": "smollm2:135m", "prompt": "The capital of France is", "raw": True}
-        answer = node.answer("/generate", options=options, **asked)
+        answer = other.answer("/generate", options=options, **asked)
         assert "Paris" in ok(answer)["response"]
-        assert answer.headers["X-Ollamad-Node"] == node.id
+        assert answer.headers["X-Ollamad-Node"] == holder.id
+        other.post(f"/nodes/{other.id}/undrain")
 
 
 def test_the_index_is_asked_once_for_the_whole_cluster(two: Cluster, index: PackageIndex) -> None:
