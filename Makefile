@@ -27,7 +27,7 @@ unit: $(STAMP) ## without real daemons
 	$(BIN)/pytest -q -n $(WORKERS) tests/unit tests/test_imports.py
 
 system: $(STAMP) ## real daemons, the real model
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup tests/system
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile tests/system
 
 bench: $(STAMP) ## measure; prints ratios of things measured in the same run
 	@$(BIN)/python -m tests.bench
