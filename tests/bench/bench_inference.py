@@ -25,7 +25,7 @@ from tests.bench.bench_engine import TOKENS, bare_body, prompt_of
 from tests.conftest import smollm2_file
 from tests.system.harness import Cluster, Node
 
-ROUNDS = 3
+ROUNDS = 5
 STREAM_COUNTS = (1, 4)
 GOALS = {"local": 0.97, "forwarded": 0.94}
 RSS_GOAL_MB = 120
