@@ -70,8 +70,9 @@ class _OnDemand:
 
 
 class ApiInference:
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, engine: Engine) -> None:
         self._dispatcher = dispatcher
+        self._engine = engine
 
     @asynccontextmanager
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Generation]:
@@ -82,7 +83,7 @@ class ApiInference:
         return Embedded(*await self._dispatcher.embed(request))
 
     def queued(self) -> int:
-        return 0
+        return sum(model.queued for model in self._engine.loaded())
 
 
 class ApiHost:

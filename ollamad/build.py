@@ -1,7 +1,8 @@
-"""Which version this is, from which commit, and with which engines."""
+"""Which version this is, from which commit, for which platform, and with which engines."""
 
 import importlib
 import importlib.metadata
+import platform
 from dataclasses import dataclass
 
 import ollamad
@@ -23,6 +24,12 @@ def build_info() -> BuildInfo:
     except ModuleNotFoundError:
         return BuildInfo(ollamad.__version__, UNKNOWN, UNKNOWN)
     return BuildInfo(ollamad.__version__, built.BUILD_TIME, built.GIT_COMMIT)
+
+
+def platform_name() -> str:
+    """The platform in the form of Go's GOOS/GOARCH, as the API shows it."""
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+    return f"{platform.system().lower()}/{machine}"
 
 
 def engine_versions() -> dict[str, str]:

@@ -31,7 +31,7 @@ from ollamad.api.auth import AuthSettings, hash_password, mint_local_token
 from ollamad.api.calls import ApiSettings
 from ollamad.api.serve import CannotListen, open_listeners, serve_api
 from ollamad.api.services import Services
-from ollamad.build import engine_versions
+from ollamad.build import build_info, engine_versions, platform_name
 from ollamad.cluster import Addresses, Cluster
 from ollamad.core.ids import NodeId, short
 from ollamad.core.names import node_name_of
@@ -378,11 +378,15 @@ class Daemon:
         self, *, task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED
     ) -> None:
         auth = self._auth_settings()
+        info = build_info()
         services = Services(
             cluster=self._cluster,
             library=self._library,
-            inference=ApiInference(self._dispatcher),
+            inference=ApiInference(self._dispatcher, self._engine),
             host=ApiHost(self._host),
+            build_time=info.build_time,
+            git_commit=info.git_commit,
+            platform=platform_name(),
             engine_versions=engine_versions(),
             p2p_port=self._addresses.p2p[1],
         )

@@ -1,7 +1,6 @@
 """What this host has and how busy it is: psutil, and NVML where there is an NVIDIA GPU."""
 
 import logging
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -102,12 +101,6 @@ class HostMonitor:
         except nvml.NVMLError as error:  # a GPU that falls off the bus must not end the daemon
             log.warning("NVML: %s", error)
         return tuple(gpus)
-
-
-def platform_name() -> str:
-    """The platform in the form of Go's GOOS/GOARCH, as the API shows it."""
-    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
-    return f"{platform.system().lower()}/{machine}"
 
 
 def _open_nvml() -> Any | None:

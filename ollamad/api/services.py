@@ -209,7 +209,7 @@ class Inference(Protocol):
     async def embed(self, request: EmbedRequest) -> Embedded: ...
 
     def queued(self) -> int:
-        """Requests that this node accepted and that no runner works on yet."""
+        """Requests that wait for a slot of one of this node's runners."""
         ...
 
 
@@ -229,6 +229,9 @@ class Services:
     library: Library
     inference: Inference
     host: HostUsage
+    build_time: str = "unknown"  # RFC 3339
+    git_commit: str = "unknown"
+    platform: str = "unknown"  # such as linux/amd64
     engine_versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # Told by `/version`, so that a member can find a node that waits to be let in.
     p2p_port: int = 0

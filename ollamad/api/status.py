@@ -1,7 +1,6 @@
 """Handlers: health, version, the cluster and its members' coming and going, metrics."""
 
 import platform
-import sys
 
 import ollamad
 from ollamad.api.asgi import Reply
@@ -11,15 +10,6 @@ from ollamad.api.services import Cluster, NoQuorum, ServiceError
 from ollamad.core.ids import NodeId, is_node_id
 
 API_VERSION = "v1"
-_MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64"}  # as Go names them
-
-try:
-    from ollamad._build import (  # type: ignore[import-not-found, unused-ignore]
-        BUILD_TIME,
-        GIT_COMMIT,
-    )
-except ImportError:  # no wheel was built
-    BUILD_TIME = GIT_COMMIT = "unknown"
 
 
 async def root(call: Call) -> Reply:
@@ -41,14 +31,13 @@ async def health(call: Call) -> Reply:
 
 
 async def version(call: Call) -> Reply:
-    machine = platform.machine()
     return reply(
         {
             "version": ollamad.__version__,
-            "build_time": BUILD_TIME,
-            "git_commit": GIT_COMMIT,
+            "build_time": call.services.build_time,
+            "git_commit": call.services.git_commit,
             "go_version": "",
-            "platform": f"{sys.platform}/{_MACHINES.get(machine, machine)}",
+            "platform": call.services.platform,
             "api_version": API_VERSION,
             "python_version": platform.python_version(),
             "engine_versions": dict(call.services.engine_versions),

@@ -5,8 +5,10 @@ import json
 import time
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
+import ollamad
 from tests.system.conftest import open_cluster
 from tests.system.harness import Cluster, Node, ok, refused
 
@@ -148,3 +150,13 @@ def test_a_secret_of_ones_own_signs_the_tokens(cluster: Cluster) -> None:
     node.restart()
     assert who(node, tokens["access"]) == 401
     assert who(node, login(node)["access"]) == 200
+
+
+def test_anybody_may_ask_for_the_version(two: Cluster) -> None:
+    node = two.asked
+    answer = httpx.get(f"{node.url}/api/v1/version", headers={"X-Forwarded-For": "192.0.2.1"})
+    version = ok(answer)
+    assert version["version"] == ollamad.__version__
+    assert version["platform"].startswith("linux/")
+    assert version["p2p_port"] == int(node.p2p.rpartition(":")[2])
+    assert set(version["engine_versions"]) == {"xllamacpp"}

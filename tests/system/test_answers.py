@@ -356,6 +356,27 @@ def test_a_killed_holder_is_told_in_band_and_the_next_answer_comes(three: Cluste
     assert answer.headers["X-Ollamad-Node"] != serving.id
 
 
+def test_waiting_requests_are_counted(three: Cluster) -> None:
+    first, second, _ = three.nodes
+    first.post(f"/nodes/{second.id}/drain")  # everything goes to the first node, which has 2 slots
+    wait_until("the drain is known", lambda: first.node(second)["draining"])
+
+    def queued() -> int:
+        return int(first.get("/metrics")["scheduler_stats"]["queued_requests"])
+
+    asked = {"model": MODEL, "prompt": "Tell me a story", "options": LONG}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with first.stream("/generate", **asked) as one, first.stream("/generate", **asked) as two:
+            one.next()
+            two.next()
+            assert queued() == 0
+            third = pool.submit(first.answer, "/generate", model=MODEL, prompt="Hi", options=SHORT)
+            wait_until("the third request waits", lambda: queued() == 1)
+            assert not third.done()
+        ok(third.result())
+    assert queued() == 0
+
+
 @pytest.mark.parametrize("index", [0, 2], ids=["local", "forwarded"])
 def test_a_killed_runner_is_told_in_band_and_the_next_answer_comes(
     three: Cluster, index: int

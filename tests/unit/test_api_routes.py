@@ -70,7 +70,9 @@ async def test_version_says_what_it_knows() -> None:
     version = (await ApiClient(role=None).call("GET", "/version")).json
     assert version["go_version"] == ""
     assert version["engine_versions"] == {"llama.cpp": "b1"}
-    assert version["platform"].startswith("linux/")
+    assert version["platform"] == "linux/amd64"
+    assert version["build_time"] == "2024-01-15T10:00:00Z"
+    assert version["git_commit"] == "abc123def456"
 
 
 async def test_cluster_status_counts_who_is_there() -> None:

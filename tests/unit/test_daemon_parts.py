@@ -19,7 +19,7 @@ from ollamad.core.ids import NodeId
 from ollamad.core.presence import Usage
 from ollamad.datadir import DataDir, DataDirError
 from ollamad.errors import StartError
-from ollamad.host import HostMonitor, platform_name
+from ollamad.host import HostMonitor
 from ollamad.peers.identity import certificate_der, make_ca, write_private
 from ollamad.settings import NodeSettings, Settings
 from ollamad.wire.codec import encode
@@ -186,10 +186,16 @@ def test_gpus_are_read_and_may_fall_off_the_bus(
     assert isinstance(monitor.usage, Usage)
 
 
-def test_the_platform_has_gos_form() -> None:
-    system, _, machine = platform_name().partition("/")
-    assert system == "linux"
-    assert machine in ("amd64", "arm64") or machine
+@pytest.mark.parametrize(
+    ("machine", "shown"),
+    [("x86_64", "linux/amd64"), ("aarch64", "linux/arm64"), ("riscv64", "linux/riscv64")],
+)
+def test_the_platform_has_gos_form(
+    machine: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    assert build.platform_name() == shown
 
 
 def test_a_build_says_what_it_is() -> None:
