@@ -17,10 +17,12 @@ from ollamad.core.ids import NodeId, short
 from ollamad.raft.errors import JournalFailed, SafetyViolation
 from ollamad.raft.journal import Blob, Journal, unpack_snapshot
 from ollamad.raft.private import CANDIDATE, LEADER, Core, Timing
+from ollamad.raft.reads import Reads
 from ollamad.raft.transport import FencedTransport
 from ollamad.wire.raftwire import (
     Ack,
     Append,
+    AskRead,
     Forward,
     Install,
     MalformedMessage,
@@ -29,6 +31,9 @@ from ollamad.wire.raftwire import (
     Placed,
     PreVote,
     PreVoteRequest,
+    ReadAt,
+    ReadProbe,
+    ReadProof,
     TakeOver,
     Vote,
     VoteRequest,
@@ -122,6 +127,7 @@ class Fence:
         self_id: NodeId,
         machine: Machine,
         timing: Timing,
+        reads: Reads,
     ) -> None:
         self._core = core
         self._journal = core.journal
@@ -129,6 +135,7 @@ class Fence:
         self._self_id = self_id
         self._machine = machine
         self._timing = timing
+        self._reads = reads
         self._leader_heard = float("-inf")
         self._votes: tuple[int, set[NodeId]] = (0, set())  # term, who voted for us in it
         self._pre_votes: tuple[int, set[NodeId]] | None = None  # proposed term, who would
@@ -186,6 +193,17 @@ class Fence:
                 )
             case Placed():
                 self._on_placed(sender, message)
+            case ReadProbe():
+                if self._from_leader(sender, message.term):
+                    if message.term > core.term():
+                        core.step_down(message.term)
+                    self._reads.on_probe(sender, message)
+            case ReadProof():
+                self._reads.on_proof(sender, message)
+            case AskRead():
+                self._reads.on_ask(sender, message)
+            case ReadAt():
+                self._reads.on_answer(message)
 
     def _from_leader(self, sender: NodeId, term: int) -> bool:
         core = self._core
@@ -385,6 +403,16 @@ class Fence:
             heard = {v for v in self._journal.voters if core.last_heard(v) > since}
             return self._is_majority(heard | {self._self_id})
         return core.leader_id() is not None and self._leader_heard > since
+
+    def silence_s(self) -> float:
+        """Seconds since this node was in touch with its leader, or, as one, with a majority."""
+        core = self._core
+        if core.state() != LEADER:
+            return core.clock() - self._leader_heard
+        others = self._journal.voters - {self._self_id}
+        heard = sorted((core.last_heard(voter) for voter in others), reverse=True)
+        needed = len(self._journal.voters) // 2
+        return core.clock() - heard[needed - 1] if needed else 0.0
 
     def may_change_voters(self, voters: frozenset[NodeId]) -> bool:
         """Whether this leader may put that membership entry into its log now."""

@@ -28,6 +28,7 @@ from ollamad.raft.errors import (
 from ollamad.raft.fence import Fence
 from ollamad.raft.journal import COMPACTION_TAIL, Journal, Store, unpack_snapshot
 from ollamad.raft.private import LEADER, Core, Timing
+from ollamad.raft.reads import NOT_NOW, Reads
 from ollamad.raft.transport import FencedTransport
 from ollamad.wire.raftwire import (
     MAX_COMMAND_SIZE,
@@ -38,6 +39,9 @@ from ollamad.wire.raftwire import (
     Install,
     MalformedMessage,
     Message,
+    ReadAt,
+    ReadProbe,
+    ReadProof,
     decode,
     encode,
     encode_voters,
@@ -136,6 +140,8 @@ class RaftNode:
         self._wake = trio.Event()  # for the tick loop
         self._dirty = trio.Event()  # for the sync loop
         self._changed = trio.Event()  # replaced at each change of the status
+        self._progress = trio.Event()  # replaced whenever more entries are applied
+        self._progressed_to = 0
         self._status = RaftStatus(None, False, 0, frozenset())
         self._announced = (0, 0)  # last index and commit index that the followers were sent
 
@@ -154,8 +160,10 @@ class RaftNode:
         journal = Journal(stored)
         transport = FencedTransport(journal, lambda to, message: self._send(to, encode(message)))
         core = Core(self.id, journal, transport, self, self._timing, self._clock, self._rng)
-        fence = Fence(core, transport, self.id, self._machine, self._timing)
+        reads = Reads(core, transport, self.id, self._rng)
+        fence = Fence(core, transport, self.id, self._machine, self._timing, reads)
         self._core, self._fence, self._journal, self._transport = core, fence, journal, transport
+        self._reads = reads
         self._is_open = True
         if journal.snapshot_blob is not None:
             snapshot = unpack_snapshot(journal.snapshot_blob)
@@ -234,6 +242,7 @@ class RaftNode:
             return
         if journal.generation != generation:
             self._dirty.set()
+        self._note_progress()
         after = (core.state(), core.term(), core.leader_id(), core.election_deadline())
         if self._calls_for_tick(message) or before[:3] != after[:3] or after[3] < before[3]:
             self._wake.set()
@@ -246,6 +255,8 @@ class RaftNode:
                 return core.commit_index() > core.applied_index() or bool(self._new_voters())
             case Ack(_, next_index, success, reset):
                 return reset or (success and next_index - 1 > core.commit_index())
+            case ReadAt() | ReadProbe() | ReadProof():
+                return False
             case _:
                 return True
 
@@ -291,6 +302,20 @@ class RaftNode:
         return self._is_open and self._fence.has_quorum()
 
     @property
+    def silence_s(self) -> float:
+        """How old the local state may be: seconds since the leader (or a majority) was heard.
+
+        The state includes all that was acknowledged before that moment, but for what is on its
+        way; infinite before the first contact.
+        """
+        return self._fence.silence_s() if self._is_open else math.inf
+
+    @property
+    def commit_index(self) -> int:
+        """Index of the last entry that this node knows to be committed."""
+        return self._core.commit_index()
+
+    @property
     def applied_index(self) -> int:
         """Index of the last entry that the state machine includes."""
         return self._core.applied_index()
@@ -330,6 +355,45 @@ class RaftNode:
             raise result
         assert isinstance(result, bytes)
         return result
+
+    async def read_barrier(self, timeout_s: float) -> int:
+        """Wait until the local state includes all that was acknowledged before this call.
+
+        A read of the state machine that follows without an await between is linearizable.
+
+        Returns:
+          The index that was waited for.
+
+        Raises:
+          NoQuorum: no leader with a majority confirmed an index in time.
+          NodeFailed: this node has stopped.
+        """
+        with trio.move_on_after(max(0.0, timeout_s)):
+            while True:
+                while self.leader is None and self._failure is None:
+                    await self._changed.wait()
+                index = await self._read_index()
+                while self.applied_index < index and self._failure is None:
+                    await self._progress.wait()
+                if self._failure is not None:
+                    raise self._failure
+                if index != NOT_NOW:
+                    return index
+                await trio.sleep(self._rng.uniform(RETRY_MIN_S, RETRY_MAX_S))
+        raise NoQuorum(f"no leader with a majority confirmed a read within {timeout_s:g} s")
+
+    async def _read_index(self) -> int:
+        """One attempt to learn the index that a read must wait for; NOT_NOW if it failed."""
+        attempt = _Attempt()
+        request_id = self._reads.begin(lambda index: attempt.finish(index, private.SUCCESS))
+        self._wake.set()
+        try:
+            with trio.move_on_after(self._timing.attempt_s):
+                await attempt.done.wait()
+        finally:
+            if request_id is not None:
+                self._reads.forget(request_id)
+        return attempt.result if isinstance(attempt.result, int) else NOT_NOW
 
     async def add_voter(self, node_id: NodeId, timeout_s: float) -> None:
         """Make a learner that has caught up a voter.
@@ -478,6 +542,8 @@ class RaftNode:
         fence.before_tick()
         core.tick()
         self._new_voters()
+        self._note_progress()
+        self._reads.tick(self._timing.heartbeat_s)
         if core.state() == LEADER:
             progress = (core.last_index(), core.commit_index())
             if progress != self._announced:
@@ -495,6 +561,13 @@ class RaftNode:
         if core.state() == LEADER:
             return core.next_heartbeat() - self._clock() + TIMER_GRAIN_S
         return core.election_deadline() - self._clock()
+
+    def _note_progress(self) -> None:
+        applied = self._core.applied_index()
+        if applied != self._progressed_to:
+            self._progressed_to = applied
+            self._progress.set()
+            self._progress = trio.Event()
 
     def _new_voters(self) -> bool:
         """Make the library's voters those of the log. Returns whether they changed."""
@@ -538,4 +611,5 @@ class RaftNode:
         self._failure = self._failure or error
         self._changed.set()
         self._changed = trio.Event()
+        self._progress.set()
         self._wake.set()

@@ -133,6 +133,33 @@ class Placed(msgspec.Struct, frozen=True, array_like=True, tag="placed"):
     error: Annotated[int, msgspec.Meta(ge=0, le=7)] = 0
 
 
+class AskRead(msgspec.Struct, frozen=True, array_like=True, tag="read?"):
+    """Which entry must be applied so that a read that began before this is current?"""
+
+    request_id: RequestId
+
+
+class ReadAt(msgspec.Struct, frozen=True, array_like=True, tag="read"):
+    """That entry's index; 0: not known now, ask again."""
+
+    request_id: RequestId
+    index: Index = 0
+
+
+class ReadProbe(msgspec.Struct, frozen=True, array_like=True, tag="probe"):
+    """The leader asks whether it still leads; `round` grows within its term."""
+
+    term: Term
+    round: Index
+
+
+class ReadProof(msgspec.Struct, frozen=True, array_like=True, tag="proof"):
+    """The sender was in no later term when it got that probe."""
+
+    term: Term
+    round: Index
+
+
 Message = (
     Append
     | Install
@@ -145,6 +172,10 @@ Message = (
     | TakeOver
     | Forward
     | Placed
+    | AskRead
+    | ReadAt
+    | ReadProbe
+    | ReadProof
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -6,6 +6,7 @@ from ollamad.core.ids import NodeId
 from ollamad.raft.fence import Fence
 from ollamad.raft.journal import Journal, LogEntry, Stored
 from ollamad.raft.private import CANDIDATE, LEADER, Core, Timing
+from ollamad.raft.reads import Reads
 from ollamad.raft.transport import FencedTransport
 from ollamad.wire.raftwire import (
     NO_OP,
@@ -50,8 +51,11 @@ class Solo:
             lambda: self.now,
             random.Random(1),
         )
-        self.fence = Fence(self.core, self.transport, NodeId("a"), self.ledger, self.timing)
-        for voter in sorted(set(voters) - {"a"}):
+        me = NodeId("a")
+        self.reads = Reads(self.core, self.transport, me, random.Random(1))
+        self.fence = Fence(self.core, self.transport, me, self.ledger, self.timing, self.reads)
+        self._others = sorted(set(voters) - {"a"})
+        for voter in self._others:
             self.core.connected(NodeId(voter))
 
     def apply(self, entry: bytes, index: int) -> object:
@@ -85,18 +89,20 @@ class Solo:
         return [(str(to), message) for to, message in sent]
 
     def campaign(self) -> None:
-        """Become a candidate, with b's consent."""
+        """Become a candidate, with the consent of all others."""
         self.wait_for_election()
         term = self.core.term()
-        self.receive("b", PreVote(term, term + 1, True))
+        for voter in self._others:
+            self.receive(voter, PreVote(term, term + 1, True))
         self.tick()
         self.sync()
         assert self.core.state() == CANDIDATE
 
     def lead(self) -> None:
-        """Become the leader by b's vote."""
+        """Become the leader by the votes of all others."""
         self.campaign()
-        self.receive("b", Vote(self.core.term()))
+        for voter in self._others:
+            self.receive(voter, Vote(self.core.term()))
         assert self.core.state() == LEADER
         self.sync()
         self.take()
