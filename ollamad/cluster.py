@@ -17,6 +17,7 @@ import trio
 
 import ollamad
 from ollamad.api.services import (
+    Consensus,
     IssuedToken,
     NoQuorum,
     ServiceError,
@@ -169,6 +170,24 @@ class Cluster:
 
     def is_online(self, node_id: NodeId) -> bool:
         return node_id == self.node_id or self.heartbeats.presence(node_id).online
+
+    def consensus(self) -> Consensus:
+        raft = self._raft
+        return Consensus(raft.commit_index, raft.applied_index, raft.silence_s)
+
+    async def read_barrier(self, timeout_s: float) -> None:
+        """Wait until `state` includes all that any node acknowledged before this call.
+
+        Raises:
+          NoQuorum: no leader with a majority confirmed that in time.
+          Unavailable: this node's consensus has stopped.
+        """
+        try:
+            await self._raft.read_barrier(timeout_s)
+        except RaftNoQuorum as error:
+            raise NoQuorum(str(error)) from None
+        except RaftError as error:
+            raise Unavailable(str(error), code="CONSENSUS_FAILED") from None
 
     # Changing the state.
 

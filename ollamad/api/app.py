@@ -16,6 +16,7 @@ from werkzeug.exceptions import MethodNotAllowed
 from ollamad.api import inference, models, nodes, sessions, status
 from ollamad.api.asgi import Connection, Reply, Request
 from ollamad.api.auth import Auth, Identity
+from ollamad.api.bodies import invalid
 from ollamad.api.calls import Api, ApiSettings, Call, Handler, error_reply
 from ollamad.api.errors import as_service_error
 from ollamad.api.metrics import RequestStats
@@ -24,6 +25,7 @@ from ollamad.core.state import Role
 
 BASE = "/api/v1"
 PUBLIC = None
+READ_TIMEOUT_S = 5.0  # for the majority to confirm a consistent read
 
 View = Callable[..., Awaitable[Reply | None]]  # takes the request and the path's arguments
 
@@ -49,6 +51,7 @@ ROUTES = (
     Route("GET", f"{BASE}/auth/me", "viewer", sessions.me),
     Route("GET", f"{BASE}/cluster/status", "viewer", status.cluster_status),
     Route("GET", f"{BASE}/cluster/leader", "viewer", status.cluster_leader),
+    Route("GET", f"{BASE}/cluster/consensus", "viewer", status.consensus),
     Route("POST", f"{BASE}/cluster/join", "admin", status.cluster_join),
     Route("POST", f"{BASE}/cluster/leave", "admin", status.cluster_leave, bounded=False),
     Route("POST", f"{BASE}/cluster/token", "admin", status.cluster_token),
@@ -139,10 +142,28 @@ def _view(api: Api, route: Route) -> View:
         if not route.bounded:
             return await route.handler(call, **arguments)
         with trio.move_on_after(api.settings.deadline_s):
-            return await route.handler(call, **arguments)
+            if route.method != "GET" or route.role is PUBLIC:
+                return await route.handler(call, **arguments)
+            return await _read(call, route.handler, arguments)
         raise ServiceError(408, "REQUEST_TIMEOUT", "the request took longer than its deadline")
 
     return view
+
+
+async def _read(call: Call, handler: Handler, arguments: dict[str, str]) -> Reply | None:
+    """Answer from the local state and say how old it may be; with `?consistent=true`, not old."""
+    cluster = call.services.cluster
+    match call.request.args.get("consistent", "false"):
+        case "true":
+            await cluster.read_barrier(READ_TIMEOUT_S)
+        case "false":
+            pass
+        case _:
+            raise invalid("consistent", "consistent must be true or false", expected="boolean")
+    reply = await handler(call, **arguments)
+    if reply is not None and (age_ms := status.state_age_ms(cluster)) is not None:
+        reply.headers["X-State-Age-Ms"] = str(age_ms)
+    return reply
 
 
 def _authorize(caller: Identity | None, role: Role) -> Identity:

@@ -3,6 +3,7 @@
 import dataclasses
 import ipaddress
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from ollamad.api.asgi import Reply, Request
 from ollamad.api.auth import Auth, AuthSettings, Identity
 from ollamad.api.bodies import decode_body
 from ollamad.api.metrics import RequestStats
-from ollamad.api.services import ServiceError, Services
+from ollamad.api.services import NoQuorum, ServiceError, Services
 from ollamad.core.commands import AnyCommand, Rejected
 from ollamad.core.names import InvalidName, ModelName, nearest, parse_name
 from ollamad.core.state import Member, Model
@@ -22,6 +23,7 @@ from ollamad.core.state import Member, Model
 # schemas may double that. Far more is a mistake, or an upload that belongs to /blobs.
 MAX_JSON_BYTES = 32 << 20
 BODY_TIMEOUT_S = 60.0  # a JSON body that takes longer to arrive holds a connection for nothing
+CATCH_UP_TIMEOUT_S = 2.0  # before a 404: two elections' worth
 
 _encode = msgspec.json.Encoder().encode
 Body = TypeVar("Body")
@@ -111,15 +113,18 @@ class Call:
             raise ServiceError(400, "INVALID_REQUEST", "missing request body")
         return data
 
-    def find_model(self, name: str) -> Model:
-        """The model of that name.
+    async def find_model(self, name: str) -> Model:
+        """The model of that name. That there is none is said only of the current state.
 
         Raises:
           ServiceError: 400 for what is no name, 404 with the nearest names.
         """
         parsed = read_name(name)
-        models = self.services.cluster.state.models
-        model = models.get(parsed.key)
+        model = self.services.cluster.state.models.get(parsed.key)
+        if model is None:
+            await self._catch_up()
+            models = self.services.cluster.state.models
+            model = models.get(parsed.key)
         if model is None:
             suggestions = nearest(str(parsed), [known.name for known in models.values()])
             hint = f"; did you mean {' or '.join(suggestions)}?" if suggestions else ""
@@ -131,13 +136,16 @@ class Call:
             )
         return model
 
-    def find_member(self, reference: str) -> Member:
-        """The member with that id, name or unique id prefix.
+    async def find_member(self, reference: str) -> Member:
+        """The member with that id, name or unique id prefix, looked for as a model is.
 
         Raises:
           ServiceError: 404.
         """
         member = self.services.cluster.state.find_member(reference)
+        if member is None:
+            await self._catch_up()
+            member = self.services.cluster.state.find_member(reference)
         if member is None:
             raise ServiceError(
                 404,
@@ -146,6 +154,12 @@ class Call:
                 {"node": reference},
             )
         return member
+
+    async def _catch_up(self) -> None:
+        """Another node may have acknowledged a moment ago what this one has not seen yet."""
+        if self.services.cluster.has_quorum:
+            with suppress(NoQuorum):
+                await self.services.cluster.read_barrier(CATCH_UP_TIMEOUT_S)
 
     async def propose(self, command: AnyCommand) -> None:
         """Replicate a command.

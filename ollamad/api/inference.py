@@ -103,7 +103,7 @@ async def chat(call: Call) -> Reply | None:
 async def embeddings(call: Call) -> Reply:
     body = await call.body(EmbedBody)
     request = body.request()
-    request = msgspec.structs.replace(request, model=call.find_model(request.model).name)
+    request = msgspec.structs.replace(request, model=(await call.find_model(request.model)).name)
     stats = call.api.inference_stats
     begun = stats.begin()
     failed = True
@@ -128,7 +128,7 @@ async def embeddings(call: Call) -> Reply:
 
 
 async def _answer(call: Call, request: GenerateRequest, *, stream: bool) -> Reply | None:
-    request = msgspec.structs.replace(request, model=call.find_model(request.model).name)
+    request = msgspec.structs.replace(request, model=(await call.find_model(request.model)).name)
     shape = Shape.of(request.model, chat=request.messages is not None, wall=call.services.wall)
     stats = call.api.inference_stats
     begun = stats.begin()

@@ -25,7 +25,7 @@ async def list_models(call: Call) -> Reply:
 
 
 async def show_model(call: Call, name: str) -> Reply:
-    model = call.find_model(name)
+    model = await call.find_model(name)
     return reply({"model": _full(call, model)})
 
 
@@ -41,7 +41,7 @@ async def create_model(call: Call) -> Reply:
 
 async def delete_model(call: Call, name: str) -> Reply:
     services = call.services
-    model = call.find_model(name)
+    model = await call.find_model(name)
     await services.library.delete(model.name)
     return reply(
         {
@@ -57,7 +57,7 @@ async def download_model(call: Call, name: str) -> Reply:
     # A reference such as pypi:NAME==1.0 is no model name; the library finds its name.
     is_reference = body.source is None and name.startswith(REFERENCE_SCHEMES)
     model = name if is_reference else str(read_name(name))
-    nodes: Sequence[NodeId] = [call.find_member(reference).id for reference in body.nodes]
+    nodes: Sequence[NodeId] = [(await call.find_member(reference)).id for reference in body.nodes]
     transfer_id = await call.services.library.download(
         model, source=body.source, nodes=nodes, replicas=body.replicas
     )

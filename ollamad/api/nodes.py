@@ -18,17 +18,17 @@ async def list_nodes(call: Call) -> Reply:
 
 
 async def show_node(call: Call, reference: str) -> Reply:
-    return reply({"node": describe(call, call.find_member(reference))})
+    return reply({"node": describe(call, await call.find_member(reference))})
 
 
 async def drain(call: Call, reference: str) -> Reply:
-    member = call.find_member(reference)
+    member = await call.find_member(reference)
     await call.services.cluster.set_draining(member.id, True)
     return reply({"message": f"Node {member.name} is being drained"})
 
 
 async def undrain(call: Call, reference: str) -> Reply:
-    member = call.find_member(reference)
+    member = await call.find_member(reference)
     await call.services.cluster.set_draining(member.id, False)
     return reply({"message": f"Node {member.name} is no longer draining"})
 

@@ -72,6 +72,14 @@ class IssuedToken(msgspec.Struct, frozen=True):
     command: str  # what to type on the node that joins
 
 
+class Consensus(msgspec.Struct, frozen=True):
+    """How far this node is in the replicated log."""
+
+    commit_index: int
+    applied_index: int
+    silence_s: float  # since the leader, or a majority, was heard: how old the state may be
+
+
 class Cluster(Protocol):
     """The replicated state, who leads, who is there; and ways to change the membership."""
 
@@ -93,6 +101,15 @@ class Cluster(Protocol):
     def leader(self) -> NodeId | None: ...
     def voters(self) -> Sequence[NodeId]: ...
     def presence(self, node_id: NodeId) -> Presence: ...
+    def consensus(self) -> Consensus: ...
+
+    async def read_barrier(self, timeout_s: float) -> None:
+        """Wait until `state` includes all that any node acknowledged before this call.
+
+        Raises:
+          NoQuorum: no leader with a majority confirmed that in time.
+        """
+        ...
 
     async def propose(self, command: AnyCommand) -> Outcome:
         """Replicate a command and return its outcome.

@@ -1,5 +1,6 @@
 """Handlers: health, version, the cluster and its members' coming and going, metrics."""
 
+import math
 import platform
 
 import ollamad
@@ -82,6 +83,32 @@ async def cluster_leader(call: Call) -> Reply:
     return reply({"leader": leader})
 
 
+async def consensus(call: Call) -> Reply:
+    """Where this node is in the log, with a hash of its state: equal where the index is equal."""
+    cluster = call.services.cluster
+    view = cluster.consensus()
+    return reply(
+        {
+            "node_id": cluster.node_id,
+            "leader": cluster.leader() or "",
+            "is_leader": cluster.is_leader,
+            "term": cluster.term,
+            "voters": list(cluster.voters()),
+            "has_quorum": cluster.has_quorum,
+            "commit_index": view.commit_index,
+            "applied_index": view.applied_index,
+            "state_hash": f"sha256:{cluster.state.fingerprint()}",
+            "state_age_ms": state_age_ms(cluster),
+        }
+    )
+
+
+def state_age_ms(cluster: Cluster) -> int | None:
+    """How old the local state may be; None before the first contact with a leader."""
+    silence_s = cluster.consensus().silence_s
+    return None if math.isinf(silence_s) else round(1000 * silence_s)
+
+
 async def cluster_join(call: Call) -> Reply:
     body = await call.body(JoinBody)
     if not is_node_id(body.node_id):
@@ -99,7 +126,7 @@ async def cluster_join(call: Call) -> Reply:
 
 async def cluster_leave(call: Call) -> Reply:
     body = await call.body(LeaveBody)
-    member = call.find_member(body.node_id)
+    member = await call.find_member(body.node_id)
     await call.services.cluster.remove(member.id)
     return reply({"message": "Node left cluster", "node_id": member.id})
 

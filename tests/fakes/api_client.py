@@ -83,6 +83,7 @@ async def exchange(
     if data:
         raw.append((b"content-length", b"%d" % len(data)))
     raw += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    path, _, query = path.partition("?")
     scope = {
         "type": "http",
         "http_version": "1.1",
@@ -91,7 +92,7 @@ async def exchange(
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(),
-        "query_string": b"",
+        "query_string": query.encode(),
         "root_path": "",
         "headers": raw,
         "client": peer,

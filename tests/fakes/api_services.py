@@ -10,6 +10,7 @@ import msgspec
 import trio
 
 from ollamad.api.services import (
+    Consensus,
     Embedded,
     Generation,
     IssuedToken,
@@ -117,6 +118,9 @@ class FakeCluster:
         self.admitted: list[tuple[NodeId, str]] = []
         self.removed: list[NodeId] = []
         self.leader_id: NodeId | None = NODE_1
+        self.silence_s = 0.042
+        self.barriers = 0
+        self.on_barrier: Callable[[], None] = lambda: None
         admin = User("admin", PASSWORD_HASH, "admin", NOW)
         authority = CertificateAuthority(b"", b"")
         founder = member(NODE_1, "node_001")
@@ -145,6 +149,16 @@ class FakeCluster:
             raise NoQuorum
         self.proposed.append(command)
         return self._apply(command)
+
+    def consensus(self) -> Consensus:
+        return Consensus(commit_index=17, applied_index=17, silence_s=self.silence_s)
+
+    async def read_barrier(self, timeout_s: float) -> None:
+        await trio.lowlevel.checkpoint()
+        if not self.has_quorum:
+            raise NoQuorum
+        self.barriers += 1
+        self.on_barrier()
 
     async def make_join_token(self, ttl_s: float) -> IssuedToken:
         return IssuedToken("tok", self._clock.wall() + ttl_s, "ollamad start --join tok@host:9000")

@@ -82,7 +82,8 @@ def test_the_table_of_roles_is_the_contracts() -> None:
     """Written out again on purpose: a slip in the table must fail here."""
     expected = {
         None: "/ /health /version /auth/login /auth/refresh",
-        "viewer": "/auth/logout /auth/me /cluster/status /cluster/leader /metrics /nodes "
+        "viewer": "/auth/logout /auth/me /cluster/status /cluster/leader /cluster/consensus "
+        "/metrics /nodes "
         "/nodes/<reference> /models /models/<path:name> /transfers /transfers/<transfer_id>",
         "inference": "/generate /chat /embeddings",
         "operator": "/nodes/<reference>/drain /nodes/<reference>/undrain "
