@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import trio
@@ -17,6 +18,7 @@ from ollamad.core.commands import (
     DeleteModel,
     SetDesired,
 )
+from ollamad.core.description import NO_CHANGES, Changes, Description
 from ollamad.core.ids import NodeId, short
 from ollamad.core.names import parse_name
 from ollamad.core.placement import Site, place
@@ -33,11 +35,19 @@ from ollamad.store.gguf import GgufError
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher
 from ollamad.transfer.transfers import TransferTable
+from ollamad.wire.codec import encode
 
 log = logging.getLogger(__name__)
 
 PEER_TIMEOUT_S = 2.0  # for questions that a peer answers from memory
 PULL_TIMEOUT_S = 30.0  # for the begin of a pull on another node (it asks the origin first)
+DERIVE_TIMEOUT_S = 30.0  # some small files and a command through the log, on a busy node
+MAX_MESSAGE_BYTES = 1_000_000  # of a question or an answer between nodes, with room for its head
+
+T = TypeVar("T")
+
+# What another node refused with, as the status that a client of that node would have seen.
+_REMOTE_STATUS = {"UNKNOWN_SOURCE": 404, "INVALID_SOURCE": 400, "MODEL_NOT_FOUND": 404}
 
 
 class PullRequest(msgspec.Struct, frozen=True):
@@ -47,6 +57,14 @@ class PullRequest(msgspec.Struct, frozen=True):
     source: str | None
     replicas: int
     nodes: tuple[NodeId, ...]
+
+
+class DeriveRequest(msgspec.Struct, frozen=True):
+    """Asks a node that holds the model `base` to make another one of it."""
+
+    name: str
+    base: str
+    changes: Changes
 
 
 class Library:
@@ -90,7 +108,10 @@ class Library:
         mesh = cluster.mesh
         mesh.answer("library.pull", PullRequest, self._on_pull)
         mesh.answer("library.want", str, self._on_want)
+        mesh.answer("library.derive", DeriveRequest, self._on_derive)
+        mesh.answer("library.describe", str, self._on_describe)
         mesh.answer("library.transfers", type(None), self._on_transfers)
+        mesh.answer("library.transfer", str, self._on_transfer)
         mesh.answer("library.cancel", str, self._on_cancel)
 
     # What the API asks.
@@ -121,8 +142,18 @@ class Library:
             return await self._start_pull(request)
         return await self._ask(puller, "library.pull", request, PULL_TIMEOUT_S)
 
-    async def create(self, name: str, files: Mapping[str, str]) -> Model:
-        """Make a model of a GGUF blob that was uploaded to this node."""
+    async def create(
+        self,
+        name: str,
+        files: Mapping[str, str],
+        changes: Changes = NO_CHANGES,
+        *,
+        replace: bool = False,
+    ) -> Model:
+        """Make a model of a GGUF blob that was uploaded to this node.
+
+        A name that is taken is refused, unless the models are the same or `replace`.
+        """
         if len(files) != 1:
             raise ServiceError(
                 400, "INVALID_REQUEST", "files must name exactly one GGUF file", {"field": "files"}
@@ -130,6 +161,7 @@ class Library:
         [digest] = files.values()
         try:
             model = await self._store.build_model(name, digest)
+            model = await self._store.derive_model(name, model.manifest, changes)
         except BlobMissing as error:
             raise ServiceError(
                 400, "BLOB_NOT_FOUND", f"{error}; upload it first", {"digest": digest}
@@ -139,7 +171,7 @@ class Library:
         except StoreError as error:
             raise _store_failure(error) from None
         known = self._cluster.state.find_model(name)
-        if known is not None and known.digest != model.digest:
+        if known is not None and known.digest != model.digest and not replace:
             raise ServiceError(
                 409,
                 "MODEL_EXISTS",
@@ -149,6 +181,34 @@ class Library:
             )
         await self._publish(model, (), self._default_replicas)
         return self._cluster.state.models[parse_name(name).key]
+
+    async def derive(self, name: str, base: str, changes: Changes = NO_CHANGES) -> Model:
+        """Make a model of another one, on a node that holds that; without changes, a copy.
+
+        A model of that name is replaced.
+        """
+        holder = self._holder(base)
+        request = DeriveRequest(name, base, changes)
+        if holder == self._cluster.node_id:
+            await self._derive_here(request)
+        else:
+            if len(encode(request)) > MAX_MESSAGE_BYTES:
+                raise ServiceError(
+                    413,
+                    "BODY_TOO_LARGE",
+                    "template, messages and licence are "
+                    f"larger than {MAX_MESSAGE_BYTES:,} bytes together",
+                )
+            digest = await self._ask(holder, "library.derive", request, DERIVE_TIMEOUT_S)
+            await self._until_known(name, digest)
+        return self._cluster.state.models[parse_name(name).key]
+
+    async def describe(self, name: str) -> Description:
+        """What the small blobs and the file of a model say, read by a node that holds them."""
+        holder = self._holder(name)
+        if holder == self._cluster.node_id:
+            return await self._describe_here(name)
+        return await self._call(holder, "library.describe", name, Description, PEER_TIMEOUT_S)
 
     async def delete(self, name: str) -> None:
         """Delete a model from every node; those that are down drop it when they return."""
@@ -168,6 +228,18 @@ class Library:
                 if self._cluster.is_online(node_id):
                     nursery.start_soon(ask, node_id)
         return sorted(found, key=lambda transfer: -transfer.started_at)
+
+    async def transfer(self, transfer_id: str) -> Transfer | None:
+        """A transfer as it is now; None when its node has forgotten it, or is away."""
+        if (mine := self._table.get(transfer_id)) is not None:
+            return mine
+        for node_id in self._cluster.other_members():
+            if transfer_id.startswith(short(node_id)):
+                with suppress(ServiceError):
+                    return await self._call(
+                        node_id, "library.transfer", transfer_id, Transfer, PEER_TIMEOUT_S
+                    )
+        return None
 
     async def cancel(self, transfer_id: str) -> None:
         """Stop a transfer, wherever it runs; a copy from a peer is then not wanted there."""
@@ -264,6 +336,7 @@ class Library:
             with scope:
                 self._table.update(transfer_id, bytes_done=0, peer_id=wanted.reference)
                 offer = await self._source.resolve(wanted.reference)
+                self._table.update(transfer_id, bytes_done=0, digest=offer.digest)
                 digest, _ = await self._source.fetch(offer, self._store.ingest, progress=progress)
                 licence = wanted.licence or offer.licence
                 model = await self._store.build_model(request.name, digest, license=licence or None)
@@ -362,11 +435,65 @@ class Library:
             for member in self._cluster.state.members.values()
         ]
 
+    def _holder(self, name: str) -> NodeId:
+        """A node that holds the model and can be asked: this one if possible."""
+        model = self._cluster.state.find_model(name)
+        if model is None:
+            raise ServiceError(404, "MODEL_NOT_FOUND", f"model {name!r} not found", {"model": name})
+        holders = sorted(model.confirmed, key=lambda node_id: node_id != self._cluster.node_id)
+        for node_id in holders:
+            if node_id in self._cluster.state.members and self._cluster.is_online(node_id):
+                return node_id
+        raise ServiceError(
+            503,
+            "NO_REPLICA",
+            f"no node that holds {model.name} is online",
+            {"model": model.name, "holders": list(model.confirmed)},
+        )
+
+    async def _derive_here(self, request: DeriveRequest) -> str:
+        base = self._cluster.state.find_model(request.base)
+        if base is None:
+            raise ServiceError(404, "MODEL_NOT_FOUND", f"model {request.base!r} not found")
+        try:
+            model = await self._store.derive_model(request.name, base.manifest, request.changes)
+        except (StoreError, GgufError) as error:
+            raise _store_failure(error) from None
+        known = self._cluster.state.find_model(request.name)
+        if known is None or known.digest != model.digest:
+            await self._share.publish(model, base.desired or (self._cluster.node_id,))
+        return model.digest
+
+    async def _describe_here(self, name: str) -> Description:
+        model = self._cluster.state.find_model(name)
+        if model is None:
+            raise ServiceError(404, "MODEL_NOT_FOUND", f"model {name!r} not found")
+        try:
+            return await self._store.describe_model(model)
+        except (StoreError, GgufError) as error:
+            raise _store_failure(error) from None
+
+    async def _until_known(self, name: str, digest: str) -> None:
+        """Wait until this node's state has caught up with what another node published."""
+        with trio.move_on_after(PEER_TIMEOUT_S):
+            while True:
+                changed = self._cluster.changes.next()
+                model = self._cluster.state.find_model(name)
+                if model is not None and model.digest == digest:
+                    return
+                await changed.wait()
+        raise ServiceError(503, "BEHIND", f"{name} is made, but this node does not know it yet")
+
     async def _ask(self, node_id: NodeId, method: str, request: object, timeout_s: float) -> str:
         """Ask another node something that it answers with a text."""
+        return await self._call(node_id, method, request, str, timeout_s)
+
+    async def _call(
+        self, node_id: NodeId, method: str, request: object, answer_type: type[T], timeout_s: float
+    ) -> T:
         try:
             with trio.fail_after(timeout_s):
-                return await self._cluster.mesh.call(node_id, method, request, str)
+                return await self._cluster.mesh.call(node_id, method, request, answer_type)
         except trio.TooSlowError:
             raise ServiceError(
                 503, "NODE_UNREACHABLE", f"node {short(node_id)}… did not answer in time"
@@ -374,8 +501,9 @@ class Library:
         except PeerUnreachable as error:
             raise ServiceError(503, "NODE_UNREACHABLE", str(error)) from None
         except RemoteFailure as error:
-            status = {"UNKNOWN_SOURCE": 404, "INVALID_SOURCE": 400}.get(error.code, 503)
-            raise ServiceError(status, error.code, error.message) from None
+            raise ServiceError(
+                _REMOTE_STATUS.get(error.code, 503), error.code, error.message
+            ) from None
 
     # What other nodes ask.
 
@@ -390,6 +518,28 @@ class Library:
             return await self._fetch_here(name)
         except ServiceError as error:
             raise HandlerError(error.code, error.message) from None
+
+    async def _on_derive(self, peer: NodeId, request: DeriveRequest) -> str:
+        try:
+            return await self._derive_here(request)
+        except ServiceError as error:
+            raise HandlerError(error.code, error.message) from None
+
+    async def _on_describe(self, peer: NodeId, name: str) -> Description:
+        try:
+            description = await self._describe_here(name)
+        except ServiceError as error:
+            raise HandlerError(error.code, error.message) from None
+        if len(encode(description)) > MAX_MESSAGE_BYTES:
+            # Licences are what is long; everything else is needed to work with the model.
+            return msgspec.structs.replace(description, licenses=())
+        return description
+
+    def _on_transfer(self, peer: NodeId, transfer_id: str) -> Transfer:
+        transfer = self._table.get(transfer_id)
+        if transfer is None:
+            raise HandlerError("TRANSFER_NOT_FOUND", f"there is no transfer {transfer_id}")
+        return transfer
 
     def _on_transfers(self, peer: NodeId, _: None) -> list[Transfer]:
         return self._table.list()
@@ -407,6 +557,6 @@ def _wanted(text: str) -> Wanted:
         raise ServiceError(404, "UNKNOWN_SOURCE", str(error), {"source": text}) from None
 
 
-def _store_failure(error: StoreError) -> ServiceError:
+def _store_failure(error: StoreError | GgufError) -> ServiceError:
     code = "DISK_FULL" if isinstance(error, StoreFull) else "STORE_FAILED"
     return ServiceError(503, code, str(error))

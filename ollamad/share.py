@@ -170,7 +170,11 @@ class Share:
         assert self._nursery is not None, "runs inside run()"
         scope = trio.CancelScope()
         transfer_id = self._table.begin(
-            model.name, "replication", bytes_total=model.size, cancel=scope.cancel
+            model.name,
+            "replication",
+            bytes_total=model.size,
+            digest=model.digest,
+            cancel=scope.cancel,
         )
         self._fetches[parse_name(model.name).key] = _Fetch(transfer_id, model.digest)
         self._nursery.start_soon(self._fetch, model, transfer_id, scope)

@@ -27,3 +27,4 @@ class Transfer(msgspec.Struct, frozen=True):
     error: str
     started_at: float
     finished_at: float | None
+    digest: str = ""  # "sha256:…" of the model, or of the file that it comes in; "" if unknown

@@ -31,6 +31,8 @@ Pieces, for the transfer between nodes (`pieces.py`, `partial.py`):
 Models (`models.py`, `manifests.py`, `details.py`, `gguf.py`):
 
     await build_model(name, gguf_digest, template=, system=, params=, license=) -> Model
+    await derive_model(name, manifest_bytes, changes) -> Model   # of another one's manifest
+    await describe_model(model) -> Description
     await model_of(name, manifest_bytes) -> Model      # of a manifest whose blobs are here
     await runtime_parts(model) -> RuntimeParts(gguf, template, system, params, messages, licenses)
     await read_header(gguf_digest) -> GgufHeader       # facts_of(header), details_of(facts)

@@ -9,10 +9,11 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
+from ollamad.core.description import Changes, Description
 from ollamad.core.inference import Message, Options
 from ollamad.core.names import parse_name
 from ollamad.core.state import Layer, Model
@@ -21,7 +22,7 @@ from ollamad.store.blobs import GRACE_S, KEEP_FREE_BYTES, BlobStore
 from ollamad.store.details import capabilities_of, details_of, facts_of
 from ollamad.store.errors import BlobMissing, ManifestInvalid
 from ollamad.store.files import TEMP_PREFIX
-from ollamad.store.gguf import GgufHeader, read_header
+from ollamad.store.gguf import GgufHeader, Skipped, read_header
 from ollamad.store.manifests import Descriptor, Manifest, StoredManifest, describe
 
 log = logging.getLogger(__name__)
@@ -142,11 +143,72 @@ class ModelStore(BlobStore):
             model_families=details.families,
             model_type=details.parameter_size,
             file_type=details.quantization_level,
-            rootfs=_RootFs("layers", tuple(layer.digest for layer in layers)),
+            rootfs=_rootfs(layers),
         )
-        config_blob = await self._put_part(manifests.CONFIG_TYPE, msgspec.json.encode(config))
-        manifest = Manifest(2, manifests.MANIFEST_TYPE, config_blob, tuple(layers))
-        return await self.model_of(canonical, msgspec.json.encode(manifest))
+        return await self._model_of_layers(canonical, config, layers)
+
+    async def derive_model(self, name: str, base: bytes, changes: Changes) -> Model:
+        """Make a model of another one's manifest: writes its small blobs, not the manifest.
+
+        Layers that the changes do not concern are kept, unknown ones too. Without changes the
+        manifest, and so the digest, is the same.
+
+        Raises:
+          BlobMissing: a blob of the other one is not here.
+          ManifestInvalid: the other one cannot be read, or a part of the new one is too large.
+          StoreError, StoreFull: the disk refused.
+        """
+        canonical = str(parse_name(name))
+        if changes == Changes():
+            return await self.model_of(canonical, base)
+        parsed = describe(base)
+        replaced: dict[str, bytes] = {}
+        if changes.template:
+            replaced[manifests.TEMPLATE_TYPE] = changes.template.encode()
+        if changes.system:
+            replaced[manifests.SYSTEM_TYPE] = changes.system.encode()
+        if changes.parameters:
+            merged = await self._parameters(parsed) | changes.parameters
+            replaced[manifests.PARAMS_TYPE] = msgspec.json.encode(merged, order="sorted")
+        if changes.messages:
+            replaced[manifests.MESSAGES_TYPE] = msgspec.json.encode(changes.messages)
+        layers = [layer for layer in parsed.layers if layer.media_type not in replaced]
+        for text in changes.licenses:
+            layers.append(await self._put_part(manifests.LICENSE_TYPE, text.encode()))
+        for media_type, data in replaced.items():
+            layers.append(await self._put_part(media_type, data))
+        try:
+            config = msgspec.json.decode(await self._read_small(parsed.config), type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise ManifestInvalid(f"the config of the model cannot be read: {error}") from error
+        return await self._model_of_layers(canonical, config | {"rootfs": _rootfs(layers)}, layers)
+
+    async def describe_model(self, model: Model) -> Description:
+        """What the small blobs and the file's header of a model say.
+
+        Raises:
+          BlobMissing: a blob is not here.
+          ManifestInvalid, GgufError: one cannot be read.
+        """
+        parsed = describe(model.manifest)
+        header = await self.read_header(_gguf_of(parsed).digest)
+        facts = facts_of(header)
+        messages = await self._text(parsed, manifests.MESSAGES_TYPE)
+        try:
+            return Description(
+                template=await self._text(parsed, manifests.TEMPLATE_TYPE) or facts.chat_template,
+                system=await self._text(parsed, manifests.SYSTEM_TYPE) or "",
+                parameters=await self._parameters(parsed),
+                messages=msgspec.json.decode(messages or b"[]", type=tuple[Message, ...]),
+                licenses=tuple(await self._texts(parsed, manifests.LICENSE_TYPE)),
+                metadata={
+                    key: [] if isinstance(value, Skipped) else value
+                    for key, value in header.metadata.items()
+                },
+                parameter_count=facts.parameter_count,
+            )
+        except msgspec.DecodeError as error:
+            raise ManifestInvalid(f"the messages of {model.name}: {error}") from error
 
     async def model_of(self, name: str, manifest: bytes) -> Model:
         """The model that these bytes describe, from blobs that are here (also Ollama's own).
@@ -241,6 +303,20 @@ class ModelStore(BlobStore):
             return set()
         return await self.blobs_except(named, grace_s=grace_s)
 
+    async def _model_of_layers(
+        self, name: str, config: "_Config | dict[str, Any]", layers: Sequence[Descriptor]
+    ) -> Model:
+        config_blob = await self._put_part(manifests.CONFIG_TYPE, msgspec.json.encode(config))
+        manifest = Manifest(2, manifests.MANIFEST_TYPE, config_blob, tuple(layers))
+        return await self.model_of(name, msgspec.json.encode(manifest))
+
+    async def _parameters(self, manifest: Manifest) -> dict[str, Any]:
+        text = await self._text(manifest, manifests.PARAMS_TYPE)
+        try:
+            return msgspec.json.decode(text or b"{}", type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise ManifestInvalid(f"the parameters of the model: {error}") from error
+
     async def _put_part(self, media_type: str, data: bytes) -> Descriptor:
         if len(data) > MAX_SMALL_LAYER_BYTES:
             raise ManifestInvalid(f"a {media_type} of {len(data):,} bytes is too large")
@@ -269,6 +345,10 @@ class ModelStore(BlobStore):
         if len(data) > MAX_SMALL_LAYER_BYTES:
             raise ManifestInvalid(f"the layer {layer.digest} is too large for {layer.media_type}")
         return data.decode(errors="replace")
+
+
+def _rootfs(layers: Sequence[Descriptor]) -> _RootFs:
+    return _RootFs("layers", tuple(layer.digest for layer in layers))
 
 
 def _gguf_of(manifest: Manifest) -> Descriptor:

@@ -24,6 +24,7 @@ class _Entry:
     bytes_total: int
     started_at: float
     begun: float  # steady clock
+    digest: str
     cancel: Callable[[], None] | None
     status: Status = "pending"
     peer_id: str = ""
@@ -69,13 +70,14 @@ class TransferTable:
         type_: TransferType,
         *,
         bytes_total: int = 0,
+        digest: str = "",
         cancel: Callable[[], None] | None = None,
     ) -> str:
         """Add a pending transfer: its id. `cancel` is what `request_cancel` calls."""
         self._number += 1
         id_ = f"{self._prefix}-{self._number}"
         self._entries[id_] = _Entry(
-            id_, model_name, type_, bytes_total, self._wall(), self._steady(), cancel
+            id_, model_name, type_, bytes_total, self._wall(), self._steady(), digest, cancel
         )
         self._changed(self._entries[id_])
         return id_
@@ -88,6 +90,7 @@ class TransferTable:
         received: int | None = None,
         bytes_total: int | None = None,
         peer_id: str | None = None,
+        digest: str | None = None,
     ) -> None:
         """Bytes moved: the transfer is active. Nothing happens if it is finished.
 
@@ -96,7 +99,7 @@ class TransferTable:
             runs included.
           received: bytes that came, wasted ones included, for the speed; by default
             `bytes_done`. What the first update says was there before.
-          bytes_total, peer_id: replace what was known.
+          bytes_total, peer_id, digest: replace what was known.
 
         Raises:
           KeyError: there is no such transfer.
@@ -112,6 +115,8 @@ class TransferTable:
             entry.bytes_total = bytes_total
         if peer_id is not None:
             entry.peer_id = peer_id
+        if digest is not None:
+            entry.digest = digest
         now = self._steady()
         if not entry.samples:
             entry.begun, entry.received_before = now, entry.received
@@ -218,4 +223,5 @@ class TransferTable:
             error=entry.error,
             started_at=entry.started_at,
             finished_at=entry.finished_at,
+            digest=entry.digest,
         )
