@@ -12,6 +12,7 @@ import trio
 
 from ollamad.core.ids import NodeId, short
 from ollamad.wire.mux import (
+    MAX_STREAMS,
     CreditReceived,
     Hello,
     HelloReceived,
@@ -28,6 +29,16 @@ log = logging.getLogger(__name__)
 RECEIVE_SIZE = 256 * 1024  # bytes asked of the socket at a time
 MAX_OUTBOX = 2 << 20  # bytes waiting for the socket before senders wait: two full messages
 HELLO_TIMEOUT_S = 5.0
+# Bytes that the peer can make this side hold: requests and unread messages of all exchanges. The
+# windows alone would allow 3 GiB; handlers that read hardly ever leave more than a message.
+MAX_HELD = 64 << 20
+MESSAGE_OVERHEAD = 64  # bytes that even an empty message takes
+# Handlers that run, those included whose exchange the peer has reset and that still clean up: who
+# opens and resets in a loop has no more of them than twice what it may have open.
+MAX_HANDLERS = 2 * MAX_STREAMS
+# Bytes of frames that wait for a peer that does not read. Messages and requests wait before they
+# come here, so only answers to control frames pile up that high.
+MAX_BACKLOG = 4 * MAX_OUTBOX
 
 Handler = Callable[[NodeId, bytes, "Stream"], Awaitable[None]]
 
@@ -64,6 +75,7 @@ class Stream:
         self._link = link
         self._id = stream_id
         self._inbox: deque[bytes] = deque()
+        self.held = 0  # bytes of this exchange in what the link holds
         self._ended = False  # by the peer
         self._failure: trio.BrokenResourceError | None = None
         self._changed = trio.Event()
@@ -141,6 +153,8 @@ class Stream:
 
     def _take(self) -> bytes:
         data = self._inbox.popleft()
+        if self.held:  # else it was let go as a whole
+            self._link.hold(self, -len(data) - MESSAGE_OVERHEAD)
         self._link.write(self._link.mux.consumed(self._id, len(data)))
         return data
 
@@ -171,6 +185,9 @@ class Link:
         self._handlers = {} if handlers is None else handlers  # may grow while it runs
         self._streams: dict[int, Stream] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
+        self._handling = 0  # see MAX_HANDLERS
+        self._held = 0  # bytes; see MAX_HELD
+        self._retired = False
         self._outbox = bytearray()
         self._outbox_filled = trio.Event()
         self._outbox_drained = trio.Event()
@@ -180,6 +197,11 @@ class Link:
     @property
     def is_closed(self) -> bool:
         return self._closed
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether an exchange can be opened, now or when others have ended."""
+        return not self._closed and not self.mux.is_spent
 
     @property
     def is_congested(self) -> bool:
@@ -223,11 +245,17 @@ class Link:
         if self._cancel_scope is not None:
             self._cancel_scope.cancel()
 
+    def retire(self) -> None:
+        """Close the connection once the last of its exchanges has ended."""
+        self._retired = True
+        self._close_if_done()
+
     def open(self, method: str, request: bytes) -> Stream:
-        """Begin an exchange.
+        """Begin an exchange; wait until the link is not congested first.
 
         Raises:
           LinkClosed: the connection is gone. TooManyStreams: too many exchanges run.
+          StreamIdsSpent: the connection can have no more exchanges; `retire` it.
         """
         if self._closed:
             raise LinkClosed(f"the connection to {short(self.peer)} is closed")
@@ -242,13 +270,31 @@ class Link:
             self._outbox_filled.set()
 
     async def wait_uncongested(self) -> None:
-        await self._outbox_drained.wait()
+        """Wait while too many bytes wait for the socket; check `is_closed` afterwards."""
+        while self.is_congested:
+            await self._outbox_drained.wait()
+
+    def hold(self, stream: Stream, size: int) -> None:
+        """Count bytes (fewer if negative) that the peer has us keep for that exchange."""
+        stream.held += size
+        self._held += size
 
     def end_stream(self, stream_id: int, code: str, message: str) -> None:
         stream = self._streams.pop(stream_id, None)
         if stream is not None:
             self.write(self.mux.reset(stream_id, code, message))
             stream.fail(LinkClosed("the exchange was closed here"))
+            self._let_go(stream_id, stream)
+
+    def _let_go(self, stream_id: int, stream: Stream) -> None:
+        """An exchange is over here. What it holds is free when nobody handles it any more."""
+        if stream_id not in self._scopes:
+            self.hold(stream, -stream.held)
+        self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self._retired and not self._streams:
+            self.close()
 
     def _end(self) -> None:
         self._closed = True
@@ -281,10 +327,17 @@ class Link:
                     self.peer_hello = hello
                 case StreamOpened(stream_id, method, request):
                     stream = self._streams[stream_id] = Stream(self, stream_id)
-                    nursery.start_soon(self._handle, stream_id, stream, method, request)
+                    if self._handling < MAX_HANDLERS and self._has_room(stream, request):
+                        self._handling += 1
+                        nursery.start_soon(self._handle, stream_id, stream, method, request)
+                    else:
+                        self._shed(stream_id)
                 case MessageReceived(stream_id, message):
                     if (found := self._streams.get(stream_id)) is not None:
-                        found.deliver(message)
+                        if self._has_room(found, message):
+                            found.deliver(message)
+                        else:
+                            self._shed(stream_id)
                 case StreamEnded(stream_id):
                     if (found := self._streams.get(stream_id)) is not None:
                         found.deliver_end()
@@ -292,15 +345,46 @@ class Link:
                     ended = self._streams.pop(stream_id, None)
                     if ended is not None:
                         ended.fail(RemoteFailure(reset.code, reset.message))
+                        self._let_go(stream_id, ended)
                     if (scope := self._scopes.get(stream_id)) is not None:
                         scope.cancel()
                 case CreditReceived(stream_id):
                     if (found := self._streams.get(stream_id)) is not None:
                         found.notify_credit()
+        if len(self._outbox) > MAX_BACKLOG:
+            raise ProtocolError(f"{len(self._outbox)} bytes wait for a peer that does not read")
+
+    def _has_room(self, stream: Stream, data: bytes) -> bool:
+        """Count these bytes of the peer in, if the link may hold them."""
+        size = len(data) + MESSAGE_OVERHEAD
+        if self._held + size > MAX_HELD:
+            return False
+        self.hold(stream, size)
+        return True
+
+    def _shed(self, stream_id: int) -> None:
+        """End an exchange for which there is no room; the peer may try again later."""
+        log.warning(
+            "refusing an exchange of %s: it has %d handlers and %d bytes here",
+            short(self.peer),
+            self._handling,
+            self._held,
+        )
+        self.end_stream(stream_id, "OVERLOADED", "this node has too much of yours to do")
+        if (scope := self._scopes.get(stream_id)) is not None:
+            scope.cancel()
 
     async def _handle(self, stream_id: int, stream: Stream, method: str, request: bytes) -> None:
-        if stream_id not in self._streams:
-            return  # given up before this task began
+        try:
+            if stream_id in self._streams:  # else given up before this task began
+                await self._run_handler(stream_id, stream, method, request)
+        finally:
+            self._handling -= 1
+            self.hold(stream, -stream.held)
+
+    async def _run_handler(
+        self, stream_id: int, stream: Stream, method: str, request: bytes
+    ) -> None:
         handler = self._handlers.get(method)
         if handler is None:
             self.end_stream(stream_id, "UNKNOWN_METHOD", f"this node has no method {method!r}")

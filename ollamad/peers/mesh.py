@@ -15,9 +15,13 @@ from ollamad.core.ids import NodeId, short
 from ollamad.peers.link import Handler, HandlerError, Link, LinkClosed, RemoteFailure, Stream
 from ollamad.peers.tls import Gate, PeerUnreachable, TlsStream
 from ollamad.wire.codec import MalformedMessage, decode, encode
-from ollamad.wire.mux import ProtocolError, TooManyStreams
+from ollamad.wire.mux import ProtocolError, StreamIdsSpent, TooManyStreams
 
 log = logging.getLogger(__name__)
+
+# Connections that one member may have to us. It needs two, and as many again while it replaces
+# those that broke without our noticing.
+MAX_LINKS_PER_MEMBER = 4
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,14 +39,20 @@ class Mesh:
         self._handlers: dict[str, Handler] = {}
         self._links: dict[tuple[NodeId, bool], Link] = {}
         self._dialling: dict[tuple[NodeId, bool], trio.Lock] = {}
-        self._inbound: dict[NodeId, set[Link]] = {}
+        self._outbound: set[Link] = set()  # those that run, retired ones included
+        self._inbound: dict[NodeId, list[Link]] = {}  # oldest first
         self._nursery: trio.Nursery | None = None
 
     @property
     def connected(self) -> int:
         """How many nodes there is a link to, from here or from there."""
         out = {peer for (peer, _), link in self._links.items() if not link.is_closed}
-        return len(out | {peer for peer, links in self._inbound.items() if links})
+        return len(out | self._inbound.keys())
+
+    @property
+    def dialled_by(self) -> frozenset[NodeId]:
+        """The nodes that have a connection to us which they made."""
+        return frozenset(self._inbound)
 
     def handle(self, method: str, handler: Handler) -> None:
         """Answer exchanges of that method with `await handler(peer, request, stream)`."""
@@ -76,9 +86,15 @@ class Mesh:
             await trio.sleep_forever()
 
     async def serve_member(self, stream: TlsStream, peer: NodeId) -> None:
-        """Handle the exchanges of a member that dialled us, until it goes."""
+        """Handle the exchanges of a member that dialled us, until it goes.
+
+        Of more than MAX_LINKS_PER_MEMBER connections of a member, the oldest are closed.
+        """
         link = Link(stream, peer, dialler=False, version=self._version, handlers=self._handlers)
-        self._inbound.setdefault(peer, set()).add(link)
+        links = self._inbound.setdefault(peer, [])
+        links.append(link)
+        for older in links[:-MAX_LINKS_PER_MEMBER]:
+            older.close()
         try:
             await link.run()
         except* ProtocolError as group:
@@ -86,7 +102,9 @@ class Mesh:
         except* trio.BrokenResourceError:
             pass
         finally:
-            self._inbound[peer].discard(link)
+            links.remove(link)
+            if not links and self._inbound.get(peer) is links:
+                del self._inbound[peer]
 
     @asynccontextmanager
     async def open(
@@ -97,11 +115,7 @@ class Mesh:
         Raises:
           PeerUnreachable: there is no link and none can be made.
         """
-        link = await self._link_to(node_id, bulk)
-        try:
-            stream = link.open(method, request)
-        except (LinkClosed, TooManyStreams) as error:
-            raise PeerUnreachable(str(error)) from None
+        stream = await self._open(node_id, method, request, bulk)
         try:
             yield stream
         finally:
@@ -128,11 +142,9 @@ class Mesh:
             raise RemoteFailure("MALFORMED", str(error)) from None
 
     def drop(self, node_id: NodeId) -> None:
-        """Close all links with a node (it left, or it does not answer any more)."""
-        for bulk in (False, True):
-            link = self._links.pop((node_id, bulk), None)
-            if link is not None:
-                link.close()
+        """Close all links that were dialled to a node (it left, or it does not answer any more)."""
+        for link in [link for link in self._outbound if link.peer == node_id]:
+            link.close()
 
     def expel(self, node_id: NodeId) -> None:
         """Close all links with a node, also those that it dialled."""
@@ -140,19 +152,31 @@ class Mesh:
         for link in list(self._inbound.get(node_id, ())):
             link.close()
 
+    async def _open(self, node_id: NodeId, method: str, request: bytes, bulk: bool) -> Stream:
+        while True:
+            link = await self._link_to(node_id, bulk)
+            await link.wait_uncongested()
+            try:
+                return link.open(method, request)
+            except StreamIdsSpent:  # meanwhile; the next round dials
+                continue
+            except (LinkClosed, TooManyStreams) as error:
+                raise PeerUnreachable(str(error)) from None
+
     async def _link_to(self, node_id: NodeId, bulk: bool) -> Link:
         key = (node_id, bulk)
         link = self._links.get(key)
-        if link is not None and not link.is_closed:
+        if link is not None and link.is_usable:
             return link
         # One dialler at a time a peer; the others wait and use its link.
         async with self._dialling.setdefault(key, trio.Lock()):
             link = self._links.get(key)
-            if link is not None and not link.is_closed:
+            if link is not None and link.is_usable:
                 return link
-            link = await self._dial(node_id)
-            self._links[key] = link
-            return link
+            fresh = self._links[key] = await self._dial(node_id)
+            if link is not None:
+                link.retire()
+            return fresh
 
     async def _dial(self, node_id: NodeId) -> Link:
         address = self._address_of(node_id)
@@ -170,6 +194,7 @@ class Mesh:
         self, link: Link, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         started = _Started(task_status)
+        self._outbound.add(link)
         try:
             await link.run(task_status=started)
         except BaseExceptionGroup as group:
@@ -180,6 +205,10 @@ class Mesh:
             if rest is not None:
                 raise rest from None
             log.info("link to %s ended: %s", short(link.peer), _first(group))
+        finally:
+            self._outbound.discard(link)
+            for key in [key for key, kept in self._links.items() if kept is link]:
+                del self._links[key]
 
 
 class _Started:

@@ -45,6 +45,7 @@ MAX_MESSAGE = 1 << 20  # bytes; a frame is read whole, so this bounds memory
 WINDOW = 1 << 20  # bytes in flight a stream; covers 10 Gbit/s at 0.8 ms
 MAX_STREAMS = 1024  # a connection; more at once is a bug or an attack
 MAX_HELLO = 4096  # bytes
+MAX_STREAM_ID = (1 << 32) - 1  # what the header holds; ids are never used again
 
 
 class Kind(enum.IntEnum):
@@ -75,6 +76,10 @@ class ProtocolError(Exception):
 
 class TooManyStreams(Exception):
     """This side has MAX_STREAMS exchanges open; the peer would close the connection at one more."""
+
+
+class StreamIdsSpent(Exception):
+    """The connection can open no more streams, ever; use another one."""
 
 
 class IncompatibleVersion(ProtocolError):
@@ -146,13 +151,21 @@ class MuxConnection:
     def open_streams(self) -> int:
         return len(self._streams)
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether every stream id was used."""
+        return self._last_stream == MAX_STREAM_ID
+
     def open(self, method: str, request: bytes) -> tuple[int, bytes]:
         """Begin an exchange: its stream id and the bytes to send (dialler only).
 
         Raises:
           TooManyStreams: try again when an exchange has ended.
+          StreamIdsSpent: try again on another connection.
         """
         assert self._dialler, "only the side that dialled opens streams"
+        if self.is_spent:
+            raise StreamIdsSpent(f"{MAX_STREAM_ID} exchanges were opened on this connection")
         if len(self._streams) >= MAX_STREAMS:
             raise TooManyStreams(f"{MAX_STREAMS} exchanges are open on this connection")
         name = method.encode("ascii")

@@ -1,7 +1,7 @@
 """One link between two nodes: exchanges side by side, cancellation, failures, slow readers."""
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -11,7 +11,11 @@ from trio.testing import MockClock, lockstep_stream_pair, memory_stream_pair, wa
 from ollamad.core.ids import NodeId
 from ollamad.peers.link import (
     HELLO_TIMEOUT_S,
+    MAX_BACKLOG,
+    MAX_HANDLERS,
+    MAX_HELD,
     MAX_OUTBOX,
+    MESSAGE_OVERHEAD,
     Handler,
     HandlerError,
     Link,
@@ -30,6 +34,7 @@ from ollamad.wire.mux import (
     Kind,
     MuxConnection,
     ProtocolError,
+    StreamReset,
     TooManyStreams,
 )
 
@@ -499,3 +504,220 @@ async def test_cancelling_the_link_in_mid_send_closes_the_transport() -> None:
     assert link.is_closed
     with pytest.raises(trio.BrokenResourceError):
         await theirs.send_all(b"x")
+
+
+# A peer that is hostile, or broken: what it can make this side hold is bounded.
+
+
+class Hostile:
+    """The dialling end of a link, without our code on it: sends any frames, reads when told."""
+
+    def __init__(self, link: Link, end: Any) -> None:
+        self.link = link
+        self.end = end
+        self.mux = MuxConnection(dialler=True, version="1.0")
+
+    async def send(self, data: bytes) -> None:
+        await self.end.send_all(data)
+        await wait_all_tasks_blocked()
+
+    async def open(self, method: str, request: bytes) -> int:
+        number, data = self.mux.open(method, request)
+        await self.send(data)
+        return number
+
+    async def resets(self) -> list[str]:
+        """The codes of the exchanges that were refused since the last call."""
+        with trio.move_on_after(0.01):
+            while data := await self.end.receive_some(1 << 20):
+                events = self.mux.receive_data(data)
+                return [e.reset.code for e in events if isinstance(e, StreamReset)]
+        return []
+
+
+@asynccontextmanager
+async def attacked(
+    *, pair: Callable[[], Any] = memory_stream_pair, **handlers: Handler
+) -> AsyncIterator[Hostile]:
+    ours, theirs = pair()
+    link = Link(ours, B, dialler=False, version="1.0", handlers={"silent": silent} | handlers)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        hostile = Hostile(link, theirs)
+        await hostile.send(hostile.mux.hello())
+        await hostile.resets()  # its hello
+        yield hostile
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_requests_of_all_exchanges_are_bounded() -> None:
+    async with attacked(echo=echo) as hostile:
+        refused = list[str]()
+        for _ in range(MAX_HELD // MAX_MESSAGE + 5):
+            await hostile.open("silent", bytes(MAX_MESSAGE - 10))
+            refused += await hostile.resets()
+        assert refused == ["OVERLOADED"] * 6
+        held = hostile.link._held
+        assert MAX_HELD - 2 * MAX_MESSAGE < held <= MAX_HELD
+        # What is small still gets in, and what is given back can be used again.
+        await hostile.send(hostile.mux.reset(1, "X", ""))
+        assert hostile.link._held == held - (MAX_MESSAGE - 10) - MESSAGE_OVERHEAD
+        assert await hostile.open("silent", bytes(MAX_MESSAGE - 10))
+        assert await hostile.resets() == []
+        assert hostile.link._held == held
+
+
+async def test_the_unread_messages_of_all_exchanges_are_bounded() -> None:
+    async with attacked() as hostile:
+        ended = list[str]()
+        for _ in range(MAX_HELD // MAX_MESSAGE + 5):
+            number = await hostile.open("silent", b"")
+            await hostile.send(hostile.mux.message(number, bytes(MAX_MESSAGE)))
+            ended += await hostile.resets()
+        assert ended == ["OVERLOADED"] * len(ended)
+        assert len(ended) == 6
+        held = sum(len(m) for s in hostile.link._streams.values() for m in s._inbox)
+        assert held <= hostile.link._held <= MAX_HELD
+        assert len(hostile.link._scopes) == hostile.link.mux.open_streams, "handlers end too"
+
+
+async def test_empty_messages_count_with_what_they_take() -> None:
+    async with attacked() as hostile:
+        number = await hostile.open("silent", b"")
+        for _ in range(1000):
+            await hostile.end.send_all(hostile.mux.message(number, b""))
+        await wait_all_tasks_blocked()
+        assert hostile.link._held == (1 + 1000) * MESSAGE_OVERHEAD
+
+
+async def test_nothing_is_held_when_all_was_read_and_ended() -> None:
+    async with linked() as (link, other):
+        for size in (0, 1, 100_000):
+            assert await ask(link, "echo", bytes(size)) == bytes(size)
+        stream = link.open("echo", b"x" * 1000)
+        await stream.send(b"y" * 1000)
+        assert await stream.receive() == b"x" * 1000
+        await wait_all_tasks_blocked()
+        assert link._held == 1000 + MESSAGE_OVERHEAD, "the second answer is unread"
+        assert other._held == 1000 + MESSAGE_OVERHEAD, "the request of a handler that runs"
+        stream.close()
+        await wait_all_tasks_blocked()
+        assert link._held == other._held == 0
+        with pytest.raises(RemoteFailure):
+            await ask(link, "nobody has this", b"x")
+        await wait_all_tasks_blocked()
+        assert link._held == other._held == other._handling == 0
+
+
+async def test_what_came_before_a_failure_is_read_and_counted_once() -> None:
+    async def say_and_fail(peer: NodeId, request: bytes, stream: Stream) -> None:
+        await stream.send(b"said")
+        raise HandlerError("NO", "why")
+
+    async with linked(fail=say_and_fail) as (link, other):
+        stream = link.open("fail", b"")
+        await wait_all_tasks_blocked()
+        assert link._held == other._held == 0
+        assert await stream.receive() == b"said"
+        assert link._held == 0
+
+
+async def test_opening_and_resetting_in_a_loop_makes_no_more_handlers() -> None:
+    """HTTP/2's "rapid reset": handlers that still clean up count."""
+    running = 0
+
+    async def slow_to_end(peer: NodeId, request: bytes, stream: Stream) -> None:
+        nonlocal running
+        running += 1
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.move_on_after(5, shield=True):
+                await free.wait()
+            running -= 1
+
+    free = trio.Event()
+    async with attacked(slow=slow_to_end) as hostile:
+        for _ in range(3 * MAX_HANDLERS // 100):
+            opened = [hostile.mux.open("slow", b"") for _ in range(100)]
+            await hostile.send(b"".join(data for _, data in opened))
+            await hostile.send(b"".join(hostile.mux.reset(n, "X", "") for n, _ in opened))
+        assert running == MAX_HANDLERS
+        free.set()
+        await wait_all_tasks_blocked()
+        assert running == hostile.link._handling == hostile.link._held == 0
+        await hostile.open("slow", b"")
+        assert running == 1
+
+
+@pytest.mark.parametrize("kind", ["unknown methods", "refused exchanges"])
+async def test_answers_do_not_pile_up_for_a_peer_that_does_not_read(kind: str) -> None:
+    async def refuse(peer: NodeId, request: bytes, stream: Stream) -> None:
+        raise HandlerError("NO", "n" * 1000)
+
+    ours, theirs = lockstep_stream_pair()
+    link = Link(ours, B, dialler=False, version="1.0", handlers={"refuse": refuse})
+    hostile = MuxConnection(dialler=True, version="1.0")
+    method = "refuse" if kind == "refused exchanges" else "x" * 200
+    most = 0
+
+    async def attack() -> None:
+        nonlocal most
+        await theirs.send_all(hostile.hello())
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while most < 2 * MAX_BACKLOG:  # else nobody stops it
+                for _ in range(100):
+                    data = hostile.open(method, b"")[1]
+                    hostile._streams.clear()  # it forgets what it asked
+                    await theirs.send_all(data)
+                most = max(most, len(link._outbox))
+
+    with pytest.RaisesGroup(pytest.RaisesExc(ProtocolError, match="does not read")):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(attack)
+            try:
+                await link.run()
+            except* ProtocolError as group:
+                assert link.is_closed
+                raise group.exceptions[0] from None
+    assert MAX_OUTBOX < most < 2 * MAX_BACKLOG
+
+
+@pytest.mark.parametrize(
+    "flood", [HEADER.pack(Kind.CREDIT, 1, 4) + bytes(4), HEADER.pack(Kind.MESSAGE, 2, 1) + b"x"]
+)
+async def test_frames_without_effect_leave_nothing_behind(flood: bytes) -> None:
+    """Credit of nothing, and late messages of an exchange that is over."""
+    async with attacked(echo=echo) as hostile:
+        await hostile.open("silent", b"")
+        second = await hostile.open("silent", b"")
+        await hostile.send(hostile.mux.reset(second, "X", ""))
+        held = hostile.link._held
+        for _ in range(20):
+            await hostile.send(flood * 5000)
+        assert hostile.link._held == held
+        assert len(hostile.link._outbox) == 0
+        assert len(hostile.link.mux._buffer) == 0
+        assert not hostile.link._streams[1]._inbox
+        assert not hostile.link.is_closed
+
+
+async def test_a_retired_link_closes_with_its_last_exchange() -> None:
+    async with linked() as (link, other):
+        first, second = link.open("silent", b""), link.open("silent", b"")
+        link.retire()
+        first.close()
+        await wait_all_tasks_blocked()
+        assert not link.is_closed
+        other.end_stream(2, "DONE", "")
+        await wait_all_tasks_blocked()
+        assert link.is_closed
+        assert other.is_closed
+        with pytest.raises(RemoteFailure):
+            await second.receive()
+
+
+async def test_a_retired_link_that_is_idle_closes_at_once() -> None:
+    async with linked() as (link, _):
+        link.retire()
+        assert link.is_closed

@@ -6,11 +6,17 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ollamad.core.ids import NodeId
-from ollamad.peers.link import HELLO_TIMEOUT_S, HandlerError, RemoteFailure, Stream
-from ollamad.peers.mesh import Mesh
+from ollamad.peers.link import (
+    HELLO_TIMEOUT_S,
+    MAX_OUTBOX,
+    HandlerError,
+    RemoteFailure,
+    Stream,
+)
+from ollamad.peers.mesh import MAX_LINKS_PER_MEMBER, Mesh
 from ollamad.peers.tls import PeerUnreachable
 from ollamad.wire import mux
-from ollamad.wire.mux import MAX_STREAMS
+from ollamad.wire.mux import MAX_MESSAGE, MAX_STREAM_ID, MAX_STREAMS
 from tests.fakes.peer_net import PeerNet
 
 A, B, C = NodeId("A"), NodeId("B"), NodeId("C")
@@ -274,6 +280,90 @@ async def test_leaving_an_exchange_cancels_it_there(net: PeerNet) -> None:
         await wait_all_tasks_blocked()
     with trio.fail_after(1):
         await ended.wait()
+
+
+async def test_a_link_without_stream_ids_is_replaced_and_ends_with_its_exchanges(
+    net: PeerNet,
+) -> None:
+    a, b = await two(net)
+    heard = list[bytes]()
+
+    async def listen(peer: NodeId, request: bytes, stream: Stream) -> None:
+        while (message := await stream.receive()) is not None:
+            heard.append(message)
+
+    b.handle("listen", listen)
+    await double(a)
+    old = a._links[B, False]
+    old.mux._last_stream = MAX_STREAM_ID - 1
+    async with a.open(B, "listen", b"") as last:
+        async with trio.open_nursery() as nursery:
+            for number in range(10):  # at once: one dials for all of them
+                nursery.start_soon(double, a, number)
+        assert net.dials == [(A, B)] * 2
+        assert not old.is_closed
+        await last.send(b"still heard")
+        await wait_all_tasks_blocked()
+        assert heard == [b"still heard"]
+    await wait_all_tasks_blocked()
+    assert old.is_closed
+    assert len(b._inbound[A]) == 1
+    assert await double(a) == 42
+    assert net.dials == [(A, B)] * 2
+
+
+async def test_a_retired_link_is_dropped_with_the_others(net: PeerNet) -> None:
+    a, b = await two(net)
+    async with a.open(B, "unknown", b""):
+        old = a._links[B, False]
+        old.mux._last_stream = MAX_STREAM_ID
+        await double(a)
+        a.drop(B)
+        assert old.is_closed
+    await wait_all_tasks_blocked()
+    assert a.connected == b.connected == 0
+    assert not a._outbound
+
+
+async def test_requests_wait_for_a_peer_that_does_not_read(net: PeerNet) -> None:
+    """Requests are long; what waits for the socket stays within a bound all the same."""
+    a, _ = await two(net)
+    await double(a)
+    link = a._links[B, False]
+    waiting = list[int]()
+
+    async def ask() -> None:
+        async with a.open(B, "unknown", bytes(MAX_MESSAGE // 2)) as stream:
+            waiting.append(len(link._outbox))
+            with pytest.raises(RemoteFailure):
+                await stream.receive()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(40):
+            nursery.start_soon(ask)
+    assert len(waiting) == 40
+    assert max(waiting) <= MAX_OUTBOX + MAX_MESSAGE
+
+
+async def test_a_member_has_only_so_many_links(net: PeerNet) -> None:
+    _, b = await two(net)
+    c = await net.add(C)
+    assert await c.call(B, "who", None, str) == C
+    streams = [await net.dial(A, B) for _ in range(MAX_LINKS_PER_MEMBER + 3)]
+    await wait_all_tasks_blocked()
+    assert len(b._inbound[A]) == MAX_LINKS_PER_MEMBER
+    ended = list[int]()
+    for number, stream in enumerate(streams):
+        with trio.move_on_after(0.05):
+            while await stream.receive_some(100):
+                pass
+            ended.append(number)
+    assert ended == [0, 1, 2], "the oldest"
+    assert await c.call(B, "who", None, str) == C, "others keep theirs"
+    for stream in streams:
+        await stream.aclose()
+    await wait_all_tasks_blocked()
+    assert b.dialled_by == {C}
 
 
 # Dropping.

@@ -23,6 +23,7 @@ from ollamad.wire.mux import (
     HEADER,
     MAX_HELLO,
     MAX_MESSAGE,
+    MAX_STREAM_ID,
     MAX_STREAMS,
     OLDEST_PROTOCOL,
     PROTOCOL,
@@ -38,6 +39,7 @@ from ollamad.wire.mux import (
     ProtocolError,
     Reset,
     StreamEnded,
+    StreamIdsSpent,
     StreamOpened,
     StreamReset,
     TooManyStreams,
@@ -234,6 +236,25 @@ def test_the_number_of_streams_is_bounded_on_both_sides() -> None:
     assert acceptor.receive_data(data) == [StreamOpened(MAX_STREAMS + 1, "x", b"")]
     with pytest.raises(ProtocolError, match="at once"):
         acceptor.receive_data(frame(Kind.OPEN, MAX_STREAMS + 2, b"\x01x"))
+
+
+def test_stream_ids_are_used_up_and_never_begin_again() -> None:
+    dialler, acceptor = pair()
+    dialler._last_stream = acceptor._last_stream = MAX_STREAM_ID - 1
+    assert not dialler.is_spent
+    stream, data = dialler.open("x", b"")
+    assert acceptor.receive_data(data) == [StreamOpened(MAX_STREAM_ID, "x", b"")]
+    assert dialler.is_spent
+    for _ in range(2):
+        with pytest.raises(StreamIdsSpent):
+            dialler.open("x", b"")
+    # The last exchange goes on to its end.
+    assert acceptor.receive_data(dialler.message(stream, b"m")) == [MessageReceived(stream, b"m")]
+    dialler.receive_data(acceptor.end(stream))
+    acceptor.receive_data(dialler.end(stream))
+    assert dialler.open_streams == acceptor.open_streams == 0
+    with pytest.raises(ProtocolError):
+        acceptor.receive_data(frame(Kind.OPEN, 1, b"\x01x"))
 
 
 def test_what_is_too_large_is_refused_before_it_is_sent() -> None:
