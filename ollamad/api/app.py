@@ -13,11 +13,12 @@ from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import MethodNotAllowed
 
-from ollamad.api import inference, models, nodes, sessions, status
+from ollamad.api import inference, models, nodes, ollama, ollama_models, sessions, status
 from ollamad.api.asgi import Connection, Reply, Request
 from ollamad.api.auth import Auth, Identity
 from ollamad.api.bodies import invalid
 from ollamad.api.calls import Api, ApiSettings, Call, Handler, error_reply
+from ollamad.api.dialects import error_body_for
 from ollamad.api.errors import as_service_error
 from ollamad.api.metrics import RequestStats
 from ollamad.api.services import ServiceError, Services
@@ -74,6 +75,22 @@ ROUTES = (
     Route("POST", f"{BASE}/generate", "inference", inference.generate, bounded=False),
     Route("POST", f"{BASE}/chat", "inference", inference.chat, bounded=False),
     Route("POST", f"{BASE}/embeddings", "inference", inference.embeddings, bounded=False),
+    # What Ollama's clients speak. (A route for GET answers HEAD, too.)
+    Route("GET", "/api/version", PUBLIC, ollama_models.version),
+    Route("GET", "/api/tags", "viewer", ollama_models.tags),
+    Route("GET", "/api/ps", "viewer", ollama_models.ps),
+    Route("POST", "/api/show", "viewer", ollama_models.show),
+    Route("POST", "/api/generate", "inference", ollama.generate, bounded=False),
+    Route("POST", "/api/chat", "inference", ollama.chat, bounded=False),
+    Route("POST", "/api/embed", "inference", ollama.embed_texts, bounded=False),
+    Route("POST", "/api/embeddings", "inference", ollama.embed_prompt, bounded=False),
+    Route("POST", "/api/pull", "operator", ollama_models.pull, bounded=False),
+    Route("POST", "/api/push", "operator", ollama_models.push),
+    Route("POST", "/api/create", "operator", ollama_models.create, bounded=False),
+    Route("POST", "/api/copy", "operator", ollama_models.copy),
+    Route("DELETE", "/api/delete", "operator", ollama_models.delete),
+    Route("HEAD", "/api/blobs/<digest>", "operator", ollama_models.head_blob),
+    Route("POST", "/api/blobs/<digest>", "operator", ollama_models.put_blob, bounded=False),
 )
 
 
@@ -102,12 +119,12 @@ class ApiApp(QuartTrio):
             endpoint, arguments = self.routes.match(request.path, request.method)
             return await self.views[endpoint](request, **arguments)
         except Exception as error:
-            return _error_reply(error, request.id)
+            return _error_reply(error, request.id, request.path)
         except BaseExceptionGroup as error:
             _, rest = error.split(trio.Cancelled)
             if rest is None:
                 raise  # the client went away
-            return _error_reply(rest, request.id)
+            return _error_reply(rest, request.id, request.path)
 
 
 def build_app(services: Services, settings: ApiSettings) -> ApiApp:
@@ -179,8 +196,8 @@ def _authorize(caller: Identity | None, role: Role) -> Identity:
     return caller
 
 
-def _error_reply(error: BaseException, request_id: str) -> Reply:
-    response = error_reply(as_service_error(error, request_id))
+def _error_reply(error: BaseException, request_id: str, path: str) -> Reply:
+    response = error_reply(as_service_error(error, request_id), error_body_for(path))
     if isinstance(error, MethodNotAllowed) and error.valid_methods:
         response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
     return response
@@ -188,7 +205,7 @@ def _error_reply(error: BaseException, request_id: str) -> Reply:
 
 async def _refuse_socket(error: Exception) -> TrioResponse:
     """The answer to a WebSocket that is not accepted; requests do not come by here."""
-    reply = _error_reply(error, secrets.token_hex(8))
+    reply = _error_reply(error, secrets.token_hex(8), BASE)
     content_type = reply.content_type.decode()
     return TrioResponse(reply.body, reply.status, reply.headers, content_type=content_type)
 

@@ -106,7 +106,7 @@ class GenerateBody(_Inference, frozen=True):
             system=self.system,
             context=self.context or (),
             raw=self.raw,
-            format=_format(self.format),
+            format=format_text(self.format),
             options=_options(self.options),
             keep_alive_s=keep_alive_s(self.keep_alive),
             truncate=self.truncate is not False,
@@ -148,7 +148,7 @@ class ChatBody(_Inference, frozen=True, kw_only=True):
             model=self.model,
             messages=tuple(Message(m.role, m.content) for m in self.messages),
             system=self.system,
-            format=_format(self.format),
+            format=format_text(self.format),
             options=_options(self.options),
             keep_alive_s=keep_alive_s(self.keep_alive),
             truncate=self.truncate is not False,
@@ -253,7 +253,12 @@ def _refuse_unsupported(body: _Inference) -> None:
         raise unsupported("failover")
 
 
-def _format(value: Format) -> str:
+def format_text(value: Format) -> str:
+    """What `format` asks for, as the scheduler takes it: "", "json" or a schema as text.
+
+    Raises:
+      ServiceError: 400.
+    """
     if isinstance(value, dict):
         return msgspec.json.encode(value).decode()
     if value not in (None, "", "json"):

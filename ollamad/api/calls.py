@@ -13,6 +13,7 @@ import trio
 from ollamad.api.asgi import Reply, Request
 from ollamad.api.auth import Auth, AuthSettings, Identity
 from ollamad.api.bodies import decode_body
+from ollamad.api.dialects import ErrorBody
 from ollamad.api.metrics import RequestStats
 from ollamad.api.services import NoQuorum, ServiceError, Services
 from ollamad.core.commands import AnyCommand, Rejected
@@ -74,21 +75,23 @@ class Call:
     def services(self) -> Services:
         return self.api.services
 
-    async def body(self, kind: type[Body], *, optional: bool = False) -> Body:
-        """Read and decode the JSON body.
+    async def body(
+        self, kind: type[Body], *, optional: bool = False, any_type: bool = False
+    ) -> Body:
+        """Read and decode the JSON body; with `any_type` whatever its Content-Type says.
 
         Raises:
           ServiceError: 400 malformed or mistyped, 408 too slow, 413 too large, 415 no JSON.
         """
-        data = await self._read_json(optional=optional)
+        data = await self._read_json(optional=optional, any_type=any_type)
         return decode_body(data, kind)
 
-    async def _read_json(self, *, optional: bool) -> bytes:
+    async def _read_json(self, *, optional: bool, any_type: bool) -> bytes:
         request = self.request
         expected = request.body.expected_length
         mimetype = request.mimetype
         # No type at all is taken for JSON; a wrong one is a mistake that should be told.
-        if mimetype and mimetype != "application/json" and expected != 0:
+        if not any_type and mimetype and mimetype != "application/json" and expected != 0:
             raise ServiceError(
                 415,
                 "UNSUPPORTED_MEDIA_TYPE",
@@ -200,18 +203,14 @@ def reply(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
     return Reply(_encode(body), status, headers=headers or {})
 
 
-def error_reply(error: ServiceError) -> Reply:
-    """The one shape of every error."""
+def error_reply(error: ServiceError, body: ErrorBody) -> Reply:
+    """The answer that an error becomes, worded as its surface does."""
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return reply(error_body(error), error.status, headers)
-
-
-def error_body(error: ServiceError) -> dict[str, Any]:
-    return {"error": error.message, "code": error.code, "details": error.details}
+    return reply(body(error), error.status, headers)
 
 
 def rfc3339(unix: float) -> str:

@@ -34,7 +34,7 @@ async def create_model(call: Call) -> Reply:
     name = read_name(body.name, "name")
     if not body.files:
         raise invalid("files", "files must name at least one uploaded blob", expected="object")
-    files = {file: _digest(digest, f"files.{file}") for file, digest in body.files.items()}
+    files = {file: read_digest(digest, f"files.{file}") for file, digest in body.files.items()}
     model = await call.services.library.create(str(name), files)
     return reply({"model": _full(call, model)}, 201)
 
@@ -72,7 +72,7 @@ async def download_model(call: Call, name: str) -> Reply:
 
 
 async def has_blob(call: Call, digest: str) -> Reply:
-    digest = _digest(digest, "digest")
+    digest = read_digest(digest, "digest")
     if not await call.services.library.has_blob(digest):
         raise ServiceError(404, "BLOB_NOT_FOUND", f"blob {digest} is not here", {"digest": digest})
     return reply({"digest": digest})
@@ -80,7 +80,7 @@ async def has_blob(call: Call, digest: str) -> Reply:
 
 async def upload_blob(call: Call, digest: str) -> Reply:
     """The raw body is the blob; it is streamed to the disk, and its size is not limited here."""
-    digest = _digest(digest, "digest")
+    digest = read_digest(digest, "digest")
     library = call.services.library
     if await library.has_blob(digest):
         return reply({"digest": digest})
@@ -119,7 +119,12 @@ async def _find_transfer(call: Call, transfer_id: str) -> Transfer:
     )
 
 
-def _digest(text: str, field: str) -> str:
+def read_digest(text: str, field: str) -> str:
+    """A digest as `sha256:…`.
+
+    Raises:
+      ServiceError: 400.
+    """
     if not _DIGEST.fullmatch(text):
         raise invalid(field, f"{field} must be sha256: and 64 hex digits", expected="digest")
     return text.replace("-", ":")

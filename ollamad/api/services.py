@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from ollamad.core.commands import AnyCommand, Outcome
+from ollamad.core.description import NO_CHANGES, Changes, Description
 from ollamad.core.ids import NodeId
 from ollamad.core.inference import Embeddings, EmbedRequest, Event, GenerateRequest
 from ollamad.core.presence import Presence
@@ -158,11 +159,35 @@ class Library(Protocol):
         """
         ...
 
-    async def create(self, name: str, files: Mapping[str, str]) -> Model:
+    async def create(
+        self,
+        name: str,
+        files: Mapping[str, str],
+        changes: Changes = NO_CHANGES,
+        *,
+        replace: bool = False,
+    ) -> Model:
         """Make a model of uploaded blobs (`files` maps file names to digests).
 
         Raises:
-          ServiceError: 400 for a blob that is missing or no GGUF file, 409 for a taken name.
+          ServiceError: 400 for a blob that is missing or no GGUF file, 409 for a name that
+            another model has, unless it is to be replaced.
+        """
+        ...
+
+    async def derive(self, name: str, base: str, changes: Changes = NO_CHANGES) -> Model:
+        """Make a model of another one; without changes, a copy. Replaces one of that name.
+
+        Raises:
+          ServiceError: 503 when no node that holds the other one is online.
+        """
+        ...
+
+    async def describe(self, name: str) -> Description:
+        """What the small blobs and the file of a model say.
+
+        Raises:
+          ServiceError: 503 when no node that holds it is online.
         """
         ...
 
@@ -170,6 +195,10 @@ class Library(Protocol):
 
     async def transfers(self) -> Sequence[Transfer]:
         """All active and recent transfers of the cluster, newest first."""
+        ...
+
+    async def transfer(self, transfer_id: str) -> Transfer | None:
+        """One transfer as it is now; None when its node has forgotten it, or is away."""
         ...
 
     async def cancel(self, transfer_id: str) -> None: ...

@@ -81,6 +81,21 @@ class Chunk(msgspec.Struct, frozen=True, tag="c", array_like=True):
     tokens: tuple[int, ...] = ()
 
 
+class Thought(msgspec.Struct, frozen=True, tag="t", array_like=True):
+    """A bit of what a model thinks before it answers."""
+
+    text: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, tag="k", array_like=True):
+    """A function that the model wants called. `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str = "{}"
+    id: str = ""
+    index: int = 0  # among the calls of one answer
+
+
 class Finished(msgspec.Struct, frozen=True, tag="f", array_like=True):
     """The end of a generation, with the engine's own counts; durations in nanoseconds."""
 
@@ -104,7 +119,8 @@ class Failed(msgspec.Struct, frozen=True, tag="e", array_like=True):
     details: dict[str, str | int | float | list[str]] = {}
 
 
-Event = Chunk | Finished | Failed
+Output = Chunk | Thought | ToolCall
+Event = Output | Finished | Failed
 
 
 class Embeddings(msgspec.Struct, frozen=True):

@@ -19,6 +19,7 @@ from ollamad.api.services import (
     Services,
 )
 from ollamad.core.commands import AnyCommand, FoundCluster, Outcome, Proposal, SetDraining, apply
+from ollamad.core.description import NO_CHANGES, Changes, Description
 from ollamad.core.ids import NodeId, node_id_of
 from ollamad.core.inference import (
     Chunk,
@@ -28,6 +29,7 @@ from ollamad.core.inference import (
     Finished,
     GenerateRequest,
     LoadedModel,
+    Message,
 )
 from ollamad.core.presence import Beat, Presence, Usage
 from ollamad.core.state import (
@@ -179,6 +181,24 @@ class FakeCluster:
         return apply(self.state, proposal)
 
 
+DESCRIPTION = Description(
+    template="{% for m in messages %}{{ m.content }}{% endfor %}",
+    system="Be brief.",
+    parameters={"stop": ["<|a|>", "<|b|>"], "temperature": 0.5},
+    messages=(Message("user", "hi"), Message("assistant", "hello")),
+    licenses=("Apache License", "Second"),
+    metadata={
+        "general.architecture": "llama",
+        "general.name": "Smol",
+        "llama.context_length": 8192,
+        "five": [1, 2, 3, 4, 5],
+        "six": [1, 2, 3, 4, 5, 6],
+        "tokenizer.chat_template": "x",
+    },
+    parameter_count=134_515_008,
+)
+
+
 class FakeLibrary:
     """Keeps uploads in memory and remembers what was asked of it."""
 
@@ -204,6 +224,8 @@ class FakeLibrary:
                 finished_at=None,
             )
         ]
+        self.transfer_steps: list[Transfer | None] = [self.transfer_list[0]]
+        self.description = DESCRIPTION
         self.error: Exception | None = None
         self.on_chunk: Callable[[bytes], Any] | None = None
 
@@ -218,9 +240,24 @@ class FakeLibrary:
         self._log("download", name, source, tuple(nodes), replicas)
         return "transfer_001"
 
-    async def create(self, name: str, files: Mapping[str, str]) -> Model:
-        self._log("create", name, dict(files))
+    async def create(
+        self,
+        name: str,
+        files: Mapping[str, str],
+        changes: Changes = NO_CHANGES,
+        *,
+        replace: bool = False,
+    ) -> Model:
+        self._log("create", name, dict(files), *((changes, replace) if replace else ()))
         return model(name)
+
+    async def derive(self, name: str, base: str, changes: Changes = NO_CHANGES) -> Model:
+        self._log("derive", name, base, changes)
+        return model(name)
+
+    async def describe(self, name: str) -> Description:
+        self._log("describe", name)
+        return self.description
 
     async def delete(self, name: str) -> None:
         self._log("delete", name)
@@ -229,6 +266,12 @@ class FakeLibrary:
         if self.error:
             raise self.error
         return self.transfer_list
+
+    async def transfer(self, transfer_id: str) -> Transfer | None:
+        """What `transfer_steps` says next; the last one stays."""
+        self._log("transfer", transfer_id)
+        steps = self.transfer_steps
+        return steps.pop(0) if len(steps) > 1 else steps[0]
 
     async def cancel(self, transfer_id: str) -> None:
         self._log("cancel", transfer_id)

@@ -71,23 +71,27 @@ async def test_every_route_lets_in_its_role_and_those_above(route: Any, role: st
     path = "/" if route.path == "/" else path_of(route.path)
     answer = await client.call(route.method, path, role=role)
     if route.role is None or (role and ROLES.index(role) >= ROLES.index(route.role)):
-        assert answer.status not in (401, 403) or answer.code == "INVALID_CREDENTIALS"
+        refused = answer.status in (401, 403)
+        assert not refused or answer.code == "INVALID_CREDENTIALS"
     else:
         assert answer.status == (401 if role is None else 403)
-        if route.method != "HEAD":
+        if route.method != "HEAD" and route.path.startswith(BASE):
             assert answer.code == ("UNAUTHORIZED" if role is None else "FORBIDDEN")
 
 
 def test_the_table_of_roles_is_the_contracts() -> None:
     """Written out again on purpose: a slip in the table must fail here."""
     expected = {
-        None: "/ /health /version /auth/login /auth/refresh",
+        None: "/ /health /version /auth/login /auth/refresh /api/version",
         "viewer": "/auth/logout /auth/me /cluster/status /cluster/leader /cluster/consensus "
         "/metrics /nodes "
-        "/nodes/<reference> /models /models/<path:name> /transfers /transfers/<transfer_id>",
-        "inference": "/generate /chat /embeddings",
+        "/nodes/<reference> /models /models/<path:name> /transfers /transfers/<transfer_id> "
+        "/api/tags /api/ps /api/show",
+        "inference": "/generate /chat /embeddings "
+        "/api/generate /api/chat /api/embed /api/embeddings",
         "operator": "/nodes/<reference>/drain /nodes/<reference>/undrain "
-        "/models/<path:name>/download /blobs/<digest> /transfers/<transfer_id>/cancel",
+        "/models/<path:name>/download /blobs/<digest> /transfers/<transfer_id>/cancel "
+        "/api/pull /api/push /api/create /api/copy /api/delete /api/blobs/<digest>",
         "admin": "/cluster/join /cluster/leave /cluster/token",
     }
     by_path = {path: role for role, paths in expected.items() for path in paths.split()}
@@ -184,7 +188,9 @@ async def test_an_unfounded_cluster_takes_no_token_signed_with_the_empty_key(
     world.cluster.state.jwt_key = b""
     world.cluster.state.cluster_id = cluster_id
     forged = sign_with_the_empty_key(claims(aud=cluster_id))
-    assert (await ask(ApiClient(world), forged)).status == 401
+    answer = await ask(ApiClient(world), forged)
+    # Not 401: a node that has just started again may hold a good token of its cluster.
+    assert (answer.status, answer.code) == (503, "NOT_READY")
 
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Basic YWRtaW46eA==", "x"])

@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from ollamad.api.inference import MAX_COALESCED, Timestamps
+from ollamad.api.generation import MAX_COALESCED, Timestamps
 from ollamad.core.inference import (
     Chunk,
     EmbedRequest,

@@ -1,0 +1,291 @@
+"""Runs a generation or an embedding for any surface; how an answer looks is a `Layout`'s affair.
+
+A stream is sent from within the generation's own context: when the client goes away the
+handler is cancelled, the context is left, and the generation ends wherever it runs.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, ClassVar, Protocol
+
+import msgspec
+import trio
+
+from ollamad.api.asgi import Reply
+from ollamad.api.calls import Call, reply
+from ollamad.api.dialects import native_error
+from ollamad.api.errors import as_service_error
+from ollamad.api.services import Embedded, EventChannel, Generation, ServiceError
+from ollamad.core.inference import (
+    Chunk,
+    EmbedRequest,
+    Event,
+    Failed,
+    Finished,
+    GenerateRequest,
+    Output,
+    Thought,
+    ToolCall,
+)
+
+# Lines sent at once when a client is slower than the model; more adds no speed, only memory.
+MAX_COALESCED = 64
+
+encode = msgspec.json.Encoder().encode
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Whole:
+    """Everything that a model said, for answers that are not streamed."""
+
+    text: str = ""
+    thinking: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+class Layout(Protocol):
+    """How a surface lays out one answer; one is made for each request."""
+
+    content_type: ClassVar[bytes]  # of a stream
+
+    def part(self, output: Output) -> bytes:
+        """A part of a stream, with all that must stand between it and the next."""
+        ...
+
+    def last(self, end: Finished) -> bytes:
+        """The end of a stream."""
+        ...
+
+    def failure(self, error: ServiceError) -> bytes:
+        """The end of a stream that failed after its first byte."""
+        ...
+
+    def whole(self, said: Whole, end: Finished) -> Any:
+        """The body of an answer that is not streamed."""
+        ...
+
+
+class Timestamps:
+    """RFC 3339 with microseconds; the slow part is made once a second."""
+
+    def __init__(self, wall: Callable[[], float]) -> None:
+        self._wall = wall
+        self._second = -1
+        self._prefix = ""
+
+    def now(self) -> str:
+        moment = self._wall()
+        second = int(moment)
+        if second != self._second:
+            self._second = second
+            self._prefix = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        return f"{self._prefix}.{int((moment - second) * 1_000_000):06d}Z"
+
+
+class LineLayout:
+    """NDJSON, one line a part, as `/api/v1` has it; the constant parts are encoded once."""
+
+    content_type: ClassVar[bytes] = b"application/x-ndjson"
+
+    def __init__(self, model: str, *, chat: bool, wall: Callable[[], float]) -> None:
+        self._model = model
+        self._chat = chat
+        self._timestamps = Timestamps(wall)
+        self._head = b'{"model":' + encode(model) + b',"created_at":"'
+        if chat:
+            self._middle = b'","message":{"role":"assistant","content":'
+            self._tail = b'},"done":false}\n'
+        else:
+            self._middle = b'","response":'
+            self._tail = b',"done":false}\n'
+
+    def part(self, output: Output) -> bytes:
+        if isinstance(output, Chunk):
+            stamp = self._timestamps.now().encode()
+            return b"".join((self._head, stamp, self._middle, encode(output.text), self._tail))
+        said = (
+            Whole(thinking=output.text)
+            if isinstance(output, Thought)
+            else Whole(tool_calls=(output,))
+        )
+        return encode(self.opening(said) | {"done": False}) + b"\n"
+
+    def last(self, end: Finished) -> bytes:
+        return encode(self.whole(Whole(), end)) + b"\n"
+
+    def failure(self, error: ServiceError) -> bytes:
+        return encode(native_error(error)) + b"\n"
+
+    def whole(self, said: Whole, end: Finished) -> dict[str, Any]:
+        body = self.opening(said) | {"done": True, "done_reason": end.reason}
+        if not self._chat:
+            body["context"] = end.context
+        return body | durations(end) | {"prompt_cached_count": end.prompt_cached_count}
+
+    def opening(self, said: Whole) -> dict[str, Any]:
+        """The beginning of a line, up to what the model said."""
+        opening: dict[str, Any] = {"model": self._model, "created_at": self._timestamps.now()}
+        thinking = {"thinking": said.thinking} if said.thinking else {}
+        if not self._chat:
+            return opening | {"response": said.text} | thinking
+        message: dict[str, Any] = {"role": "assistant", "content": said.text} | thinking
+        if said.tool_calls:
+            message["tool_calls"] = [_tool_call(call) for call in said.tool_calls]
+        return opening | {"message": message}
+
+
+def durations(end: Finished) -> dict[str, int]:
+    """Ollama's counts and durations (nanoseconds) of a generation."""
+    return {
+        "total_duration": end.total_duration,
+        "load_duration": end.load_duration,
+        "prompt_eval_count": end.prompt_eval_count,
+        "prompt_eval_duration": end.prompt_eval_duration,
+        "eval_count": end.eval_count,
+        "eval_duration": end.eval_duration,
+    }
+
+
+async def answer(
+    call: Call, request: GenerateRequest, layout: Layout, *, stream: bool
+) -> Reply | None:
+    """Run a generation and answer with it; None when the answer was streamed.
+
+    Raises:
+      ServiceError: it failed before the first byte was sent.
+    """
+    stats = call.api.inference_stats
+    begun = stats.begin()
+    outcome: Finished | ServiceError | None = None
+    node_id = ""
+    outputs: list[Output] = []
+    try:
+        try:
+            with _deadline(call):
+                async with call.services.inference.generate(request) as generation:
+                    node_id = generation.node_id
+                    if stream:
+                        outcome = await _stream(call, generation, layout)
+                    else:
+                        outcome = await _collect(generation.events, outputs)
+            if outcome is None:
+                outcome = _too_late()
+        except Exception as error:  # also a group of them, from a generation with a nursery
+            outcome = as_service_error(error, call.request.id)
+    finally:
+        # No outcome: the client went away, which is no failure.
+        failed = isinstance(outcome, ServiceError)
+        stats.end(call.services.monotonic() - begun, failed=failed)
+    if call.request.head_sent_at is not None:
+        last = (
+            layout.failure(outcome) if isinstance(outcome, ServiceError) else layout.last(outcome)
+        )
+        await call.request.send_body(last, more=False)
+        return None
+    if isinstance(outcome, ServiceError):
+        raise outcome
+    return reply(layout.whole(_whole(outputs), outcome), headers={"X-Ollamad-Node": node_id})
+
+
+async def embed(call: Call, request: EmbedRequest) -> Embedded:
+    """Make embeddings.
+
+    Raises:
+      ServiceError, InferenceError: with what the client should see.
+    """
+    stats = call.api.inference_stats
+    begun = stats.begin()
+    failed = True
+    try:
+        with _deadline(call) as scope:
+            embedded = await call.services.inference.embed(request)
+            failed = False
+        if scope.cancelled_caught:
+            raise _too_late()
+    finally:
+        stats.end(call.services.monotonic() - begun, failed=failed)
+    return embedded
+
+
+async def _collect(events: EventChannel, outputs: list[Output]) -> Finished | ServiceError:
+    while True:
+        try:
+            event = await events.receive()
+        except trio.EndOfChannel:
+            return _lost()
+        if isinstance(event, Finished | Failed):
+            return _end(event)
+        outputs.append(event)
+
+
+async def _stream(call: Call, generation: Generation, layout: Layout) -> Finished | ServiceError:
+    """Send the parts. An error before the first byte leaves the status to the caller."""
+    request = call.request
+    events = generation.events
+    try:
+        event: Event = await events.receive()
+        if isinstance(event, Failed):
+            return _end(event)
+        headers = (
+            (b"content-type", layout.content_type),
+            (b"x-ollamad-node", generation.node_id.encode()),
+        )
+        await request.send_head(200, headers)
+        while not isinstance(event, Finished | Failed):
+            # Parts that wait already go out together; each stays a line of its own.
+            lines = [layout.part(event)]
+            waiting: Event | None = None
+            while len(lines) < MAX_COALESCED:
+                try:
+                    waiting = events.receive_nowait()
+                except (trio.WouldBlock, trio.EndOfChannel):
+                    waiting = None
+                    break
+                if isinstance(waiting, Finished | Failed):
+                    break
+                lines.append(layout.part(waiting))
+            else:
+                waiting = None
+            await request.send_body(b"".join(lines), more=True)
+            event = await events.receive() if waiting is None else waiting
+    except trio.EndOfChannel:
+        return _lost()
+    return _end(event)
+
+
+def _whole(outputs: list[Output]) -> Whole:
+    return Whole(
+        text="".join(output.text for output in outputs if isinstance(output, Chunk)),
+        thinking="".join(output.text for output in outputs if isinstance(output, Thought)),
+        tool_calls=tuple(output for output in outputs if isinstance(output, ToolCall)),
+    )
+
+
+def _tool_call(call: ToolCall) -> dict[str, Any]:
+    """A call in Ollama's form: its arguments are an object."""
+    function = {
+        "index": call.index,
+        "name": call.name,
+        "arguments": msgspec.Raw(call.arguments.encode()),
+    }
+    return {"id": call.id, "function": function}
+
+
+def _end(event: Finished | Failed) -> Finished | ServiceError:
+    if isinstance(event, Finished):
+        return event
+    return ServiceError(event.status, event.code, event.message, event.details)
+
+
+def _deadline(call: Call) -> trio.CancelScope:
+    seconds = call.api.settings.inference_deadline_s
+    return trio.CancelScope() if seconds is None else trio.move_on_after(seconds)
+
+
+def _too_late() -> ServiceError:
+    return ServiceError(408, "REQUEST_TIMEOUT", "the answer took longer than its deadline allows")
+
+
+def _lost() -> ServiceError:
+    return ServiceError(500, "GENERATION_LOST", "the generation ended without saying why")

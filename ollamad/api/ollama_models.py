@@ -1,0 +1,376 @@
+"""Handlers of Ollama's API that are about models: lists, show, pull, create, copy, delete, blobs.
+
+`/api/tags` and `/api/ps` tell of the whole cluster; a pull tells the progress of the cluster's own
+transfer, wherever it runs.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import trio
+
+import ollamad
+from ollamad.api.asgi import Reply
+from ollamad.api.bodies import invalid, unsupported
+from ollamad.api.calls import Call, reply, rfc3339
+from ollamad.api.dialects import ollama_error
+from ollamad.api.errors import as_service_error
+from ollamad.api.generation import LineLayout, encode
+from ollamad.api.models import REFERENCE_SCHEMES, has_blob, read_digest, upload_blob
+from ollamad.api.ollama import find
+from ollamad.api.ollama_bodies import (
+    CopyBody,
+    CreateBody,
+    NamedBody,
+    read_messages,
+    read_options,
+)
+from ollamad.api.services import ServiceError
+from ollamad.core.description import Changes, Description
+from ollamad.core.inference import LoadedModel
+from ollamad.core.names import InvalidName, ModelName, parse_name
+from ollamad.core.state import Model
+from ollamad.core.transfers import Transfer
+
+# The release of Ollama whose API this one follows. Clients refuse a server that is older than a
+# feature that they need, so a number of our own would lock them out.
+OLLAMA_VERSION = "0.12.0"
+# A model that stays in memory for ever is told to go in this year: a date that every client's
+# arithmetic can hold. Ollama itself says "in 292 years".
+FOR_EVER = "2300-01-01T00:00:00Z"
+MAX_SHOWN_ITEMS = 5  # of an array in `model_info`, unless it is to be verbose; as in Ollama
+PROGRESS_INTERVAL_S = 0.2  # between two looks at a transfer
+LOST_AFTER_S = 10.0  # a transfer whose node does not tell of it for so long has failed
+
+Tell = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+async def version(call: Call) -> Reply:
+    return reply({"version": OLLAMA_VERSION, "ollamad": ollamad.__version__})
+
+
+async def tags(call: Call) -> Reply:
+    models = call.services.cluster.state.models.values()
+    newest_first = sorted(models, key=lambda model: (-model.modified_at, model.name))
+    return reply(
+        {
+            "models": [
+                {
+                    "name": model.name,
+                    "model": model.name,
+                    "modified_at": rfc3339(model.modified_at),
+                    "size": model.size,
+                    "digest": _hex(model.digest),
+                    "details": _details(model),
+                    "capabilities": model.details.capabilities,
+                }
+                for model in newest_first
+            ]
+        }
+    )
+
+
+async def ps(call: Call) -> Reply:
+    """What is in memory anywhere: a model that two nodes have loaded is told twice."""
+    cluster = call.services.cluster
+    rows = []
+    for member in sorted(cluster.state.members.values(), key=lambda member: member.name):
+        presence = cluster.presence(member.id)
+        if presence.online:
+            rows += [_loaded(call, one) | {"node": member.name} for one in presence.beat.loaded]
+    return reply({"models": rows})
+
+
+async def show(call: Call) -> Reply:
+    body = await call.body(NamedBody, any_type=True)
+    if not body.wanted:
+        raise invalid("model", "model is required")
+    model = await find(call, body.wanted, f"model '{body.wanted}' not found")
+    description = await call.services.library.describe(model.name)
+    parameters = _parameter_lines(description.parameters)
+    shown: dict[str, Any] = {
+        "license": "\n".join(description.licenses),
+        "modelfile": _modelfile(model, description),
+        "parameters": "\n".join(f"{name:<30} {value}" for name, value in parameters),
+        "template": description.template,
+        "system": description.system,
+        "messages": [
+            {"role": message.role, "content": message.content} for message in description.messages
+        ],
+    }
+    return reply(
+        {name: value for name, value in shown.items() if value}
+        | {
+            "details": _details(model),
+            "model_info": _model_info(description, verbose=body.verbose is True),
+            "capabilities": model.details.capabilities,
+            "modified_at": rfc3339(model.modified_at),
+        }
+    )
+
+
+async def delete(call: Call) -> Reply:
+    body = await call.body(NamedBody, any_type=True)
+    model = await find(call, body.wanted, f"model '{body.wanted}' not found")
+    await call.services.library.delete(model.name)
+    return Reply(b"")
+
+
+async def copy(call: Call) -> Reply:
+    body = await call.body(CopyBody, any_type=True)
+    source = _name(body.source, f'source "{body.source or ""}" is invalid')
+    destination = _name(body.destination, f'destination "{body.destination or ""}" is invalid')
+    model = await find(call, str(source), f'model "{body.source}" not found')
+    if destination.key != source.key:
+        await call.services.library.derive(str(destination), model.name)
+    return Reply(b"")
+
+
+async def pull(call: Call) -> Reply | None:
+    body = await call.body(NamedBody, any_type=True)
+    wanted = body.wanted
+    # A reference such as pypi:NAME==1.0 is no model name; the library finds its name.
+    if not wanted.startswith(REFERENCE_SCHEMES):
+        wanted = str(_name(wanted, "invalid model name"))
+
+    async def work(tell: Tell) -> None:
+        library = call.services.library
+        model = call.services.cluster.state.find_model(wanted)
+        if model is not None and library.inference_ready(model):
+            await tell({"status": "pulling manifest"})
+            await tell(_pulling(model.digest, model.size, model.size))
+        else:
+            transfer_id = await library.download(wanted)
+            await tell({"status": "pulling manifest"})
+            await _follow(call, transfer_id, tell)
+        for status in ("verifying sha256 digest", "writing manifest", "success"):
+            await tell({"status": status})
+
+    return await _with_progress(call, work, stream=body.stream is not False)
+
+
+async def push(call: Call) -> Reply:
+    body = await call.body(NamedBody, any_type=True)
+    name = _name(body.wanted, "invalid model name")
+    await find(call, str(name), f"model '{body.wanted}' not found")
+    raise ServiceError(
+        400,
+        "NOT_SUPPORTED",
+        "push is not supported: this cluster sends no models to a registry. Nodes copy models "
+        "among themselves; take the file from a node's store to bring it elsewhere",
+    )
+
+
+async def create(call: Call) -> Reply | None:
+    body = await call.body(CreateBody, any_type=True)
+    name = str(_name(body.wanted, "invalid model name"))
+    changes = _changes(body)
+    if body.adapters:
+        raise unsupported("adapters")
+    if body.quantize or body.quantization:
+        raise unsupported("quantize")
+    files = {
+        file: read_digest(digest, f"files.{file}") for file, digest in (body.files or {}).items()
+    }
+    base = None
+    if body.from_:
+        base = await find(call, body.from_, f"model '{body.from_}' not found, pull it first")
+    elif not files:
+        raise invalid("from", "neither 'from' or 'files' was specified")
+
+    async def work(tell: Tell) -> None:
+        library = call.services.library
+        if base is not None:
+            before = {layer.digest for layer in base.layers}
+            model = await library.derive(name, base.name, changes)
+        else:
+            before = set(files.values())
+            model = await library.create(name, files, changes, replace=True)
+        for layer in model.layers:
+            what = "using existing" if layer.digest in before else "creating new"
+            await tell({"status": f"{what} layer {layer.digest}"})
+        await tell({"status": "writing manifest"})
+        await tell({"status": "success"})
+
+    return await _with_progress(call, work, stream=body.stream is not False)
+
+
+async def head_blob(call: Call, digest: str) -> Reply:
+    await has_blob(call, digest)
+    return Reply(b"")
+
+
+async def put_blob(call: Call, digest: str) -> Reply:
+    return Reply(b"", (await upload_blob(call, digest)).status)
+
+
+async def _with_progress(
+    call: Call, work: Callable[[Tell], Awaitable[None]], *, stream: bool
+) -> Reply | None:
+    """Answer with the steps that `work` tells as they come, or with the last one at the end.
+
+    An error before the first step has its status; a later one is the last line.
+    """
+    request = call.request
+    last: dict[str, Any] = {}
+
+    async def tell(step: dict[str, Any]) -> None:
+        nonlocal last
+        last = step
+        if stream:
+            if request.head_sent_at is None:
+                await request.send_head(200, ((b"content-type", LineLayout.content_type),))
+            await request.send_body(encode(step) + b"\n", more=True)
+
+    try:
+        await work(tell)
+    except Exception as error:
+        if request.head_sent_at is None:
+            raise
+        failure = ollama_error(as_service_error(error, request.id))
+        await request.send_body(encode(failure) + b"\n", more=False)
+        return None
+    if not stream:
+        return reply(last)
+    await request.send_body(b"", more=False)
+    return None
+
+
+async def _follow(call: Call, transfer_id: str, tell: Tell) -> None:
+    """Tell the progress of a transfer until its end.
+
+    Raises:
+      ServiceError: it failed, was cancelled, or its node does not tell of it any more.
+    """
+    told: dict[str, Any] = {}
+    heard_at = trio.current_time()
+    while True:
+        transfer = await call.services.library.transfer(transfer_id)
+        if transfer is not None:
+            heard_at = trio.current_time()
+            if transfer.bytes_total:
+                step = _pulling(transfer.digest, transfer.bytes_total, transfer.bytes_done)
+                if step != told:
+                    told = step
+                    await tell(step)
+            match transfer.status:
+                case "completed":
+                    await _until_listed(call, transfer)
+                    return
+                case "failed":
+                    raise ServiceError(500, "PULL_FAILED", transfer.error)
+                case "cancelled":
+                    raise ServiceError(500, "PULL_CANCELLED", "the pull was cancelled")
+        elif trio.current_time() - heard_at > LOST_AFTER_S:
+            raise ServiceError(
+                503, "NODE_UNREACHABLE", "the node that pulls the model does not answer"
+            )
+        await trio.sleep(PROGRESS_INTERVAL_S)
+
+
+async def _until_listed(call: Call, transfer: Transfer) -> None:
+    """What is pulled can be used with the next request, though another node has pulled it."""
+    if call.services.cluster.state.find_model(transfer.model_name) is None:
+        await call.find_model(transfer.model_name)
+
+
+def _changes(body: CreateBody) -> Changes:
+    if body.template and "{%" not in body.template:
+        raise invalid(
+            "template",
+            "template must be a Jinja template: Go templates are not supported. Leave it out, and "
+            "the template in the model's file is used",
+        )
+    read_options(body.parameters)
+    licenses = (body.license,) if isinstance(body.license, str) else body.license or ()
+    return Changes(
+        template=body.template or "",
+        system=body.system or "",
+        parameters={k: v for k, v in (body.parameters or {}).items() if v is not None},
+        messages=read_messages(body.messages),
+        licenses=tuple(text for text in licenses if text),
+    )
+
+
+def _name(text: str | None, problem: str) -> ModelName:
+    try:
+        return parse_name(text or "")
+    except InvalidName:
+        raise ServiceError(400, "INVALID_MODEL_NAME", problem) from None
+
+
+def _pulling(digest: str, total: int, completed: int) -> dict[str, Any]:
+    step: dict[str, Any] = {"status": f"pulling {_hex(digest)[:12]}".rstrip()}
+    if digest:
+        step["digest"] = digest
+    return step | {"total": total} | ({"completed": completed} if completed else {})
+
+
+def _details(model: Model) -> dict[str, Any]:
+    details = model.details
+    return {
+        "parent_model": details.parent_model,
+        "format": details.format,
+        "family": details.family,
+        "families": details.families,
+        "parameter_size": details.parameter_size,
+        "quantization_level": details.quantization_level,
+    }
+
+
+def _loaded(call: Call, loaded: LoadedModel) -> dict[str, Any]:
+    model = call.services.cluster.state.find_model(loaded.name)
+    return {
+        "name": loaded.name,
+        "model": loaded.name,
+        "size": loaded.size,
+        "digest": _hex(loaded.digest),
+        "details": _details(model) if model is not None else {},
+        "expires_at": rfc3339(loaded.expires_at) if loaded.expires_at else FOR_EVER,
+        "size_vram": loaded.size_vram,
+        "context_length": loaded.context_length,
+    }
+
+
+def _hex(digest: str) -> str:
+    return digest.removeprefix("sha256:")
+
+
+def _parameter_lines(parameters: dict[str, Any]) -> list[tuple[str, str]]:
+    """Each parameter as a Modelfile has it; lists stand on a line for each item."""
+    lines = []
+    for name, value in parameters.items():
+        for item in value if isinstance(value, list) else [value]:
+            lines.append((name, msgspec.json.encode(item).decode()))
+    return lines
+
+
+def _modelfile(model: Model, description: Description) -> str:
+    """A Modelfile that makes this model of itself, as a beginning for another one."""
+    lines = [
+        "# A Modelfile to build a new model on this one.",
+        f"FROM {model.name}",
+    ]
+    if description.template:
+        lines.append(f'TEMPLATE """{description.template}"""')
+    if description.system:
+        lines.append(f'SYSTEM """{description.system}"""')
+    for name, value in _parameter_lines(description.parameters):
+        lines.append(f"PARAMETER {name} {value}")
+    for message in description.messages:
+        lines.append(f"MESSAGE {message.role} {message.content}")
+    for text in description.licenses:
+        lines.append(f'LICENSE """{text}"""')
+    return "\n".join(lines) + "\n"
+
+
+def _model_info(description: Description, *, verbose: bool) -> dict[str, Any]:
+    info = {
+        key: []
+        if isinstance(value, list) and len(value) > MAX_SHOWN_ITEMS and not verbose
+        else value
+        for key, value in description.metadata.items()
+        if key not in ("general.name", "tokenizer.chat_template")
+    }
+    return info | {"general.parameter_count": description.parameter_count}
