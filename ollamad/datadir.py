@@ -90,5 +90,6 @@ class DataDir:
 
     def of_cluster(self) -> list[Path]:
         """What belongs to the cluster rather than to the node: moved aside when it leaves."""
-        journal = [self.raft.with_name(self.raft.name + end) for end in ("", "-wal", "-shm")]
+        endings = ("", "-wal", "-shm", "-witness")
+        journal = [self.raft.with_name(self.raft.name + end) for end in endings]
         return [*journal, self.seeds, self.replicas, self.cli_token, self.admin_password]

@@ -40,5 +40,9 @@ class JournalFailed(NodeFailed):
     """The journal cannot be read or written; the message says what to do about it."""
 
 
+class DiskFull(RaftError):
+    """There is no space for a batch: nothing of it was written, and it may be tried again."""
+
+
 class WrongLibrary(RaftError):
     """PySyncObj is not the version whose internals this package fences."""

@@ -123,8 +123,11 @@ class Store(Protocol):
     async def commit(self, batch: Batch) -> None:
         """Carry out the batch, whole or not at all; it is durable on return.
 
-        Cancellation waits for a write that has begun. Raises JournalFailed, after which nothing
-        more may be written.
+        Cancellation waits for a write that has begun.
+
+        Raises:
+          DiskFull: nothing was written; the same batch has to be tried again before any other.
+          JournalFailed: nothing more may be written.
         """
 
     async def aclose(self) -> None:
@@ -168,6 +171,8 @@ class Journal(StockJournal):  # type: ignore[misc]
                 raise JournalFailed("the journal does not go on where its snapshot ends")
             self._base_voters = frozenset(snapshot.voters)
             self.snapshot_index = snapshot.index
+        elif entries and entries[0][1] != 1:
+            raise JournalFailed("the journal does not start at the beginning, and has no snapshot")
         if entries and not 1 <= self._commit_index <= entries[-1][1]:
             raise JournalFailed("the journal ends before its last committed entry")
 

@@ -274,7 +274,8 @@ def test_a_node_knows_which_cluster_it_belongs_to(tmp_path: Path) -> None:
 
 def test_a_cluster_is_put_aside_whole_and_the_key_and_the_models_stay(tmp_path: Path) -> None:
     node = TlsNode(tmp_path / "identity").enter(make_ca(utc_now()))
-    names = ["raft.db", "raft.db-wal", "raft.db-shm", "seeds", "cli-token", "admin-password"]
+    journal = ["raft.db", "raft.db-wal", "raft.db-shm", "raft.db-witness"]
+    names = [*journal, "seeds", "cli-token", "admin-password"]
     for name in names:
         (tmp_path / name).write_text(name)
     (tmp_path / "models").mkdir()

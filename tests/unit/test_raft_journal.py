@@ -1,6 +1,7 @@
 """The journal: what is read is what was written, and what was synced is what survives."""
 
 import sqlite3
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,8 @@ def test_what_is_cut_during_a_sync_is_not_durable_after_it() -> None:
 )
 def test_any_order_of_changes_leaves_disk_and_memory_equal(steps: list[tuple[str, int]]) -> None:
     async def play() -> None:
-        store = SqliteStore(Path(":memory:"))
+        path = Path(directory) / "raft.db"
+        store = SqliteStore(path)
         journal = Journal(await store.load())
         journal.add(command("first"), 1, 0)
         term, committed = 1, 1
@@ -148,14 +150,14 @@ def test_any_order_of_changes_leaves_disk_and_memory_equal(steps: list[tuple[str
                     await write(journal, store)
         if journal.dirty:
             await write(journal, store)
-        assert store._connection is not None
-        stored = store._read(store._connection)
-        assert stored.entries == list(journal[0:])
-        assert journal.durable_index == journal[-1][1]
-        assert Journal(stored).voters == journal.voters
         await store.aclose()
+        again = await reopened(path)
+        assert list(again[0:]) == list(journal[0:])
+        assert journal.durable_index == journal[-1][1]
+        assert again.voters == journal.voters
 
-    trio.run(play)
+    with tempfile.TemporaryDirectory() as directory:
+        trio.run(play)
 
 
 async def test_compaction_keeps_a_tail_and_the_voters(tmp_path: Path) -> None:
@@ -202,9 +204,17 @@ async def spoil(path: Path, *statements: str) -> None:
         ("UPDATE entries SET command = x'0041' WHERE idx = 3", "entry 3 is corrupt"),
         ("UPDATE entries SET term = 2 WHERE idx = 3", "entry 3 is corrupt"),
         ("DELETE FROM entries WHERE idx = 3", "entry 3 is missing"),
-        ("DELETE FROM entries WHERE idx = 5", "before its last committed entry"),
-        ("DELETE FROM meta", "the term and the vote are missing"),
-        ("INSERT INTO snapshot VALUES (1, x'00', x'00')", "does not match its checksum"),
+        ("DELETE FROM entries WHERE idx = 1", "entry 1 is missing"),
+        ("DELETE FROM entries WHERE idx = 5", "the log should end with entry 5"),
+        ("DELETE FROM entries", "the log should end with entry 5"),
+        ("INSERT INTO entries VALUES (6, 1, 0, x'00')", "entry 6 is corrupt"),
+        ("UPDATE entries SET command = 'text' WHERE idx = 3", "entry 3 is corrupt"),
+        ("UPDATE entries SET term = 'text' WHERE idx = 3", "entry 3 is corrupt"),
+        ("DELETE FROM head", "the term and the vote are missing"),
+        ("UPDATE head SET data = data || x'00'", "the term and the vote are corrupt"),
+        ("UPDATE head SET data = 0", "the term and the vote are corrupt"),
+        ("INSERT INTO snapshot VALUES (1, x'00', x'00')", "the snapshot is missing or corrupt"),
+        ("DROP TABLE entries", "no such table: entries; take this node out"),
         (f"PRAGMA user_version = {FORMAT + 1}", f"has format {FORMAT + 1}.*newer version"),
     ],
 )
@@ -218,12 +228,11 @@ async def test_a_spoilt_journal_is_refused(tmp_path: Path, statement: str, compl
 async def test_garbage_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "raft.db"
     path.write_bytes(b"garbage" * 1000)
-    with pytest.raises(JournalFailed, match=r"raft\.db: file is not a database"):
+    with pytest.raises(JournalFailed, match=r"raft\.db: not a journal; take this node"):
         await reopened(path)
 
 
-async def test_a_second_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ollamad.raft.sqlite_store.LOCK_TIMEOUT_S", 0.0)
+async def test_a_second_user_is_refused(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "raft.db")
     journal = Journal(await store.load())
     journal.add(command("1"), 1, 0)
