@@ -504,6 +504,7 @@ class RaftNode:
     # The loops.
 
     async def _tick_loop(self) -> None:
+        has_yielded = False
         while self._failure is None:
             self._wake = trio.Event()
             try:
@@ -511,6 +512,17 @@ class RaftNode:
             except NodeFailed as error:
                 self._fail(error)
                 return
+            if self._commit_is_news() and not has_yielded:
+                # Who waited for this commit goes first: if he has another command right away, one
+                # message to each follower carries both.
+                await trio.lowlevel.checkpoint()
+                await trio.lowlevel.checkpoint()
+                has_yielded = self._wake.is_set()
+                if has_yielded:
+                    continue
+            has_yielded = False
+            if self._commit_is_news():
+                self._announce()
             with trio.move_on_after(max(0.0, idle_s)):
                 await self._wake.wait()
 
@@ -545,10 +557,8 @@ class RaftNode:
         self._note_progress()
         self._reads.tick(self._timing.heartbeat_s)
         if core.state() == LEADER:
-            progress = (core.last_index(), core.commit_index())
-            if progress != self._announced:
-                core.send_appends()
-                self._announced = progress
+            if core.last_index() != self._announced[0]:
+                self._announce()
             if fence.should_transfer:
                 fence.should_transfer = False
                 core.transferLeadership()
@@ -561,6 +571,15 @@ class RaftNode:
         if core.state() == LEADER:
             return core.next_heartbeat() - self._clock() + TIMER_GRAIN_S
         return core.election_deadline() - self._clock()
+
+    def _commit_is_news(self) -> bool:
+        core = self._core
+        return core.state() == LEADER and core.commit_index() != self._announced[1]
+
+    def _announce(self) -> None:
+        """Send the followers the entries and the commit index that they do not know."""
+        self._core.send_appends()
+        self._announced = (self._core.last_index(), self._core.commit_index())
 
     def _note_progress(self) -> None:
         applied = self._core.applied_index()

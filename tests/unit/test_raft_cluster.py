@@ -505,6 +505,32 @@ async def test_an_idle_cluster_is_quiet(autojump_clock: MockClock, found: Found)
     assert sum(host.disk.syncs for host in c.hosts.values()) == syncs
 
 
+async def test_the_news_of_a_commit_travels_with_the_next_command(
+    autojump_clock: MockClock, found: Found
+) -> None:
+    c = await found()
+    leader = await c.leader()
+    bare, full = 0, 0
+
+    def spy(source: NodeId, to: NodeId, frame: bytes) -> bool:
+        nonlocal bare, full
+        message = decode(frame)
+        if isinstance(message, Append):
+            full += bool(message.entries)
+            bare += not message.entries
+        return True
+
+    c.spy = spy
+    for number in range(20):
+        await leader.raft.propose(b"%d" % number, 5)
+    assert full == 2 * 20
+    assert bare == 0  # it took less time than a heartbeat
+    await trio.sleep(0.01)
+    assert bare == 2  # nothing followed, so the last commit travelled alone, and at once
+    for name in others(leader):
+        assert len(c[name].ledger.commands) == 20
+
+
 # Membership.
 
 
