@@ -370,9 +370,8 @@ class Daemon:
 
     async def _serve_raft(self, stream: TlsStream, peer: NodeId | None, host: str) -> None:
         if peer is None:
-            log.warning("raft: closing %s: no member's certificate", host)
-        else:
-            await self._links.serve(stream, peer)
+            raise PeerUnreachable("no member's certificate")
+        await self._links.serve(stream, peer)
 
     async def _serve_api(
         self, *, task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED
@@ -406,7 +405,9 @@ class Daemon:
             state, now = self._machine.state, trio.current_time()
             members = set(state.members) or {seed.id for seed in self._admission.seeds.seeds}
             members |= self._raft.voters
-            for gone in known - members:
+            # Also who came and went while this node was away, and was let in in between.
+            connected = self._mesh.dialled_by | self._links.dialled_by
+            for gone in (known | (connected & state.departed.keys())) - members:
                 expelled_at.setdefault(gone, now + DEPARTURE_NOTICE_S)
             for gone, at in list(expelled_at.items()):
                 if gone in members or at <= now:

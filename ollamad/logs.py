@@ -4,6 +4,9 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
+
+from ollamad.core.ratelimit import RateLimit
 
 LEVELS = {
     "debug": logging.DEBUG,
@@ -12,6 +15,13 @@ LEVELS = {
     "error": logging.ERROR,
 }
 
+
+# What other hosts can cause to be logged, as often as they like. The first argument of such a line
+# is who caused it.
+FROM_OUTSIDE = ("ollamad.peers.", "ollamad.raft.links", "ollamad.admission", "trio.serve_listeners")
+LINES_PER_HOST = 10  # of one kind, and
+LINES_OF_A_KIND = 200  # in all, from any number of hosts
+LINES_PERIOD_S = 60.0
 
 # Texts of strangers get into log lines; none of them may move the cursor of who reads them.
 _VISIBLE = dict.fromkeys((*range(32), 127, *range(128, 160)), "�")
@@ -30,6 +40,33 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         record.name = record.name.removeprefix("ollamad.")
         return super().format(record).translate(_VISIBLE)
+
+
+class FloodFilter(logging.Filter):
+    """Holds back lines that another host causes too often; a later one says how many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._of_host = RateLimit(LINES_PER_HOST, LINES_PERIOD_S)
+        self._of_kind = RateLimit(LINES_OF_A_KIND, LINES_PERIOD_S)
+        self._left_out: Counter[object] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.name.startswith(FROM_OUTSIDE) or not isinstance(record.args, tuple):
+            return True
+        now = time.monotonic()
+        kind = (record.name, record.msg)
+        if not (
+            self._of_host.allow((kind, str(record.args[:1])), now)
+            and self._of_kind.allow(kind, now)
+        ):
+            self._left_out[kind] += 1
+            return False
+        left_out = self._left_out.pop(kind, 0)
+        if left_out:
+            record.msg = f"{record.msg} (and %d more such lines)"
+            record.args = (*record.args, left_out)
+        return True
 
 
 class JsonFormatter(logging.Formatter):
@@ -54,6 +91,7 @@ def set_up(level: str, form: str, *, under_systemd: bool) -> None:
     handler.setFormatter(
         JsonFormatter() if form == "json" else TextFormatter(with_time=not under_systemd)
     )
+    handler.addFilter(FloodFilter())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)

@@ -1,6 +1,7 @@
 """Accepts the connections of other nodes: handshakes, limits, and errors that stay inside."""
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -14,6 +15,9 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 512  # of members and strangers that were accepted, per port
 MAX_HANDSHAKES = 128  # under way at once; beyond that the oldest must go
 MAX_HANDSHAKES_PER_HOST = 16  # so that one host cannot keep the others out
+# Strangers whose handshake is done: they have seconds to join, and leave room for the members.
+MAX_STRANGERS = 64
+MAX_STRANGERS_PER_HOST = 16  # as many hosts behind one NAT may join at once
 
 Serve = Callable[[TlsStream, NodeId | None, str], Awaitable[None]]
 
@@ -23,6 +27,7 @@ class Doorman:
 
     Somebody who opens connections and says nothing holds a handshake until its time-out, so
     those are counted apart from the connections of members, by host, and the oldest gives way.
+    Those without a member's certificate are counted apart too.
     """
 
     def __init__(self, gate: Gate, serve: Serve) -> None:
@@ -30,6 +35,7 @@ class Doorman:
         self._serve = serve
         self._connections = 0
         self._handshakes: dict[trio.CancelScope, str] = {}  # oldest first
+        self._strangers: Counter[str] = Counter()  # by host
 
     async def accept(self, transport: trio.SocketStream) -> None:
         """Serve one connection to its end; fits `trio.serve_listeners`."""
@@ -68,11 +74,28 @@ class Doorman:
         stream, peer = accepted
         self._connections += 1
         try:
-            await self._serve(stream, peer, host)
+            if peer is None:
+                await self._serve_stranger(stream, host)
+            else:
+                await self._serve(stream, peer, host)
         finally:
             self._connections -= 1
             with trio.move_on_after(1, shield=True):
                 await trio.aclose_forcefully(stream)
+
+    async def _serve_stranger(self, stream: TlsStream, host: str) -> None:
+        if (
+            self._strangers[host] >= MAX_STRANGERS_PER_HOST
+            or self._strangers.total() >= MAX_STRANGERS
+        ):
+            raise PeerUnreachable("too many connections without a member's certificate")
+        self._strangers[host] += 1
+        try:
+            await self._serve(stream, None, host)
+        finally:
+            self._strangers[host] -= 1
+            if not self._strangers[host]:
+                del self._strangers[host]
 
     def _make_way(self, host: str) -> None:
         """End the oldest handshake of that host, or of all, if there are too many."""

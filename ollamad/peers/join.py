@@ -10,6 +10,8 @@ import time
 from collections.abc import Awaitable, Callable
 
 import trio
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 
 from ollamad.core.ids import NodeId, is_node_id, node_id_of, short
 from ollamad.core.names import check_node_name
@@ -29,6 +31,7 @@ from ollamad.wire.join import (
     channel_binding,
     open_reply,
     open_request,
+    open_sealed,
     request_is_proved,
     seal_reply,
     seal_request,
@@ -80,24 +83,25 @@ class Sponsor:
     async def _exchange(self, stream: TlsStream, binding: bytes, address: str) -> None:
         with trio.fail_after(FRAME_TIMEOUT_S):
             frame = await _read_frame(stream)
-        request, sealed = open_request(frame)
-        token = self._token_of(request.token_id)
-        proved = token is not None and request_is_proved(sealed, token.key, binding)
-        key = token.key if token is not None and proved else b""
+        token_id, sealed = open_sealed(frame)
+        token = self._token_of(token_id)
         answer: JoinReply | Refusal
+        if token is None or not request_is_proved(sealed, token.key, binding):
+            log.warning("join: refused %s: no valid join token", address)
+            text = "the join token is unknown, expired or wrong; make a new one"
+            answer = Refusal("BAD_TOKEN", text)
+            await _write_frame(stream, seal_reply(answer, sealed.body, b"", binding))
+            return
+        request = open_request(sealed)
         try:
-            if not proved:
-                raise JoinRefused(
-                    "BAD_TOKEN", "the join token is unknown, expired or wrong; make a new one"
-                )
             _check(request)
             answer = await self._admit(request, address)
             log.info("join: %s (%s) is in", short(request.node_id), address)
         except JoinRefused as refused:
             who = short(request.node_id) if is_node_id(request.node_id) else "somebody"
-            log.warning("join: refused %s at %s: %s", who, address, refused)
+            log.warning("join: refused %s (%s): %s", address, who, refused)
             answer = Refusal(refused.code, str(refused))
-        await _write_frame(stream, seal_reply(answer, sealed.body, key, binding))
+        await _write_frame(stream, seal_reply(answer, sealed.body, token.key, binding))
 
 
 def _check(request: JoinRequest) -> None:
@@ -134,7 +138,7 @@ async def request_admission(
     """
     binding = channel_binding(server_certificate)
     frame = seal_request(request, token.key, binding)
-    body = open_request(frame)[1].body
+    body = open_sealed(frame)[1].body
     try:
         with trio.fail_after(EXCHANGE_TIMEOUT_S):
             await _write_frame(stream, frame)
@@ -144,16 +148,27 @@ async def request_admission(
     except (trio.BrokenResourceError, MalformedMessage) as error:
         raise JoinRefused("BROKEN", f"the connection ended early ({error})") from None
     reply = open_reply(answer, body, token, binding)
+    _check_certificates(reply, request.node_id, token)
+    return reply
+
+
+def _check_certificates(reply: JoinReply, own_id: NodeId, token: Token) -> None:
+    """Whether the CA is the one that the token names, and has signed for this node's key."""
     try:
         ca_der = certificate_der(reply.ca_certificate_pem)
-        own = peer_certificate(certificate_der(reply.certificate_pem))
-    except (IdentityError, ValueError) as error:  # ValueError: it is not PEM
+        if channel_binding(ca_der) != token.ca_hash:
+            raise JoinRefused(
+                "WRONG_CLUSTER", "the answer comes from another cluster than the token"
+            )
+        own_der = certificate_der(reply.certificate_pem)
+        if peer_certificate(own_der).node_id != own_id:
+            raise JoinRefused("MALFORMED", "the cluster signed a certificate for another node")
+        ca = x509.load_der_x509_certificate(ca_der)
+        x509.load_der_x509_certificate(own_der).verify_directly_issued_by(ca)
+    except InvalidSignature:
+        raise JoinRefused("MALFORMED", "the certificate is not signed by the cluster") from None
+    except (IdentityError, ValueError, TypeError) as error:  # not PEM, another issuer or algorithm
         raise JoinRefused("MALFORMED", f"the answer's certificates: {error}") from None
-    if channel_binding(ca_der) != token.ca_hash:
-        raise JoinRefused("WRONG_CLUSTER", "the answer comes from another cluster than the token")
-    if own.node_id != request.node_id:
-        raise JoinRefused("MALFORMED", "the cluster signed a certificate for another node")
-    return reply
 
 
 async def join_through(gate: Gate, address: str, request: JoinRequest, token: Token) -> JoinReply:

@@ -135,8 +135,19 @@ class Links:
         """The peers whose outgoing link is up."""
         return frozenset(node for node, link in self._outgoing.items() if link.connected)
 
+    @property
+    def dialled_by(self) -> frozenset[NodeId]:
+        """The nodes that have a link to us."""
+        return frozenset(self._incoming)
+
     def set_peers(self, peers: frozenset[NodeId]) -> None:
-        """Keep a link to each of these, and to nobody else. Leave this node itself out."""
+        """Keep a link to each of these, and to nobody else. Leave this node itself out.
+
+        Who was among them and is not any more loses its link to us too.
+        """
+        for gone in self._wanted - peers:
+            if (incoming := self._incoming.get(gone)) is not None:
+                incoming.cancel()
         self._wanted = peers
         if self._nursery is not None:
             self._adjust(self._nursery)

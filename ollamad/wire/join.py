@@ -141,6 +141,12 @@ class Sealed(msgspec.Struct, frozen=True):
     mac: bytes
 
 
+class _Claim(msgspec.Struct, frozen=True):
+    """What must be read of a request before it is proved: by which token it wants to be."""
+
+    token_id: str
+
+
 def channel_binding(server_certificate_der: bytes) -> bytes:
     """What ties the exchange to this TLS connection: the hash of the TLS server's certificate."""
     return hashlib.sha256(server_certificate_der).digest()
@@ -151,14 +157,27 @@ def seal_request(request: JoinRequest, key: bytes, binding: bytes) -> bytes:
     return encode(Sealed(body, _mac(key, b"request", binding, body)))
 
 
-def open_request(frame: bytes) -> tuple[JoinRequest, Sealed]:
-    """Read a request whose token is not known yet; check it with `request_is_proved`."""
+def open_sealed(frame: bytes) -> tuple[str, Sealed]:
+    """Read a request's envelope: the id of the token that it claims, and what is to be proved.
+
+    Raises:
+      MalformedMessage: it is no request.
+    """
     sealed = decode(frame, Sealed)
-    return decode(sealed.body, JoinRequest), sealed
+    return decode(sealed.body, _Claim).token_id, sealed
 
 
 def request_is_proved(sealed: Sealed, key: bytes, binding: bytes) -> bool:
     return hmac.compare_digest(sealed.mac, _mac(key, b"request", binding, sealed.body))
+
+
+def open_request(sealed: Sealed) -> JoinRequest:
+    """Read a request that is proved.
+
+    Raises:
+      MalformedMessage: who knows the token's secret speaks another protocol.
+    """
+    return decode(sealed.body, JoinRequest)
 
 
 def seal_reply(

@@ -139,5 +139,36 @@ async def test_the_oldest_silent_caller_gives_way(
     await idle(house)
 
 
+@pytest.mark.parametrize("per_host", [True, False])
+async def test_strangers_leave_room_for_members(
+    house: House,
+    caller: TlsNode,
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    per_host: bool,
+) -> None:
+    limit = 3
+    monkeypatch.setattr(doorman, "MAX_STRANGERS_PER_HOST", limit if per_host else 1000)
+    monkeypatch.setattr(doorman, "MAX_STRANGERS", 1000 if per_host else limit)
+    address = await house.open(nursery)
+    strangers = [await caller.gate.dial_stranger(address) for _ in range(limit)]
+    for _ in range(200):
+        if len(house.callers) == limit:
+            break
+        await trio.sleep(0.005)
+    assert not await says(await caller.gate.dial_stranger(address))
+    assert "too many connections without a member's certificate" in caplog.text
+    assert await says(await caller.gate.dial(house.node.id, address)), "members come in"
+    assert await says(strangers.pop())
+    assert await says(await caller.gate.dial_stranger(address)), "there is room again"
+    for stream in strangers:
+        await trio.aclose_forcefully(stream)
+    await idle(house)
+    assert not house.doorman._strangers
+
+
 def test_one_host_cannot_fill_the_house() -> None:
     assert 2 * MAX_HANDSHAKES_PER_HOST < doorman.MAX_HANDSHAKES
+    assert 2 * doorman.MAX_STRANGERS_PER_HOST < doorman.MAX_STRANGERS
+    assert 2 * doorman.MAX_STRANGERS < doorman.MAX_CONNECTIONS

@@ -11,13 +11,21 @@ import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.x509.oid import NameOID
 from trio.testing import wait_all_tasks_blocked
 
 from ollamad.core.ids import NodeId, node_id_of
 from ollamad.core.state import Capacity, CertificateAuthority, JoinToken
 from ollamad.peers import join
-from ollamad.peers.identity import certificate_der, issue_certificate, make_ca
+from ollamad.peers.identity import (
+    certificate_der,
+    issue_certificate,
+    make_ca,
+    private_pem,
+    raw_public_key,
+    self_signed,
+)
 from ollamad.peers.join import (
     ATTEMPTS,
     MAX_STRANGERS,
@@ -310,6 +318,19 @@ async def test_a_sponsor_that_does_not_know_the_secret(
     assert caught.value.code in ("NOT_PROVED", "MALFORMED")
 
 
+def signed_by(ca: CertificateAuthority, reply: JoinReply) -> JoinReply:
+    """The reply with a certificate over the right key that another CA signed."""
+    key = x509.load_pem_x509_certificate(reply.certificate_pem).public_key()
+    assert isinstance(key, Ed25519PublicKey)
+    pem = issue_certificate(ca, raw_public_key(key), utc_now())
+    return msgspec.structs.replace(reply, certificate_pem=pem)
+
+
+def self_made_ca() -> CertificateAuthority:
+    key = Ed25519PrivateKey.generate()
+    return CertificateAuthority(self_signed(key, utc_now()), private_pem(key))
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [
@@ -319,6 +340,8 @@ async def test_a_sponsor_that_does_not_know_the_secret(
             ),
             "MALFORMED",
         ),
+        (lambda r: signed_by(make_ca(utc_now()), r), "MALFORMED"),  # which has the same name
+        (lambda r: signed_by(self_made_ca(), r), "MALFORMED"),  # which has another
         (lambda r: msgspec.structs.replace(r, certificate_pem=b"junk"), "MALFORMED"),
         (lambda r: msgspec.structs.replace(r, certificate_pem=b"\xff"), "MALFORMED"),
         (lambda r: msgspec.structs.replace(r, ca_certificate_pem=b"junk"), "MALFORMED"),

@@ -225,6 +225,30 @@ async def test_a_newer_stream_of_a_peer_replaces_the_older(
     assert len(links._incoming) == 1
 
 
+async def test_who_is_no_member_any_more_is_not_heard(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    recorder = Recorder()
+    links = Links(Peer().dial)
+    await nursery.start(links.run, recorder)
+    c = NodeId("c")
+    streams = {}
+    for name in (B, c):
+        ours, streams[name] = trio.testing.memory_stream_pair()
+        nursery.start_soon(links.serve, ours, name)
+    await trio.testing.wait_all_tasks_blocked()
+    # Both may speak before this node knows them: one of them may be the leader.
+    assert links.dialled_by == {B, c}
+    links.set_peers(frozenset({B}))
+    links.set_peers(frozenset())
+    with trio.fail_after(5):
+        assert await streams[B].receive_some() == b""
+    assert links.dialled_by == {c}
+    await streams[c].send_all(framed(b"x"))
+    await trio.testing.wait_all_tasks_blocked()
+    assert recorder.frames == [(c, b"x")]
+
+
 # Everything together.
 
 

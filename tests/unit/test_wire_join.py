@@ -25,6 +25,7 @@ from ollamad.wire.join import (
     format_token,
     open_reply,
     open_request,
+    open_sealed,
     parse_token,
     request_is_proved,
     seal_reply,
@@ -124,12 +125,22 @@ def test_the_macs_never_change() -> None:
 
 
 def test_a_request_is_proved_by_the_key_and_the_channel() -> None:
-    request, sealed = open_request(FRAME)
-    assert request == REQUEST
+    token_id, sealed = open_sealed(FRAME)
+    assert token_id == TOKEN.id
+    assert open_request(sealed) == REQUEST
     assert request_is_proved(sealed, TOKEN.key, BINDING)
     assert not request_is_proved(sealed, OTHER_KEY, BINDING)
     assert not request_is_proved(sealed, TOKEN.key, OTHER_BINDING), "a replay elsewhere"
     assert not request_is_proved(msgspec.structs.replace(sealed, mac=b""), TOKEN.key, BINDING)
+
+
+def test_only_the_name_of_the_token_is_read_before_the_proof() -> None:
+    """What else a stranger says may be anything; it is not looked at."""
+    body = encode({"node_id": 7, "capacity": "x", "junk": [[[]]], "token_id": "t"})
+    token_id, sealed = open_sealed(encode(Sealed(body, b"m")))
+    assert (token_id, sealed.body, sealed.mac) == ("t", body, b"m")
+    with pytest.raises(MalformedMessage):
+        open_request(sealed)
 
 
 @pytest.mark.parametrize("field", ["name", "p2p_address", "token_id", "now", "public_key"])
@@ -196,7 +207,7 @@ def test_a_signed_refusal_never_counts_as_a_reply() -> None:
 @given(st.binary(max_size=200))
 def test_random_bytes_as_a_request(data: bytes) -> None:
     with contextlib.suppress(MalformedMessage):
-        _, sealed = open_request(data)
+        _, sealed = open_sealed(data)
         assert not request_is_proved(sealed, TOKEN.key, BINDING)
 
 
@@ -220,7 +231,7 @@ def damage(frame: bytes, changes: list[tuple[int, int]]) -> bytes:
 def test_a_damaged_request_is_malformed_or_not_proved(changes: list[tuple[int, int]]) -> None:
     frame = damage(FRAME, changes)
     try:
-        _, sealed = open_request(frame)
+        _, sealed = open_sealed(frame)
     except MalformedMessage:
         return
     if sealed != decode(FRAME, Sealed):
