@@ -76,8 +76,8 @@ class ApiInference:
 
     @asynccontextmanager
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Generation]:
-        async with self._dispatcher.generate(request) as serving:
-            yield Generation(serving.node_id, serving.events)
+        async with self._dispatcher.generate(request) as relay:
+            yield Generation(relay.node_id, relay)
 
     async def embed(self, request: EmbedRequest) -> Embedded:
         return Embedded(*await self._dispatcher.embed(request))

@@ -62,6 +62,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     options: Options = Options()
     keep_alive_s: float | None = None  # None: the node's setting; negative: for ever
     truncate: bool = True  # a chat too long for the context drops its oldest messages
+    resume: tuple[int, ...] = ()  # the answer's tokens so far: go on behind them
+    default_seed: int = -1  # where neither the options nor the model say one; -1: any
+    digest: str = ""  # of the model's manifest, so that all nodes mean the same
+    failover: str = ""  # one of core.failover.MODES; empty: the entry node's setting
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -96,6 +100,17 @@ class ToolCall(msgspec.Struct, frozen=True, tag="k", array_like=True):
     index: int = 0  # among the calls of one answer
 
 
+class Failover(msgspec.Struct, frozen=True):
+    """An answer that another node went on with."""
+
+    from_node: str
+    to_node: str
+    reason: str  # the code of the failure
+    mode: str
+    after_tokens: int  # that the client had
+    silence_ms: int  # from the last event of the one to the first of the other
+
+
 class Finished(msgspec.Struct, frozen=True, tag="f", array_like=True):
     """The end of a generation, with the engine's own counts; durations in nanoseconds."""
 
@@ -108,6 +123,7 @@ class Finished(msgspec.Struct, frozen=True, tag="f", array_like=True):
     eval_duration: int = 0
     context: tuple[int, ...] = ()  # prompt and answer as token ids (generate without raw)
     prompt_cached_count: int = 0  # tokens of the prompt that needed no evaluation
+    failovers: tuple[Failover, ...] = ()  # in their order
 
 
 class Failed(msgspec.Struct, frozen=True, tag="e", array_like=True):

@@ -29,7 +29,7 @@ from ollamad.engine.llama_client import CompletionEvent, RunnerGone, RunnerRefus
 from ollamad.engine.pool import Resident, RunnerPool, queue_full
 from ollamad.engine.process import Runner
 from ollamad.engine.prompt import prompt_ids, too_long
-from ollamad.engine.sampling import completion_body, json_schema
+from ollamad.engine.sampling import completion_body, json_schema, token_limit
 from ollamad.engine.spec import (
     EngineSettings,
     ModelSpec,
@@ -167,9 +167,24 @@ class Engine:
                 async with _slot(resident, self._settings.max_queue):
                     limit = config.context_length - 1  # room for a token of the answer
                     ids = await prompt_ids(resident.runner, request, spec.system, limit)
+                    ids += request.resume
+                    if request.resume and (
+                        len(ids) > limit
+                        or len(request.resume) >= token_limit(options, config.context_length)
+                    ):
+                        # The answer was complete but for the word that it is.
+                        yield Finished("length", context=_context(request, ids))
+                        return
                     schema = json_schema(request.format)
                     await _check_schema(resident.runner, schema)
-                    body = completion_body(ids, options, config.context_length, schema)
+                    body = completion_body(
+                        ids,
+                        options,
+                        config.context_length,
+                        schema,
+                        spent=len(request.resume),
+                        default_seed=request.default_seed,
+                    )
                     emitted: list[int] = []
                     stream = await resident.runner.client.open_completion(body)
                     try:
@@ -190,9 +205,12 @@ class Engine:
                         emitted += chunk.tokens
                         yield chunk
                 self._pool.finished_well(resident)
-                wants_context = request.messages is None and not request.raw
                 yield _finished(
-                    event, started, load_duration, (*ids, *emitted) if wants_context else ()
+                    event,
+                    started,
+                    load_duration,
+                    _context(request, [*ids, *emitted]),
+                    resumed=len(request.resume),
                 )
         except InferenceError as error:
             yield error.failure
@@ -316,15 +334,24 @@ async def _embedding_inputs(resident: Resident, request: EmbedRequest) -> list[l
     return inputs
 
 
+def _context(request: GenerateRequest, ids: list[int]) -> tuple[int, ...]:
+    return tuple(ids) if request.messages is None and not request.raw else ()
+
+
 def _finished(
-    event: CompletionEvent, started: int, load_duration: int, context: tuple[int, ...]
+    event: CompletionEvent,
+    started: int,
+    load_duration: int,
+    context: tuple[int, ...],
+    *,
+    resumed: int,
 ) -> Finished:
     timings = event.timings or Timings()
     return Finished(
         reason="length" if event.stop_type == "limit" else "stop",
         total_duration=time.perf_counter_ns() - started,
         load_duration=load_duration,
-        prompt_eval_count=event.tokens_evaluated,
+        prompt_eval_count=event.tokens_evaluated - resumed,
         prompt_eval_duration=int(timings.prompt_ms * NS_PER_MS),
         eval_count=event.tokens_predicted,
         eval_duration=int(timings.predicted_ms * NS_PER_MS),

@@ -35,12 +35,19 @@ _ANY_JSON_OBJECT = msgspec.Raw(b'{"type":"object"}')
 
 
 def completion_body(
-    prompt: Sequence[int], options: Options, context_length: int, schema: msgspec.Raw | None
+    prompt: Sequence[int],
+    options: Options,
+    context_length: int,
+    schema: msgspec.Raw | None,
+    *,
+    spent: int = 0,
+    default_seed: int = -1,
 ) -> bytes:
-    """The JSON body that asks the runner for a streamed completion of these token ids."""
+    """The JSON body that asks the runner for a streamed completion of these token ids.
+
+    `spent` tokens of the answer are at the prompt's end already; fewer than it may have.
+    """
     chosen = options.over(DEFAULTS)
-    limit = MAX_CONTEXTS * context_length
-    wanted = chosen.num_predict or -1
     body: dict[str, Any] = {
         "prompt": prompt,
         "stream": True,
@@ -49,9 +56,9 @@ def completion_body(
         # Something to write after each batch of the prompt: llama.cpp notices only by a failed
         # write that the client has gone.
         "return_progress": True,
-        "n_predict": min(wanted, limit) if wanted > 0 else limit,
+        "n_predict": token_limit(options, context_length) - spent,
         "n_keep": chosen.num_keep,
-        "seed": -1 if chosen.seed is None or chosen.seed < 0 else chosen.seed,
+        "seed": default_seed if chosen.seed is None or chosen.seed < 0 else chosen.seed,
         "temperature": chosen.temperature,
         "top_k": chosen.top_k,
         "top_p": chosen.top_p,
@@ -69,6 +76,13 @@ def completion_body(
     if schema is not None:
         body["json_schema"] = schema
     return msgspec.json.encode(body)
+
+
+def token_limit(options: Options, context_length: int) -> int:
+    """How many tokens an answer may have at most."""
+    limit = MAX_CONTEXTS * context_length
+    wanted = options.num_predict or -1
+    return min(wanted, limit) if wanted > 0 else limit
 
 
 def json_schema(format_: str) -> msgspec.Raw | None:

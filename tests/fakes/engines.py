@@ -1,6 +1,6 @@
 """An engine that does what a test scripted, and notes what ran and how it ended."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 import trio
@@ -23,6 +23,8 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.script: list[Event | Exception] = [Chunk("Hi", (1,)), Finished("stop", eval_count=1)]
+        # Instead of `script`, what the events are for a request.
+        self.script_for: Callable[[GenerateRequest], list[Event | Exception]] | None = None
         self.refuse: Exception | None = None  # raised instead of beginning
         self.together = False  # all events are there at once, and then the end
         self.hang_after: int | None = None  # events after which nothing comes any more
@@ -38,7 +40,7 @@ class ScriptedEngine:
         if self.refuse is not None:
             raise self.refuse
         self.running += 1
-        source = Source(self)
+        source = Source(self, self.script_for(request) if self.script_for else self.script)
         try:
             yield source
         finally:
@@ -56,9 +58,9 @@ class ScriptedEngine:
 
 
 class Source:
-    def __init__(self, engine: ScriptedEngine) -> None:
+    def __init__(self, engine: ScriptedEngine, events: list[Event | Exception]) -> None:
         self._engine = engine
-        self._events = list(engine.script)
+        self._events = list(events)
         self._count = 0
         self.ended = False
 

@@ -32,7 +32,8 @@ from tests.fakes.peer_net import PeerNet
 
 A, B, C = NodeId("A"), NodeId("B"), NodeId("C")
 NAME = "smollm2:135m"
-ASK = GenerateRequest(NAME, "hello")
+ASK = GenerateRequest(NAME, "hello", default_seed=7)
+TOLD = msgspec.structs.replace(ASK, failover="off")  # a loss is told, not mended
 EMBED_ASK = EmbedRequest(NAME, ("one", "two"))
 DONE = [Chunk("Hi", (1,)), Finished("stop", eval_count=1)]
 
@@ -86,7 +87,7 @@ class World:
 
     async def ask(self, request: GenerateRequest = ASK) -> tuple[NodeId, list[Any]]:
         async with self.a.dispatcher.generate(request) as serving:
-            return serving.node_id, await drain(serving.events)
+            return serving.node_id, await drain(serving)
 
     async def fails(self, request: GenerateRequest = ASK) -> Failed:
         with pytest.raises(InferenceError) as caught:
@@ -121,6 +122,7 @@ async def test_this_node_is_taken_before_others(world: World) -> None:
 
 async def test_a_forwarded_answer(world: World) -> None:
     request = GenerateRequest(NAME, messages=(Message("user", "é" * 10),), options=Options(seed=7))
+    request = msgspec.structs.replace(request, default_seed=8, digest=world.model.digest)
     assert await world.ask(request) == (B, DONE)
     assert world.b.engine.requests == [request]
     assert world.a.engine.requests == world.c.engine.requests == []
@@ -138,18 +140,18 @@ async def test_events_that_wait_are_taken_without_waiting(world: World) -> None:
     world.b.engine.script = [Chunk("a"), Chunk("b"), Finished("stop")]
     world.b.engine.together = True
     async with world.a.dispatcher.generate(ASK) as serving:
-        got = [serving.events.receive_nowait()]
+        got = [serving.receive_nowait()]
         await wait_all_tasks_blocked()
-        got += [serving.events.receive_nowait(), serving.events.receive_nowait()]
+        got += [serving.receive_nowait(), serving.receive_nowait()]
         with pytest.raises(trio.WouldBlock):
-            serving.events.receive_nowait()
+            serving.receive_nowait()
     assert got == [Chunk("a"), Chunk("b"), Finished("stop")]
 
 
 async def test_a_request_counts_while_it_runs(world: World) -> None:
     async with world.a.dispatcher.generate(ASK) as serving:
         assert world.a.dispatcher.outstanding() == 1
-        assert await serving.events.receive() == DONE[0]
+        assert await serving.receive() == DONE[0]
         assert world.a.dispatcher.outstanding() == 1
     assert world.a.dispatcher.outstanding() == 0
 
@@ -249,8 +251,8 @@ async def test_empty_batches_mean_nothing(world: World) -> None:
     world.net.meshes[B].handle(GENERATE, odd)
     async with world.a.dispatcher.generate(ASK) as serving:
         await wait_all_tasks_blocked()
-        assert serving.events.receive_nowait() == Chunk("a")
-        assert serving.events.receive_nowait() == Finished("stop")
+        assert serving.receive_nowait() == Chunk("a")
+        assert serving.receive_nowait() == Finished("stop")
 
 
 async def test_a_node_whose_log_is_behind(world: World) -> None:
@@ -302,10 +304,10 @@ async def test_all_holders_are_away_or_drain(world: World) -> None:
 
 async def test_a_node_that_dies_in_mid_answer_is_told_in_band(world: World) -> None:
     world.b.engine.hang_after = 1
-    async with world.a.dispatcher.generate(ASK) as serving:
-        assert await serving.events.receive() == DONE[0]
+    async with world.a.dispatcher.generate(TOLD) as serving:
+        assert await serving.receive() == DONE[0]
         world.net.cut(B)
-        event = await serving.events.receive()
+        event = await serving.receive()
     assert isinstance(event, Failed)
     assert (event.code, event.details["node_id"]) == ("NODE_LOST", B)
     assert world.c.engine.requests == [], "what was sent cannot be taken back"
@@ -315,7 +317,7 @@ async def test_a_node_that_dies_in_mid_answer_is_told_in_band(world: World) -> N
 async def test_a_failure_in_mid_answer_is_told_in_band(world: World, raised: bool) -> None:
     failure = Failed("RUNNER_DIED", "killed", 500)
     world.b.engine.script = [Chunk("a"), InferenceError(failure) if raised else failure]
-    assert await world.ask() == (B, [Chunk("a"), failure])
+    assert await world.ask(TOLD) == (B, [Chunk("a"), failure])
 
 
 async def test_nonsense_in_mid_answer_is_told_in_band(world: World) -> None:
@@ -325,10 +327,10 @@ async def test_nonsense_in_mid_answer_is_told_in_band(world: World) -> None:
         await stream.send(b"\xff")
 
     world.net.meshes[B].handle(GENERATE, nonsense)
-    async with world.a.dispatcher.generate(ASK) as serving:
-        assert await serving.events.receive() == Chunk("a")
+    async with world.a.dispatcher.generate(TOLD) as serving:
+        assert await serving.receive() == Chunk("a")
         await wait_all_tasks_blocked()
-        first, second = serving.events.receive_nowait(), await serving.events.receive()
+        first, second = serving.receive_nowait(), await serving.receive()
     for event in (first, second):
         assert isinstance(event, Failed)
         assert event.code == "NODE_LOST"
@@ -359,7 +361,7 @@ async def test_a_client_that_goes_away_ends_the_generation_everywhere(
 
 async def test_leaving_early_ends_the_generation_there(world: World) -> None:
     async with world.a.dispatcher.generate(ASK) as serving:
-        await serving.events.receive()
+        await serving.receive()
     await wait_all_tasks_blocked()
     assert world.b.engine.running == 0
 
@@ -402,7 +404,7 @@ async def test_embeddings_elsewhere_or_refused(world: World) -> None:
 
 
 async def test_requests_and_answers_larger_than_a_message(world: World) -> None:
-    request = GenerateRequest(NAME, "x" * 3_000_000)
+    request = GenerateRequest(NAME, "x" * 3_000_000, default_seed=7, digest=world.model.digest)
     assert await world.ask(request) == (B, DONE)
     assert world.b.engine.requests == [request]
     world.b.engine.vector = tuple(i / 7 for i in range(4000))

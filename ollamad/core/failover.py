@@ -1,0 +1,161 @@
+"""How an answer goes on elsewhere when the node that gives it is lost. Pure.
+
+Two ways. `continue` has the next node read the prompt and exactly the tokens that the client has,
+and write on from there: quick, and right given what was said. `replay` runs the request again
+with the same seed and leaves out what was sent already: bit for bit the undisturbed text, at the
+price of a longer silence. Only a replay can keep a grammar, whose state the tokens do not tell.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from ollamad.core.inference import (
+    Chunk,
+    Event,
+    Failed,
+    Failover,
+    Finished,
+    GenerateRequest,
+    Thought,
+    ToolCall,
+)
+
+Mode = Literal["continue", "replay", "off"]
+MODES: tuple[Mode, ...] = ("continue", "replay", "off")
+
+
+def parse_mode(text: str) -> Mode:
+    """The mode of that name.
+
+    Raises:
+      ValueError: there is none.
+    """
+    for mode in MODES:
+        if mode == text:
+            return mode
+    raise ValueError(f"use one of {', '.join(MODES)}")
+
+
+class _Said:
+    """A text that was sent, and how much of it a replay has said again."""
+
+    def __init__(self) -> None:
+        self._parts: list[str] = []
+        self._owed = ""
+        self._repeated = 0
+
+    def rewind(self) -> None:
+        """All of it is owed (again)."""
+        self._owed, self._repeated = "".join(self._parts), 0
+
+    def settle(self) -> None:
+        """Nothing is owed: the next text is new."""
+        self._owed, self._repeated = "", 0
+
+    @property
+    def is_owed(self) -> bool:
+        return self._repeated < len(self._owed)
+
+    def new_of(self, text: str) -> str | None:
+        """What of this text was not sent before; None if it is not what was sent."""
+        again = text[: len(self._owed) - self._repeated]
+        if not self._owed.startswith(again, self._repeated):
+            return None
+        self._repeated += len(again)
+        new = text[len(again) :]
+        if new:
+            self._parts.append(new)
+        return new
+
+
+class Answer:
+    """What the client has of an answer, and the request that gets the rest."""
+
+    def __init__(self, request: GenerateRequest, mode: Mode) -> None:
+        self._request = request
+        self._mode: Mode = "replay" if mode == "continue" and request.format else mode
+        self._text = _Said()
+        self._thought = _Said()
+        self._calls = 0  # tool calls that were sent
+        self._calls_owed = 0
+        self._tokens: list[int] = []
+        self._all_told = True  # the ids of all that was sent are known
+        self._resumed = 0  # tokens that the running attempt was given
+        self.begun = False  # the client has something of the answer
+        self.failovers: tuple[Failover, ...] = ()
+
+    @property
+    def mode(self) -> Mode:
+        """How this answer would go on now."""
+        return "replay" if self._mode == "continue" and not self._all_told else self._mode
+
+    @property
+    def token_count(self) -> int:
+        """Tokens that the client has, as far as they are known."""
+        return len(self._tokens)
+
+    def resume(self) -> GenerateRequest:
+        """The request for the next node; the whole one if nothing was sent yet."""
+        self._resumed = 0
+        if not self.begun:
+            return self._request
+        if self.mode == "replay":
+            self._text.rewind()
+            self._thought.rewind()
+            self._calls_owed = self._calls
+            return self._request
+        self._text.settle()
+        self._resumed = len(self._tokens)
+        return msgspec.structs.replace(self._request, resume=tuple(self._tokens))
+
+    def take(self, event: Event) -> Event | None:
+        """What of that event the client gets; None if it has it already."""
+        match event:
+            case Chunk(text, tokens):
+                is_repeated = self._text.is_owed
+                new = self._text.new_of(text)
+                if new is None:
+                    return _diverged()
+                if is_repeated and not new:
+                    return None
+                if new != text:
+                    # Which of its tokens are new cannot be told, if only a part of it is.
+                    tokens = ()
+                self.begun = True
+                self._tokens += tokens
+                self._all_told = self._all_told and bool(tokens)
+                return event if new == text else Chunk(new)
+            case Thought(text):
+                new = self._thought.new_of(text)
+                if new is None:
+                    return _diverged()
+                self.begun, self._all_told = True, False
+                return Thought(new) if new else None
+            case ToolCall():
+                if self._calls_owed:
+                    self._calls_owed -= 1
+                    return None
+                self._calls += 1
+                self.begun, self._all_told = True, False
+                return event
+            case Finished():
+                return self._finish(event)
+            case Failed():
+                return event
+
+    def _finish(self, event: Finished) -> Event:
+        if self._text.is_owed or self._thought.is_owed or self._calls_owed:
+            return _diverged()
+        if not self.failovers:
+            return event
+        count = event.eval_count + self._resumed
+        return msgspec.structs.replace(event, eval_count=count, failovers=self.failovers)
+
+
+def _diverged() -> Failed:
+    return Failed(
+        "REPLAY_DIVERGED",
+        "the node was lost, and the one that ran the request again gives another answer; what "
+        "was sent stands, the rest is missing: ask again",
+    )
