@@ -29,7 +29,13 @@ from ollamad.admission import Admission, Invitation
 from ollamad.api.app import build_app
 from ollamad.api.auth import AuthSettings, hash_password, mint_local_token
 from ollamad.api.calls import ApiSettings
-from ollamad.api.serve import CannotListen, open_listeners, serve_api
+from ollamad.api.origins import parse_origins
+from ollamad.api.serve import (
+    CannotListen,
+    open_listeners,
+    open_ollama_listeners,
+    serve_api,
+)
 from ollamad.api.services import Services
 from ollamad.build import build_info, engine_versions, platform_name
 from ollamad.cluster import Addresses, Cluster
@@ -187,6 +193,7 @@ class Daemon:
         """
         host, port = parse_listen(settings.api.listen)
         api_sockets = await open_listeners([f"{_bracket(host)}:{port}"])
+        api_sockets += await open_ollama_listeners(settings.api.ollama_listen)
         p2p = await _listen("p2p.listen", settings.p2p.listen)
         raft = await _listen("raft.listen", settings.raft.listen)
         return cls(
@@ -389,7 +396,8 @@ class Daemon:
             engine_versions=engine_versions(),
             p2p_port=self._addresses.p2p[1],
         )
-        app = build_app(services, ApiSettings(auth=auth))
+        origins = parse_origins(self._settings.api.origins)
+        app = build_app(services, ApiSettings(auth=auth, origins=origins))
         try:
             await serve_api(app, self._api_sockets, self._api_down, task_status=task_status)
         finally:

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from ollamad.api.origins import parse_origins
 from ollamad.core.names import check_node_name
 
 MIN_SECRET_BYTES = 32  # RFC 7518: an HS256 key is at least as long as its hash
@@ -35,6 +36,9 @@ class ApiSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """HTTP: REST for people, programs and the command line."""
 
     listen: str = "0.0.0.0:8080"
+    # Where programs written for Ollama look. auto: 127.0.0.1:11434, unless an Ollama has it.
+    ollama_listen: str = "auto"
+    origins: str = ""  # of web pages that may call, with commas between; this host's always may
 
 
 class P2pSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,6 +103,7 @@ SECRETS = {"auth.jwt_secret"}  # masked when settings are shown
 ENVIRONMENT = {
     "OLLAMA_JWT_SECRET": "auth.jwt_secret",
     "API_LISTEN": "api.listen",
+    "OLLAMA_ORIGINS": "api.origins",
     "P2P_LISTEN": "p2p.listen",
     "RAFT_BIND_ADDR": "raft.listen",
     "LOG_LEVEL": "log.level",
@@ -361,6 +366,11 @@ def _check_node_name(value: str) -> None:
         check_node_name(value)
 
 
+def _check_ollama_listen(value: str) -> None:
+    if value not in ("auto", "off"):
+        parse_listen(value)
+
+
 def _check_secret(value: str) -> None:
     if value and len(value.encode()) < MIN_SECRET_BYTES:
         raise ValueError(f"it must have at least {MIN_SECRET_BYTES} bytes")
@@ -373,6 +383,8 @@ def _check_token_ttl(value: str) -> None:
 
 _CHECKS: dict[str, Any] = {
     "api.listen": parse_listen,
+    "api.ollama_listen": _check_ollama_listen,
+    "api.origins": parse_origins,
     "p2p.listen": parse_listen,
     "raft.listen": parse_listen,
     "auth.loopback_role": _one_of("none", "viewer", "inference", "operator", "admin"),

@@ -21,6 +21,7 @@ from ollamad.api.calls import Api, ApiSettings, Call, Handler, error_reply
 from ollamad.api.dialects import error_body_for
 from ollamad.api.errors import as_service_error
 from ollamad.api.metrics import RequestStats
+from ollamad.api.origins import Origins, preflight_headers
 from ollamad.api.services import ServiceError, Services
 from ollamad.core.state import Role
 
@@ -105,9 +106,10 @@ class ApiApp(QuartTrio):
     asgi_http_class = Connection
     request_class = Request
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, origins: Origins) -> None:
         super().__init__("ollamad", static_folder=None)
         self.api = api
+        self.origins = origins
         self.stats = api.http_stats
         self.clock = api.services.monotonic
         self.views: dict[str, View] = {}
@@ -116,6 +118,9 @@ class ApiApp(QuartTrio):
     async def reply_to(self, request: Request) -> Reply | None:
         """Answer one request; whatever goes wrong is an error answer. None: it was streamed."""
         try:
+            if request.method == "OPTIONS" and request.cors_headers:
+                asked = request.headers.get("Access-Control-Request-Headers")
+                return Reply(b"", 204, headers=preflight_headers(asked))
             endpoint, arguments = self.routes.match(request.path, request.method)
             return await self.views[endpoint](request, **arguments)
         except Exception as error:
@@ -129,15 +134,16 @@ class ApiApp(QuartTrio):
 
 def build_app(services: Services, settings: ApiSettings) -> ApiApp:
     """The app for these services. Starts nothing."""
+    origins = Origins(settings.origins)
     api = Api(
         settings=settings,
         services=services,
-        auth=Auth(services.cluster, settings.auth, services.wall),
+        auth=Auth(services.cluster, settings.auth, services.wall, origins),
         http_stats=RequestStats(services.monotonic),
         inference_stats=RequestStats(services.monotonic),
         started=services.monotonic(),
     )
-    app = ApiApp(api)
+    app = ApiApp(api, origins)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.config["RESPONSE_TIMEOUT"] = None  # Quart's 60 s would cut a long answer
     app.url_map.merge_slashes = False  # a redirect is no answer to a mistyped path

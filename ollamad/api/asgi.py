@@ -96,6 +96,7 @@ class Request(TrioRequest):
     head_sent_at: float | None = None
     status_sent = 0
     ending = False  # the last bytes are being sent
+    cors_headers: tuple[tuple[bytes, bytes], ...] = ()
 
     async def send_head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Send status and headers; the request's id and the fixed headers are added."""
@@ -106,7 +107,12 @@ class Request(TrioRequest):
             {
                 "type": "http.response.start",
                 "status": status,
-                "headers": [*headers, (b"x-request-id", self.id.encode()), *FIXED_HEADERS],
+                "headers": [
+                    *headers,
+                    (b"x-request-id", self.id.encode()),
+                    *self.cors_headers,
+                    *FIXED_HEADERS,
+                ],
             }
         )
 
@@ -136,6 +142,8 @@ class Connection(TrioASGIHTTPConnection):
         request.id = secrets.token_hex(8)
         request.asgi_send = send
         request.clock = self.app.clock
+        if (origin := request.headers.get("Origin")) is not None:
+            request.cors_headers = self.app.origins.headers(origin)
         stats = self.app.stats
         begun = stats.begin()
         try:

@@ -24,6 +24,7 @@ import jwt
 import msgspec
 import trio
 
+from ollamad.api.origins import Origins
 from ollamad.api.services import Cluster, ServiceError
 from ollamad.core.commands import Rejected, Revoke
 from ollamad.core.state import ROLES, ClusterState, Role, User
@@ -37,6 +38,8 @@ LOCAL_TOKEN_TTL_S = 365 * 86400.0  # the file is renewed at each start of the da
 CLOCK_SKEW_S = 30.0
 # One argon2id check takes 64 MiB and a core for some 50 ms.
 PASSWORD_THREADS = 2
+
+_DEFAULT_ORIGINS = Origins()
 
 Purpose = Literal["access", "refresh", "local"]
 
@@ -117,8 +120,15 @@ class Headers(Protocol):
 class Auth:
     """Checks and makes tokens for one cluster."""
 
-    def __init__(self, cluster: Cluster, settings: AuthSettings, wall: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        settings: AuthSettings,
+        wall: Callable[[], float],
+        origins: Origins = _DEFAULT_ORIGINS,
+    ) -> None:
         self._cluster = cluster
+        self._origins = origins
         self._settings = settings
         self._wall = wall
         self._hasher = argon2.PasswordHasher()
@@ -138,7 +148,7 @@ class Auth:
                 raise _unauthorized("send the token as `Authorization: Bearer TOKEN`")
             return self._identity_of(token.strip())
         role = self._settings.loopback_role
-        if role != "none" and is_local_request(headers, peer):
+        if role != "none" and is_local_request(headers, peer, self._origins):
             return Identity("local", role)
         return None
 
@@ -270,11 +280,11 @@ def read_token(token: str, state: ClusterState, settings: AuthSettings, now: flo
     return claims
 
 
-def is_local_request(headers: Headers, peer: str) -> bool:
+def is_local_request(headers: Headers, peer: str, origins: Origins = _DEFAULT_ORIGINS) -> bool:
     """Whether a request comes from a program on this host, and from no proxy or web page.
 
     A page of a foreign site that resolves its own name to 127.0.0.1 (DNS rebinding) is told
-    by its `Host`; one that simply calls us is told by its `Origin`.
+    by its `Host`; one that simply calls us is told by its `Origin`. `origins` are not foreign.
     """
     if not _is_loopback_address(peer):
         return False
@@ -284,7 +294,7 @@ def is_local_request(headers: Headers, peer: str) -> bool:
     if host is None or not _is_loopback_host(host):
         return False
     origin = headers.get("Origin")
-    return origin is None or _is_loopback_origin(origin)
+    return origin is None or _is_loopback_origin(origin) or origins.allows(origin)
 
 
 def _mint(

@@ -47,6 +47,7 @@ class ApiSettings:
     auth: AuthSettings = dataclasses.field(default_factory=AuthSettings)
     deadline_s: float = 60.0  # for everything but inference and uploads
     inference_deadline_s: float | None = None  # None: a generation may take as long as it takes
+    origins: tuple[str, ...] = ()  # of web pages that may call, beside those of this host
     # A node without quorum for longer than an election takes is unhealthy.
     election_timeout_s: float = 2.0
 

@@ -35,6 +35,11 @@ KEEPALIVE_IDLE_S = 30
 KEEPALIVE_INTERVAL_S = 10
 KEEPALIVE_PROBES = 3
 
+OLLAMA_ADDRESS = "127.0.0.1:11434"  # Ollama's default, which its clients use unless told otherwise
+AUTO, OFF = "auto", "off"
+
+log = logging.getLogger(__name__)
+
 # hypercorn's own "Running on …" would repeat what the daemon says.
 _server_log = logging.getLogger("ollamad.api.hypercorn")
 _server_log.setLevel(logging.WARNING)
@@ -61,6 +66,31 @@ async def open_listeners(binds: Sequence[str]) -> list[socket.socket]:
             each.close()
         raise
     return sockets
+
+
+async def open_ollama_listeners(setting: str) -> list[socket.socket]:
+    """Bind what `api.ollama_listen` says: an address, `auto`, or `off`.
+
+    `auto` is OLLAMA_ADDRESS if nobody else has it; somebody else is most likely an Ollama, which
+    is no reason not to start.
+
+    Raises:
+      CannotListen: an address that was asked for cannot be had.
+    """
+    if setting == OFF:
+        return []
+    if setting != AUTO:
+        return await open_listeners([setting])
+    try:
+        return await open_listeners([OLLAMA_ADDRESS])
+    except CannotListen:
+        log.warning(
+            "%s, where programs look for Ollama, is in use: most likely Ollama itself runs here, "
+            "and they reach it and not this node. Stop it and start this node again, or point "
+            "them to this node's API; with api.ollama_listen: off it is not tried",
+            OLLAMA_ADDRESS,
+        )
+        return []
 
 
 async def serve_api(

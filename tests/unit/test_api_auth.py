@@ -443,7 +443,7 @@ def test_no_other_peer_is_local(peer: str) -> None:
         {"host": "localhost", "origin": "null"},
         {"host": "localhost", "origin": ""},
         {"host": "localhost", "origin": "http://localhost.evil.example"},
-        {"host": "localhost", "origin": "file://localhost"},
+        {"host": "localhost", "origin": "ftp://localhost"},
         {"host": "localhost", "forwarded": "for=1.2.3.4"},
         {"host": "localhost", "x_forwarded_for": "127.0.0.1"},
         {"host": "localhost", "x_forwarded_host": "localhost"},

@@ -94,7 +94,8 @@ def test_every_key_has_a_variable() -> None:
     for key in settings._types():
         variable = "OLLAMAD_" + key.upper().replace(".", "__")
         default = dict(walk(load(None, {}, {}).settings))[key]
-        assert value(load(None, {variable: str(default).lower() or SECRET}, {}), key)[1] == variable
+        given = str(default).lower() or ("https://a.b" if key == "api.origins" else SECRET)
+        assert value(load(None, {variable: given}, {}), key)[1] == variable
     assert set(ENVIRONMENT.values()) <= set(settings._types())
 
 
@@ -415,3 +416,22 @@ def test_version() -> None:
     assert code == 0
     assert out.startswith("ollamad 0.")
     assert "commit" in out
+
+
+@pytest.mark.parametrize("text", ["auto", "off", "127.0.0.1:11434", "0.0.0.0:11435"])
+def test_where_ollamas_clients_are_listened_for(text: str) -> None:
+    variable = "OLLAMAD_API__OLLAMA_LISTEN"
+    assert value(load(None, {variable: text}, {}), "api.ollama_listen") == (text, variable)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("OLLAMAD_API__OLLAMA_LISTEN", "on"),
+        ("OLLAMAD_API__OLLAMA_LISTEN", "localhost"),
+        ("OLLAMA_ORIGINS", "https://a.example,b.example"),
+    ],
+)
+def test_bad_addresses_and_origins_are_refused(variable: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=variable):
+        load(None, {variable: text}, {})
