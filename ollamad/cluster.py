@@ -49,6 +49,7 @@ from ollamad.peers.tls import Gate, PeerUnreachable
 from ollamad.raft.errors import NoQuorum as RaftNoQuorum
 from ollamad.raft.errors import OutcomeUnknown, RaftError
 from ollamad.raft.node import RaftNode
+from ollamad.raft.recovery import LogEnd
 from ollamad.wire.codec import encode
 from ollamad.wire.join import (
     MAX_SEEDS,
@@ -74,6 +75,21 @@ REMOVE_VOTER_TIMEOUT_S = 15.0  # for all tries, leader changes included
 HAND_OVER_TIMEOUT_S = 600.0  # a large model takes minutes to copy on a LAN
 ANNOUNCE_RETRY_S = 1.0
 REPAIR_AFTER_S = 30.0  # a voter is replaced when it has been away this long
+QUORUM_CHECK_INTERVAL_S = 0.5
+QUORUM_NOTICE_S = 10.0  # many elections: what ends by itself has ended by then
+
+
+CONSENSUS_VIEW = "consensus.view"
+
+
+class ConsensusView(msgspec.Struct, frozen=True):
+    """What a node knows of the consensus; `ollamad recover` asks every member for it."""
+
+    term: int
+    leader: str  # node id; empty if it knows none
+    has_quorum: bool
+    end: LogEnd
+    voters: tuple[NodeId, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +140,7 @@ class Cluster:
         machine.on_change = self.changes.notify
         mesh.answer("announce", UpdateMember, self._on_announce)
         mesh.answer("voter.remove", NodeId, self._on_remove_voter)
+        mesh.answer(CONSENSUS_VIEW, type(None), self._on_consensus_view)
 
     # What everybody reads.
 
@@ -313,6 +330,7 @@ class Cluster:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce)
             nursery.start_soon(self._watch_departure)
+            nursery.start_soon(self._watch_quorum)
             task_status.started()
             await self._keep_voters()
 
@@ -346,7 +364,7 @@ class Cluster:
                         return True
             except (PeerUnreachable, RemoteFailure, trio.TooSlowError) as error:
                 log.debug("cannot announce through %s: %s", short(node_id), error)
-        if self.other_members():
+        if self.voters() != [self.node_id]:
             return False
         try:
             return isinstance(await self.propose(update), Applied)
@@ -370,6 +388,50 @@ class Cluster:
             elif known and self.node_id in self.state.departed:
                 self.departed.set()
             await changed.wait()
+
+    def on_recovered_elsewhere(self, peer: NodeId, incarnation: int) -> None:
+        """A node proved that this cluster was recovered without us: depart."""
+        if self.departed.is_set():
+            return
+        member = self.state.members.get(peer)
+        log.error(
+            "this cluster lost its majority and was recovered without this node on %s: node %s is "
+            "of it now. This node's state of the cluster is put aside, its models stay",
+            _date(incarnation),
+            member.name if member is not None else short(peer),
+        )
+        self.departed.set()
+
+    async def _watch_quorum(self) -> None:
+        """Say once that the quorum is lost and what to do, and once that it is back."""
+        told = False
+        while True:
+            await trio.sleep(QUORUM_CHECK_INTERVAL_S)
+            lost_s = self.quorum_lost_for_s
+            if not told and lost_s >= QUORUM_NOTICE_S:
+                log.error(
+                    "no quorum for %.0f s: of %d voters these are missing: %s. Nothing can be "
+                    "changed until a majority is back: start them. If they are lost for good, see "
+                    '`ollamad recover` and "The majority is lost" in docs/operations.md',
+                    lost_s,
+                    len(self._raft.voters),
+                    ", ".join(self._missing_voters()) or "none (they do not agree on a leader)",
+                )
+                told = True
+            elif told and lost_s == 0:
+                log.info("there is a quorum again")
+                told = False
+
+    def _missing_voters(self) -> list[str]:
+        missing = []
+        for node_id in self.voters():
+            presence = self.presence(node_id)
+            if not presence.online:
+                member = self.state.members.get(node_id)
+                seen = _date(presence.last_seen) if presence.last_seen else "not since the start"
+                name = member.name if member is not None else short(node_id)
+                missing.append(f"{name} (last seen: {seen})")
+        return missing
 
     async def _keep_voters(self) -> None:
         """While leading: make members voters, up to five, and replace those long gone."""
@@ -407,18 +469,17 @@ class Cluster:
             and self.is_online(m.id)
             and self._raft.caught_up(m.id)
         )
-        if not spare:
-            return
-        if len(voters) >= MAX_VOTERS:
-            for node_id in sorted(voters & long_gone):
-                log.info("voter %s is gone for good: another node takes its place", short(node_id))
-                await self._raft.remove_voter(node_id, CHANGE_TIMEOUT_S)
-                return
-            return
-        # An even number of voters survives no more than the odd number below it, but a new
-        # cluster grows one by one, so every member counts until there are five.
-        await self._raft.add_voter(spare[0][1], CHANGE_TIMEOUT_S)
-        log.info("%s is a voter now", short(spare[0][1]))
+        full = len(voters) >= MAX_VOTERS
+        if spare and not full:
+            # An even number of voters survives no more than the odd number below it, but a new
+            # cluster grows one by one, so every member counts until there are five.
+            await self._raft.add_voter(spare[0][1], CHANGE_TIMEOUT_S)
+            log.info("%s is a voter now", short(spare[0][1]))
+        elif (gone := sorted(voters & long_gone)) and (spare or len(voters) % 2 == 0):
+            # Where somebody takes its place; and without a dead voter an odd number is left, which
+            # needs one vote less. It becomes a voter again when it returns.
+            log.info("%s has been away for long and is no voter any more", short(gone[0]))
+            await self._raft.remove_voter(gone[0], CHANGE_TIMEOUT_S)
 
     async def _remove_voter(self, node_id: NodeId) -> None:
         """Have the leader take a node out of the voters, whoever leads meanwhile."""
@@ -445,6 +506,12 @@ class Cluster:
         except RaftError as error:
             raise HandlerError("NO_QUORUM", str(error)) from None
         return True
+
+    def _on_consensus_view(self, peer: NodeId, request: None) -> ConsensusView:
+        raft = self._raft
+        return ConsensusView(
+            raft.term, raft.leader or "", raft.has_quorum, raft.log_end, tuple(self.voters())
+        )
 
     # Joining, the sponsor's side.
 
@@ -481,7 +548,7 @@ class Cluster:
         return JoinReply(
             cluster_id=state.cluster_id,
             ca_certificate_pem=state.ca.certificate_pem,
-            certificate_pem=issue_certificate(state.ca, request.public_key, now),
+            certificate_pem=issue_certificate(state.ca, request.public_key, now, state.incarnation),
             seeds=tuple(
                 Seed(m.id, m.p2p_address, m.raft_address) for m in online_first[:MAX_SEEDS]
             ),
@@ -577,6 +644,10 @@ def advertised_host(known: str) -> str:
         return known
     outside = [address for address in here if not address.startswith("127.")]
     return outside[0] if outside else "127.0.0.1"
+
+
+def _date(unix_s: float) -> str:
+    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _specific(host: str) -> str:

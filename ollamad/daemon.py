@@ -118,7 +118,9 @@ class Daemon:
         self._name = settings.node.name or node_name_of(socket.gethostname())
 
         self._machine = Machine()
-        self._gate = Gate(identity, self._is_welcome)
+        self._gate = Gate(
+            identity, self._is_welcome, lambda *newer: self._cluster.on_recovered_elsewhere(*newer)
+        )
         self._mesh = Mesh(self._gate, version=ollamad.__version__, address_of=self._p2p_address)
         self._links = Links(self._dial_raft)
         self._raft = RaftNode(
@@ -179,6 +181,7 @@ class Daemon:
             presence=self._cluster.presence,
             engine=LocalEngine(self._engine, self._store),
             peers=self._mesh,
+            failover=settings.scheduler.failover,
         )
         self._mesh.handle(GENERATE, self._dispatcher.serve_generate)
         self._mesh.handle(EMBED, self._dispatcher.serve_embed)
@@ -223,6 +226,7 @@ class Daemon:
             await nursery.start(self._serve_api)
             nursery.start_soon(self._stop_on_departure)
             if await self._until_stopped(self._admission.enter, self._raft, invitation):
+                self._renew_if_due()  # before anybody is dialled: see `recover`
                 await nursery.start(self._engine.run)
                 await nursery.start(self._links.run, self._raft)
                 await nursery.start(self._raft.run)
@@ -446,11 +450,14 @@ class Daemon:
     async def _renew_certificate(self) -> None:
         """Every member holds the CA's key, so a node renews its own certificate in time."""
         while True:
-            ca, now = self._machine.state.ca, datetime.datetime.now(datetime.UTC)
-            if ca is not None and self._identity.renew_if_due(ca, now):
-                self._gate.refresh()
-                log.info("this node's certificate was renewed")
+            self._renew_if_due()
             await trio.sleep(RENEWAL_CHECK_S)
+
+    def _renew_if_due(self) -> None:
+        state, now = self._machine.state, datetime.datetime.now(datetime.UTC)
+        if state.ca is not None and self._identity.renew_if_due(state.ca, state.incarnation, now):
+            self._gate.refresh()
+            log.info("this node's certificate was renewed")
 
     async def _stop_on_departure(self) -> None:
         """A node that is no member any more keeps its models and forgets the cluster."""

@@ -1,9 +1,13 @@
-"""The `ollamad` command: start, config, version, and the hidden runner.
+"""The `ollamad` command: start, recover, config, version, and the hidden runner.
 
 Imports are late: a runner process needs none of the daemon, and `--help` needs nothing.
 """
 
 import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,6 +82,36 @@ def start(
 
 
 @app.command()
+def recover(
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask. What is checked stays the same.")
+    ] = False,
+) -> None:
+    """Go on with this node alone after most voters are lost for good; its daemon must be stopped.
+
+    Refuses while a majority can be reached. See "The majority is lost" in docs/operations.md.
+    """
+    _, directory = _load(config, data_dir, {}, dev=False)
+    from ollamad import recover
+    from ollamad.errors import StartError
+
+    def confirm(plan: str) -> bool:
+        typer.echo(plan, err=True)
+        return yes or typer.confirm("Go on?", err=True)
+
+    if not yes and not sys.stdin.isatty():
+        _fail("this cannot be undone; say --yes to do it unasked", EXIT_USAGE)
+    try:
+        typer.echo(recover.recover(directory, confirm, _uninterrupted))
+    except StartError as error:
+        _fail(str(error), EXIT_FAILURE)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was changed", EXIT_FAILURE)
+
+
+@app.command()
 def config(
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
@@ -140,6 +174,16 @@ def _load(
     except settings.ConfigError as error:
         _fail(str(error), EXIT_USAGE)
     return effective, Path(effective.settings.data_dir or fallback).absolute()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C, so that whoever types it is told the truth about what was done."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _unless_set(command_line: dict[str, Any], config_dir: Path | None) -> dict[str, Any]:

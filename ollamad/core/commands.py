@@ -41,6 +41,12 @@ class FoundCluster(Command, frozen=True):
     admin: User
 
 
+class RecoverCluster(Command, frozen=True):
+    """The majority is lost for good, and one node goes on alone, in a new incarnation."""
+
+    incarnation: int  # Unix seconds; above the one before
+
+
 class ChangeSettings(Command, frozen=True):
     settings: Settings
 
@@ -120,6 +126,7 @@ class Revoke(Command, frozen=True):
 
 AnyCommand = (
     FoundCluster
+    | RecoverCluster
     | ChangeSettings
     | AdmitMember
     | UpdateMember
@@ -179,6 +186,11 @@ def _apply_command(state: ClusterState, command: AnyCommand, now: float) -> Outc
     match command:
         case FoundCluster():
             return _found(state, command)
+        case RecoverCluster(incarnation):
+            if incarnation <= state.incarnation:
+                return Rejected("OLD_INCARNATION", "the cluster was recovered later than that")
+            state.incarnation = incarnation
+            return APPLIED
         case ChangeSettings(settings):
             state.settings = settings
             return APPLIED

@@ -122,6 +122,9 @@ class ClusterState(msgspec.Struct):
     """Everything that goes through Raft. Only `commands.apply` changes it."""
 
     cluster_id: str = ""
+    # When the cluster was recovered from the loss of its majority (Unix seconds), 0 if never.
+    # Nodes of different incarnations do not talk to each other: see docs/consensus.md.
+    incarnation: int = 0
     ca: CertificateAuthority | None = None
     jwt_key: bytes = b""
     settings: Settings = Settings()

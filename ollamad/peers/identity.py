@@ -3,6 +3,9 @@
 The node's id is the hash of its public key (core/ids.py), so a certificate adds one thing only:
 that the cluster's CA let this key in. Every TLS connection between nodes is TLS 1.3 with
 certificates on both sides; names in certificates are not checked, keys are.
+
+A certificate says besides in which incarnation of the cluster it was issued (the subject's DN
+qualifier; none before the first recovery), so that the handshake keeps incarnations apart.
 """
 
 import datetime
@@ -40,6 +43,7 @@ class PeerCertificate:
 
     node_id: NodeId
     der: bytes
+    incarnation: int = 0
 
 
 class Identity:
@@ -74,6 +78,11 @@ class Identity:
         return (self._directory / CERTIFICATE_FILE).exists()
 
     @property
+    def incarnation(self) -> int:
+        """The incarnation of the cluster that this node's certificate belongs to."""
+        return peer_certificate(self.certificate).incarnation
+
+    @property
     def ca_der(self) -> bytes:
         """The certificate of the cluster's CA."""
         return certificate_der((self._directory / CA_FILE).read_bytes())
@@ -88,12 +97,22 @@ class Identity:
         for name in (CERTIFICATE_FILE, CA_FILE):
             (self._directory / name).unlink(missing_ok=True)
 
-    def renew_if_due(self, ca: CertificateAuthority, now: datetime.datetime) -> bool:
-        """Sign a new certificate for this node when the present one nears its end."""
+    def renew_if_due(
+        self, ca: CertificateAuthority, incarnation: int, now: datetime.datetime
+    ) -> bool:
+        """Sign a new certificate when the present one nears its end, or the cluster was recovered.
+
+        Returns:
+          Whether there is a new one.
+        """
         current = x509.load_pem_x509_certificate((self._directory / CERTIFICATE_FILE).read_bytes())
-        if current.not_valid_after_utc - now > RENEW_BEFORE:
+        # A node that has just joined may know from its certificate what its log does not say yet.
+        newest = max(incarnation, _incarnation_of(current))
+        lasts = current.not_valid_after_utc - now > RENEW_BEFORE
+        if lasts and _incarnation_of(current) == newest:
             return False
-        self.install(issue_certificate(ca, self.public_key, now), ca.certificate_pem)
+        pem = issue_certificate(ca, self.public_key, now, newest)
+        self.install(pem, ca.certificate_pem)
         return True
 
     def check_validity(self, now: datetime.datetime) -> None:
@@ -181,13 +200,19 @@ def make_ca(now: datetime.datetime) -> CertificateAuthority:
     )
 
 
-def issue_certificate(ca: CertificateAuthority, public_key: bytes, now: datetime.datetime) -> bytes:
+def issue_certificate(
+    ca: CertificateAuthority, public_key: bytes, now: datetime.datetime, incarnation: int = 0
+) -> bytes:
     """A member's certificate (PEM) for that raw ed25519 public key."""
     ca_key = serialization.load_pem_private_key(ca.private_key_pem, None)
     assert isinstance(ca_key, Ed25519PrivateKey)
     ca_certificate = x509.load_pem_x509_certificate(ca.certificate_pem)
     return _leaf(
-        Ed25519PublicKey.from_public_bytes(public_key), ca_key, ca_certificate.subject, now
+        Ed25519PublicKey.from_public_bytes(public_key),
+        ca_key,
+        ca_certificate.subject,
+        now,
+        incarnation,
     )
 
 
@@ -202,11 +227,15 @@ def _leaf(
     signer: Ed25519PrivateKey,
     issuer: x509.Name,
     now: datetime.datetime,
+    incarnation: int = 0,
 ) -> bytes:
     node_id = node_id_of(raw_public_key(public_key))
+    subject = [x509.NameAttribute(NameOID.COMMON_NAME, node_id)]
+    if incarnation:
+        subject.append(x509.NameAttribute(NameOID.DN_QUALIFIER, str(incarnation)))
     certificate = (
         x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, node_id)]))
+        .subject_name(x509.Name(subject))
         .issuer_name(issuer)
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
@@ -226,15 +255,23 @@ def peer_certificate(der: bytes) -> PeerCertificate:
     """The id behind a certificate that a TLS peer showed.
 
     Raises:
-      IdentityError: it is not a certificate over an ed25519 key.
+      IdentityError: it is not a certificate over an ed25519 key, or says nonsense.
     """
     try:
-        key = x509.load_der_x509_certificate(der).public_key()
+        certificate = x509.load_der_x509_certificate(der)
+        key = certificate.public_key()
+        incarnation = _incarnation_of(certificate)
     except ValueError as error:
         raise IdentityError(f"not a certificate: {error}") from None
     if not isinstance(key, Ed25519PublicKey):
         raise IdentityError("the peer's certificate has no ed25519 key")
-    return PeerCertificate(node_id_of(raw_public_key(key)), der)
+    return PeerCertificate(node_id_of(raw_public_key(key)), der, incarnation)
+
+
+def _incarnation_of(certificate: x509.Certificate) -> int:
+    """The incarnation that a certificate belongs to. Raises ValueError."""
+    values = certificate.subject.get_attributes_for_oid(NameOID.DN_QUALIFIER)
+    return int(str(values[0].value)) if values else 0
 
 
 def raw_public_key(key: Ed25519PublicKey) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import trio
 
 from ollamad.core.ids import NodeId, short
-from ollamad.peers.identity import Identity, IdentityError, peer_certificate
+from ollamad.peers.identity import Identity, IdentityError, PeerCertificate, peer_certificate
 
 DIAL_TIMEOUT_S = 3.0  # TCP and TLS to a LAN neighbour take milliseconds
 HANDSHAKE_TIMEOUT_S = 5.0  # for those who dial us; half-open connections end here
@@ -27,13 +27,22 @@ class PeerUnreachable(OSError):
 class Gate:
     """This node's side of every TLS connection between nodes.
 
-    `is_welcome` says of an id whose certificate our CA signed whether it may still talk to us
-    (a node that left may not).
+    Args:
+      is_welcome: says of an id whose certificate our CA signed whether it may still talk to us
+        (a node that left may not).
+      on_newer: is told when a node proved that it is of a later incarnation of this cluster, and
+        of which: the cluster was recovered without this node.
     """
 
-    def __init__(self, identity: Identity, is_welcome: Callable[[NodeId], bool]) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        is_welcome: Callable[[NodeId], bool],
+        on_newer: Callable[[NodeId, int], None] = lambda peer, incarnation: None,
+    ) -> None:
         self._identity = identity
         self._is_welcome = is_welcome
+        self._on_newer = on_newer
         self.refresh()
 
     @property
@@ -45,22 +54,29 @@ class Gate:
         """Use the certificate as it is on disk now (after a join or a renewal)."""
         self._server = self._identity.server_context()
         self._client = self._identity.client_context() if self._identity.is_member else None
+        self._incarnation = self._identity.incarnation
         self._stranger = self._identity.stranger_context()
 
     async def dial(self, node_id: NodeId, address: str) -> TlsStream:
         """Connect to that member at `host:port` and check that it holds the id's key.
 
         Raises:
-          PeerUnreachable: no connection within DIAL_TIMEOUT_S, or it is somebody else.
+          PeerUnreachable: no connection within DIAL_TIMEOUT_S, it is somebody else, or it is of
+            another incarnation of the cluster.
         """
         assert self._client is not None, "a node without a cluster has no members to dial"
         stream = await self._connect(address, self._client)
-        found = peer_of(stream)
-        if found != node_id:
+        try:
+            found = _certificate_of(stream)
+            assert found is not None, "a TLS server always shows a certificate"
+            if found.node_id != node_id:
+                raise PeerUnreachable(
+                    f"{address} is node {short(found.node_id)}…, not {short(node_id)}…"
+                )
+            self._check_incarnation(found)
+        except (PeerUnreachable, IdentityError) as error:
             await trio.aclose_forcefully(stream)
-            raise PeerUnreachable(
-                f"{address} is node {short(found) if found else '?'}…, not {short(node_id)}…"
-            )
+            raise PeerUnreachable(str(error)) from None
         return stream
 
     async def dial_stranger(self, address: str) -> TlsStream:
@@ -74,24 +90,44 @@ class Gate:
           The stream, and the member's id; None for somebody without a certificate.
 
         Raises:
-          PeerUnreachable: no TLS, a certificate of another cluster, or of a node that left.
+          PeerUnreachable: no TLS, a certificate of another cluster or of another incarnation of
+            this one, or of a node that left.
         """
         _watch_over(transport)
         stream = trio.SSLStream(transport, self._server, server_side=True, https_compatible=True)
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
                 await stream.do_handshake()
-            peer = peer_of(stream)
+            shown = _certificate_of(stream)
         except (trio.TooSlowError, trio.BrokenResourceError, ssl.SSLError, OSError) as error:
             await trio.aclose_forcefully(stream)
             raise PeerUnreachable(f"handshake failed: {_reason(error)}") from None
         except IdentityError as error:
             await trio.aclose_forcefully(stream)
             raise PeerUnreachable(str(error)) from None
-        if peer is not None and not self._is_welcome(peer):
+        if shown is None:
+            return stream, None
+        try:
+            self._check_incarnation(shown)
+            if not self._is_welcome(shown.node_id):
+                raise PeerUnreachable(f"node {short(shown.node_id)}… is not a member any more")
+        except PeerUnreachable:
             await trio.aclose_forcefully(stream)
-            raise PeerUnreachable(f"node {short(peer)}… is not a member any more")
-        return stream, peer
+            raise
+        return stream, shown.node_id
+
+    def _check_incarnation(self, shown: PeerCertificate) -> None:
+        """Refuse a node that this cluster's recovery left behind, or that left us behind."""
+        if shown.incarnation > self._incarnation:
+            self._on_newer(shown.node_id, shown.incarnation)
+            raise PeerUnreachable(
+                f"node {short(shown.node_id)}… recovered the cluster without this node"
+            )
+        if shown.incarnation < self._incarnation:
+            raise PeerUnreachable(
+                f"node {short(shown.node_id)}… is of the time before the cluster was recovered; "
+                "it must join again"
+            )
 
     async def _connect(self, address: str, context: ssl.SSLContext) -> TlsStream:
         host, port = split_address(address)
@@ -116,8 +152,13 @@ class Gate:
 
 def peer_of(stream: TlsStream) -> NodeId | None:
     """The id of who is on the other end, by its certificate; None if it showed none."""
+    shown = _certificate_of(stream)
+    return None if shown is None else shown.node_id
+
+
+def _certificate_of(stream: TlsStream) -> PeerCertificate | None:
     der = stream.getpeercert(binary_form=True)
-    return peer_certificate(der).node_id if der else None
+    return peer_certificate(der) if der else None
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -29,6 +29,7 @@ from ollamad.raft.fence import Fence
 from ollamad.raft.journal import COMPACTION_TAIL, Journal, Store, unpack_snapshot
 from ollamad.raft.private import LEADER, Core, Timing
 from ollamad.raft.reads import NOT_NOW, Reads
+from ollamad.raft.recovery import LogEnd
 from ollamad.raft.transport import FencedTransport
 from ollamad.wire.raftwire import (
     MAX_COMMAND_SIZE,
@@ -316,6 +317,12 @@ class RaftNode:
         return self._core.commit_index()
 
     @property
+    def log_end(self) -> LogEnd:
+        """How far this node's log goes, committed or not."""
+        _, index, term = self._journal[-1]
+        return LogEnd(term, index)
+
+    @property
     def applied_index(self) -> int:
         """Index of the last entry that the state machine includes."""
         return self._core.applied_index()
@@ -402,8 +409,6 @@ class RaftNode:
           ChangeRefused: it has not caught up, another change is under way, or there are enough.
           NoQuorum, OutcomeUnknown, NodeFailed: as `propose`.
         """
-        if len(self.voters | {node_id}) > MAX_VOTERS:
-            raise ChangeRefused(f"there are {len(self.voters)} voters, more are of no use")
         await self._change_voters(node_id, True, timeout_s)
 
     async def remove_voter(self, node_id: NodeId, timeout_s: float) -> None:
@@ -413,8 +418,6 @@ class RaftNode:
           ChangeRefused: it is the last voter, or another change is under way.
           NoQuorum, OutcomeUnknown, NodeFailed: as `propose`.
         """
-        if self.voters == {node_id}:
-            raise ChangeRefused("the last voter cannot be removed")
         await self._change_voters(node_id, False, timeout_s)
 
     async def _change_voters(self, node_id: NodeId, adding: bool, timeout_s: float) -> None:
@@ -425,6 +428,10 @@ class RaftNode:
             if (node_id in voters) == adding and not self._change_is_open():
                 return
             wanted = voters | {node_id} if adding else voters - {node_id}
+            if not wanted:
+                raise ChangeRefused("the last voter cannot be removed")
+            if len(wanted) > MAX_VOTERS:
+                raise ChangeRefused(f"there are {len(voters)} voters, more are of no use")
             remaining_s = deadline - self._clock()
             try:
                 await self._submit(encode_voters(wanted), remaining_s, refusal_is_final=True)

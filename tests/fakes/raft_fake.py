@@ -5,6 +5,7 @@ import trio
 from ollamad.core.ids import NodeId
 from ollamad.machine import Machine
 from ollamad.raft.errors import ChangeRefused, RaftError
+from ollamad.raft.recovery import LogEnd
 
 
 class FakeRaft:
@@ -14,6 +15,7 @@ class FakeRaft:
         self.is_leader = True
         self.has_quorum = True
         self.term = 1
+        self.log_end = LogEnd(1, 3)
         self.voters = frozenset({node_id})
         self.behind: set[NodeId] = set()  # not caught up yet
         self.failure: RaftError | None = None  # what every proposal ends in

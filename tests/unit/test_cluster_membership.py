@@ -13,10 +13,13 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from ollamad import cluster as cluster_module
 from ollamad.api.services import NoQuorum, ServiceError, Unavailable
 from ollamad.cluster import (
+    CONSENSUS_VIEW,
     MAX_VOTERS,
+    QUORUM_NOTICE_S,
     REPAIR_AFTER_S,
     Addresses,
     Cluster,
+    ConsensusView,
     _with_host,
     advertised_host,
     find_p2p_address,
@@ -26,6 +29,7 @@ from ollamad.core.commands import (
     AddJoinToken,
     AdmitMember,
     DeleteUser,
+    RecoverCluster,
     Rejected,
     SetDraining,
     UpdateMember,
@@ -40,6 +44,7 @@ from ollamad.peers.mesh import Mesh
 from ollamad.peers.tls import PeerUnreachable
 from ollamad.raft.errors import CommandTooLarge, OutcomeUnknown, RaftError
 from ollamad.raft.errors import NoQuorum as RaftNoQuorum
+from ollamad.raft.recovery import LogEnd
 from ollamad.wire.join import JoinRefused, JoinRequest, channel_binding, parse_token
 from tests.fakes.api_services import member
 from tests.fakes.peer_net import PeerNet
@@ -482,7 +487,14 @@ async def test_a_cluster_of_one_notes_its_new_address_itself(node: Node) -> None
         ([B, C, D, E, F], [B, C, D, E], [C], [], [], [C], [("remove", C)]),
         ([B, C, D, E], [B, C, D, E], [C], [], [], [C], []),  # nobody could take its place
         ([B, C, D, E, F], [B, C, D, E], [C, F], [], [], [C, F], []),
-        ([B, C], [B], [B], [], [], [B], [("add", C)]),
+        # Fewer than five: the new one comes first, then the dead one goes.
+        ([B, C, D], [B, C], [C], [], [], [C], [("add", D)]),
+        ([B, C, D], [B, C, D], [C], [], [], [C], [("remove", C)]),
+        ([B, C, D], [B, C, D], [C], [], [], [], []),  # away for a moment
+        ([B, C], [B, C], [C], [], [], [C], []),  # two of three are as good as two of two
+        # Every fifth member of seven, and never a sixth.
+        ([B, C, D, E, F, G, H], [B, C, D], [], [], [], [], [("add", E)]),
+        ([B, C, D, E, F, G, H], [B, C, D, E], [], [], [], [], []),
     ],
 )
 async def test_who_votes(
@@ -529,6 +541,78 @@ async def test_the_leader_keeps_the_voters_right(
     assert gone not in node.raft.voters
     assert spare in node.raft.voters
     nursery.cancel_scope.cancel()
+
+
+# The majority is lost.
+
+
+async def test_a_lost_quorum_is_told_once_with_what_to_do_and_so_is_its_return(
+    node: Node, autojump_clock: MockClock, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    await node.let_in(B, C)
+    node.raft.voters |= {B, C}
+    nursery.start_soon(node.cluster._watch_quorum)
+    node.raft.has_quorum = False
+    node.offline = {B, C}
+    node.cluster.heartbeats.presence = (  # type: ignore[method-assign]
+        lambda node_id: Presence(False, 1_700_000_000.0 if node_id == B else 0.0, Beat(1, Usage()))
+    )
+    await trio.sleep(QUORUM_NOTICE_S - 1)
+    assert caplog.records == []
+    await trio.sleep(60)
+    [record] = caplog.records
+    told = record.getMessage()
+    names = {n: node.cluster.state.members[n].name for n in (B, C)}
+    assert f"{names[B]} (last seen: 2023-11-14 22:13:20 UTC)" in told
+    assert f"{names[C]} (last seen: not since the start)" in told
+    assert "`ollamad recover`" in told
+    node.raft.has_quorum = True
+    await trio.sleep(60)
+    assert [r.getMessage() for r in caplog.records[1:]] == ["there is a quorum again"]
+    node.raft.has_quorum = False
+    await trio.sleep(5)
+    node.raft.has_quorum = True
+    await trio.sleep(5)
+    assert len(caplog.records) == 2, "an election is nothing to tell of"
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_node_that_the_recovery_left_behind_departs_and_says_so_once(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    await node.let_in(B)
+    node.cluster.on_recovered_elsewhere(B, 1_700_000_000)
+    node.cluster.on_recovered_elsewhere(C, 1_700_000_000)
+    assert node.cluster.departed.is_set()
+    [record] = caplog.records
+    assert "recovered without this node on 2023-11-14 22:13:20 UTC" in record.getMessage()
+    assert node.cluster.state.members[B].name in record.getMessage()
+
+
+async def test_who_wants_to_recover_is_told_what_this_node_sees(node: Node, net: PeerNet) -> None:
+    node.raft.voters |= {B}
+    asker = await net.add(B)
+    view = await asker.call(node.id, CONSENSUS_VIEW, None, ConsensusView)
+    assert view == ConsensusView(1, node.id, True, LogEnd(1, 3), tuple(sorted((node.id, B))))
+    node.raft.leader, node.raft.has_quorum = None, False
+    view = await asker.call(node.id, CONSENSUS_VIEW, None, ConsensusView)
+    assert (view.leader, view.has_quorum) == ("", False)
+
+
+async def test_a_certificate_is_of_the_clusters_incarnation(node: Node) -> None:
+    await node.let_in()
+    await node.cluster.require(RecoverCluster(1_700_000_000))
+    reply = await node.cluster._admit(request(), "192.0.2.1")
+    assert peer_certificate(certificate_der(reply.certificate_pem)).incarnation == 1_700_000_000
+
+
+async def test_the_only_voter_notes_its_new_address_though_there_are_members(node: Node) -> None:
+    await node.let_in(B)
+    node.cluster._addresses = Addresses(("10.0.0.7", 8080), ("10.0.0.7", 9000), ("10.0.0.7", 7000))
+    with trio.fail_after(2):
+        await node.cluster._announce()
+    assert node.cluster.state.members[node.id].raft_address == "10.0.0.7:7000"
 
 
 # What is read.

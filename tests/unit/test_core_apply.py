@@ -22,6 +22,7 @@ from ollamad.core.commands import (
     Proposal,
     PutModel,
     PutUser,
+    RecoverCluster,
     Rejected,
     RemoveMember,
     Revoke,
@@ -93,6 +94,7 @@ def update(node_id: NodeId, name: str, **changes: Any) -> UpdateMember:
 
 EVERY_COMMAND: list[AnyCommand] = [
     FOUND,
+    RecoverCluster(1_700_000_000),
     ChangeSettings(Settings(auto_distribution=False)),
     AdmitMember(member(NODE_3, "three"), "t1"),
     update(NODE_1, "one"),

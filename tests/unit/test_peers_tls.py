@@ -316,7 +316,7 @@ async def test_a_new_certificate_counts_after_refresh(
 ) -> None:
     late = TlsNode(tmp_path / "late").enter(ca, at=utc_now() - CERTIFICATE_LIFETIME + DAY)
     address = await node.listen(nursery, echo_once)
-    assert late.identity.renew_if_due(ca, utc_now())
+    assert late.identity.renew_if_due(ca, 0, utc_now())
     late.gate.refresh()
     assert await says(await late.gate.dial(node.id, address))
     late.identity.check_validity(utc_now() + CERTIFICATE_LIFETIME - DAY)
@@ -391,9 +391,9 @@ def test_the_certificate_is_renewed_when_a_third_of_its_life_is_left(
     now = utc_now()
     identity = TlsNode(tmp_path).enter(ca, at=now).identity
     due = now + CERTIFICATE_LIFETIME - RENEW_BEFORE
-    assert not identity.renew_if_due(ca, due - DAY)
+    assert not identity.renew_if_due(ca, 0, due - DAY)
     before = identity.certificate
-    assert identity.renew_if_due(ca, due + DAY)
+    assert identity.renew_if_due(ca, 0, due + DAY)
     assert identity.certificate != before
     assert peer_certificate(identity.certificate).node_id == identity.node_id
 

@@ -1,0 +1,75 @@
+"""Rewrites the journal of a node so that it is the only voter: after the majority is lost for good.
+
+What etcd calls `--force-new-cluster`. All entries count as committed, the tail included: whether a
+lost majority had acknowledged them cannot be known any more, and an entry too many does less harm
+than one too few. Everything that follows is in two new entries, so one transaction of the store
+carries it out or does not.
+
+Does not know who else is left; asking them comes first.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from ollamad.core.ids import NodeId
+from ollamad.raft.journal import Batch, Journal, Stored, unpack_snapshot
+from ollamad.wire.raftwire import REGULAR, encode_voters
+
+# More elections than the lost voters can have held since this node heard of their term.
+TERM_STEP = 1 << 20
+
+
+class Machine(Protocol):
+    """The part of the state machine that is needed to read a log."""
+
+    def apply(self, command: bytes) -> bytes: ...
+    def restore(self, data: bytes) -> None: ...
+
+
+class LogEnd(msgspec.Struct, frozen=True, order=True):
+    """How far a log goes; as in elections, the greater one has more (Raft, 5.4.1)."""
+
+    term: int  # of the last entry
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogView:
+    """What a whole log says, committed or not."""
+
+    voters: frozenset[NodeId]
+    term: int  # the latest that the node knew
+    end: LogEnd
+
+
+def read_log(stored: Stored, machine: Machine) -> LogView:
+    """Bring a blank state machine to the end of a log that has entries.
+
+    Raises:
+      JournalFailed: the journal is corrupt.
+      MalformedMessage: the snapshot is not one that this machine understands.
+    """
+    journal = Journal(stored)
+    if journal.snapshot_blob is not None:
+        machine.restore(unpack_snapshot(journal.snapshot_blob).state)
+    for command, index, _ in stored.entries:
+        if index > journal.snapshot_index and command[0] == REGULAR:
+            machine.apply(command[1:])
+    _, last_index, last_term = stored.entries[-1]
+    return LogView(journal.voters, stored.term, LogEnd(last_term, last_index))
+
+
+def make_only_voter(view: LogView, self_id: NodeId, term: int, command: bytes) -> Batch:
+    """The change of the journal that makes this node the only voter and then runs a command.
+
+    `term` is the latest that any node is known to have been in.
+    """
+    term = max(term, view.term) + TERM_STEP
+    index = view.end.index + 1
+    entries = [
+        (encode_voters(frozenset({self_id})), index, term),
+        (bytes([REGULAR]) + command, index + 1, term),
+    ]
+    return Batch(add=entries, term=term, commit_index=index + 1)
