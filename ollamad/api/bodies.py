@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from ollamad.api.services import ServiceError
+from ollamad.core.failover import MODES
 from ollamad.core.inference import EmbedRequest, GenerateRequest, Message, Options
 
 Body = TypeVar("Body")
@@ -75,6 +76,7 @@ class _Inference(msgspec.Struct, frozen=True):
     format: Format = None
     system: str | None = None
     truncate: bool | None = None
+    failover: str = ""  # continue, replay or off; empty: the node's setting
     # Not there yet; see `unsupported`.
     suffix: Any = None
     template: Any = None
@@ -83,7 +85,6 @@ class _Inference(msgspec.Struct, frozen=True):
     think: Any = None
     logprobs: Any = None
     top_logprobs: Any = None
-    failover: Any = None
 
 
 class GenerateBody(_Inference, frozen=True):
@@ -110,6 +111,7 @@ class GenerateBody(_Inference, frozen=True):
             options=_options(self.options),
             keep_alive_s=keep_alive_s(self.keep_alive),
             truncate=self.truncate is not False,
+            failover=failover_mode(self.failover, "failover"),
         )
 
 
@@ -152,6 +154,7 @@ class ChatBody(_Inference, frozen=True, kw_only=True):
             options=_options(self.options),
             keep_alive_s=keep_alive_s(self.keep_alive),
             truncate=self.truncate is not False,
+            failover=failover_mode(self.failover, "failover"),
         )
 
 
@@ -249,8 +252,18 @@ def _refuse_unsupported(body: _Inference) -> None:
     ):  # fmt: skip
         if getattr(body, name):
             raise unsupported(name)
-    if body.failover not in (None, "off"):
-        raise unsupported("failover")
+
+
+def failover_mode(text: str, field: str) -> str:
+    """A mode of failover as it was asked for; empty if nothing was.
+
+    Raises:
+      ServiceError: 400.
+    """
+    if text and text not in MODES:
+        modes = ", ".join(MODES)
+        raise invalid(field, f"{field} must be one of {modes}", expected=" | ".join(MODES))
+    return text
 
 
 def format_text(value: Format) -> str:

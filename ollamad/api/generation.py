@@ -13,6 +13,7 @@ import msgspec
 import trio
 
 from ollamad.api.asgi import Reply
+from ollamad.api.bodies import failover_mode
 from ollamad.api.calls import Call, reply
 from ollamad.api.dialects import native_error
 from ollamad.api.errors import as_service_error
@@ -31,6 +32,7 @@ from ollamad.core.inference import (
 
 # Lines sent at once when a client is slower than the model; more adds no speed, only memory.
 MAX_COALESCED = 64
+FAILOVER_HEADER = "X-Ollamad-Failover"
 
 encode = msgspec.json.Encoder().encode
 
@@ -121,7 +123,8 @@ class LineLayout:
         body = self.opening(said) | {"done": True, "done_reason": end.reason}
         if not self._chat:
             body["context"] = end.context
-        return body | durations(end) | {"prompt_cached_count": end.prompt_cached_count}
+        body |= durations(end) | {"prompt_cached_count": end.prompt_cached_count}
+        return body | {"failovers": end.failovers} if end.failovers else body
 
     def opening(self, said: Whole) -> dict[str, Any]:
         """The beginning of a line, up to what the model said."""
@@ -155,6 +158,8 @@ async def answer(
     Raises:
       ServiceError: it failed before the first byte was sent.
     """
+    if header := call.request.headers.get(FAILOVER_HEADER):
+        request = msgspec.structs.replace(request, failover=failover_mode(header, FAILOVER_HEADER))
     stats = call.api.inference_stats
     begun = stats.begin()
     outcome: Finished | ServiceError | None = None
@@ -185,7 +190,11 @@ async def answer(
         return None
     if isinstance(outcome, ServiceError):
         raise outcome
-    return reply(layout.whole(_whole(outputs), outcome), headers={"X-Ollamad-Node": node_id})
+    headers = {"X-Ollamad-Node": node_id}
+    if outcome.failovers:
+        headers["X-Ollamad-Node"] = outcome.failovers[-1].to_node
+        headers["X-Ollamad-Failovers"] = str(len(outcome.failovers))
+    return reply(layout.whole(_whole(outputs), outcome), headers=headers)
 
 
 async def embed(call: Call, request: EmbedRequest) -> Embedded:

@@ -97,7 +97,6 @@ async def test_a_chat_needs_its_messages() -> None:
         ({"think": "low"}, "think"),
         ({"logprobs": True}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"failover": "replay"}, "failover"),
         ({"messages": [{"role": "user", "content": "", "images": ["x"]}]}, "messages[0].images"),
         ({"messages": [{"role": "tool", "content": "1"}]}, "messages[0].role"),
         (
@@ -122,7 +121,6 @@ async def test_what_would_not_change_the_answer_is_ignored() -> None:
         "think": False,
         "logprobs": False,
         "top_logprobs": 0,
-        "failover": "off",
         "unknown": {"a": 1},
         "options": {"unknown": "x", "temperature": 1},
     }

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -11,6 +12,7 @@ from ollamad.core.inference import (
     Chunk,
     EmbedRequest,
     Failed,
+    Failover,
     Finished,
     GenerateRequest,
     InferenceError,
@@ -18,7 +20,7 @@ from ollamad.core.inference import (
     Options,
 )
 from tests.fakes.api_client import Answer, ApiClient
-from tests.fakes.api_services import FINISHED, HELLO, NODE_2
+from tests.fakes.api_services import FINISHED, HELLO, NODE_1, NODE_2
 
 MODEL = "smollm2:135m"
 STAMP = "2024-01-15T10:00:00.000000Z"
@@ -253,3 +255,69 @@ def test_timestamps_have_microseconds_and_follow_the_clock() -> None:
     assert stamps.now() == "2024-01-15T10:00:00.750000Z"
     now += 1
     assert stamps.now() == "2024-01-15T10:00:01.750000Z"
+
+
+# Failover.
+
+MOVE = Failover(NODE_1, NODE_2, "NODE_LOST", "continue", 17, 240)
+
+
+@pytest.mark.parametrize("mode", ["continue", "replay", "off"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"prompt": "hi"}),
+        ("/chat", {"messages": [{"role": "user", "content": "hi"}]}),
+    ],
+)
+async def test_the_mode_of_failover_is_chosen_by_field_or_header(
+    mode: str, path: str, body: dict[str, Any]
+) -> None:
+    for changes, headers in (
+        ({"failover": mode}, {}),
+        ({}, {"X-Ollamad-Failover": mode}),
+        ({"failover": "replay"}, {"X-Ollamad-Failover": mode}),
+    ):
+        client = ApiClient()
+        client.world.inference.script = list(HELLO)
+        answer = await client.call("POST", path, {"model": MODEL} | body | changes, headers=headers)
+        assert answer.status == 200
+        [request] = client.world.inference.requests
+        assert isinstance(request, GenerateRequest)
+        assert request.failover == mode
+
+
+@pytest.mark.parametrize("headers", [{}, {"X-Ollamad-Failover": "always"}])
+async def test_an_unknown_mode_of_failover_is_refused(headers: dict[str, str]) -> None:
+    client = ApiClient()
+    body: dict[str, Any] = {"model": MODEL, "prompt": "hi"}
+    if not headers:
+        body["failover"] = "always"
+    answer = await client.call("POST", "/generate", body, headers=headers)
+    assert (answer.status, answer.code) == (400, "INVALID_REQUEST")
+    assert "must be one of continue, replay, off" in answer.json["error"]
+    assert client.world.inference.requests == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_end_tells_which_nodes_went_on(stream: bool) -> None:
+    client = ApiClient()
+    client.world.inference.script = [
+        *HELLO[:-1],
+        msgspec.structs.replace(FINISHED, failovers=(MOVE,)),
+    ]
+    answer = await generate(client, stream=stream)
+    last = answer.lines[-1] if stream else answer.json
+    assert last["failovers"] == [
+        {
+            "from_node": NODE_1,
+            "to_node": NODE_2,
+            "reason": "NODE_LOST",
+            "mode": "continue",
+            "after_tokens": 17,
+            "silence_ms": 240,
+        }
+    ]
+    if not stream:
+        assert answer.headers["x-ollamad-failovers"] == "1"
+        assert answer.headers["x-ollamad-node"] == NODE_2
