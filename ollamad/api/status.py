@@ -8,7 +8,7 @@ from ollamad.api.asgi import Reply
 from ollamad.api.bodies import JoinBody, JoinTokenBody, LeaveBody, invalid
 from ollamad.api.calls import Call, is_host_port, reply, rfc3339
 from ollamad.api.services import Cluster, NoQuorum, ServiceError
-from ollamad.core.ids import NodeId, is_node_id
+from ollamad.core.ids import NodeId, is_node_id, short
 
 API_VERSION = "v1"
 
@@ -203,4 +203,12 @@ def _trouble(call: Call) -> str | None:
     lost_s = cluster.quorum_lost_for_s
     if cluster.has_quorum or lost_s <= call.api.settings.election_timeout_s:
         return None
-    return f"no quorum for {lost_s:.0f} s: too few of the {len(cluster.voters())} voters are there"
+    voters, members = cluster.voters(), cluster.state.members
+    missing = sorted(
+        members[voter].name if voter in members else short(voter)
+        for voter in voters
+        if not cluster.presence(voter).online
+    )
+    who = f"of {len(voters)} voters these are missing: {', '.join(missing)}; start them, or, if "
+    who += "they are lost for good, see `ollamad recover`"
+    return f"no quorum for {lost_s:.0f} s: {who if missing else 'the voters cannot agree'}"

@@ -60,7 +60,11 @@ async def test_health_follows_the_quorum() -> None:
     cluster.quorum_lost_for_s = 7.0
     sick = await client.call("GET", "/health")
     assert (sick.status, sick.json["status"]) == (503, "unhealthy")
-    assert "no quorum for 7 s" in sick.json["reason"]
+    assert "no quorum for 7 s: the voters cannot agree" in sick.json["reason"]
+    cluster.presences.clear()
+    sick = await client.call("GET", "/health")
+    assert "these are missing: node_001, node_002; start them" in sick.json["reason"]
+    assert "`ollamad recover`" in sick.json["reason"]
     assert sick.headers["retry-after"]
     metrics = await client.call("GET", "/metrics", role="viewer")
     assert metrics.json["status"] == "unhealthy"

@@ -69,6 +69,12 @@ def test_the_quorum_in_words(
     shown = ok(cli("status"))
     assert lines_with(shown, "Quorum", words)
     assert lines_with(shown, "Leader", f"n{voters - 1}" if quorum else "none")
+    if quorum:
+        assert "Missing" not in shown
+    else:
+        missing = [f"n{index} (last seen 20" for index in range(offline)]
+        assert lines_with(shown, "Missing", missing[0])
+        assert lines_with(shown, "Way out", "ollamad recover")
 
 
 def test_nodes_list(cli: Cli, fake_api: FakeApi) -> None:

@@ -75,12 +75,22 @@ def _facts(
     online = sum(node.get("status") != "offline" for node in nodes)
     words, concern = quorum_text(cluster, nodes)
     leader = cluster.get("leader")
-    return [
+    facts: list[tuple[str, object]] = [
         ("Cluster", cluster.get("status", "-")),
         ("Nodes", f"{online} of {len(nodes)} online"),
         ("Leader", names.get(leader, leader) if leader else "none"),
         ("Quorum", _concerned(words) if concern else words),
     ]
+    if not cluster.get("has_quorum", cluster.get("quorum")):
+        voters = set(cluster.get("voters") or ())
+        missing = [
+            f"{node['name']} (last seen {node.get('last_seen')})"
+            for node in nodes
+            if node["id"] in voters and node.get("status") == "offline"
+        ]
+        facts.append(("Missing", ", ".join(missing) or "-"))
+        facts.append(("Way out", "start the missing voters; if they are gone: ollamad recover"))
+    return facts
 
 
 def _concerned(words: str) -> "Text":
