@@ -24,6 +24,7 @@ ONE = {"num_thread": 1}
 GREEDY = ONE | {"temperature": 0, "seed": 1}
 LONG = GREEDY | {"num_predict": 1500, "stop": ["no such text"]}
 SHORT = ONE | {"num_predict": 1}
+STORY = {"model": MODEL, "prompt": "Tell me a story", "options": LONG, "failover": "off"}
 
 
 @pytest.fixture(scope="module")
@@ -341,9 +342,11 @@ def test_a_draining_node_finishes_what_runs_and_takes_nothing_new(three: Cluster
     assert answer.headers["X-Ollamad-Node"] == first.id
 
 
-def test_a_killed_holder_is_told_in_band_and_the_next_answer_comes(three: Cluster) -> None:
+def test_without_failover_a_killed_holder_is_told_in_band_and_the_next_answer_comes(
+    three: Cluster,
+) -> None:
     node = three.nodes[2]
-    with node.stream("/generate", model=MODEL, prompt="Tell me a story", options=LONG) as stream:
+    with node.stream("/generate", **STORY) as stream:
         serving = holder_of(three, stream.served_by)
         stream.next()
         serving.kill()
@@ -378,11 +381,11 @@ def test_waiting_requests_are_counted(three: Cluster) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 2], ids=["local", "forwarded"])
-def test_a_killed_runner_is_told_in_band_and_the_next_answer_comes(
+def test_without_failover_a_killed_runner_is_told_in_band_and_the_next_answer_comes(
     three: Cluster, index: int
 ) -> None:
     node = three.nodes[index]
-    with node.stream("/generate", model=MODEL, prompt="Tell me a story", options=LONG) as stream:
+    with node.stream("/generate", **STORY) as stream:
         serving = holder_of(three, stream.served_by)
         stream.next()
         runner = text_runner(serving)
