@@ -1,0 +1,173 @@
+"""A node is lost in the middle of an answer, and the client does not notice: the real model.
+
+Greedy answers, so that each mode's rule can be checked to the character: a replay gives the
+undisturbed text, a continuation what the other node says to the prompt and the tokens before.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.system.conftest import open_cluster
+from tests.system.harness import Cluster, Node, ok, wait_until
+
+MODEL = "smollm2:135m"
+LENGTH = 70  # tokens of an answer
+CUT = 20  # of them before the fault
+ASK = {
+    "model": MODEL,
+    "prompt": "Tell me a long story about a lighthouse.",
+    "options": {
+        "num_thread": 1,
+        "temperature": 0,
+        "seed": 1,
+        "num_predict": LENGTH,
+        "stop": ["no such text"],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
+    """Three nodes; the model is on the first two, so that the third always forwards."""
+    settings = {"OLLAMAD_MODELS__REPLICAS": "1", "OLLAMA_CONTEXT_LENGTH": "1024"}
+    for cluster in open_cluster(tmp_path_factory, **settings):
+        first = cluster.found()
+        cluster.grow(2)
+        first.import_model(smollm2_path, MODEL)
+        first.post(f"/models/{MODEL}/download", {"nodes": [cluster.nodes[1].id]})
+        cluster.wait_replicas(MODEL, cluster.nodes[:2])
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def whole(three: Cluster) -> None:
+    """Each test begins with all nodes, and the model in the memory of both holders."""
+    for node in three.nodes:
+        if not node.running:
+            node.start()
+    three.wait_whole()
+    first, second, entry = three.nodes
+    for other in (second, first):
+        entry.post(f"/nodes/{other.id}/drain")
+        wait_until("the drain is known", lambda o=other: entry.node(o)["draining"])
+        ok(entry.answer("/generate", **ASK | {"options": ASK["options"] | {"num_predict": 1}}))
+        entry.post(f"/nodes/{other.id}/undrain")
+        wait_until("it is over", lambda o=other: not entry.node(o)["draining"])
+    wait_until("both are known to have it", lambda: len(loaded_on(entry)) == 2)
+
+
+def loaded_on(node: Node) -> list[str]:
+    return list(node.get(f"/models/{MODEL}")["model"]["loaded_on"])
+
+
+def runner_of(node: Node) -> Any:
+    [runner] = [each for each in node.runners() if "--pooling" not in each.cmdline()]
+    return runner
+
+
+def kill_node(node: Node) -> None:
+    node.kill()
+
+
+def pause_node(node: Node) -> None:
+    node.pause()
+
+
+def stop_node(node: Node) -> None:
+    node.signal(signal.SIGTERM)
+
+
+def kill_runner(node: Node) -> None:
+    runner_of(node).kill()
+
+
+FAULTS = [kill_node, pause_node, stop_node, kill_runner]
+
+
+class Watched:
+    """A streamed answer with the fault in its middle."""
+
+    def __init__(
+        self, cluster: Cluster, fault: Callable[[Node], None] | None, after: int, **changes: Any
+    ) -> None:
+        entry = cluster.nodes[2]
+        self.lines: list[Any] = []
+        self.longest_silence_s = 0.0
+        with entry.stream("/generate", **ASK | changes) as stream:
+            self.first = next(n for n in cluster.nodes if n.id == stream.served_by)
+            heard = time.monotonic()
+            for line in stream:
+                now = time.monotonic()
+                self.longest_silence_s = max(self.longest_silence_s, now - heard)
+                heard = now
+                self.lines.append(line)
+                if len(self.lines) == after and fault is not None:
+                    fault(self.first)
+
+    @property
+    def text(self) -> str:
+        return "".join(line.get("response", "") for line in self.lines)
+
+    @property
+    def end(self) -> Any:
+        assert self.lines[-1].get("done"), self.lines[-1]
+        return self.lines[-1]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_replay_gives_the_undisturbed_text(three: Cluster, fault: Callable[[Node], None]) -> None:
+    undisturbed = ok(three.nodes[2].answer("/generate", **ASK))
+    watched = Watched(three, fault, CUT, failover="replay")
+    resume(watched.first, fault)
+    assert watched.text == undisturbed["response"]
+    [move] = watched.end["failovers"]
+    assert (move["from_node"], move["mode"]) == (watched.first.id, "replay")
+    assert watched.end["eval_count"] == undisturbed["eval_count"]
+    assert watched.end["context"] == undisturbed["context"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_continuation_is_what_the_other_node_says_to_the_tokens_before(
+    three: Cluster, fault: Callable[[Node], None]
+) -> None:
+    watched = Watched(three, fault, CUT, failover="continue")
+    resume(watched.first, fault)
+    [move] = watched.end["failovers"]
+    assert (move["from_node"], move["mode"]) == (watched.first.id, "continue")
+    assert watched.end["eval_count"] == LENGTH
+    ids, prompt = watched.end["context"], watched.end["prompt_eval_count"]
+    assert len(ids) == prompt + LENGTH, "no token is lost, none is there twice"
+    before = ids[: prompt + move["after_tokens"]]
+    second = next(node for node in three.nodes if node.id == move["to_node"])
+    after = ids[len(before) :]
+    assert spelled(second, after) == continuation(second, before, len(after))
+    assert watched.text.endswith(spelled(second, after))
+
+
+def resume(node: Node, fault: Callable[[Node], None]) -> None:
+    if fault is pause_node:
+        node.resume()
+    if fault is stop_node:
+        assert node.wait_end() == 0
+
+
+def ask_runner(node: Node, path: str, body: Any) -> Any:
+    """Ask the runner itself, past the daemon."""
+    [socket] = (node.data_dir / "run").glob("*.sock")
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), timeout=120) as client:
+        return ok(client.post(f"http://runner{path}", json=body))
+
+
+def continuation(node: Node, ids: list[int], count: int) -> str:
+    body = {"prompt": ids, "n_predict": count, "temperature": 0, "cache_prompt": True}
+    return str(ask_runner(node, "/completion", body)["content"])
+
+
+def spelled(node: Node, ids: list[int]) -> str:
+    return str(ask_runner(node, "/detokenize", {"tokens": ids})["content"])
