@@ -367,6 +367,9 @@ class Core(SyncObj):  # type: ignore[misc]
         self.deliver(sender, message)
         if success and not reset:
             sending[node] = max(before, next_index)
+        elif reset:
+            # Of several messages on the way each is refused: the first refusal goes back furthest.
+            sending[node] = min(before, next_index)
 
     def tick(self) -> None:
         set_clock(self.clock)

@@ -609,6 +609,27 @@ async def test_two_nodes_shrink_to_one(autojump_clock: MockClock, found: Found) 
         await leader.raft.remove_voter(leader.id, 5)
 
 
+async def test_of_two_removals_at_once_one_leaves_a_voter(
+    autojump_clock: MockClock, found: Found
+) -> None:
+    c = await found("ab")
+    leader = await c.leader()
+    outcomes = []
+
+    async def remove(name: str) -> None:
+        try:
+            await leader.raft.remove_voter(NodeId(name), 5)
+            outcomes.append("done")
+        except ChangeRefused:
+            outcomes.append("refused")
+
+    async with trio.open_nursery() as nursery:
+        for name in "ab":
+            nursery.start_soon(remove, name)
+    assert sorted(outcomes) == ["done", "refused"]
+    assert len((await c.leader()).raft.voters) == 1
+
+
 async def test_leadership_moves_without_a_gap(autojump_clock: MockClock, found: Found) -> None:
     c = await found()
     for _ in range(5):

@@ -183,6 +183,17 @@ def test_a_reset_does_send_them_again() -> None:
     assert sent[0].entries == (Entry(2, NO_OP_COMMAND),)
 
 
+def test_a_refusal_that_goes_back_less_far_does_not_undo_one_before() -> None:
+    solo = Solo(log="11", term=1)
+    solo.lead()
+    # It refused the first of two messages for a conflict, and then the second for the gap.
+    solo.receive("b", Ack(2, 3, False, True))
+    solo.receive("b", Ack(2, 4, False, True))
+    solo.core.send_appends()
+    sent = [m for to, m in solo.take() if to == "b" and isinstance(m, Append)]
+    assert sent[0].prev_index == 2
+
+
 # Votes.
 
 
