@@ -20,6 +20,7 @@ import msgspec
 import yaml
 
 from ollamad.api.origins import parse_origins
+from ollamad.core.failover import MODES
 from ollamad.core.names import check_node_name
 
 MIN_SECRET_BYTES = 32  # RFC 7518: an HS256 key is at least as long as its hash
@@ -73,6 +74,10 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context_length: int = 4096  # tokens a request, unless it or the model says otherwise
 
 
+class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    failover: str = "continue"  # how answers go on when their node is lost: see core.failover
+
+
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str = ""  # empty: `models` in the data directory
     replicas: int = 2  # copies of a pulled model, if there are that many nodes
@@ -93,6 +98,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     node: NodeSettings = NodeSettings()
     auth: AuthSettings = AuthSettings()
     engine: EngineSection = EngineSection()
+    scheduler: SchedulerSettings = SchedulerSettings()
     models: ModelSettings = ModelSettings()
     log: LogSettings = LogSettings()
 
@@ -399,6 +405,7 @@ _CHECKS: dict[str, Any] = {
     "node.name": _check_node_name,
     "log.level": _one_of("debug", "info", "warning", "error"),
     "log.format": _one_of("text", "json"),
+    "scheduler.failover": _one_of(*MODES),
 }
 
 
