@@ -52,6 +52,7 @@ class LocalEngine:
             details=model.details,
             template=parts.template,
             system=parts.system,
+            messages=parts.messages,
             options=parts.params,
         )
 

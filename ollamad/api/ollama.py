@@ -68,7 +68,7 @@ async def generate(call: Call) -> Reply | None:
     )
     layout = OllamaLayout(body.model or model.name, chat=False, wall=call.services.wall)
     # Loading and unloading is answered with one object, streamed or not.
-    stream = body.stream is not False and bool(request.prompt)
+    stream = body.stream is not False and not request.only_loads
     return await answer(call, request, layout, stream=stream)
 
 
@@ -94,7 +94,7 @@ async def chat(call: Call) -> Reply | None:
         truncate=body.truncate is not False,
     )
     layout = OllamaLayout(body.model, chat=True, wall=call.services.wall)
-    stream = body.stream is not False and bool(request.messages)
+    stream = body.stream is not False and not request.only_loads
     return await answer(call, request, layout, stream=stream)
 
 

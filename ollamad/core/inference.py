@@ -67,6 +67,12 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     digest: str = ""  # of the model's manifest, so that all nodes mean the same
     failover: str = ""  # one of core.failover.MODES; empty: the entry node's setting
 
+    @property
+    def only_loads(self) -> bool:
+        """Whether there is nothing to answer: the model is loaded, or unloaded if `keep_alive_s`
+        is 0."""
+        return not (self.prompt if self.messages is None else self.messages)
+
 
 class EmbedRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Embeddings of some texts."""

@@ -157,7 +157,7 @@ class Engine:
     ) -> AsyncGenerator[Event, None]:
         started = time.perf_counter_ns()
         try:
-            if not (request.prompt if request.messages is None else request.messages):
+            if request.only_loads:
                 yield await self._load_only(spec, request, started)
                 return
             options = request.options.over(spec.options)
@@ -166,7 +166,7 @@ class Engine:
                 load_duration = time.perf_counter_ns() - started
                 async with _slot(resident, self._settings.max_queue):
                     limit = config.context_length - 1  # room for a token of the answer
-                    ids = await prompt_ids(resident.runner, request, spec.system, limit)
+                    ids = await prompt_ids(resident.runner, request, spec, limit)
                     ids += request.resume
                     if request.resume and (
                         len(ids) > limit

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 
 from ollamad.core.inference import Failed, GenerateRequest, InferenceError, Message
 from ollamad.engine.process import Runner
+from ollamad.engine.spec import ModelSpec
 
 
 async def prompt_ids(
-    runner: Runner, request: GenerateRequest, system: str | None, limit: int
+    runner: Runner, request: GenerateRequest, spec: ModelSpec, limit: int
 ) -> list[int]:
     """The token ids of a request's prompt, at most `limit` of them.
-
-    `system` is the model's own system prompt, for requests that bring none.
 
     Raises:
       InferenceError: the prompt is too long (and nothing may be dropped).
@@ -24,9 +23,11 @@ async def prompt_ids(
         ids = list(request.context) + await _tokenize(runner, request.prompt, bool(request.context))
         return _checked(ids, limit)
     if request.messages is not None:
-        return await _chat_ids(runner, _with_system(request.messages, system), request, limit)
-    own = request.system if request.system is not None else system
+        return await _chat_ids(runner, _conversation(request.messages, spec), request, limit)
+    own = request.system if request.system is not None else spec.system
     messages = [Message("system", own)] if own else []
+    if not request.context:
+        messages += spec.messages
     messages.append(Message("user", request.prompt))
     text = await runner.client.apply_template(messages)
     ids = list(request.context) + await _tokenize(runner, text, bool(request.context))
@@ -69,10 +70,12 @@ async def _tokenize(runner: Runner, text: str, continued: bool) -> list[int]:
     return ids
 
 
-def _with_system(messages: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
-    if not system or any(message.role == "system" for message in messages):
+def _conversation(messages: tuple[Message, ...], spec: ModelSpec) -> tuple[Message, ...]:
+    """The messages behind the model's own ones, and behind its system prompt if they have none."""
+    messages = (*spec.messages, *messages)
+    if not spec.system or any(message.role == "system" for message in messages):
         return messages
-    return (Message("system", system), *messages)
+    return (Message("system", spec.system), *messages)
 
 
 def _checked(ids: list[int], limit: int) -> list[int]:

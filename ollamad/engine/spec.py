@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from ollamad.core.inference import Failed, InferenceError, Options
+from ollamad.core.inference import Failed, InferenceError, Message, Options
 from ollamad.core.state import ModelDetails
 from ollamad.engine.runner import PROMPT_CACHE_MIB
 
@@ -44,6 +44,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     # Jinja and is left aside: the template in the file is used then.
     template: str | None = None
     system: str | None = None  # system prompt for requests that bring none
+    messages: tuple[Message, ...] = ()  # said before every conversation
     options: Options = Options()  # the model's own parameters
 
 

@@ -54,6 +54,7 @@ LOADED_MARGIN = 64 << 20  # bytes a runner takes beside weights and cache
 WAIT_FOR_NODE_S = 10.0
 WAIT_STEP_S = 0.25
 MAX_BARREN_FAILURES = 3  # of nodes in a row that added nothing: then it may be the request
+UNLOAD_TIMEOUT_S = 5.0  # a runner that is idle ends in a moment
 PART_SIZE = 512 << 10  # bytes; longer requests and answers travel in parts of this size
 MAX_WHOLE = 64 << 20  # bytes of all parts: 2000 embeddings of 3000 numbers
 
@@ -121,6 +122,8 @@ class Dispatcher:
         Raises:
           InferenceError: no node can answer; carries what the client should see.
         """
+        if request.only_loads and request.keep_alive_s == 0:
+            await self._unload_everywhere(request)
         if request.default_seed < 0:
             # Known here, so that the request can be run again and say the same.
             request = msgspec.structs.replace(request, default_seed=self._rng.getrandbits(31))
@@ -241,6 +244,20 @@ class Dispatcher:
         context = options.num_ctx or 4096
         needed = model.size + context * model.details.kv_bytes_per_token + LOADED_MARGIN
         return route(views, needed)
+
+    async def _unload_everywhere(self, request: GenerateRequest) -> None:
+        """Have every node drop the model from memory; those that cannot be asked are left out."""
+        model = self._find(request.model)
+
+        async def tell(node_id: NodeId) -> None:
+            with trio.move_on_after(UNLOAD_TIMEOUT_S), suppress(InferenceError, trio.EndOfChannel, *_LOSSES):
+                async with AsyncExitStack() as stack:
+                    await (await self.open(stack, node_id, model, request)).receive()
+
+        async with trio.open_nursery() as nursery:
+            for node_id in model.confirmed:
+                if self._presence(node_id).online:
+                    nursery.start_soon(tell, node_id)
 
     async def open(
         self, stack: AsyncExitStack, node_id: NodeId, model: Model, request: GenerateRequest
