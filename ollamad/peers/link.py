@@ -29,9 +29,11 @@ log = logging.getLogger(__name__)
 RECEIVE_SIZE = 256 * 1024  # bytes asked of the socket at a time
 MAX_OUTBOX = 2 << 20  # bytes waiting for the socket before senders wait: two full messages
 HELLO_TIMEOUT_S = 5.0
-# Bytes that the peer can make this side hold: requests and unread messages of all exchanges. The
-# windows alone would allow 3 GiB; handlers that read hardly ever leave more than a message.
-MAX_HELD = 64 << 20
+# Bytes that a peer can make this side hold; the windows of all exchanges alone would allow 3 GiB.
+# Where exchanges are handled, all that came in counts until the handler ends, since it may keep
+# what it read; where they were opened, what was not read yet. Room for the longest request (64
+# MiB in parts) and as much of others.
+MAX_HELD = 128 << 20
 MESSAGE_OVERHEAD = 64  # bytes that even an empty message takes
 # Handlers that run, those included whose exchange the peer has reset and that still clean up: who
 # opens and resets in a loop has no more of them than twice what it may have open.
@@ -65,6 +67,13 @@ class HandlerError(Exception):
         self.message = message
 
 
+class Budget:
+    """How many bytes are held for a peer, on all of the links that share this."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+
 class Stream:
     """One exchange: messages both ways, each direction ended on its own.
 
@@ -75,7 +84,7 @@ class Stream:
         self._link = link
         self._id = stream_id
         self._inbox: deque[bytes] = deque()
-        self.held = 0  # bytes of this exchange in what the link holds
+        self.held = 0  # bytes of this exchange in what is held for the peer
         self._ended = False  # by the peer
         self._failure: trio.BrokenResourceError | None = None
         self._changed = trio.Event()
@@ -153,8 +162,7 @@ class Stream:
 
     def _take(self) -> bytes:
         data = self._inbox.popleft()
-        if self.held:  # else it was let go as a whole
-            self._link.hold(self, -len(data) - MESSAGE_OVERHEAD)
+        self._link.let_go_read(self, data)
         self._link.write(self._link.mux.consumed(self._id, len(data)))
         return data
 
@@ -167,7 +175,10 @@ class Stream:
 
 
 class Link:
-    """A connection to one peer. The dialler opens exchanges; the other side handles them."""
+    """A connection to one peer. The dialler opens exchanges; the other side handles them.
+
+    Links with the same `budget` hold MAX_HELD bytes together.
+    """
 
     def __init__(
         self,
@@ -177,8 +188,10 @@ class Link:
         dialler: bool,
         version: str,
         handlers: dict[str, Handler] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.peer = peer
+        self._dialler = dialler
         self.mux = MuxConnection(dialler=dialler, version=version)
         self.peer_hello: Hello | None = None
         self._transport = transport
@@ -186,7 +199,7 @@ class Link:
         self._streams: dict[int, Stream] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
         self._handling = 0  # see MAX_HANDLERS
-        self._held = 0  # bytes; see MAX_HELD
+        self._budget = Budget() if budget is None else budget
         self._retired = False
         self._outbox = bytearray()
         self._outbox_filled = trio.Event()
@@ -274,22 +287,27 @@ class Link:
         while self.is_congested:
             await self._outbox_drained.wait()
 
-    def hold(self, stream: Stream, size: int) -> None:
-        """Count bytes (fewer if negative) that the peer has us keep for that exchange."""
-        stream.held += size
-        self._held += size
+    def let_go_read(self, stream: Stream, data: bytes) -> None:
+        """A message was read."""
+        if self._dialler and stream.held:  # else its handler ends it all, or it is over
+            self._hold(stream, -len(data) - MESSAGE_OVERHEAD)
 
     def end_stream(self, stream_id: int, code: str, message: str) -> None:
         stream = self._streams.pop(stream_id, None)
         if stream is not None:
             self.write(self.mux.reset(stream_id, code, message))
             stream.fail(LinkClosed("the exchange was closed here"))
-            self._let_go(stream_id, stream)
+            self._forget(stream)
 
-    def _let_go(self, stream_id: int, stream: Stream) -> None:
-        """An exchange is over here. What it holds is free when nobody handles it any more."""
-        if stream_id not in self._scopes:
-            self.hold(stream, -stream.held)
+    def _hold(self, stream: Stream, size: int) -> None:
+        """Count bytes (fewer if negative) that the peer has us keep for that exchange."""
+        stream.held += size
+        self._budget.held += size
+
+    def _forget(self, stream: Stream) -> None:
+        """An exchange is over; one that has a handler is held until that ends."""
+        if self._dialler:
+            self._hold(stream, -stream.held)
         self._close_if_done()
 
     def _close_if_done(self) -> None:
@@ -345,7 +363,7 @@ class Link:
                     ended = self._streams.pop(stream_id, None)
                     if ended is not None:
                         ended.fail(RemoteFailure(reset.code, reset.message))
-                        self._let_go(stream_id, ended)
+                        self._forget(ended)
                     if (scope := self._scopes.get(stream_id)) is not None:
                         scope.cancel()
                 case CreditReceived(stream_id):
@@ -357,9 +375,9 @@ class Link:
     def _has_room(self, stream: Stream, data: bytes) -> bool:
         """Count these bytes of the peer in, if the link may hold them."""
         size = len(data) + MESSAGE_OVERHEAD
-        if self._held + size > MAX_HELD:
+        if self._budget.held + size > MAX_HELD:
             return False
-        self.hold(stream, size)
+        self._hold(stream, size)
         return True
 
     def _shed(self, stream_id: int) -> None:
@@ -368,7 +386,7 @@ class Link:
             "refusing an exchange of %s: it has %d handlers and %d bytes here",
             short(self.peer),
             self._handling,
-            self._held,
+            self._budget.held,
         )
         self.end_stream(stream_id, "OVERLOADED", "this node has too much of yours to do")
         if (scope := self._scopes.get(stream_id)) is not None:
@@ -380,7 +398,7 @@ class Link:
                 await self._run_handler(stream_id, stream, method, request)
         finally:
             self._handling -= 1
-            self.hold(stream, -stream.held)
+            self._hold(stream, -stream.held)
 
     async def _run_handler(
         self, stream_id: int, stream: Stream, method: str, request: bytes

@@ -12,7 +12,15 @@ from typing import TypeVar
 import trio
 
 from ollamad.core.ids import NodeId, short
-from ollamad.peers.link import Handler, HandlerError, Link, LinkClosed, RemoteFailure, Stream
+from ollamad.peers.link import (
+    Budget,
+    Handler,
+    HandlerError,
+    Link,
+    LinkClosed,
+    RemoteFailure,
+    Stream,
+)
 from ollamad.peers.tls import Gate, PeerUnreachable, TlsStream
 from ollamad.wire.codec import MalformedMessage, decode, encode
 from ollamad.wire.mux import ProtocolError, StreamIdsSpent, TooManyStreams
@@ -40,7 +48,7 @@ class Mesh:
         self._links: dict[tuple[NodeId, bool], Link] = {}
         self._dialling: dict[tuple[NodeId, bool], trio.Lock] = {}
         self._outbound: set[Link] = set()  # those that run, retired ones included
-        self._inbound: dict[NodeId, list[Link]] = {}  # oldest first
+        self._inbound: dict[NodeId, _Inbound] = {}
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -90,10 +98,17 @@ class Mesh:
 
         Of more than MAX_LINKS_PER_MEMBER connections of a member, the oldest are closed.
         """
-        link = Link(stream, peer, dialler=False, version=self._version, handlers=self._handlers)
-        links = self._inbound.setdefault(peer, [])
-        links.append(link)
-        for older in links[:-MAX_LINKS_PER_MEMBER]:
+        inbound = self._inbound.setdefault(peer, _Inbound())
+        link = Link(
+            stream,
+            peer,
+            dialler=False,
+            version=self._version,
+            handlers=self._handlers,
+            budget=inbound.budget,
+        )
+        inbound.links.append(link)
+        for older in inbound.links[:-MAX_LINKS_PER_MEMBER]:
             older.close()
         try:
             await link.run()
@@ -102,8 +117,8 @@ class Mesh:
         except* trio.BrokenResourceError:
             pass
         finally:
-            links.remove(link)
-            if not links and self._inbound.get(peer) is links:
+            inbound.links.remove(link)
+            if not inbound.links:
                 del self._inbound[peer]
 
     @asynccontextmanager
@@ -149,7 +164,8 @@ class Mesh:
     def expel(self, node_id: NodeId) -> None:
         """Close all links with a node, also those that it dialled."""
         self.drop(node_id)
-        for link in list(self._inbound.get(node_id, ())):
+        inbound = self._inbound.get(node_id)
+        for link in inbound.links if inbound else ():
             link.close()
 
     async def _open(self, node_id: NodeId, method: str, request: bytes, bulk: bool) -> Stream:
@@ -209,6 +225,14 @@ class Mesh:
             self._outbound.discard(link)
             for key in [key for key, kept in self._links.items() if kept is link]:
                 del self._links[key]
+
+
+class _Inbound:
+    """The links that one member made to us, oldest first, and what they may hold together."""
+
+    def __init__(self) -> None:
+        self.links: list[Link] = []
+        self.budget = Budget()
 
 
 class _Started:

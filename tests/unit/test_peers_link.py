@@ -16,6 +16,7 @@ from ollamad.peers.link import (
     MAX_HELD,
     MAX_OUTBOX,
     MESSAGE_OVERHEAD,
+    Budget,
     Handler,
     HandlerError,
     Link,
@@ -536,11 +537,10 @@ class Hostile:
 
 
 @asynccontextmanager
-async def attacked(
-    *, pair: Callable[[], Any] = memory_stream_pair, **handlers: Handler
-) -> AsyncIterator[Hostile]:
-    ours, theirs = pair()
-    link = Link(ours, B, dialler=False, version="1.0", handlers={"silent": silent} | handlers)
+async def attacked(*, budget: Budget | None = None, **handlers: Handler) -> AsyncIterator[Hostile]:
+    ours, theirs = memory_stream_pair()
+    handlers = {"silent": silent} | handlers
+    link = Link(ours, B, dialler=False, version="1.0", handlers=handlers, budget=budget)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(link.run)
         hostile = Hostile(link, theirs)
@@ -557,14 +557,14 @@ async def test_the_requests_of_all_exchanges_are_bounded() -> None:
             await hostile.open("silent", bytes(MAX_MESSAGE - 10))
             refused += await hostile.resets()
         assert refused == ["OVERLOADED"] * 6
-        held = hostile.link._held
+        held = hostile.link._budget.held
         assert MAX_HELD - 2 * MAX_MESSAGE < held <= MAX_HELD
         # What is small still gets in, and what is given back can be used again.
         await hostile.send(hostile.mux.reset(1, "X", ""))
-        assert hostile.link._held == held - (MAX_MESSAGE - 10) - MESSAGE_OVERHEAD
+        assert hostile.link._budget.held == held - (MAX_MESSAGE - 10) - MESSAGE_OVERHEAD
         assert await hostile.open("silent", bytes(MAX_MESSAGE - 10))
         assert await hostile.resets() == []
-        assert hostile.link._held == held
+        assert hostile.link._budget.held == held
 
 
 async def test_the_unread_messages_of_all_exchanges_are_bounded() -> None:
@@ -577,8 +577,43 @@ async def test_the_unread_messages_of_all_exchanges_are_bounded() -> None:
         assert ended == ["OVERLOADED"] * len(ended)
         assert len(ended) == 6
         held = sum(len(m) for s in hostile.link._streams.values() for m in s._inbox)
-        assert held <= hostile.link._held <= MAX_HELD
+        assert held <= hostile.link._budget.held <= MAX_HELD
         assert len(hostile.link._scopes) == hostile.link.mux.open_streams, "handlers end too"
+
+
+async def test_what_a_handler_has_read_counts_until_it_ends() -> None:
+    """It may collect the parts of a long request."""
+    collected = list[bytes]()
+
+    async def collect(peer: NodeId, request: bytes, stream: Stream) -> None:
+        while (message := await stream.receive()) is not None:
+            collected.append(message)
+
+    async with attacked(collect=collect) as hostile:
+        number = await hostile.open("collect", b"")
+        while hostile.mux.open_streams:
+            before = hostile.link._budget.held
+            assert before == sum(len(m) + MESSAGE_OVERHEAD for m in [b"", *collected])
+            await hostile.send(hostile.mux.message(number, bytes(MAX_MESSAGE)))
+            while hostile.mux.open_streams and not hostile.mux.can_send(number):
+                hostile.mux.receive_data(await hostile.end.receive_some(1 << 20))
+            assert before < MAX_HELD
+        assert len(collected) == MAX_HELD // MAX_MESSAGE - 1
+        assert hostile.link._budget.held == 0, "its handler was ended"
+
+
+async def test_links_with_one_budget_share_it() -> None:
+    budget = Budget()
+    async with attacked(budget=budget) as one, attacked(budget=budget) as other:
+        for _ in range(MAX_HELD // MAX_MESSAGE):
+            await one.open("silent", bytes(MAX_MESSAGE - 10))
+        assert await other.open("silent", bytes(MAX_MESSAGE - 10))
+        assert await other.resets() == ["OVERLOADED"]
+        await one.end.aclose()
+        await wait_all_tasks_blocked()
+        assert budget.held == 0, "with the link everything is given back"
+        assert await other.open("silent", bytes(MAX_MESSAGE - 10))
+        assert await other.resets() == []
 
 
 async def test_empty_messages_count_with_what_they_take() -> None:
@@ -587,7 +622,7 @@ async def test_empty_messages_count_with_what_they_take() -> None:
         for _ in range(1000):
             await hostile.end.send_all(hostile.mux.message(number, b""))
         await wait_all_tasks_blocked()
-        assert hostile.link._held == (1 + 1000) * MESSAGE_OVERHEAD
+        assert hostile.link._budget.held == (1 + 1000) * MESSAGE_OVERHEAD
 
 
 async def test_nothing_is_held_when_all_was_read_and_ended() -> None:
@@ -598,15 +633,15 @@ async def test_nothing_is_held_when_all_was_read_and_ended() -> None:
         await stream.send(b"y" * 1000)
         assert await stream.receive() == b"x" * 1000
         await wait_all_tasks_blocked()
-        assert link._held == 1000 + MESSAGE_OVERHEAD, "the second answer is unread"
-        assert other._held == 1000 + MESSAGE_OVERHEAD, "the request of a handler that runs"
+        assert link._budget.held == 1000 + MESSAGE_OVERHEAD, "the second answer is unread"
+        assert other._budget.held == 2 * (1000 + MESSAGE_OVERHEAD), "its handler may keep all"
         stream.close()
         await wait_all_tasks_blocked()
-        assert link._held == other._held == 0
+        assert link._budget.held == other._budget.held == 0
         with pytest.raises(RemoteFailure):
             await ask(link, "nobody has this", b"x")
         await wait_all_tasks_blocked()
-        assert link._held == other._held == other._handling == 0
+        assert link._budget.held == other._budget.held == other._handling == 0
 
 
 async def test_what_came_before_a_failure_is_read_and_counted_once() -> None:
@@ -617,9 +652,9 @@ async def test_what_came_before_a_failure_is_read_and_counted_once() -> None:
     async with linked(fail=say_and_fail) as (link, other):
         stream = link.open("fail", b"")
         await wait_all_tasks_blocked()
-        assert link._held == other._held == 0
+        assert link._budget.held == other._budget.held == 0
         assert await stream.receive() == b"said"
-        assert link._held == 0
+        assert link._budget.held == 0
 
 
 async def test_opening_and_resetting_in_a_loop_makes_no_more_handlers() -> None:
@@ -645,7 +680,7 @@ async def test_opening_and_resetting_in_a_loop_makes_no_more_handlers() -> None:
         assert running == MAX_HANDLERS
         free.set()
         await wait_all_tasks_blocked()
-        assert running == hostile.link._handling == hostile.link._held == 0
+        assert running == hostile.link._handling == hostile.link._budget.held == 0
         await hostile.open("slow", b"")
         assert running == 1
 
@@ -692,10 +727,10 @@ async def test_frames_without_effect_leave_nothing_behind(flood: bytes) -> None:
         await hostile.open("silent", b"")
         second = await hostile.open("silent", b"")
         await hostile.send(hostile.mux.reset(second, "X", ""))
-        held = hostile.link._held
+        held = hostile.link._budget.held
         for _ in range(20):
             await hostile.send(flood * 5000)
-        assert hostile.link._held == held
+        assert hostile.link._budget.held == held
         assert len(hostile.link._outbox) == 0
         assert len(hostile.link.mux._buffer) == 0
         assert not hostile.link._streams[1]._inbox

@@ -307,7 +307,7 @@ async def test_a_link_without_stream_ids_is_replaced_and_ends_with_its_exchanges
         assert heard == [b"still heard"]
     await wait_all_tasks_blocked()
     assert old.is_closed
-    assert len(b._inbound[A]) == 1
+    assert len(b._inbound[A].links) == 1
     assert await double(a) == 42
     assert net.dials == [(A, B)] * 2
 
@@ -351,7 +351,7 @@ async def test_a_member_has_only_so_many_links(net: PeerNet) -> None:
     assert await c.call(B, "who", None, str) == C
     streams = [await net.dial(A, B) for _ in range(MAX_LINKS_PER_MEMBER + 3)]
     await wait_all_tasks_blocked()
-    assert len(b._inbound[A]) == MAX_LINKS_PER_MEMBER
+    assert len(b._inbound[A].links) == MAX_LINKS_PER_MEMBER
     ended = list[int]()
     for number, stream in enumerate(streams):
         with trio.move_on_after(0.05):
