@@ -250,7 +250,10 @@ class Dispatcher:
         model = self._find(request.model)
 
         async def tell(node_id: NodeId) -> None:
-            with trio.move_on_after(UNLOAD_TIMEOUT_S), suppress(InferenceError, trio.EndOfChannel, *_LOSSES):
+            with (
+                trio.move_on_after(UNLOAD_TIMEOUT_S),
+                suppress(InferenceError, trio.EndOfChannel, *_LOSSES),
+            ):
                 async with AsyncExitStack() as stack:
                     await (await self.open(stack, node_id, model, request)).receive()
 
