@@ -219,10 +219,10 @@ def is_elsewhere(identity: Identity, invitation: Invitation) -> bool:
 
 def forget_cluster(directory: DataDir, identity: Identity) -> None:
     """Put the state of a cluster that this node is no part of aside; blobs stay on disk."""
-    identity.forget_cluster()
     stamp = time.strftime("%Y%m%d-%H%M%S")
     aside = directory.path / f"left-{stamp}"
     aside.mkdir(mode=0o700, exist_ok=True)
+    identity.forget_cluster(aside)
     for path in directory.of_cluster():
         if path.exists():
             path.rename(aside / path.name)

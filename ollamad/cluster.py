@@ -64,6 +64,7 @@ from ollamad.wire.join import (
     format_token,
     token_key,
 )
+from ollamad.wire.mux import Departed
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ class Cluster:
         )
         self.sponsor = Sponsor(self._live_token, self._admit)
         machine.on_change = self.changes.notify
+        mesh.on_turned_away = self.on_turned_away
         mesh.answer("announce", UpdateMember, self._on_announce)
         mesh.answer("voter.remove", NodeId, self._on_remove_voter)
         mesh.answer(CONSENSUS_VIEW, type(None), self._on_consensus_view)
@@ -399,6 +401,26 @@ class Cluster:
             "of it now. This node's state of the cluster is put aside, its models stay",
             _date(incarnation),
             member.name if member is not None else short(peer),
+        )
+        self.departed.set()
+
+    def on_turned_away(self, peer: NodeId, word: Departed) -> None:
+        """A member says that this node was removed: depart, if it knows more than we do.
+
+        A member that was away itself may remember a removal from before we were let in again.
+        Our own state has that admission then, and a later index than its state.
+        """
+        state = self.state
+        if self.departed.is_set() or not {peer, self.node_id} <= state.members.keys():
+            return
+        if word.applied_index <= self._raft.applied_index:
+            log.debug("%s does not know yet that this node is a member again", short(peer))
+            return
+        log.error(
+            "this node was removed from the cluster on %s, says %s. Its state of the cluster is "
+            "put aside, its models stay",
+            _date(word.at),
+            state.members[peer].name,
         )
         self.departed.set()
 

@@ -65,6 +65,7 @@ from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher
 from ollamad.transfer.server import PieceServer
 from ollamad.transfer.transfers import TransferTable
+from ollamad.wire.mux import Departed, farewell
 from ollamad.wire.pieces import METHOD as PIECES
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,10 @@ class Daemon:
 
         self._machine = Machine()
         self._gate = Gate(
-            identity, self._is_welcome, lambda *newer: self._cluster.on_recovered_elsewhere(*newer)
+            identity,
+            self._is_welcome,
+            farewell=self._farewell,
+            on_newer=lambda *newer: self._cluster.on_recovered_elsewhere(*newer),
         )
         self._mesh = Mesh(self._gate, version=ollamad.__version__, address_of=self._p2p_address)
         self._links = Links(self._dial_raft)
@@ -338,6 +342,11 @@ class Daemon:
         # Not "is a member": a node that was away does not know newer members yet, and one of
         # them may be the leader that is to tell it. Our CA signed the certificate.
         return node_id not in self._machine.state.departed
+
+    def _farewell(self, node_id: NodeId) -> bytes:
+        """What a node hears that was removed while it was away, in the words of the mesh."""
+        at = self._machine.state.departed[node_id]
+        return farewell(ollamad.__version__, Departed(at, self._raft.applied_index))
 
     def _p2p_address(self, node_id: NodeId) -> str | None:
         member = self._machine.state.members.get(node_id)

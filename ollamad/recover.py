@@ -33,6 +33,7 @@ from ollamad.raft.errors import JournalFailed
 from ollamad.raft.recovery import LogView, make_only_voter, read_log
 from ollamad.raft.sqlite_store import SqliteStore
 from ollamad.wire.codec import MalformedMessage, encode
+from ollamad.wire.mux import Departed
 
 ANSWER_TIMEOUT_S = 5.0  # a dial takes up to 3 s, the answer comes at once
 
@@ -45,6 +46,8 @@ class Survey:
     silent: dict[NodeId, str] = field(default_factory=dict)  # why
     mute: dict[NodeId, str] = field(default_factory=dict)  # there, but cannot say: why
     newer: dict[NodeId, int] = field(default_factory=dict)  # of which incarnation
+    # Those that say that this node was removed.
+    farewells: dict[NodeId, Departed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +133,10 @@ async def _examine(directory: DataDir, identity: Identity) -> Plan:
 async def _ask_all(identity: Identity, state: ClusterState) -> Survey:
     survey = Survey()
     others = [member for member in state.members.values() if member.id != identity.node_id]
-    gate = Gate(identity, lambda _: False, survey.newer.__setitem__)
+    gate = Gate(identity, lambda _: False, on_newer=survey.newer.__setitem__)
     addresses = {member.id: member.p2p_address for member in others}
     mesh = Mesh(gate, version=ollamad.__version__, address_of=addresses.get)
+    mesh.on_turned_away = survey.farewells.__setitem__
     async with trio.open_nursery() as nursery:
         await nursery.start(mesh.run)
         async with trio.open_nursery() as questions:
@@ -169,6 +173,13 @@ def check(plan: Plan) -> None:
             f"the cluster was recovered already, by or with {_name(plan, node_id)}; start this "
             "node, and when it has stopped, start it with --join"
         )
+    for node_id, word in survey.farewells.items():
+        # From an older state, it may be of the time before this node was let in again.
+        if word.applied_index > log.end.index:
+            raise StartError(
+                f"{_name(plan, node_id)} says that this node was removed from the cluster; start "
+                "it, and when it has stopped, start it with --join"
+            )
     for node_id, why in survey.mute.items():
         raise StartError(
             f"{_name(plan, node_id)} runs but cannot say whether it sees a quorum ({why}); stop it "

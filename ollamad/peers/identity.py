@@ -11,6 +11,7 @@ qualifier; none before the first recovery), so that the handshake keeps incarnat
 import datetime
 import os
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,10 +93,11 @@ class Identity:
         write_private(self._directory / CA_FILE, ca_pem)
         write_private(self._directory / CERTIFICATE_FILE, certificate_pem)
 
-    def forget_cluster(self) -> None:
-        """Drop the certificates; the key, and so the id, stays."""
+    def forget_cluster(self, aside: Path) -> None:
+        """Move the certificates to another directory; the key, and so the id, stays."""
         for name in (CERTIFICATE_FILE, CA_FILE):
-            (self._directory / name).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                (self._directory / name).replace(aside / name)
 
     def renew_if_due(
         self, ca: CertificateAuthority, incarnation: int, now: datetime.datetime

@@ -23,7 +23,7 @@ from ollamad.peers.link import (
 )
 from ollamad.peers.tls import Gate, PeerUnreachable, TlsStream
 from ollamad.wire.codec import MalformedMessage, decode, encode
-from ollamad.wire.mux import ProtocolError, StreamIdsSpent, TooManyStreams
+from ollamad.wire.mux import Departed, ProtocolError, StreamIdsSpent, TooManyStreams, TurnedAway
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,10 @@ R = TypeVar("R")
 
 
 class Mesh:
-    """Links to the other nodes. `run` owns them; the rest may be called while it runs."""
+    """Links to the other nodes. `run` owns them; the rest may be called while it runs.
+
+    `on_turned_away` is told when a node that was dialled says that we are no member any more.
+    """
 
     def __init__(
         self, gate: Gate, *, version: str, address_of: Callable[[NodeId], str | None]
@@ -44,6 +47,7 @@ class Mesh:
         self._gate = gate
         self._version = version
         self._address_of = address_of
+        self.on_turned_away: Callable[[NodeId, Departed], None] = lambda peer, departed: None
         self._handlers: dict[str, Handler] = {}
         self._links: dict[tuple[NodeId, bool], Link] = {}
         self._dialling: dict[tuple[NodeId, bool], trio.Lock] = {}
@@ -203,7 +207,10 @@ class Mesh:
         try:
             await self._nursery.start(self._run_link, link)
         except* (ProtocolError, trio.BrokenResourceError) as group:
-            raise PeerUnreachable(f"{short(node_id)}…: {_first(group)}") from None
+            error = _first(group)
+            if isinstance(error, TurnedAway):
+                self.on_turned_away(node_id, error.departed)
+            raise PeerUnreachable(f"{short(node_id)}…: {error}") from None
         return link
 
     async def _run_link(

@@ -2,6 +2,7 @@
 
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
@@ -10,6 +11,8 @@ from ollamad.peers.identity import Identity, IdentityError, PeerCertificate, pee
 
 DIAL_TIMEOUT_S = 3.0  # TCP and TLS to a LAN neighbour take milliseconds
 HANDSHAKE_TIMEOUT_S = 5.0  # for those who dial us; half-open connections end here
+FAREWELL_TIMEOUT_S = 1.0  # for a node that left to read that it did
+MAX_FAREWELL_READS = 4  # of what it says meanwhile: a hello
 TCP_USER_TIMEOUT_MS = 5000  # a peer that lost power is noticed when it owes us an ACK
 # A node that only answers owes its peer nothing; without probes it would keep the connection of
 # one that lost power for ever.
@@ -30,6 +33,7 @@ class Gate:
     Args:
       is_welcome: says of an id whose certificate our CA signed whether it may still talk to us
         (a node that left may not).
+      farewell: what to send to one that may not, before the connection is closed.
       on_newer: is told when a node proved that it is of a later incarnation of this cluster, and
         of which: the cluster was recovered without this node.
     """
@@ -38,10 +42,13 @@ class Gate:
         self,
         identity: Identity,
         is_welcome: Callable[[NodeId], bool],
+        *,
+        farewell: Callable[[NodeId], bytes] = lambda peer: b"",
         on_newer: Callable[[NodeId, int], None] = lambda peer, incarnation: None,
     ) -> None:
         self._identity = identity
         self._is_welcome = is_welcome
+        self._farewell = farewell
         self._on_newer = on_newer
         self.refresh()
 
@@ -110,6 +117,7 @@ class Gate:
         try:
             self._check_incarnation(shown)
             if not self._is_welcome(shown.node_id):
+                await _part(stream, self._farewell(shown.node_id))
                 raise PeerUnreachable(f"node {short(shown.node_id)}… is not a member any more")
         except PeerUnreachable:
             await trio.aclose_forcefully(stream)
@@ -159,6 +167,16 @@ def peer_of(stream: TlsStream) -> NodeId | None:
 def _certificate_of(stream: TlsStream) -> PeerCertificate | None:
     der = stream.getpeercert(binary_form=True)
     return peer_certificate(der) if der else None
+
+
+async def _part(stream: TlsStream, last_words: bytes) -> None:
+    """Send that, and give the other end a moment to read it and hang up; it is not listened to."""
+    with trio.move_on_after(FAREWELL_TIMEOUT_S), suppress(trio.BrokenResourceError):
+        await stream.send_all(last_words)
+        # To close with bytes unread would reset the connection, and ours might be lost with it.
+        for _ in range(MAX_FAREWELL_READS):
+            if not await stream.receive_some(4096):
+                break
 
 
 def split_address(address: str) -> tuple[str, int]:

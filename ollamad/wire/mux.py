@@ -57,12 +57,23 @@ class Kind(enum.IntEnum):
     CREDIT = 5
 
 
-class Hello(msgspec.Struct, frozen=True):
-    """What a node speaks: protocol numbers from `oldest` to `protocol`, and its version."""
+class Departed(msgspec.Struct, frozen=True):
+    """Word to a node that was removed from the cluster and does not know it."""
+
+    at: float  # Unix seconds
+    applied_index: int  # of the state that says so
+
+
+class Hello(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a node speaks: protocol numbers from `oldest` to `protocol`, and its version.
+
+    With `departed` it is the last frame too: the sender talks to members only.
+    """
 
     protocol: int
     oldest: int
     version: str
+    departed: Departed | None = None
 
 
 class Reset(msgspec.Struct, frozen=True):
@@ -80,6 +91,14 @@ class TooManyStreams(Exception):
 
 class StreamIdsSpent(Exception):
     """The connection can open no more streams, ever; use another one."""
+
+
+class TurnedAway(ProtocolError):
+    """The peer says that this node is no member of the cluster any more."""
+
+    def __init__(self, departed: Departed) -> None:
+        super().__init__("it says that this node was removed from the cluster")
+        self.departed = departed
 
 
 class IncompatibleVersion(ProtocolError):
@@ -292,6 +311,8 @@ class MuxConnection:
                 f"{hello.protocol}), this one {self._version} ({OLDEST_PROTOCOL} to {PROTOCOL}); "
                 "install the same version on both"
             )
+        if hello.departed is not None and self._dialler:
+            raise TurnedAway(hello.departed)
         self._greeted = True
         return HelloReceived(hello)
 
@@ -319,6 +340,11 @@ class MuxConnection:
     def _forget_if_over(self, stream: int, state: _Stream) -> None:
         if state.sent_end and state.got_end:
             del self._streams[stream]
+
+
+def farewell(version: str, departed: Departed) -> bytes:
+    """All that is said to a node that was removed and dials us."""
+    return _frame(Kind.HELLO, 0, encode(Hello(PROTOCOL, OLDEST_PROTOCOL, version, departed)))
 
 
 def _decode(payload: bytes, type_: type[T]) -> T:

@@ -16,6 +16,7 @@ class FakeRaft:
         self.has_quorum = True
         self.term = 1
         self.log_end = LogEnd(1, 3)
+        self.applied_index = 3
         self.voters = frozenset({node_id})
         self.behind: set[NodeId] = set()  # not caught up yet
         self.failure: RaftError | None = None  # what every proposal ends in

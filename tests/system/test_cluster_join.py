@@ -239,11 +239,23 @@ def test_a_node_that_is_down_can_be_taken_out(cluster: Cluster) -> None:
     cluster.asked.post("/cluster/leave", {"node_id": gone_id})
     cluster.wait_whole()
     assert cluster.asked.get("/cluster/status")["cluster_size"] == 2
-    # When it returns it is a stranger, and says so.
+    # When it returns it is told, and leaves in order. Its models stay.
+    kept = gone.data_dir / "models" / "kept"
+    kept.write_text("a blob")
     gone.launch()
-    time.sleep(3)
-    assert cluster.asked.get("/cluster/status")["cluster_size"] == 2
+    assert gone.wait_end() == 0
+    told = [line for line in gone.log().splitlines() if "was removed from the cluster on" in line]
+    assert len(told) == 1, gone.log()
+    assert "node-" in told[0]
     assert "Traceback" not in gone.log()
+    assert list(gone.data_dir.glob("left-*/raft.db"))
+    assert kept.exists()
+    assert cluster.asked.get("/cluster/status")["cluster_size"] == 2
+    # And it can come back.
+    gone.start("--join", f"{cluster.join_token()}@{cluster.asked.p2p}")
+    cluster.wait_whole()
+    assert gone.get("/cluster/status")["cluster_size"] == 3
+    assert gone.id == gone_id
 
 
 def test_the_last_node_and_unknown_nodes_are_refused(single: Cluster) -> None:

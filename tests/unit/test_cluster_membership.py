@@ -46,6 +46,7 @@ from ollamad.raft.errors import CommandTooLarge, OutcomeUnknown, RaftError
 from ollamad.raft.errors import NoQuorum as RaftNoQuorum
 from ollamad.raft.recovery import LogEnd
 from ollamad.wire.join import JoinRefused, JoinRequest, channel_binding, parse_token
+from ollamad.wire.mux import Departed
 from tests.fakes.api_services import member
 from tests.fakes.peer_net import PeerNet
 from tests.fakes.raft_fake import FakeRaft
@@ -588,6 +589,36 @@ async def test_a_node_that_the_recovery_left_behind_departs_and_says_so_once(
     [record] = caplog.records
     assert "recovered without this node on 2023-11-14 22:13:20 UTC" in record.getMessage()
     assert node.cluster.state.members[B].name in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("teller", "applied_index", "departs"),
+    [
+        (B, 4, True),
+        (B, 3, False),  # of a state before the one in which we are a member
+        (C, 4, False),  # no member by what we know
+    ],
+)
+async def test_a_member_may_say_that_this_node_was_removed(
+    node: Node, caplog: pytest.LogCaptureFixture, teller: NodeId, applied_index: int, departs: bool
+) -> None:
+    await node.let_in(B)
+    node.raft.applied_index = 3
+    node.mesh.on_turned_away(teller, Departed(1_700_000_000.0, applied_index))
+    node.mesh.on_turned_away(teller, Departed(1_700_000_000.0, applied_index))
+    assert node.cluster.departed.is_set() is departs
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == departs
+    if departs:
+        assert "this node was removed from the cluster on 2023-11-14 22:13:20 UTC" in told[0]
+        assert node.cluster.state.members[B].name in told[0]
+
+
+async def test_a_node_that_does_not_know_itself_as_a_member_waits(node: Node) -> None:
+    await node.let_in(B)
+    del node.cluster.state.members[node.id]
+    node.cluster.on_turned_away(B, Departed(1.0, 1000))
+    assert not node.cluster.departed.is_set()
 
 
 async def test_who_wants_to_recover_is_told_what_this_node_sees(node: Node, net: PeerNet) -> None:

@@ -284,7 +284,7 @@ def test_a_cluster_is_put_aside_whole_and_the_key_and_the_models_stay(tmp_path: 
     assert not node.identity.is_member
     [aside] = tmp_path.glob("left-*")
     assert stat.S_IMODE(aside.stat().st_mode) == 0o700
-    assert sorted(p.name for p in aside.iterdir()) == sorted(names)
+    assert sorted(p.name for p in aside.iterdir()) == sorted([*names, "node.crt", "ca.crt"])
     assert {p.name for p in tmp_path.iterdir()} == {"identity", "lock", "models", aside.name}
     assert (tmp_path / "identity" / "node.key").exists()
 

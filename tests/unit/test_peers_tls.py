@@ -379,8 +379,8 @@ def test_a_damaged_key_is_named_and_kept(tmp_path: Path, content: bytes, reason:
 
 def test_membership_can_be_forgotten_and_the_id_stays(node: TlsNode, tmp_path: Path) -> None:
     assert node.identity.is_member
-    node.identity.forget_cluster()
-    node.identity.forget_cluster()
+    node.identity.forget_cluster(tmp_path)
+    node.identity.forget_cluster(tmp_path)
     assert not node.identity.is_member
     assert Identity.load_or_create(tmp_path / "node").node_id == node.id
 

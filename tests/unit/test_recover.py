@@ -38,6 +38,7 @@ from ollamad.raft.recovery import TERM_STEP, LogEnd, LogView
 from ollamad.raft.sqlite_store import SqliteStore
 from ollamad.recover import Plan, Survey, check, recover
 from ollamad.wire.codec import encode
+from ollamad.wire.mux import Departed
 from ollamad.wire.raftwire import NO_OP, REGULAR, encode_voters
 from tests.fakes.api_services import member
 from tests.fakes.tls_nodes import TlsNode, utc_now
@@ -238,7 +239,7 @@ def test_a_node_that_is_no_member(survivor: Survivor) -> None:
 
 def test_a_node_without_a_certificate(survivor: Survivor) -> None:
     survivor.write()
-    survivor.identity.forget_cluster()
+    survivor.identity.forget_cluster(survivor.path)
     assert "in no cluster" in refusal(survivor)
 
 
@@ -291,12 +292,13 @@ def plan(
     voters: str = "ABC",
     newer: dict[NodeId, int] | None = None,
     mute: dict[NodeId, str] | None = None,
+    farewell: Departed | None = None,
 ) -> Plan:
     machine = Machine()
     for letter, node_id in zip("abcde", (A, B, C, D, E), strict=True):
         machine.state.members[node_id] = member(node_id, letter)
     log = LogView(ids(voters), 7, END)
-    survey = Survey(views, {}, mute or {}, newer or {})
+    survey = Survey(views, {}, mute or {}, newer or {}, {B: farewell} if farewell else {})
     return Plan(A, machine.state, log, survey)
 
 
@@ -325,6 +327,10 @@ def view(voters: str = "ABC", **changes: Any) -> ConsensusView:
         (plan({D: view("BDE"), E: view("BDE")}), "2 of 3"),
         # It has happened already; or cannot be told.
         (plan({}, newer={B: 5}), "recovered already, by or with b (BBBBBBBBBBBB…)"),
+        (
+            plan({}, farewell=Departed(1.0, 101)),
+            "b (BBBBBBBBBBBB…) says that this node was removed",
+        ),
         (plan({}, mute={B: "no such method"}), "b (BBBBBBBBBBBB…) runs but cannot say"),
         # Another survivor has more.
         (
@@ -349,6 +355,7 @@ def test_recovery_is_refused_with_the_reason(case: Plan, words: str) -> None:
         plan({D: view(), E: view()}),  # no voters
         plan({B: view("ABCDE", end=LogEnd(6, 1000))}, voters="ABCDE"),  # longer, but older
         plan({}, voters="BCD"),  # a learner may be all that is left
+        plan({}, farewell=Departed(1.0, 100)),  # of before it was let in again
     ],
 )
 def test_recovery_is_right_where_no_majority_can_be_had(case: Plan) -> None:

@@ -1,4 +1,8 @@
-"""Incarnations of one cluster: who was there when it was recovered talks to nobody who was not."""
+"""What nodes hear that the cluster left behind: recovered without them, or removed while away.
+
+Incarnations of one cluster do not talk to each other: who was there when it was recovered talks to
+nobody who was not.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +11,13 @@ import pytest
 import trio
 
 from ollamad.core.commands import FoundCluster, Proposal, RecoverCluster, apply
-from ollamad.core.ids import NodeId
+from ollamad.core.ids import NodeId, short
 from ollamad.core.state import CertificateAuthority, ClusterState, User
+from ollamad.peers import tls
 from ollamad.peers.identity import certificate_der, issue_certificate, make_ca, peer_certificate
+from ollamad.peers.mesh import Mesh
 from ollamad.peers.tls import Gate, PeerUnreachable
+from ollamad.wire.mux import Departed, HelloReceived, MuxConnection, TurnedAway, farewell
 from tests.fakes.api_services import member
 from tests.fakes.tls_nodes import TlsNode, echo_once, says, utc_now
 
@@ -30,7 +37,9 @@ class Witness(TlsNode):
     def __init__(self, directory: Path, ca: CertificateAuthority, incarnation: int) -> None:
         super().__init__(directory)
         self.newer: list[tuple[NodeId, int]] = []
-        self.gate = Gate(self.identity, lambda _: True, lambda *newer: self.newer.append(newer))
+        self.gate = Gate(
+            self.identity, lambda _: True, on_newer=lambda *newer: self.newer.append(newer)
+        )
         pem = issue_certificate(ca, self.identity.public_key, utc_now(), incarnation)
         self.identity.install(pem, ca.certificate_pem)
         self.gate.refresh()
@@ -127,6 +136,92 @@ def test_a_certificate_follows_its_clusters_incarnation(
     assert not identity.renew_if_due(ca, EARLIER, utc_now())
     assert identity.renew_if_due(ca, EARLIER, utc_now().replace(year=utc_now().year + 1))
     assert identity.incarnation == LATER
+
+
+# Removed while it was away.
+
+WORD = Departed(at=1_700_000_000.0, applied_index=42)
+
+
+class Removed:
+    """A node that dials a member, which says that it was removed."""
+
+    def __init__(self, directory: Path, ca: CertificateAuthority) -> None:
+        self.node = TlsNode(directory / "removed").enter(ca)
+        self.member = TlsNode(directory / "member").enter(ca)
+        self.member.gate = Gate(
+            self.member.identity, lambda _: False, farewell=lambda peer: farewell("1", WORD)
+        )
+        self.heard: list[tuple[NodeId, Departed]] = []
+
+    async def ask(self, nursery: trio.Nursery) -> None:
+        address = await self.member.listen(nursery, echo_once)
+        mesh = Mesh(self.node.gate, version="1", address_of=lambda _: address)
+        mesh.on_turned_away = lambda *heard: self.heard.append(heard)
+        await nursery.start(mesh.run)
+        await mesh.call(self.member.id, "beat", None, bool)
+
+
+async def test_a_node_that_was_removed_while_it_was_away_is_told(
+    ca: CertificateAuthority, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    removed = Removed(tmp_path, ca)
+    with trio.fail_after(2), pytest.raises(PeerUnreachable, match="was removed from the cluster"):
+        await removed.ask(nursery)
+    assert removed.heard == [(removed.member.id, WORD)]
+    assert removed.member.accepted == []
+    nursery.cancel_scope.cancel()
+
+
+async def test_another_cluster_cannot_say_that_a_node_was_removed(
+    ca: CertificateAuthority, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    removed = Removed(tmp_path, ca)
+    other_ca = make_ca(utc_now())
+    removed.member.enter(other_ca)
+    removed.member.gate.refresh()
+    with pytest.raises(PeerUnreachable, match="another cluster"):
+        await removed.ask(nursery)
+    assert removed.heard == []
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("talks", [False, True])
+async def test_a_node_that_was_removed_is_not_listened_to(
+    ca: CertificateAuthority,
+    tmp_path: Path,
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    talks: bool,
+) -> None:
+    monkeypatch.setattr(tls, "FAREWELL_TIMEOUT_S", 0.2)
+    removed = Removed(tmp_path, ca)
+    address = await removed.member.listen(nursery, echo_once)
+    stream = await removed.node.gate.dial(removed.member.id, address)
+    sent = 0
+    with trio.fail_after(2):
+        try:
+            while not removed.member.refused:
+                if talks:
+                    await stream.send_all(bytes(16_000))
+                    sent += 1
+                else:
+                    await trio.sleep(0.01)
+        except trio.BrokenResourceError:
+            pass
+    await trio.aclose_forcefully(stream)
+    assert removed.member.refused == [f"node {short(removed.node.id)}… is not a member any more"]
+    assert removed.member.accepted == []
+    nursery.cancel_scope.cancel()
+
+
+def test_only_who_was_dialled_can_turn_a_node_away() -> None:
+    dialler, listener = (MuxConnection(dialler=side, version="1") for side in (True, False))
+    with pytest.raises(TurnedAway) as caught:
+        dialler.receive_data(farewell("1", WORD))
+    assert caught.value.departed == WORD
+    [event] = listener.receive_data(farewell("1", WORD))
+    assert isinstance(event, HelloReceived)
 
 
 def test_incarnations_only_go_up() -> None:
