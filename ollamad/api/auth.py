@@ -25,7 +25,7 @@ import msgspec
 import trio
 
 from ollamad.api.origins import Origins
-from ollamad.api.services import Cluster, ServiceError
+from ollamad.api.services import Cluster, ServiceError, Unavailable
 from ollamad.core.commands import Rejected, Revoke
 from ollamad.core.state import ROLES, ClusterState, Role, User
 
@@ -250,11 +250,16 @@ def read_token(token: str, state: ClusterState, settings: AuthSettings, now: flo
     """The claims of a token that is whole, ours, for this cluster, and of its time.
 
     Raises:
-      ServiceError: 401, saying only what the token's owner may know.
+      ServiceError: 401, saying only what the token's owner may know; 503 while nothing is known.
     """
     key = _key(state, settings)
     if key is None:
-        raise _unauthorized("this node is in no cluster yet and knows no tokens")
+        # A node that starts again is here too: its clients' tokens are good, it cannot tell yet.
+        raise Unavailable(
+            "this node is in no cluster, or has not heard from it since its start; try again",
+            code="NOT_READY",
+            retry_after_s=1,
+        )
     try:
         payload = jwt.decode(
             token,
