@@ -75,6 +75,7 @@ TRANSFER_TIMEOUT_S = 1.0
 DEPARTURE_GRACE_S = 0.5  # the answer to `leave` is still on its way
 DEPARTURE_NOTICE_S = 3.0  # a node that was taken out still hears so from the log
 FIRST_STATE_TIMEOUT_S = 10.0
+CATCH_UP_TIMEOUT_S = 3.0  # some elections' time; without a quorum old state must do
 SAMPLE_INTERVAL_S = 1.0
 RENEWAL_CHECK_S = 86400.0
 MAX_RUNTIME_DIR = 80  # bytes; sockets' names and their limit of 107 leave no more
@@ -122,7 +123,6 @@ class Daemon:
         self._gate = Gate(
             identity,
             self._is_welcome,
-            farewell=self._farewell,
             on_newer=lambda *newer: self._cluster.on_recovered_elsewhere(*newer),
         )
         self._mesh = Mesh(self._gate, version=ollamad.__version__, address_of=self._p2p_address)
@@ -283,6 +283,7 @@ class Daemon:
                 self._machine.state.cluster_id,
                 password,
             )
+        await self._cluster.catch_up(CATCH_UP_TIMEOUT_S)
         with trio.move_on_after(FIRST_STATE_TIMEOUT_S):
             # A new member is of no use before it knows who is who.
             while self._identity.node_id not in self._machine.state.members:
@@ -372,11 +373,10 @@ class Daemon:
     ) -> None:
         """Accept on the P2P and the Raft port until cancelled."""
         async with trio.open_nursery() as nursery:
-            for handler, listeners in (
-                (self._serve_p2p, self._p2p_listeners),
-                (self._serve_raft, self._raft_listeners),
+            for doorman, listeners in (
+                (Doorman(self._gate, self._serve_p2p, self._farewell), self._p2p_listeners),
+                (Doorman(self._gate, self._serve_raft), self._raft_listeners),
             ):
-                doorman = Doorman(self._gate, handler)
                 nursery.start_soon(trio.serve_listeners, doorman.accept, listeners)
             task_status.started()
 

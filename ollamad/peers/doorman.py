@@ -30,9 +30,12 @@ class Doorman:
     Those without a member's certificate are counted apart too.
     """
 
-    def __init__(self, gate: Gate, serve: Serve) -> None:
+    def __init__(
+        self, gate: Gate, serve: Serve, farewell: Callable[[NodeId], bytes] | None = None
+    ) -> None:
         self._gate = gate
         self._serve = serve
+        self._farewell = farewell  # see `Gate.accept`
         self._connections = 0
         self._handshakes: dict[trio.CancelScope, str] = {}  # oldest first
         self._strangers: Counter[str] = Counter()  # by host
@@ -64,7 +67,7 @@ class Doorman:
         with trio.CancelScope() as scope:
             self._handshakes[scope] = host
             try:
-                accepted = await self._gate.accept(transport)
+                accepted = await self._gate.accept(transport, self._farewell)
             finally:
                 self._handshakes.pop(scope, None)
         if accepted is None:

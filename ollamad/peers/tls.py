@@ -33,7 +33,6 @@ class Gate:
     Args:
       is_welcome: says of an id whose certificate our CA signed whether it may still talk to us
         (a node that left may not).
-      farewell: what to send to one that may not, before the connection is closed.
       on_newer: is told when a node proved that it is of a later incarnation of this cluster, and
         of which: the cluster was recovered without this node.
     """
@@ -43,12 +42,10 @@ class Gate:
         identity: Identity,
         is_welcome: Callable[[NodeId], bool],
         *,
-        farewell: Callable[[NodeId], bytes] = lambda peer: b"",
         on_newer: Callable[[NodeId, int], None] = lambda peer, incarnation: None,
     ) -> None:
         self._identity = identity
         self._is_welcome = is_welcome
-        self._farewell = farewell
         self._on_newer = on_newer
         self.refresh()
 
@@ -90,8 +87,13 @@ class Gate:
         """Connect to `host:port` without checking who it is (the join exchange does that)."""
         return await self._connect(address, self._stranger)
 
-    async def accept(self, transport: trio.SocketStream) -> tuple[TlsStream, NodeId | None]:
+    async def accept(
+        self, transport: trio.SocketStream, farewell: Callable[[NodeId], bytes] | None = None
+    ) -> tuple[TlsStream, NodeId | None]:
         """Do the handshake with somebody who dialled us.
+
+        Args:
+          farewell: what to send to a node that left, before its connection is closed.
 
         Returns:
           The stream, and the member's id; None for somebody without a certificate.
@@ -117,7 +119,8 @@ class Gate:
         try:
             self._check_incarnation(shown)
             if not self._is_welcome(shown.node_id):
-                await _part(stream, self._farewell(shown.node_id))
+                if farewell is not None:
+                    await _part(stream, farewell(shown.node_id))
                 raise PeerUnreachable(f"node {short(shown.node_id)}… is not a member any more")
         except PeerUnreachable:
             await trio.aclose_forcefully(stream)
