@@ -36,7 +36,7 @@ class OllamaLayout(LineLayout):
 
     def whole(self, said: Whole, end: Finished) -> dict[str, Any]:
         body = self.opening(said) | {"done": True, "done_reason": end.reason}
-        if end.context:
+        if end.context and not self._chat:
             body["context"] = end.context
         return body | {name: value for name, value in durations(end).items() if value}
 
