@@ -1,0 +1,271 @@
+"""What must hold in every step of every node: Raft's five properties, and what it promises.
+
+Each check is O(1) for each event. A log is told by chain hashes: the hash at an entry covers all
+entries up to it. So two logs that agree in the hash at one entry agree in all before it, and Log
+Matching is that an (index, term) never has two hashes.
+
+Knows no network and no time. A violation goes to `fail`, which ends the run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ollamad.raft.journal import LogEntry
+from ollamad.wire.raftwire import REGULAR
+
+
+class Violation(Exception):
+    """A promise of consensus is broken. `rule` is its name, the same for the same kind."""
+
+    def __init__(self, rule: str, details: str) -> None:
+        super().__init__(rule, details)
+        self.rule = rule
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
+@dataclass(slots=True)
+class Log:
+    """The chain hashes of one node's log in memory."""
+
+    host: str
+    first: int = 0  # index of hashes[0]
+    hashes: list[int] = field(default_factory=list)
+    commit: int = 1  # as far as this process has said; entry 1 is the same everywhere
+    applied: int = 1
+    term: int = 0
+    led_term: int = 0
+
+    @property
+    def last(self) -> int:
+        return self.first + len(self.hashes) - 1
+
+    def at(self, index: int) -> int | None:
+        place = index - self.first
+        return self.hashes[place] if 0 <= place < len(self.hashes) else None
+
+
+class Checker:
+    """Sees all nodes at once. `fail` gets the violations."""
+
+    def __init__(self, fail: Callable[[Violation], None]) -> None:
+        self._fail = fail
+        self._chains: dict[tuple[int, int], int] = {}  # of every entry that any log ever had
+        self.leaders: dict[int, str] = {}  # by term
+        self._votes: dict[tuple[str, int], str] = {}  # by voter and term: who got it
+        self._terms: dict[str, int] = {}  # the highest that a host told others
+        self.committed: dict[int, int] = {}  # index: chain hash
+        self._commands: dict[int, bytes] = {}  # index: committed command
+        self._committed_commands: dict[bytes, int] = {}  # and the first index of each
+        self.last_committed = 0
+        self._outcomes: dict[int, bytes] = {}
+        self._first_outcomes: dict[bytes, bytes] = {}
+        self._snapshots: dict[int, int] = {}  # hash of the state's bytes, by its last index
+        self._refused: set[bytes] = set()
+
+    def violated(self, rule: str, details: str) -> None:
+        self._fail(Violation(rule, details))
+
+    # Logs.
+
+    def log_opened(self, log: Log, entries: list[LogEntry]) -> None:
+        """A process read its journal."""
+        if entries:
+            self.log_begins(log, entries[0])
+            for entry in entries[1:]:
+                self.appended(log, entry)
+
+    def log_begins(self, log: Log, entry: LogEntry) -> None:
+        """A log now begins with this entry, the first of all or one out of a snapshot."""
+        command, index, term = entry
+        if index == 1:
+            chain = self._chains.setdefault((1, term), hash((command, 1, term)))
+        else:
+            known = self._chains.get((index, term))
+            if known is None:
+                self.violated(
+                    "log matching",
+                    f"{log.host} begins with entry {index} of term {term}, which nobody made",
+                )
+                return
+            chain = known
+        log.first, log.hashes = index, [chain]
+
+    def appended(self, log: Log, entry: LogEntry) -> None:
+        command, index, term = entry
+        if not log.hashes:
+            self.log_begins(log, entry)
+            return
+        if index != log.last + 1:
+            self.violated("log matching", f"{log.host} puts entry {index} after {log.last}")
+            return
+        chain = hash((log.hashes[-1], command, index, term))
+        if self._chains.setdefault((index, term), chain) != chain:
+            self.violated(
+                "log matching",
+                f"{log.host} has an entry {index} of term {term} with another history than "
+                "another log has",
+            )
+        log.hashes.append(chain)
+
+    def cut(self, log: Log, index: int) -> None:
+        """A log loses the entry `index` and all after it."""
+        held = log.at(index)
+        if held is None:
+            return
+        if index <= log.commit:
+            self.violated("committed is final", f"{log.host} deletes its committed entry {index}")
+        elif self.committed.get(index) == held:
+            self.violated(
+                "committed is final",
+                f"{log.host} deletes entry {index}, which is committed by others",
+            )
+        del log.hashes[index - log.first :]
+
+    def compacted(self, log: Log, first: int, applied: int) -> None:
+        """A log loses what is before `first`."""
+        if first > applied:
+            self.violated(
+                "committed is final",
+                f"{log.host} compacts up to {first} and has applied {applied} only",
+            )
+        del log.hashes[: first - log.first]
+        log.first = first
+
+    def installed(self, log: Log, before: Log, index: int) -> None:
+        """A snapshot up to `index` took the place of the log `before`."""
+        if log.at(index) != self.committed.get(index):
+            self.violated(
+                "state machine safety", f"{log.host} installs another state at {index} than others"
+            )
+        last = self.last_committed
+        if last > log.last and last >= before.first and before.at(last) == self.committed[last]:
+            self.violated(
+                "committed is final", f"{log.host} loses entry {last} to a snapshot at {index}"
+            )
+
+    # Progress of one process.
+
+    def observe(self, log: Log, term: int, commit: int, applied: int, leads: bool) -> None:
+        """Look at a node after a step."""
+        if term != log.term:
+            if term < log.term:
+                self.violated("terms grow", f"{log.host} goes from term {log.term} to {term}")
+            log.term = term
+        if leads and log.led_term != term:
+            log.led_term = term
+            self._leads(log, term)
+        if commit != log.commit:
+            self._commits(log, commit)
+        if applied != log.applied:
+            if applied < log.applied:
+                self.violated("applied once", f"{log.host} goes from {log.applied} to {applied}")
+            log.applied = applied
+        if applied > commit:
+            self.violated(
+                "state machine safety", f"{log.host} applied {applied}, committed is {commit}"
+            )
+
+    def _leads(self, log: Log, term: int) -> None:
+        known = self.leaders.setdefault(term, log.host)
+        if known != log.host:
+            self.violated("election safety", f"{known} and {log.host} lead term {term}")
+        last = self.last_committed
+        # Earlier ones follow from the chain; a log that begins later has it in a snapshot.
+        if last and last >= log.first and log.at(last) != self.committed[last]:
+            self.violated(
+                "leader completeness",
+                f"{log.host} leads term {term} without the committed entry {last}; "
+                f"it has {log.first} to {log.last}",
+            )
+
+    def _commits(self, log: Log, commit: int) -> None:
+        if commit < log.commit:
+            self.violated("commit index grows", f"{log.host} goes from {log.commit} to {commit}")
+            return
+        if commit > log.last:
+            self.violated(
+                "commit index grows", f"{log.host} commits {commit} of {log.last} entries"
+            )
+            return
+        for index in range(max(log.commit + 1, log.first), commit + 1):
+            self._commit(log, index)
+        log.commit = commit
+
+    def _commit(self, log: Log, index: int) -> None:
+        chain = log.at(index)
+        assert chain is not None
+        if self.committed.setdefault(index, chain) != chain:
+            self.violated(
+                "state machine safety", f"{log.host} commits another entry {index} than others"
+            )
+        self.last_committed = max(self.last_committed, index)
+
+    def applies(self, log: Log, index: int, command: bytes, outcome: bytes) -> None:
+        """The state machine of a node carried out a regular command."""
+        # The step in which it was committed may not be over yet.
+        for missing in range(max(log.commit + 1, log.first), index + 1):
+            if log.at(missing) is not None:
+                self._commit(log, missing)
+        log.commit = max(log.commit, index)
+        if self._commands.setdefault(index, command) != command:
+            self.violated("state machine safety", f"{log.host} applies another command {index}")
+        if self._outcomes.setdefault(index, outcome) != outcome:
+            self.violated(
+                "state machine safety", f"{log.host} gets another outcome of entry {index}"
+            )
+        if self._first_outcomes.setdefault(command, outcome) != outcome:
+            self.violated("applied once", f"entry {index} repeats a command with another outcome")
+        self._committed_commands.setdefault(command, index)
+        if command in self._refused:
+            self.violated(
+                "refused is refused", f"entry {index} is a command that surely would not happen"
+            )
+
+    def snapshot(self, log: Log, index: int, state: bytes) -> None:
+        """A node made or took over a snapshot of the state after that entry."""
+        if self._snapshots.setdefault(index, hash(state)) != hash(state):
+            self.violated(
+                "state machine safety", f"the state of {log.host} at entry {index} differs"
+            )
+
+    # What hosts tell others; it binds the next process on the same disk.
+
+    def told_term(self, host: str, term: int) -> None:
+        if term > self._terms.get(host, 0):
+            self._terms[host] = term
+
+    def starts_with_term(self, host: str, term: int) -> None:
+        told = self._terms.get(host, 0)
+        if term < told:
+            self.violated("terms grow", f"{host} starts in term {term} and was in {told} before")
+
+    def voted(self, host: str, term: int, candidate: str) -> None:
+        known = self._votes.setdefault((host, term), candidate)
+        if known != candidate:
+            self.violated(
+                "one vote a term", f"{host} votes in term {term} for {known} and {candidate}"
+            )
+
+    # What clients were told.
+
+    def acknowledged(self, command: bytes) -> None:
+        """A client was told that its command was applied."""
+        if command not in self._committed_commands:
+            self.violated("acknowledged is committed", "a command was acknowledged too early")
+
+    def refused(self, command: bytes) -> None:
+        """A client was told that its command did not happen and will not."""
+        self._refused.add(command)
+        if command in self._committed_commands:
+            self.violated(
+                "refused is refused",
+                f"entry {self._committed_commands[command]} is a command whose client was told "
+                "that it had not happened",
+            )
+
+
+def regular(command: bytes) -> bytes | None:
+    """What a log entry has for the state machine."""
+    return command[1:] if command[0] == REGULAR else None

@@ -1,0 +1,217 @@
+"""From a seed to a scenario: what the cluster is like and what will befall it, as plain values.
+
+A scenario is complete before the run begins, so a failing run can be made smaller by leaving
+faults out. Each fault ends by itself: without it, its end is gone as well.
+"""
+
+import random
+from dataclasses import dataclass
+from enum import StrEnum
+
+LEADER = -1  # in the place of a host's number: whoever leads when the fault comes
+
+
+class Kind(StrEnum):
+    """What can happen. The comments name the values of `Fault.args`."""
+
+    CRASH = "crash"  # how (see Crash), frames or writes before it, seconds until the restart
+    BLACKOUT = "blackout"  # all crash at once: seconds until the last one is back
+    STOP = "stop"  # in good order: seconds until the restart
+    PAUSE = "pause"  # SIGSTOP: seconds
+    CLOCK = "clock"  # the clock's rate, seconds
+    SLOW_DISK = "slow disk"  # seconds that each write takes, seconds
+    STALLED_DISK = "stalled disk"  # seconds
+    BROKEN_DISK = "broken disk"  # the next write fails: seconds until the restart
+    FULL_DISK = "full disk"  # seconds
+    CUT = "cut"  # one way: the other host, seconds
+    ISOLATE = "isolate"  # from all others: Way, seconds
+    PARTITION = "partition"  # the numbers on one side, seconds
+    BAD_NETWORK = "bad network"  # loss, duplication, jitter in seconds, seconds
+    RESET = "reset"  # the connection to another host, with what is in flight
+    MISTAKE = "mistake"  # the link to another host is wrongly said to be down: seconds
+    ADD = "add voter"  # asked at: another host's number
+    REMOVE = "remove voter"  # asked at: another host's number
+    TRANSFER = "transfer"  # leadership
+
+
+class Crash(StrEnum):
+    """When exactly a process dies."""
+
+    NOW = "now"
+    AT_SEND = "at a send"  # in the middle of a step, after so many frames
+    BEFORE_WRITE = "before a write"
+    AFTER_WRITE = "after a write"  # but before the process knows
+
+
+class Way(StrEnum):
+    """Which direction of a host's links is cut."""
+
+    BOTH = "both"
+    IN = "in"
+    OUT = "out"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that happens `at` seconds after the start to the host of that number."""
+
+    at: float
+    kind: Kind
+    who: int
+    args: tuple[object, ...] = ()
+
+    def __str__(self) -> str:
+        who = "the leader" if self.who == LEADER else f"host {self.who}"
+        details = ", ".join(f"{a:.3g}" if isinstance(a, float) else str(a) for a in self.args)
+        return f"{self.at:7.3f}  {self.kind} {who} ({details})"
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What the network is like when nothing in particular is wrong with it."""
+
+    streams: bool  # connections with `Links`, or single frames that anything may happen to
+    ordered: bool  # whether the single frames from one host to another keep their order
+    latency_s: float
+    jitter_s: float
+    loss: float = 0.0  # of frames: 0 to 1
+    duplication: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Limits of the product, made small so that what is behind them happens often."""
+
+    compact_entries: int
+    compaction_tail: int
+    snapshot_chunk: int  # bytes
+    max_entries: int  # in one message
+    catch_up_entries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One simulated cluster and its misfortunes."""
+
+    seed: int
+    voters: int  # in the beginning
+    spares: int  # learners in the beginning
+    grows: bool  # from a founder alone, or begins complete
+    duration_s: float  # of faults and load; then all is healed
+    network: Network
+    tuning: Tuning
+    sync_s: float  # what a write to disk takes
+    clients: int
+    think_s: float  # mean pause of a client between two operations
+    faults: tuple[Fault, ...]
+
+    @property
+    def hosts(self) -> int:
+        return self.voters + self.spares
+
+
+def scenario(seed: int) -> Scenario:
+    """The scenario of that seed."""
+    rng = random.Random(f"{seed} plan")
+    voters = rng.choices((3, 5, 7, 2, 1), (3, 10, 1, 0.5, 0.5))[0]
+    spares = rng.choices((0, 1, 2), (3, 4, 2))[0] if voters < 7 else 0
+    duration_s = rng.uniform(15, 30)
+    streams = rng.random() < 0.3
+    calm = rng.random() < 0.3
+    network = Network(
+        streams,
+        ordered=calm or rng.random() < 0.5,
+        latency_s=rng.choice((0.0003, 0.001, 0.005, 0.02)),
+        jitter_s=rng.choice((0.0002, 0.002, 0.02)),
+        loss=0.0 if calm or streams else rng.choice((0.0, 0.005, 0.03)),
+        duplication=0.0 if calm or streams else rng.choice((0.0, 0.01, 0.1)),
+    )
+    tuning = Tuning(
+        compact_entries=rng.choice((5, 15, 40, 4096)),
+        compaction_tail=rng.choice((1, 3, 10, 1024)),
+        snapshot_chunk=rng.choice((300, 1500, 256 * 1024)),
+        max_entries=rng.choice((1, 3, 16384)),
+        catch_up_entries=rng.choice((3, 256)),
+    )
+    return Scenario(
+        seed,
+        voters,
+        spares,
+        grows=rng.random() < 0.25,
+        duration_s=duration_s,
+        network=network,
+        tuning=tuning,
+        sync_s=rng.choice((0.0003, 0.002, 0.01, 0.03)),
+        clients=rng.randint(2, 4),
+        think_s=rng.choice((0.2, 0.5, 1.0)),
+        faults=_faults(rng, voters + spares, duration_s),
+    )
+
+
+# How often each kind is drawn; each seed leaves some out, so that the rest meets more often.
+_WEIGHTS = {
+    Kind.CRASH: 6.0,
+    Kind.BLACKOUT: 0.5,
+    Kind.STOP: 1.0,
+    Kind.PAUSE: 2.0,
+    Kind.CLOCK: 1.0,
+    Kind.SLOW_DISK: 1.0,
+    Kind.STALLED_DISK: 1.0,
+    Kind.BROKEN_DISK: 1.0,
+    Kind.FULL_DISK: 1.0,
+    Kind.CUT: 2.0,
+    Kind.ISOLATE: 3.0,
+    Kind.PARTITION: 3.0,
+    Kind.BAD_NETWORK: 2.0,
+    Kind.RESET: 1.0,
+    Kind.MISTAKE: 1.0,
+    Kind.ADD: 2.0,
+    Kind.REMOVE: 2.0,
+    Kind.TRANSFER: 1.0,
+}
+
+
+def _faults(rng: random.Random, hosts: int, duration_s: float) -> tuple[Fault, ...]:
+    kinds = [kind for kind in Kind if rng.random() < 0.7] or list(Kind)
+    weights = [_WEIGHTS[kind] for kind in kinds]
+    mean_pause_s = rng.choice((0.4, 1.0, 2.0, 4.0))
+    leader_share = rng.choice((0.1, 0.4, 0.8))
+    faults = []
+    at = rng.uniform(0.5, 3.0)
+    while at < duration_s:
+        kind = rng.choices(kinds, weights)[0]
+        who = LEADER if rng.random() < leader_share else rng.randrange(hosts)
+        faults.append(Fault(at, kind, who, _arguments(rng, kind, hosts)))
+        # Now and then a second one follows at once.
+        at += rng.uniform(0.001, 0.1) if rng.random() < 0.2 else rng.expovariate(1 / mean_pause_s)
+    return tuple(faults)
+
+
+def _arguments(rng: random.Random, kind: Kind, hosts: int) -> tuple[object, ...]:
+    brief_s, long_s = rng.uniform(0.05, 1.0), rng.uniform(0.5, 5.0)
+    lasting_s = rng.choice((brief_s, long_s))
+    other = rng.randrange(hosts)
+    match kind:
+        case Kind.CRASH:
+            return rng.choice(list(Crash)), rng.randint(1, 6), lasting_s
+        case Kind.BLACKOUT | Kind.STOP | Kind.STALLED_DISK | Kind.BROKEN_DISK | Kind.FULL_DISK:
+            return (lasting_s,)
+        case Kind.PAUSE:
+            return (lasting_s,)
+        case Kind.CLOCK:
+            return rng.choice((0.5, 0.8, 0.95, 1.05, 1.3, 3.0)), long_s
+        case Kind.SLOW_DISK:
+            return rng.choice((0.05, 0.2, 0.6)), long_s
+        case Kind.CUT | Kind.MISTAKE:
+            return other, lasting_s
+        case Kind.ISOLATE:
+            return rng.choice(list(Way)), lasting_s
+        case Kind.PARTITION:
+            side = rng.sample(range(hosts), rng.randint(1, max(1, hosts - 1)))
+            return tuple(sorted(side)), lasting_s
+        case Kind.BAD_NETWORK:
+            return rng.choice((0.05, 0.2, 0.5)), 0.1, rng.choice((0.05, 0.3)), long_s
+        case Kind.RESET | Kind.ADD | Kind.REMOVE:
+            return (other,)
+        case Kind.TRANSFER:
+            return ()

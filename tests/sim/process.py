@@ -1,0 +1,280 @@
+"""One process of a daemon: the real node, with a checker that looks over its shoulder.
+
+The node's classes are the product's own; the subclasses here only watch, and stand still while
+the process is stopped by a signal.
+"""
+
+import math
+import random
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import trio
+
+import ollamad.raft.node as node_module
+from ollamad.core.ids import NodeId
+from ollamad.machine import Machine
+from ollamad.raft import Links, RaftError, RaftNode
+from ollamad.raft.journal import Blob, Journal, Snapshot, Stored
+from ollamad.raft.private import LEADER
+from ollamad.wire.raftwire import Ack, MalformedMessage, Vote, VoteRequest, decode
+from tests.sim.checks import Checker, Log
+from tests.sim.disk import DiskHandle, LivingStored
+from tests.sim.world import World
+
+if TYPE_CHECKING:
+    from tests.sim.cluster import Cluster, Host
+
+T = TypeVar("T")
+
+
+STEP_S = 1e-5  # what a step takes at least: without it, time could stand still
+
+
+class WatchedJournal(Journal):
+    """A journal that tells the checker what becomes of its log."""
+
+    def __init__(self, stored: Stored) -> None:
+        assert isinstance(stored, LivingStored)
+        assert stored.life is not None
+        self.life = stored.life
+        self.checker = stored.life.checker
+        self.log = stored.life.log
+        self.checker.log_opened(self.log, stored.entries)
+        super().__init__(stored)
+
+    def add(self, command: bytes, idx: int, term: int) -> None:
+        super().add(command, idx, term)
+        self.checker.appended(self.log, (command, idx, term))
+
+    def deleteEntriesFrom(self, entryFrom: int) -> None:
+        if entryFrom < len(self._entries):
+            self.checker.cut(self.log, self._entries[entryFrom][1])
+        super().deleteEntriesFrom(entryFrom)
+
+    def deleteEntriesTo(self, entryTo: int) -> None:
+        super().deleteEntriesTo(entryTo)
+        if entryTo > 0:
+            applied = self.life.node.applied_index
+            self.checker.compacted(self.log, self._entries[0][1], applied)
+
+    def compact(self, state: bytes, applied: int) -> None:
+        self.checker.snapshot(self.log, applied, state)
+        self.life.count("snapshots made")
+        super().compact(state, applied)
+
+    def clear(self) -> None:
+        super().clear()
+        self.log.hashes = []
+
+    def install(self, blob: Blob, snapshot: Snapshot) -> None:
+        before = Log(self.log.host, self.log.first, self.log.hashes)
+        super().install(blob, snapshot)
+        self.checker.installed(self.log, before, snapshot.index)
+        self.checker.snapshot(self.log, snapshot.index, snapshot.state)
+        self.life.count("snapshots installed")
+        self.life.note("installs a snapshot", snapshot.index)
+
+
+class WatchedNode(RaftNode):
+    """A node that is looked at after each of its steps."""
+
+    def __init__(self, life: "Life", *args: Any, **kwargs: Any) -> None:
+        self.life = life
+        super().__init__(*args, **kwargs)
+
+    def receive(self, sender: NodeId, frame: bytes) -> None:
+        life = self.life
+        if life.world.trace:
+            life.note(f"  from {sender}", decode(frame))
+        try:
+            super().receive(sender, frame)
+        except MalformedMessage as error:
+            if not life.is_dead:
+                life.checker.violated("messages make sense", f"{life.host.id}: {error}")
+        self.observe()
+
+    def _tick(self) -> float:
+        if self.life.is_still:
+            return math.inf
+        idle_s = super()._tick()
+        self.observe()
+        return max(idle_s / self.life.host.clock.rate, STEP_S)
+
+    def apply(self, command: bytes, index: int) -> object:
+        life = self.life
+        outcome = super().apply(command, index)
+        if not life.is_dead:
+            assert isinstance(outcome, bytes), outcome
+            life.checker.applies(life.log, index, command, outcome)
+        return outcome
+
+    def observe(self) -> None:
+        life, core = self.life, self._core
+        if life.is_dead:
+            return  # what it decides now nobody will know
+        log, term, commit = life.log, core.term(), core.commit_index()
+        leads = core.state() == LEADER
+        if term != log.term:
+            life.note("enters term", term)
+        if leads and log.led_term != term:
+            life.note("LEADS term", term, log.first, log.last)
+            life.count("leaders")
+        if commit != log.commit:
+            life.note("commits", log.commit + 1, commit)
+        life.checker.observe(log, term, commit, core.applied_index(), leads)
+
+
+node_module.Journal = WatchedJournal  # type: ignore[misc]
+
+
+class Clock:
+    """A host's clock, which may be fast or slow."""
+
+    def __init__(self, world: World, offset_s: float) -> None:
+        self._world = world
+        self._since = world.now
+        self._then = world.now + offset_s
+        self.rate = 1.0
+
+    def __call__(self) -> float:
+        return self._then + (self._world.now - self._since) * self.rate
+
+    def set_rate(self, rate: float) -> None:
+        self._then, self._since = self(), self._world.now
+        self.rate = rate
+
+
+class Gone(Exception):
+    """The process died before it answered."""
+
+
+class Life:
+    """One process: from a start to a crash, a failure or a stop in good order."""
+
+    def __init__(self, host: "Host", cluster: "Cluster") -> None:
+        self.host = host
+        self.cluster = cluster
+        self.world = cluster.world
+        self.checker: Checker = cluster.checker
+        self.log = Log(host.id)
+        self.machine = Machine()
+        self.disk = DiskHandle(host.disk, self)
+        self.scope = trio.CancelScope()
+        self.is_dead = False
+        self.is_running = False
+        self.frames_to_death: int | None = None
+        self.told: set[NodeId] = set()  # the peers that it believes to be connected
+        self.links: Links | None = None
+        self.nursery: trio.Nursery | None = None
+        self._calls: set[trio.CancelScope] = set()
+        self.node = WatchedNode(
+            self,
+            host.id,
+            self.disk,
+            self.machine,
+            self.send,
+            clock=host.clock,
+            rng=random.Random(host.rng.getrandbits(64)),
+        )
+
+    @property
+    def is_still(self) -> bool:
+        """Whether nothing in this process moves: it is dead or stopped by a signal."""
+        return self.is_dead or self.host.pauses > 0
+
+    def note(self, what: str, *details: object) -> None:
+        self.world.note(self.host.id, what, *details)
+
+    def count(self, what: str) -> None:
+        self.cluster.counts[what] += 1
+
+    def send(self, to: NodeId, frame: bytes) -> None:
+        """What the node sends; checked for what it promises."""
+        if self.is_still:
+            return
+        if self.world.trace:
+            self.note(f"  to {to}", decode(frame))
+        if frame[1:5] in _PROMISES:
+            self._check_promise(to, frame)
+        if self.links is not None:
+            self.links.send(to, frame)
+        else:
+            self.cluster.network.send(self.host.id, to, frame)
+        if self.frames_to_death is not None:
+            self.frames_to_death -= 1
+            if self.frames_to_death <= 0:
+                self.crash("at a send")
+
+    def _check_promise(self, to: NodeId, frame: bytes) -> None:
+        host, disk, checker = self.host, self.host.disk, self.checker
+        match decode(frame):
+            case Ack(term, next_index, success, _):
+                # Once a later term is on disk, the entries may be gone again rightly.
+                kept = disk.last >= next_index - 1 or not success
+                kept = disk.meta.term > term or (disk.meta.term == term and kept)
+            case Vote(term):
+                checker.voted(host.id, term, to)
+                kept = disk.meta.term > term or (disk.meta.term, disk.meta.voted_for) == (term, to)
+            case VoteRequest(term):
+                checker.voted(host.id, term, host.id)
+                kept = disk.meta.term >= term
+            case _:
+                return
+        checker.told_term(host.id, term)
+        if not kept:
+            checker.violated("promises are durable", f"{host.id} says {decode(frame)} too early")
+
+    def wake(self, what: Callable[..., object], *args: object) -> None:
+        """Do that now, or when the process goes on after its pause."""
+        if self.is_dead:
+            return
+        if self.host.pauses:
+            self.host.inbox.append((self, what, args))
+        else:
+            what(*args)
+
+    async def call(self, what: Callable[..., Awaitable[T]], *args: object) -> T:
+        """Run a client's request inside this process.
+
+        Raises:
+          Gone: the process died before the client had its answer.
+        """
+        if not self.is_running or self.is_dead:
+            raise Gone
+        error: Exception | None = None
+        result: T
+        with trio.CancelScope() as scope:
+            self._calls.add(scope)
+            try:
+                result = await what(*args)
+            except RaftError as refusal:
+                error = refusal
+            while self.host.pauses and not self.is_dead:
+                await self.host.resumed.wait()
+            self._calls.discard(scope)
+            if not self.is_dead:
+                if error is not None:
+                    raise error
+                return result
+        raise Gone
+
+    def crash(self, why: str) -> None:
+        """The process dies at once; what it had not synced is lost."""
+        if self.is_dead:
+            return
+        self.count(f"crash {why}")
+        self.end(f"CRASHES {why}")
+        self.disk.process_died()
+        self.scope.cancel()
+
+    def end(self, what: str) -> None:
+        """From here on nothing that it does is seen."""
+        self.is_dead = True
+        self.note(what)
+        for scope in self._calls:
+            scope.cancel()
+        self.cluster.process_ended(self)
+
+
+_PROMISES = {b"\xa3ack", b"\xa4vot", b"\xa5vot"}
