@@ -122,6 +122,7 @@ class Cluster:
         self.node_id = identity.node_id
         self.mesh = mesh
         self.changes = Changes()
+        self.is_caught_up = False
         self.departed = trio.Event()  # set when this node is no member any more
         # Copies what only that node holds to others; set by who looks after the models.
         self.hand_over: Callable[[NodeId], Awaitable[None]] = _nothing_to_hand_over
@@ -193,6 +194,15 @@ class Cluster:
     def consensus(self) -> Consensus:
         raft = self._raft
         return Consensus(raft.commit_index, raft.applied_index, raft.silence_s)
+
+    async def catch_up(self, timeout_s: float) -> None:
+        """After a start: learn what happened meanwhile, or give that up for want of a quorum.
+
+        What this node knew when it ended may hold sessions that were ended since.
+        """
+        with suppress(ServiceError):
+            await self.read_barrier(timeout_s)
+        self.is_caught_up = True
 
     async def read_barrier(self, timeout_s: float) -> None:
         """Wait until `state` includes all that any node acknowledged before this call.

@@ -22,7 +22,7 @@ from ollamad.api.dialects import error_body_for
 from ollamad.api.errors import as_service_error
 from ollamad.api.metrics import RequestStats
 from ollamad.api.origins import Origins, preflight_headers
-from ollamad.api.services import ServiceError, Services
+from ollamad.api.services import ServiceError, Services, Unavailable
 from ollamad.core.state import Role
 
 BASE = "/api/v1"
@@ -159,6 +159,12 @@ def _view(api: Api, route: Route) -> View:
     async def view(request: Request, **arguments: str) -> Reply | None:
         caller = None
         if route.role is not None:
+            if not api.services.cluster.is_caught_up:
+                raise Unavailable(
+                    "this node has just started and asks the others what it missed; try again",
+                    code="NOT_READY",
+                    retry_after_s=1,
+                )
             peer = (request.scope.get("client") or ("", 0))[0]
             caller = _authorize(api.auth.identify(request.headers, peer), route.role)
         call = Call(api, request, caller)

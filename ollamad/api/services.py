@@ -104,6 +104,11 @@ class Cluster(Protocol):
     def presence(self, node_id: NodeId) -> Presence: ...
     def consensus(self) -> Consensus: ...
 
+    @property
+    def is_caught_up(self) -> bool:
+        """Whether `state` is fit to judge by: not what the node knew when it was stopped."""
+        ...
+
     async def read_barrier(self, timeout_s: float) -> None:
         """Wait until `state` includes all that any node acknowledged before this call.
 

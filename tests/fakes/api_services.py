@@ -121,6 +121,7 @@ class FakeCluster:
         self.removed: list[NodeId] = []
         self.leader_id: NodeId | None = NODE_1
         self.silence_s = 0.042
+        self.is_caught_up = True
         self.barriers = 0
         self.on_barrier: Callable[[], None] = lambda: None
         admin = User("admin", PASSWORD_HASH, "admin", NOW)

@@ -130,6 +130,7 @@ def listens(first: Path, **settings: str) -> dict[str, str]:
         "API_LISTEN": f"127.0.0.1:{api}",
         "P2P_LISTEN": f"127.0.0.1:{p2p}",
         "RAFT_BIND_ADDR": f"127.0.0.1:{raft}",
+        "OLLAMAD_API__OLLAMA_LISTEN": "off",
         "OLLAMAD_DATA_DIR": str(first / "data"),
     } | settings
 

@@ -80,6 +80,17 @@ async def test_without_a_quorum_an_unknown_name_is_told_at_once() -> None:
     assert (await client.call("GET", "/models/new")).status == 404
 
 
+async def test_until_it_has_caught_up_a_node_that_starts_judges_nobody() -> None:
+    client = ApiClient()
+    client.world.cluster.is_caught_up = False  # its old state may hold ended sessions
+    for path, body in (("/nodes", None), ("/generate", {"model": "x", "prompt": "y"})):
+        answer = await client.call("POST" if body else "GET", path, body)
+        assert (answer.status, answer.code) == (503, "NOT_READY")
+        assert answer.headers["retry-after"] == "1"
+    assert (await client.call("GET", "/health")).status == 200
+    assert (await client.call("GET", "/version")).status == 200
+
+
 async def test_the_consensus_route_tells_place_and_hash() -> None:
     client = ApiClient(role="viewer")
     cluster = client.world.cluster
