@@ -8,6 +8,15 @@ from ollamad.core.commands import APPLIED, Applied, Outcome, Proposal, Rejected,
 from ollamad.core.state import ClusterState
 from ollamad.wire.codec import MalformedMessage, decode, encode
 
+# Raise it when an older version would read a state and understand something else. A new field
+# needs a default for older states, and is refused by older versions by itself.
+STATE_FORMAT = 1
+FIELDS_OF_EVERY_STATE = {  # those of the first version
+    *("cluster_id", "ca", "jwt_key", "settings", "members", "departed"),
+    *("models", "users", "join_tokens", "revoked", "recent"),
+}
+_FORMAT_1 = msgspec.Raw(encode(1))  # of states that do not say
+
 
 class _OutcomeMessage(msgspec.Struct, frozen=True, array_like=True):
     code: str
@@ -33,14 +42,27 @@ class Machine:
         return encode_outcome(outcome)
 
     def snapshot(self) -> bytes:
-        return encode(self.state)
+        # The format stands beside the fields, where versions without one do not look.
+        return encode({"format": STATE_FORMAT, **msgspec.structs.asdict(self.state)})
 
     def restore(self, data: bytes) -> None:
         """Replace the state by a snapshot.
 
         Raises:
-          MalformedMessage: it is not a snapshot that this version understands.
+          MalformedMessage: it is not a whole state, or one of a newer version; nothing changed.
         """
+        fields = decode(data, dict[str, msgspec.Raw])
+        format_ = decode(fields.pop("format", _FORMAT_1), int)
+        unknown = fields.keys() - set(ClusterState.__struct_fields__)
+        if format_ > STATE_FORMAT or unknown:
+            # To drop what this version does not know would make this node differ from the others.
+            what = f"format {format_}" + (f" with {', '.join(sorted(unknown))}" if unknown else "")
+            raise MalformedMessage(
+                f"the state has {what}; this version reads up to format {STATE_FORMAT}; "
+                "start the newer version that wrote it"
+            )
+        if missing := FIELDS_OF_EVERY_STATE - fields.keys():
+            raise MalformedMessage(f"not a whole state, it lacks {', '.join(sorted(missing))}")
         self.state = decode(data, ClusterState)
         self.on_change()
 

@@ -185,7 +185,7 @@ class Fence:
             case PreVote():
                 self._on_pre_vote(sender, message)
             case TakeOver(term):
-                if term == core.term() and self._is_voter():
+                if term == core.term() and self._may_lead():
                     core.deliver(sender, {"type": "timeout_now", "term": term})
             case Forward(request_id, command):
                 core.deliver(
@@ -264,10 +264,12 @@ class Fence:
         if blob is not None:
             try:
                 snapshot = unpack_snapshot(blob)
-            except JournalFailed as error:
+                is_news = snapshot.index > core.commit_index()
+                if is_news:
+                    self._machine.restore(snapshot.state)
+            except (JournalFailed, ValueError) as error:
                 raise MalformedMessage(f"snapshot: {error}") from None
-            if snapshot.index > core.commit_index():
-                self._machine.restore(snapshot.state)
+            if is_news:
                 core.install(blob, snapshot)
                 logger.info("took over the leader's snapshot at entry %d", snapshot.index)
             success, next_index = True, snapshot.index + 1
@@ -338,7 +340,7 @@ class Fence:
         now = core.clock()
         if core.state() == LEADER or now < core.election_deadline():
             return
-        if not self._is_voter():
+        if not self._may_lead():
             core.lose_leader()
         elif not core.has_other_voters() or core.transfer_in_progress():
             core.call_election()
@@ -434,6 +436,10 @@ class Fence:
             return False
         alive = core.clock() - core.last_heard(node_id) < self._timing.election_max_s
         return alive and core.match_index(node_id) + CATCH_UP_ENTRIES >= core.last_index()
+
+    def _may_lead(self) -> bool:
+        # With a full disk it would commit nothing: a leader counts no entry that its disk lacks.
+        return self._is_voter() and not self._journal.disk_full
 
     def _is_voter(self) -> bool:
         return self._self_id in self._journal.voters

@@ -149,6 +149,7 @@ class Journal(StockJournal):  # type: ignore[misc]
         self.generation = 0
         self.durable_generation = 0
         self.term_generation = 0  # the generation that holds the current term and vote
+        self.disk_full = False  # nothing becomes durable until there is space again
         self._durable_index = stored.entries[-1][1] if stored.entries else 0
         self._in_flight: tuple[int, int] | None = None  # generation, last index
         self._base_voters: frozenset[NodeId] | None = None

@@ -20,14 +20,16 @@ from ollamad.raft.errors import (
     ApplyFailed,
     ChangeRefused,
     CommandTooLarge,
+    DiskFull,
+    JournalFailed,
     NodeFailed,
     NoQuorum,
     OutcomeUnknown,
     RaftError,
 )
 from ollamad.raft.fence import Fence
-from ollamad.raft.journal import COMPACTION_TAIL, Journal, Store, unpack_snapshot
-from ollamad.raft.private import LEADER, Core, Timing
+from ollamad.raft.journal import COMPACTION_TAIL, Batch, Journal, Store, unpack_snapshot
+from ollamad.raft.private import FOLLOWER, LEADER, Core, Timing
 from ollamad.raft.reads import NOT_NOW, Reads
 from ollamad.raft.recovery import LogEnd
 from ollamad.raft.transport import FencedTransport
@@ -55,6 +57,7 @@ COMPACT_BYTES = 16 << 20  # or that many bytes of them
 MIN_COMPACT_ENTRIES = 64  # but never fewer entries than that, however large
 RETRY_MIN_S = 0.01  # pause between two attempts of a proposal, at random up to
 RETRY_MAX_S = 0.05
+FULL_DISK_RETRY_S = 1.0  # soon enough for whoever frees space, and no load on a full disk
 SHUTDOWN_S = 5.0  # for the last write and the closing of the journal
 TIMER_GRAIN_S = 0.001  # the library's heartbeat is due only after its time
 
@@ -78,7 +81,11 @@ class StateMachine(Protocol):
         """The whole state."""
 
     def restore(self, data: bytes) -> None:
-        """Replace the whole state by that of a `snapshot`."""
+        """Replace the whole state by that of a `snapshot`.
+
+        Raises:
+          ValueError: it is not one that this version understands; nothing has changed.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +147,7 @@ class RaftNode:
         self._failure: NodeFailed | None = None
         self._wake = trio.Event()  # for the tick loop
         self._dirty = trio.Event()  # for the sync loop
+        self._unwritten: Batch | None = None  # taken from the journal, not durable yet
         self._changed = trio.Event()  # replaced at each change of the status
         self._progress = trio.Event()  # replaced whenever more entries are applied
         self._progressed_to = 0
@@ -168,7 +176,10 @@ class RaftNode:
         self._is_open = True
         if journal.snapshot_blob is not None:
             snapshot = unpack_snapshot(journal.snapshot_blob)
-            self._machine.restore(snapshot.state)
+            try:
+                self._machine.restore(snapshot.state)
+            except ValueError as error:
+                raise JournalFailed(f"the snapshot of the journal: {error}") from None
             core.start_from(snapshot.index)
         core.apply_committed()
         self._notice()
@@ -212,7 +223,7 @@ class RaftNode:
         finally:
             with trio.move_on_after(SHUTDOWN_S, shield=True):
                 if self._failure is None and self._is_open and self._journal.voters:
-                    await self._store.commit(self._journal.last_words())
+                    await self._write_last_words()
                 await self._store.aclose()
 
     # The network's side.
@@ -321,6 +332,11 @@ class RaftNode:
         """How far this node's log goes, committed or not."""
         _, index, term = self._journal[-1]
         return LogEnd(term, index)
+
+    @property
+    def disk_full(self) -> bool:
+        """Whether this node cannot write its journal, and so neither votes nor leads."""
+        return self._is_open and self._journal.disk_full
 
     @property
     def applied_index(self) -> int:
@@ -538,16 +554,59 @@ class RaftNode:
             await self._dirty.wait()
             self._dirty = trio.Event()
             while (batch := self._journal.take()) is not None:
+                self._unwritten = batch
                 try:
-                    # A batch that was taken and not written would leave a hole in the log.
-                    with trio.CancelScope(shield=True):
-                        await self._store.commit(batch)
+                    await self._write(batch)
                 except NodeFailed as error:
                     self._fail(error)
                     return
+                self._unwritten = None
                 self._journal.synced()
                 self._transport.release()
                 self._wake.set()
+
+    async def _write(self, batch: Batch) -> None:
+        """Make a batch durable, however long there is no space for it."""
+        began = self._clock()
+        while True:
+            try:
+                # A batch that was taken and not written would leave a hole in the log.
+                with trio.CancelScope(shield=True):
+                    await self._store.commit(batch)
+            except DiskFull as error:
+                if not self.disk_full:
+                    self._stand_aside(error)
+                await trio.sleep(FULL_DISK_RETRY_S)
+            else:
+                break
+        if self.disk_full:
+            self._journal.disk_full = False
+            logger.warning(
+                "there is space for the journal again, after %.0f s", self._clock() - began
+            )
+
+    def _stand_aside(self, error: DiskFull) -> None:
+        """Lead no more, and promise nothing, until the disk has space."""
+        logger.error(
+            "%s: this node follows, but neither votes nor leads nor counts for a majority until "
+            "there is; free some, it need not be restarted",
+            error,
+        )
+        self._journal.disk_full = True
+        self._transport.forget_held()
+        if self._core.state() != FOLLOWER:
+            self._core.step_down(self._core.term())
+        self._notice()
+        self._wake.set()
+
+    async def _write_last_words(self) -> None:
+        """Keep what was decided, in order, if the disk has space for it."""
+        try:
+            if self._unwritten is not None:
+                await self._store.commit(self._unwritten)
+            await self._store.commit(self._journal.last_words())
+        except DiskFull as error:
+            logger.warning("%s: what nobody was promised is not kept", error)
 
     def _tick(self) -> float:
         """Let the library do what is due; returns seconds until something else is."""

@@ -74,7 +74,7 @@ class FencedTransport(Transport):  # type: ignore[misc]
         """Send as soon as that generation of the journal is durable."""
         if generation <= self._journal.durable_generation:
             self._send(to, message)
-        else:
+        elif not self._journal.disk_full:  # else it is lost: nobody knows for how long to hold it
             self._held.append((generation, to, message))
 
     def release(self) -> None:
@@ -82,6 +82,10 @@ class FencedTransport(Transport):  # type: ignore[misc]
         held, self._held = self._held, []
         for generation, to, message in held:
             self.emit(to, message, generation)
+
+    def forget_held(self) -> None:
+        """Drop what waits for a sync that will not come soon; Raft asks again."""
+        self._held = []
 
     def _to_ack(self, message: dict[str, Any]) -> Ack:
         next_index = message["next_node_idx"]
