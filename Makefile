@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint types unit system bench build lock format clean help
+.PHONY: demo test lint types unit system faults bench fuzz build lock format clean help
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,8 +29,15 @@ unit: $(STAMP) ## without real daemons
 system: $(STAMP) ## real daemons, the real model
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile tests/system
 
+faults: $(STAMP) ## nodes killed, paused, cut off and restarted under load (SECONDS=120 each)
+	OLLAMAD_FAULT_SECONDS=$(or $(SECONDS),120) $(BIN)/pytest -q -rP tests/system/test_consensus_*.py
+
 bench: $(STAMP) ## measure; prints ratios of things measured in the same run
 	@$(BIN)/python -m tests.bench
+
+fuzz: $(STAMP) ## what reads other hosts' bytes, with atheris (SECONDS=60 for each target)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet 'atheris>=3,<4'
+	@nice $(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60)
 
 build: $(STAMP) ## the wheel, in dist/
 	rm -rf dist

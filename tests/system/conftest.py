@@ -1,12 +1,15 @@
 """Fixtures of the system tests: clusters of real daemons, shared where isolation allows."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system.harness import Cluster
+from tests.system import write_load
+from tests.system.harness import LONG_FAULTS, Cluster
+from tests.system.namespaces import Network, NotPermitted
 
 _numbers = itertools.count(1)
 _clusters: list[Cluster] = []
@@ -52,6 +55,33 @@ def trio_of_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
         cluster.found()
         cluster.grow(2)
         yield cluster
+
+
+@pytest.fixture(scope="module", params=[3, 5])
+def voters(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """Three nodes, then five, that a write load fits; a test leaves all of them running."""
+    for cluster in open_cluster(tmp_path_factory, **write_load.ENVIRONMENT):
+        cluster.found()
+        cluster.grow(request.param - 1)
+        yield cluster
+
+
+@pytest.fixture(scope="module", params=[3, 5] if LONG_FAULTS in os.environ else [5])
+def far_voters(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """Like `voters`, each on a host of a network of its own; a test heals its links."""
+    try:
+        with Network() as network:
+            for cluster in open_cluster(tmp_path_factory, **write_load.ENVIRONMENT):
+                cluster.network = network
+                cluster.found()
+                cluster.grow(request.param - 1)
+                yield cluster
+    except NotPermitted as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(autouse=True)

@@ -17,21 +17,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import httpx
 import psutil
 
 START_TIMEOUT_S = 60.0  # a loaded machine; a warm start takes about a second
 STOP_TIMEOUT_S = 20.0
+SETTLE_S = 60.0  # a node that was away catches up, on a busy machine
 WAIT_S = 30.0  # for what usually takes a second or two
 ANSWER_TIMEOUT_S = 120.0  # a generation on a machine that is busy with other tests
 # Below the range that the system takes ports for outgoing connections from, so that a node that
 # is started again finds its ports free.
 PORTS = range(12000, 32000)
 DAEMON = (sys.executable, "-m", "ollamad")
+LONG_FAULTS = "OLLAMAD_FAULT_SECONDS"  # the variable that `make faults` sets
+FAULT_S = 15.0  # without it: several rounds of any fault
 LOG_LINES = 60  # of each node, shown when a test fails
 
 T = TypeVar("T")
@@ -90,17 +94,18 @@ def free_ports(count: int) -> list[int]:
 
 
 class ReadySocket:
-    """What systemd is to a service: hears `READY=1` on a datagram socket without a file."""
+    """What systemd is to a service: hears `READY=1` on a datagram socket.
 
-    def __init__(self) -> None:
+    It has a file: names without one are seen in their own network namespace only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(f"\0ollamad-test-{os.getpid()}-{random.getrandbits(64):x}")
+        self._socket.bind(str(path))
         self._socket.setblocking(False)
+        self.address = str(path)
         self.heard: list[str] = []
-
-    @property
-    def address(self) -> str:
-        return "@" + self._socket.getsockname()[1:].decode()
 
     def listen(self) -> list[str]:
         """All messages so far."""
@@ -113,13 +118,41 @@ class ReadySocket:
         self._socket.close()
 
 
+class Host(Protocol):
+    """Where a daemon runs: an address, and what is put before its command line to get there."""
+
+    @property
+    def address(self) -> str: ...
+    @property
+    def command(self) -> Sequence[str]: ...
+
+
+@dataclass(frozen=True)
+class Loopback:
+    """This machine."""
+
+    address: str = "127.0.0.1"
+    command: Sequence[str] = ()
+
+
+class Network(Protocol):
+    """Makes hosts."""
+
+    def add(self, name: str) -> Host: ...
+
+
 class Node:
     """One daemon, also while it does not run. Requests carry the admin token of its directory."""
 
     def __init__(
-        self, directory: Path, name: str, environment: Mapping[str, str] | None = None
+        self,
+        directory: Path,
+        name: str,
+        environment: Mapping[str, str] | None = None,
+        host: Host | None = None,
     ) -> None:
         self.name = name
+        self.host = host or Loopback()
         self.directory = directory
         self.directory.mkdir(parents=True)
         self.data_dir = directory / "data"
@@ -158,20 +191,19 @@ class Node:
         assert self.process is None or self.process.poll() is not None, "it runs already"
         if self._ready is not None:
             self._ready.close()
-        self._ready = ReadySocket()
+        self._ready = ReadySocket(self.directory / "ready")
         environment = clean_environment(self.directory) | {
-            "API_LISTEN": f"127.0.0.1:{self.api_port}",
-            "P2P_LISTEN": f"/ip4/127.0.0.1/tcp/{self.p2p_port}",
-            "RAFT_BIND_ADDR": f"127.0.0.1:{self.raft_port}",
+            "API_LISTEN": self.address,
+            "P2P_LISTEN": f"/ip4/{self.host.address}/tcp/{self.p2p_port}",
+            "RAFT_BIND_ADDR": f"{self.host.address}:{self.raft_port}",
             "NODE_ID": self.name,
             "NOTIFY_SOCKET": self._ready.address,
         }
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
                 [
-                    sys.executable,
-                    "-m",
-                    "ollamad",
+                    *self.host.command,
+                    *DAEMON,
                     "start",
                     "--data-dir",
                     str(self.data_dir),
@@ -306,7 +338,7 @@ class Node:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.api_port}"
+        return f"{self.host.address}:{self.api_port}"
 
     @property
     def url(self) -> str:
@@ -314,7 +346,7 @@ class Node:
 
     @property
     def p2p(self) -> str:
-        return f"127.0.0.1:{self.p2p_port}"
+        return f"{self.host.address}:{self.p2p_port}"
 
     def admin_token(self) -> str:
         return (self.data_dir / "cli-token").read_text().strip()
@@ -407,6 +439,7 @@ class Cluster:
     def __init__(self, directory: Path, environment: Mapping[str, str] | None = None) -> None:
         self.directory = directory
         self.environment = dict(environment or {})
+        self.network: Network | None = None  # gives each node a host; without, all run here
         self.nodes: list[Node] = []
         self._numbers = itertools.count(1)
 
@@ -427,10 +460,12 @@ class Cluster:
     def new_node(self, environment: Mapping[str, str] | None = None) -> Node:
         """A node that is not started yet."""
         number = next(self._numbers)
+        name = f"node-{number}"
         node = Node(
             self.directory / f"n{number}",
-            f"node-{number}",
+            name,
             self.environment | dict(environment or {}),
+            self.network.add(name) if self.network else None,
         )
         self.nodes.append(node)
         return node
@@ -485,17 +520,36 @@ class Cluster:
 
         wait_until(f"{len(nodes)} nodes form one cluster", whole, timeout_s)
 
-    def leader(self, timeout_s: float = WAIT_S) -> Node:
-        """The node that a majority of the running ones follows."""
+    def leader(self, among: Sequence[Node] | None = None, timeout_s: float = WAIT_S) -> Node:
+        """The node that all of those (the running ones) follow."""
+        asked = self.running if among is None else among
 
         def leader() -> Node | None:
-            views = [node.get("/cluster/status")["leader"] for node in self.running]
+            views = [node.get("/cluster/status")["leader"] for node in asked]
             [*names] = {view for view in views if view}
             if len(names) != 1:
                 return None
             return next((n for n in self.running if n.id == names[0]), None)
 
         return wait_until("the nodes agree on a leader", leader, timeout_s)
+
+    def settled(self, timeout_s: float = SETTLE_S) -> str:
+        """Wait until all running nodes have applied the same entries; the hash of their state.
+
+        Raises:
+          AssertionError: two nodes have applied the same entries and differ, or not in time.
+        """
+
+        def settled() -> str | None:
+            views = {node.name: node.get("/cluster/consensus") for node in self.running}
+            hashes: dict[int, set[str]] = {}
+            for view in views.values():
+                hashes.setdefault(view["applied_index"], set()).add(view["state_hash"])
+            assert all(len(each) == 1 for each in hashes.values()), f"they differ: {views}"
+            [*known] = hashes.values()
+            return known[0].pop() if len(known) == 1 else None
+
+        return wait_until("all nodes have applied the same", settled, timeout_s)
 
     def followers(self) -> list[Node]:
         leader = self.leader()
@@ -510,6 +564,11 @@ class Cluster:
             lambda: sorted(asked.get(f"/models/{model}")["model"]["replicas"]) == wanted,
             timeout_s,
         )
+
+
+def fault_seconds() -> float:
+    """How long tests that break something in a loop go on."""
+    return float(os.environ.get(LONG_FAULTS, FAULT_S))
 
 
 def ok(response: httpx.Response) -> Any:
