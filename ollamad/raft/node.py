@@ -467,7 +467,8 @@ class RaftNode:
         """
         with trio.move_on_after(timeout_s):
             while self.is_leader:
-                self._core.transferLeadership()
+                self._core.begin_hand_over()
+                self._wake.set()
                 with trio.move_on_after(self._timing.election_min_s):
                     await self._changed.wait()
         if self.is_leader:
@@ -601,6 +602,8 @@ class RaftNode:
 
     async def _write_last_words(self) -> None:
         """Keep what was decided, in order, if the disk has space for it."""
+        # What still arrives would get into the batch while it is being written.
+        self._failure = NodeFailed("this node was stopped")
         try:
             if self._unwritten is not None:
                 await self._store.commit(self._unwritten)
@@ -627,7 +630,8 @@ class RaftNode:
                 self._announce()
             if fence.should_transfer:
                 fence.should_transfer = False
-                core.transferLeadership()
+                core.begin_hand_over()
+            core.hand_over_if_due()
         elif core.election_deadline() <= self._clock():
             core.postpone_election()  # it could not start one: nobody is connected
         self._compact()

@@ -609,6 +609,22 @@ async def test_two_nodes_shrink_to_one(autojump_clock: MockClock, found: Found) 
         await leader.raft.remove_voter(leader.id, 5)
 
 
+async def test_what_arrives_during_the_last_write_is_not_half_written(
+    autojump_clock: MockClock, found: Found
+) -> None:
+    c = await found()
+    leader = await c.leader()
+    stopping, other = others(leader)
+    c[stopping].disk.sync_s = 3.0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(c.stop, stopping)
+        await trio.sleep(0.1)
+        await leader.raft.transfer_leadership(5)
+        await c.leader(other + leader.id)
+    disk = c[stopping].disk
+    assert disk.entries[max(disk.entries)][2] <= disk.meta.term
+
+
 async def test_of_two_removals_at_once_one_leaves_a_voter(
     autojump_clock: MockClock, found: Found
 ) -> None:
