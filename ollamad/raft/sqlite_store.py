@@ -15,16 +15,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-import trio
 
 from ollamad.core.ids import NodeId
 from ollamad.raft.errors import DiskFull, JournalFailed
 from ollamad.raft.journal import Batch, Blob, LogEntry, Stored
 from ollamad.raft.wal import read_wal
 from ollamad.raft.witness import ID_SIZE, Testimony, Witness
+from ollamad.raft.worker import Worker
 
 FORMAT = 2  # PRAGMA user_version; raise it when an older daemon could not read the tables
-CHECKPOINT_PAGES = 4000  # 16 MB of WAL: a checkpoint syncs twice more, so not too often
+CHECKPOINT_PAGES = 1000  # of WAL: a checkpoint syncs twice more, so not too often
+WAL_SIZE = 4 << 20  # bytes that it has from the start: as many pages, with their headers
 SQLITE_MAGIC = b"SQLite format 3\0"  # at the start of page 1
 USER_VERSION = slice(60, 64)  # of page 1, big-endian
 
@@ -101,18 +102,18 @@ class SqliteStore:
         self._connection: sqlite3.Connection | None = None
         self._witness: Witness | None = None
         self._head = _Head(b"")
-        self._limiter = trio.CapacityLimiter(1)  # one writer, and none of the shared threads
+        self._worker = Worker()
 
     async def load(self) -> Stored:
-        return await trio.to_thread.run_sync(self._load, limiter=self._limiter)
+        return await self._worker.run(self._load)
 
     async def commit(self, batch: Batch) -> None:
-        await trio.to_thread.run_sync(self._commit, batch, limiter=self._limiter)
+        await self._worker.run(lambda: self._commit(batch))
 
     async def aclose(self) -> None:
         if self._witness is not None:
-            with trio.CancelScope(shield=True):  # bounded: one checkpoint of a bounded WAL
-                await trio.to_thread.run_sync(self._close, limiter=self._limiter)
+            await self._worker.run(self._close)  # bounded: one checkpoint of a bounded WAL
+        self._worker.close()
 
     def _close(self) -> None:
         connection, self._connection = self._connection, None
@@ -173,6 +174,7 @@ class SqliteStore:
             self._bring_up_to_date(connection)
         witness.write(Testimony(head.journal_id, head.sequence))
         witness.sync()
+        self._extend_wal(connection)
         return stored
 
     def _examine(self) -> int:
@@ -305,6 +307,27 @@ class SqliteStore:
         connection.execute("COMMIT")
 
     # Writing.
+
+    def _extend_wal(self, connection: sqlite3.Connection) -> None:
+        """Give the write-ahead log its full length, of zeros, which end it for whoever reads it.
+
+        SQLite writes over it from the start after each checkpoint. A sync after which the file is
+        longer must also write the file system's own journal, and takes twice as long.
+        """
+        try:
+            connection.execute("UPDATE head SET id = id")  # else it has no header yet
+            with open(_beside(self._path, "-wal"), "r+b") as wal:
+                missing = WAL_SIZE - wal.seek(0, os.SEEK_END)
+                if missing > 0:
+                    wal.write(bytes(missing))
+                    wal.flush()
+                    os.fsync(wal.fileno())
+        except sqlite3.Error as error:
+            if not (self._is_full(error) and _rolled_back(connection)):
+                raise
+        except OSError as error:
+            if not _means_full(error):  # it will do without
+                raise
 
     def _commit(self, batch: Batch) -> None:
         connection, witness = self._connection, self._witness

@@ -10,6 +10,7 @@ import random
 import signal
 import sqlite3
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -19,9 +20,10 @@ import pytest
 import trio
 
 from ollamad.core.ids import NodeId
+from ollamad.raft import sqlite_store
 from ollamad.raft.errors import JournalFailed
 from ollamad.raft.journal import Batch, Journal, Snapshot, pack_snapshot
-from ollamad.raft.sqlite_store import JOIN_AGAIN, SqliteStore
+from ollamad.raft.sqlite_store import JOIN_AGAIN, WAL_SIZE, SqliteStore
 from ollamad.raft.wal import FRAME_HEADER_SIZE, HEADER_SIZE, read_wal
 from tests.fakes.raft_solo import command
 
@@ -47,7 +49,10 @@ class Files:
                 return Path(f"{path}{ending}").read_bytes()
             return b""
 
-        return cls(content(""), content("-wal"), content("-witness"), acknowledged)
+        wal = content("-wal").rstrip(b"\0")  # the store makes it longer than it is used
+        if wal:
+            wal += bytes((HEADER_SIZE - len(wal)) % FRAME_SIZE)
+        return cls(content(""), wal, content("-witness"), acknowledged)
 
     def write(self, directory: Path) -> Path:
         directory.mkdir(exist_ok=True)
@@ -102,6 +107,14 @@ def refused(outcome: int | str) -> bool:
         return False
     assert JOIN_AGAIN in outcome or "start the newer version" in outcome, outcome
     return True
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_room_in_advance() -> Iterator[None]:
+    """Let a WAL end where its last frame ends, but for the test that is about that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite_store, "WAL_SIZE", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +196,40 @@ def test_of_a_wal_that_was_cut_by_a_crash_all_that_was_acknowledged_is_read(
             if length >= len(before.wal):
                 files = replace(before, wal=after.wal[:length])
                 assert load(files.write(tmp_path / "d")) == before.acknowledged
+
+
+def test_of_a_transaction_that_a_crash_tore_within_the_zeros_nothing_is_read(
+    history: list[Files], tmp_path: Path
+) -> None:
+    for before, after in pairwise(history):
+        for length in dense(len(after.wal), 4001):
+            if len(before.wal) <= length < len(after.wal):
+                zeros = bytes(len(after.wal) - length + 3 * FRAME_SIZE)
+                files = replace(before, wal=after.wal[:length] + zeros)
+                outcome = load(files.write(tmp_path / "d"))
+                assert outcome in (before.acknowledged, after.acknowledged), length
+                is_torn = files.wal[: len(after.wal)] != after.wal
+                assert outcome == (before if is_torn else after).acknowledged
+
+
+def test_the_wal_has_its_full_length_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_store, "WAL_SIZE", WAL_SIZE)
+    path = tmp_path / "raft.db"
+    wal = tmp_path / "raft.db-wal"
+
+    async def play() -> None:
+        store = SqliteStore(path)
+        await store.load()
+        assert wal.stat().st_size == WAL_SIZE
+        for index in range(1, 701):  # two pages each: more than it has room for
+            await append(store, index, index)
+        assert wal.stat().st_size == WAL_SIZE
+        await store.aclose()
+
+    trio.run(play)
+    assert load(path) == 700
 
 
 def test_a_flipped_bit_in_the_wal_never_loses_what_was_acknowledged(
@@ -321,6 +368,19 @@ def test_a_torn_transaction_over_remains_is_dropped_silently(
             files = replace(before, wal=torn(before.wal, after.wal, rng))
             outcome = load(files.write(tmp_path / "d"))
             assert outcome in (before.acknowledged, after.acknowledged)
+
+
+def test_room_in_advance_changes_nothing(history: list[Files], tmp_path: Path) -> None:
+    rng = random.Random(9)
+    size = len(history[-1].wal) + 3 * FRAME_SIZE + 100
+    for before, after in pairwise(history):
+        files = replace(after, wal=after.wal.ljust(size, b"\0"))
+        assert load(files.write(tmp_path / "d")) == after.acknowledged
+        wal = torn(before.wal.ljust(size, b"\0"), after.wal.ljust(size, b"\0"), rng)
+        outcome = load(replace(before, wal=wal).write(tmp_path / "d"))
+        assert outcome in (before.acknowledged, after.acknowledged)
+    wal = flipped(history[-1].wal, 8 * (HEADER_SIZE + 200)).ljust(size, b"\0")
+    assert refused(load(replace(history[-1], wal=wal, witness=b"").write(tmp_path / "d")))
 
 
 def test_a_wal_that_goes_missing_is_noticed(

@@ -1,0 +1,86 @@
+"""The journal's thread: results, errors, order, cancellation, its end."""
+
+import threading
+
+import pytest
+import trio
+import trio.testing
+
+from ollamad.raft.worker import Worker
+
+
+async def test_it_calls_in_one_other_thread_and_hands_back_what_comes() -> None:
+    worker = Worker()
+    first = await worker.run(threading.current_thread)
+    second = await worker.run(threading.current_thread)
+    assert first is second
+    assert first is not threading.current_thread()
+    with pytest.raises(ZeroDivisionError):
+        await worker.run(lambda: 1 // 0)
+    assert await worker.run(threading.current_thread) is first
+    worker.close()
+    await trio.to_thread.run_sync(first.join, 10)
+    assert not first.is_alive()
+
+
+async def test_calls_are_carried_out_in_order() -> None:
+    worker = Worker()
+    gate = threading.Event()
+    done: list[int] = []
+
+    async def ask(number: int) -> None:
+        assert await worker.run(lambda: done.append(number)) is None
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(worker.run, gate.wait)
+        await trio.testing.wait_all_tasks_blocked()
+        for number in range(5):
+            nursery.start_soon(ask, number)
+            await trio.testing.wait_all_tasks_blocked()
+        assert done == []
+        gate.set()
+    assert done == [0, 1, 2, 3, 4]
+    worker.close()
+
+
+async def test_cancellation_waits_for_the_end_of_the_call() -> None:
+    worker = Worker()
+    gate = threading.Event()
+    returned = False
+
+    async def ask() -> None:
+        nonlocal returned
+        assert await worker.run(gate.wait)
+        returned = True
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await trio.testing.wait_all_tasks_blocked()
+            assert not returned
+            gate.set()
+    assert returned
+    worker.close()
+
+
+async def test_close_lets_what_was_asked_happen_and_a_later_call_begin_again() -> None:
+    worker = Worker()
+    worker.close()  # nothing was begun
+    gate = threading.Event()
+    first: list[threading.Thread] = []
+
+    def work() -> None:
+        gate.wait()
+        first.append(threading.current_thread())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(worker.run, work)
+        await trio.testing.wait_all_tasks_blocked()
+        worker.close()
+        gate.set()
+    await trio.to_thread.run_sync(first[0].join, 10)
+    assert not first[0].is_alive()
+    assert await worker.run(threading.current_thread) is not first[0]
+    worker.close()
