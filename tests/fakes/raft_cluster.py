@@ -127,6 +127,7 @@ class Cluster:
         self.nursery = nursery
         self.rng = random.Random(seed)
         self.timing = timing or Timing()
+        self.make_ledger: Callable[[], Ledger] = Ledger
         self.hosts: dict[NodeId, Host] = {}
         self.cut: set[tuple[NodeId, NodeId]] = set()  # one way: (from, to)
         self.delay_s = 0.0002
@@ -143,7 +144,7 @@ class Cluster:
         """Start a node on its disk; a blank one founds a cluster or follows that one."""
         host = self.hosts.setdefault(NodeId(name), Host(NodeId(name)))
         host.disk.is_dead = False
-        host.ledger = Ledger()
+        host.ledger = self.make_ledger()
         host.error = None
         node = RaftNode(
             host.id,
