@@ -21,6 +21,8 @@ from ollamad.api.ollama_bodies import (
     check_think,
     read_messages,
     read_options,
+    read_tools,
+    think_mode,
 )
 from ollamad.api.services import ServiceError
 from ollamad.core.inference import EmbedRequest, Finished, GenerateRequest
@@ -61,6 +63,7 @@ async def generate(call: Call) -> Reply | None:
         system=body.system,
         context=body.context or (),
         raw=body.raw is True,
+        think=think_mode(body.think, thinks="thinking" in model.details.capabilities),
         format=format_text(body.format),
         options=read_options(body.options),
         keep_alive_s=keep_alive_s(body.keep_alive),
@@ -82,12 +85,13 @@ async def chat(call: Call) -> Reply | None:
     _check_thinking(model, body.model, body.think)
     if body.tools:
         require_capability(model, "tools")
-        raise unsupported("tools")
     if any(message.images for message in body.messages or ()):
         require_capability(model, "vision")
     request = GenerateRequest(
         model=model.name,
         messages=read_messages(body.messages),
+        tools=read_tools(body.tools),
+        think=think_mode(body.think, thinks="thinking" in model.details.capabilities),
         format=format_text(body.format),
         options=read_options(body.options),
         keep_alive_s=keep_alive_s(body.keep_alive),
@@ -119,7 +123,7 @@ async def embed_texts(call: Call) -> Reply:
     result = embedded.embeddings
     vectors: Sequence[Sequence[float]] = result.vectors
     if body.dimensions:
-        vectors = [_shortened(vector, body.dimensions) for vector in vectors]
+        vectors = [shortened(vector, body.dimensions) for vector in vectors]
     shown["embeddings"] = vectors
     counts = {
         "total_duration": result.total_duration,
@@ -212,7 +216,7 @@ def _check_logprobs(body: GenerateBody | ChatBody) -> None:
         raise unsupported("logprobs")
 
 
-def _shortened(vector: Sequence[float], width: int) -> Sequence[float]:
+def shortened(vector: Sequence[float], width: int) -> Sequence[float]:
     """The first numbers of a vector, of length 1 again."""
     if width >= len(vector):
         return vector

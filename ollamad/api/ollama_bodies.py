@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from ollamad.api.bodies import INT32_MAX, Format, KeepAlive, TokenId, invalid
-from ollamad.core.inference import Message, Options
+from ollamad.core.inference import Message, Options, ToolCall
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,21 @@ def read_messages(given: tuple[ChatMessage, ...] | None) -> tuple[Message, ...]:
                 f"invalid role: {message.role[:40]!r}, must be one of {', '.join(ROLES)}",
                 expected=" | ".join(ROLES),
             )
-    return tuple(Message(message.role, message.content or "") for message in given or ())
+    return tuple(_message(message) for message in given or ())
+
+
+def think_mode(think: bool | str | None, *, thinks: bool) -> str:
+    """How the model is to think; a model that can does so unless it is told not to."""
+    if not thinks:
+        return ""
+    if isinstance(think, str):
+        return think
+    return "off" if think is False else "on"
+
+
+def read_tools(given: tuple[dict[str, Any], ...] | None) -> str:
+    """The tools as the scheduler takes them."""
+    return msgspec.json.encode(given).decode() if given else ""
 
 
 def check_think(think: bool | str | None) -> None:
@@ -189,6 +203,25 @@ def check_think(think: bool | str | None) -> None:
             "false)",
             expected="boolean | low | medium | high",
         )
+
+
+def _message(message: ChatMessage) -> Message:
+    return Message(
+        message.role,
+        message.content or "",
+        thinking=message.thinking or "",
+        tool_calls=tuple(
+            ToolCall(
+                call.function.name,
+                msgspec.json.encode(call.function.arguments or {}).decode(),
+                call.id or "",
+                index,
+            )
+            for index, call in enumerate(message.tool_calls or ())
+        ),
+        tool_name=message.tool_name or "",
+        tool_call_id=message.tool_call_id or "",
+    )
 
 
 def _integer(name: str, value: Any) -> int:

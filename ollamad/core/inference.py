@@ -42,11 +42,24 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True):
         )
 
 
-class Message(msgspec.Struct, frozen=True):
+class ToolCall(msgspec.Struct, frozen=True, tag="k", array_like=True):
+    """A function that the model wants called. `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str = "{}"
+    id: str = ""
+    index: int = 0  # among the calls of one answer
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """One message of a chat."""
 
-    role: str  # system, user or assistant
+    role: str  # system, user, assistant or tool
     content: str
+    thinking: str = ""  # of an assistant
+    tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
+    tool_name: str = ""  # whose result this is, of role tool
+    tool_call_id: str = ""
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -66,12 +79,21 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     default_seed: int = -1  # where neither the options nor the model say one; -1: any
     digest: str = ""  # of the model's manifest, so that all nodes mean the same
     failover: str = ""  # one of core.failover.MODES; empty: the entry node's setting
+    tools: str = ""  # functions that the model may call, as JSON text in OpenAI's form
+    tool_choice: str = ""  # auto, none or required; empty: auto
+    think: str = ""  # on, off, low, medium or high; empty: the model has no such choice
 
     @property
     def only_loads(self) -> bool:
         """Whether there is nothing to answer: the model is loaded, or unloaded if `keep_alive_s`
         is 0."""
         return not (self.prompt if self.messages is None else self.messages)
+
+    @property
+    def is_parsed(self) -> bool:
+        """Whether thoughts and calls are to be told apart from the text. Token ids are not known
+        then."""
+        return bool(self.tools or self.think) and not self.raw and not self.context
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -95,15 +117,6 @@ class Thought(msgspec.Struct, frozen=True, tag="t", array_like=True):
     """A bit of what a model thinks before it answers."""
 
     text: str
-
-
-class ToolCall(msgspec.Struct, frozen=True, tag="k", array_like=True):
-    """A function that the model wants called. `arguments` is a JSON object as text."""
-
-    name: str
-    arguments: str = "{}"
-    id: str = ""
-    index: int = 0  # among the calls of one answer
 
 
 class Failover(msgspec.Struct, frozen=True):

@@ -23,13 +23,15 @@ from ollamad.core.inference import (
     InferenceError,
     LoadedModel,
     Options,
+    Output,
 )
 from ollamad.engine.assembly import Assembler, Gap, Piece
+from ollamad.engine.chat import ChatAssembler
 from ollamad.engine.llama_client import CompletionEvent, RunnerGone, RunnerRefused, Timings
 from ollamad.engine.pool import Resident, RunnerPool, queue_full
 from ollamad.engine.process import Runner
-from ollamad.engine.prompt import prompt_ids, too_long
-from ollamad.engine.sampling import completion_body, json_schema, token_limit
+from ollamad.engine.prompt import read_prompt, template_arguments, too_long
+from ollamad.engine.sampling import chat_body, completion_body, json_schema, token_limit
 from ollamad.engine.spec import (
     EngineSettings,
     ModelSpec,
@@ -166,7 +168,28 @@ class Engine:
                 load_duration = time.perf_counter_ns() - started
                 async with _slot(resident, self._settings.max_queue):
                     limit = config.context_length - 1  # room for a token of the answer
-                    ids = await prompt_ids(resident.runner, request, spec, limit)
+                    prompt = await read_prompt(resident.runner, request, spec, limit)
+                    schema = json_schema(request.format)
+                    await _check_schema(resident.runner, schema)
+                    if request.is_parsed:
+                        body = chat_body(
+                            template_arguments(request, prompt.messages),
+                            options,
+                            config.context_length,
+                            schema,
+                            default_seed=request.default_seed,
+                            tool_choice=request.tool_choice,
+                        )
+                        chat = ChatAssembler()
+                        async with contextlib.aclosing(
+                            _chat(resident.runner, body, chat)
+                        ) as outputs:
+                            async for output in outputs:
+                                yield output
+                        self._pool.finished_well(resident)
+                        yield _chat_finished(chat, started, load_duration)
+                        return
+                    ids = prompt.ids
                     ids += request.resume
                     if request.resume and (
                         len(ids) > limit
@@ -175,8 +198,6 @@ class Engine:
                         # The answer was complete but for the word that it is.
                         yield Finished("length", context=_context(request, ids))
                         return
-                    schema = json_schema(request.format)
-                    await _check_schema(resident.runner, schema)
                     body = completion_body(
                         ids,
                         options,
@@ -332,6 +353,31 @@ async def _embedding_inputs(resident: Resident, request: EmbedRequest) -> list[l
             ids = ids[: limit - len(end)] + end
         inputs.append(ids)
     return inputs
+
+
+async def _chat(
+    runner: Runner, body: bytes, assembler: ChatAssembler
+) -> AsyncGenerator[Output, None]:
+    stream = await runner.client.open_chat(body)
+    try:
+        while (event := await stream.receive()) is not None:
+            for output in assembler.feed(event):
+                yield output
+    finally:
+        stream.close()
+
+
+def _chat_finished(chat: ChatAssembler, started: int, load_duration: int) -> Finished:
+    return Finished(
+        reason="length" if chat.reason == "length" else "stop",
+        total_duration=time.perf_counter_ns() - started,
+        load_duration=load_duration,
+        prompt_eval_count=chat.usage.prompt_tokens,
+        prompt_eval_duration=int(chat.timings.prompt_ms * NS_PER_MS),
+        eval_count=chat.usage.completion_tokens,
+        eval_duration=int(chat.timings.predicted_ms * NS_PER_MS),
+        prompt_cached_count=chat.timings.cache_n,
+    )
 
 
 def _context(request: GenerateRequest, ids: list[int]) -> tuple[int, ...]:

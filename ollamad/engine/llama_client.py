@@ -7,7 +7,7 @@ elsewhere serves as well.
 
 import contextlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,7 +110,46 @@ class Slot(msgspec.Struct):
     is_processing: bool
 
 
+class FunctionDelta(msgspec.Struct):
+    name: str = ""
+    arguments: str = ""
+
+
+class CallDelta(msgspec.Struct):
+    """A bit of a call: its name comes whole with its beginning, its arguments in pieces."""
+
+    index: int = 0
+    function: FunctionDelta = msgspec.field(default_factory=FunctionDelta)
+
+
+class Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallDelta] = []
+
+
+class Choice(msgspec.Struct):
+    delta: Delta = msgspec.field(default_factory=Delta)
+    finish_reason: str | None = None  # stop, length or tool_calls
+
+
+class Usage(msgspec.Struct):
+    completion_tokens: int = 0
+    prompt_tokens: int = 0
+
+
+class ChatEvent(msgspec.Struct):
+    """One line of a streamed `/v1/chat/completions`; usage and timings come behind the last."""
+
+    choices: list[Choice] = []
+    usage: Usage | None = None
+    timings: Timings | None = None
+    error: ErrorBody | None = None
+    prompt_progress: Progress | None = None  # then the rest says nothing
+
+
 _decode_event = msgspec.json.Decoder(CompletionEvent).decode
+_decode_chat_event = msgspec.json.Decoder(ChatEvent).decode
 
 
 class LlamaClient:
@@ -141,9 +180,9 @@ class LlamaClient:
         """The text of some token ids, with the text of special tokens."""
         return (await self._ask("/detokenize", {"tokens": list(tokens)}, _Content)).content
 
-    async def apply_template(self, messages: Sequence[Any]) -> str:
-        """The prompt that the model's chat template makes of messages (`role`, `content`)."""
-        return (await self._ask("/apply-template", {"messages": messages}, _Prompt)).prompt
+    async def apply_template(self, arguments: Mapping[str, Any]) -> str:
+        """The prompt that the model's chat template makes of `messages` and what else it gets."""
+        return (await self._ask("/apply-template", arguments, _Prompt)).prompt
 
     async def embed(self, inputs: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
         """One vector, L2-normalised, for each input of token ids, in their order."""
@@ -173,15 +212,22 @@ class LlamaClient:
 
         Returns when the runner has begun to answer, which is after the prompt's evaluation.
         """
+        return CompletionStream(await self._open_stream("/completion", body))
+
+    async def open_chat(self, body: bytes) -> "ChatStream":
+        """The same for `/v1/chat/completions`: the runner tells thoughts and calls apart."""
+        return ChatStream(await self._open_stream("/v1/chat/completions", body))
+
+    async def _open_stream(self, target: str, body: bytes) -> "_Connection":
         connection = await self._connect()
         try:
-            status = await connection.send("POST", "/completion", body)
+            status = await connection.send("POST", target, body)
             if status != 200:
                 raise RunnerRefused(status, _error_of(await connection.read_all()))
         except BaseException:
             connection.close()
             raise
-        return CompletionStream(connection)
+        return connection
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -235,8 +281,8 @@ class LlamaClient:
         return _Connection(connection)
 
 
-class CompletionStream:
-    """A running completion. Whoever opened it must close it; closing early cancels it.
+class _EventStream:
+    """A running answer. Whoever opened it must close it; closing early cancels it.
 
     The chunked coding is undone here and the socket is read without trio's stream: both are on
     the path of every token, beside a llama.cpp that wants all cores. That saves a third of the
@@ -249,28 +295,19 @@ class CompletionStream:
         self._coded = connection.take_over()  # bytes in the chunked coding
         self._text = bytearray()  # what is left of an event that came in several chunks
 
-    async def receive(self) -> CompletionEvent:
-        """The next event.
+    async def _next_data(self) -> bytes:
+        """The data of the next event.
 
         Raises:
           RunnerGone: the stream ended without its last event.
-          RunnerRefused: the runner gave up on the request.
         """
         while True:
             line = self._next_line()
             if line is None:
                 await self._read()
-                continue
-            if not line.startswith(b"data: "):
-                continue  # the blank line after an event, or a comment that keeps it alive
-            try:
-                event = _decode_event(line[6:])
-            except msgspec.DecodeError as error:
-                raise RunnerGone(f"the runner sent what is no event: {error}") from error
-            if event.error is not None:
-                raise RunnerRefused(event.error.code, event.error)
-            if event.prompt_progress is None:
-                return event
+            elif line.startswith(b"data: "):
+                return line[6:]
+            # else the blank line after an event, or a comment that keeps it alive
 
     def close(self) -> None:
         """Close the connection; the runner stops a generation that is not over."""
@@ -316,6 +353,43 @@ class CompletionStream:
         if not data:
             raise RunnerGone("the runner closed the connection in the middle")
         self._coded += data
+
+
+class CompletionStream(_EventStream):
+    """A running completion: its tokens."""
+
+    async def receive(self) -> CompletionEvent:
+        """The next event.
+
+        Raises:
+          RunnerGone: the stream ended without its last event.
+          RunnerRefused: the runner gave up on the request.
+        """
+        while True:
+            event = _decoded(_decode_event, await self._next_data())
+            if event.error is not None:
+                raise RunnerRefused(event.error.code, event.error)
+            if event.prompt_progress is None:
+                return event
+
+
+class ChatStream(_EventStream):
+    """A running chat: its text, thoughts and calls."""
+
+    async def receive(self) -> ChatEvent | None:
+        """The next event; None at the end.
+
+        Raises:
+          RunnerGone: the stream ended without its last event.
+          RunnerRefused: the runner gave up on the request.
+        """
+        while (data := await self._next_data()) != b"[DONE]":
+            event = _decoded(_decode_chat_event, data)
+            if event.error is not None:
+                raise RunnerRefused(event.error.code, event.error)
+            if event.prompt_progress is None:
+                return event
+        return None
 
 
 class _Connection:
@@ -388,6 +462,13 @@ class _Connection:
                 raise RunnerGone(f"the runner broke off: {error}") from error
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise RunnerGone(f"the runner closed the connection: {error}") from error
+
+
+def _decoded(decode: Callable[[bytes], T], data: bytes) -> T:
+    try:
+        return decode(data)
+    except msgspec.DecodeError as error:
+        raise RunnerGone(f"the runner sent what is no event: {error}") from error
 
 
 def _answer(status: int, body: bytes, answer_type: type[T]) -> T:

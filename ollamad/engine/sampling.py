@@ -47,16 +47,40 @@ def completion_body(
 
     `spent` tokens of the answer are at the prompt's end already; fewer than it may have.
     """
+    limit = token_limit(options, context_length) - spent
+    body = _sampling(options, limit, schema, default_seed)
+    return msgspec.json.encode(body | {"prompt": prompt, "return_tokens": True})
+
+
+def chat_body(
+    arguments: dict[str, Any],
+    options: Options,
+    context_length: int,
+    schema: msgspec.Raw | None,
+    *,
+    default_seed: int = -1,
+    tool_choice: str = "",
+) -> bytes:
+    """The JSON body that asks the runner for a streamed chat; `arguments` are the template's."""
+    body = _sampling(options, token_limit(options, context_length), schema, default_seed)
+    body |= arguments | {"reasoning_format": "deepseek"}
+    body["stream_options"] = {"include_usage": True}
+    if "tools" in arguments:
+        body |= {"tool_choice": tool_choice or "auto", "parallel_tool_calls": True}
+    return msgspec.json.encode(body)
+
+
+def _sampling(
+    options: Options, limit: int, schema: msgspec.Raw | None, default_seed: int
+) -> dict[str, Any]:
     chosen = options.over(DEFAULTS)
     body: dict[str, Any] = {
-        "prompt": prompt,
         "stream": True,
-        "return_tokens": True,
         "cache_prompt": True,
         # Something to write after each batch of the prompt: llama.cpp notices only by a failed
         # write that the client has gone.
         "return_progress": True,
-        "n_predict": token_limit(options, context_length) - spent,
+        "n_predict": limit,
         "n_keep": chosen.num_keep,
         "seed": default_seed if chosen.seed is None or chosen.seed < 0 else chosen.seed,
         "temperature": chosen.temperature,
@@ -75,7 +99,7 @@ def completion_body(
     }
     if schema is not None:
         body["json_schema"] = schema
-    return msgspec.json.encode(body)
+    return body
 
 
 def token_limit(options: Options, context_length: int) -> int:

@@ -73,6 +73,11 @@ EMBEDDING_ARCHITECTURES: Final = frozenset(
     }
 )
 
+# What only templates of models that think speak of.
+THINKING_MARKS: Final = (
+    "<think>", "</think>", "enable_thinking", "reasoning_content", "reasoning_effort",
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -145,7 +150,12 @@ def capabilities_of(architecture: str, pooling_type: int | None, template: str) 
     """What can be asked of a model, in Ollama's words. `template` is the one that it will use."""
     if architecture in EMBEDDING_ARCHITECTURES or pooling_type:
         return ("embedding",)
-    return ("completion", "tools") if "tools" in template.lower() else ("completion",)
+    can = ["completion"]
+    if "tools" in template.lower():
+        can.append("tools")
+    if any(mark in template for mark in THINKING_MARKS):
+        can.append("thinking")
+    return tuple(can)
 
 
 def details_of(facts: ModelFacts) -> ModelDetails:
