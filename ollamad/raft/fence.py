@@ -227,6 +227,13 @@ class Fence:
             self._transport.proved = narrowed.proved_index
         else:
             self._transport.resume = narrowed.resume_index
+        # Who brings a later commit index and nothing else had his answer to the entries themselves.
+        # Each such message moves the index on, so that a plain heartbeat is answered always.
+        self._transport.is_silent = (
+            narrowed.matches
+            and not message.entries
+            and append.commit_index > self._core.commit_index()
+        )
         index = append.prev_index
         try:
             self._core.deliver(
@@ -245,6 +252,7 @@ class Fence:
             )
         finally:
             self._transport.proved = self._transport.resume = None
+            self._transport.is_silent = False
 
     def _on_install(self, sender: NodeId, message: Install) -> None:
         core = self._core

@@ -36,6 +36,7 @@ class FencedTransport(Transport):  # type: ignore[misc]
         self._held: list[tuple[int, NodeId, Message]] = []
         self.proved: int | None = None  # what the Append that is being handled proves
         self.resume: int | None = None
+        self.is_silent = False  # whether that Append is not to be answered
         self.term: Callable[[], int] = lambda: 0
 
     def send(self, node: Node, message: dict[str, Any]) -> bool:
@@ -45,7 +46,8 @@ class FencedTransport(Transport):  # type: ignore[misc]
                 # May overtake our own sync of the entries, not that of the term.
                 self.emit(to, _to_append(message), self._journal.term_generation)
             case "next_node_idx":
-                self.emit_synced(to, self._to_ack(message))
+                if not self.is_silent:
+                    self.emit_synced(to, self._to_ack(message))
             case "request_vote":
                 self.emit_synced(
                     to,

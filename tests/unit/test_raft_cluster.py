@@ -531,6 +531,26 @@ async def test_the_news_of_a_commit_travels_with_the_next_command(
         assert len(c[name].ledger.commands) == 20
 
 
+async def test_a_mere_commit_is_not_answered(autojump_clock: MockClock, found: Found) -> None:
+    c = await found()
+    leader = await c.leader()
+    acks = 0
+
+    def spy(source: NodeId, to: NodeId, frame: bytes) -> bool:
+        nonlocal acks
+        acks += isinstance(decode(frame), Ack)
+        return True
+
+    await trio.sleep(0.01)
+    c.spy = spy
+    for number in range(20):
+        await c[others(leader)[0]].raft.propose(b"%d" % number, 5)
+        await trio.sleep(0.001)
+    assert acks == 2 * 20
+    await trio.sleep(0.2)
+    assert acks >= 2 * 21  # heartbeats are
+
+
 # Membership.
 
 
