@@ -13,7 +13,7 @@ from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import MethodNotAllowed
 
-from ollamad.api import inference, models, nodes, ollama, ollama_models, sessions, status
+from ollamad.api import inference, models, nodes, ollama, ollama_models, openai, sessions, status
 from ollamad.api.asgi import Connection, Reply, Request
 from ollamad.api.auth import Auth, Identity
 from ollamad.api.bodies import invalid
@@ -92,6 +92,12 @@ ROUTES = (
     Route("DELETE", "/api/delete", "operator", ollama_models.delete),
     Route("HEAD", "/api/blobs/<digest>", "operator", ollama_models.head_blob),
     Route("POST", "/api/blobs/<digest>", "operator", ollama_models.put_blob, bounded=False),
+    # What OpenAI's clients speak.
+    Route("GET", "/v1/models", "viewer", openai.list_models),
+    Route("GET", "/v1/models/<path:name>", "viewer", openai.show_model),
+    Route("POST", "/v1/chat/completions", "inference", openai.chat, bounded=False),
+    Route("POST", "/v1/completions", "inference", openai.complete, bounded=False),
+    Route("POST", "/v1/embeddings", "inference", openai.embeddings, bounded=False),
 )
 
 

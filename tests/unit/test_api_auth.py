@@ -86,9 +86,10 @@ def test_the_table_of_roles_is_the_contracts() -> None:
         "viewer": "/auth/logout /auth/me /cluster/status /cluster/leader /cluster/consensus "
         "/metrics /nodes "
         "/nodes/<reference> /models /models/<path:name> /transfers /transfers/<transfer_id> "
-        "/api/tags /api/ps /api/show",
+        "/api/tags /api/ps /api/show /v1/models /v1/models/<path:name>",
         "inference": "/generate /chat /embeddings "
-        "/api/generate /api/chat /api/embed /api/embeddings",
+        "/api/generate /api/chat /api/embed /api/embeddings "
+        "/v1/chat/completions /v1/completions /v1/embeddings",
         "operator": "/nodes/<reference>/drain /nodes/<reference>/undrain "
         "/models/<path:name>/download /blobs/<digest> /transfers/<transfer_id>/cancel "
         "/api/pull /api/push /api/create /api/copy /api/delete /api/blobs/<digest>",

@@ -1,0 +1,412 @@
+"""OpenAI's API on fakes: exact shapes, the order of a stream, and what reaches the scheduler."""
+
+import base64
+import json
+import struct
+from typing import Any
+
+import msgspec
+import pytest
+
+from ollamad.core.inference import (
+    Chunk,
+    EmbedRequest,
+    Failed,
+    Failover,
+    GenerateRequest,
+    InferenceError,
+    Message,
+    Options,
+    Thought,
+    ToolCall,
+)
+from tests.fakes.api_client import Answer, ApiClient
+from tests.fakes.api_services import FINISHED, HELLO, NODE_1, NODE_2, model
+
+MODEL = "smollm2:135m"
+CREATED = 1_705_312_800
+MESSAGES = [{"role": "user", "content": "hi"}]
+USAGE = {
+    "prompt_tokens": 25,
+    "completion_tokens": 3,
+    "total_tokens": 28,
+    "prompt_tokens_details": {"cached_tokens": 5},
+}
+DEFAULTS = Options(temperature=1.0, top_p=1.0)
+
+
+async def chat(client: ApiClient, **body: Any) -> Answer:
+    path = "/v1/chat/completions"
+    return await client.call("POST", path, {"model": MODEL, "messages": MESSAGES} | body)
+
+
+async def complete(client: ApiClient, **body: Any) -> Answer:
+    return await client.call("POST", "/v1/completions", {"model": MODEL, "prompt": "hi"} | body)
+
+
+async def embed(client: ApiClient, **body: Any) -> Answer:
+    return await client.call("POST", "/v1/embeddings", {"model": MODEL, "input": "hi"} | body)
+
+
+def events(answer: Answer) -> list[Any]:
+    """The events of a stream; the last is what ends it."""
+    assert answer.headers["content-type"] == "text/event-stream"
+    blocks = answer.data.decode().split("\n\n")
+    assert blocks.pop() == ""
+    assert all(block.startswith("data: ") for block in blocks)
+    texts = [block.removeprefix("data: ") for block in blocks]
+    return [text if text == "[DONE]" else json.loads(text) for text in texts]
+
+
+def asked(client: ApiClient) -> GenerateRequest:
+    [request] = client.world.inference.requests
+    assert isinstance(request, GenerateRequest)
+    return request
+
+
+# Chat.
+
+
+async def test_a_whole_chat() -> None:
+    answer = await chat(ApiClient())
+    body = answer.json
+    assert body.pop("id").startswith("chatcmpl-")
+    assert body == {
+        "object": "chat.completion",
+        "created": CREATED,
+        "model": MODEL,
+        "system_fingerprint": "fp_ollamad",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": 'Hello "ü"\n'},
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": USAGE,
+    }
+    assert answer.headers["x-ollamad-node"] == NODE_2
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+async def test_a_streamed_chat(include_usage: bool) -> None:
+    extra = {"stream_options": {"include_usage": True}} if include_usage else {}
+    got = events(await chat(ApiClient(), stream=True, **extra))
+    assert got.pop() == "[DONE]"
+    identifier = got[0]["id"]
+    shared = {
+        "id": identifier,
+        "object": "chat.completion.chunk",
+        "created": CREATED,
+        "model": MODEL,
+        "system_fingerprint": "fp_ollamad",
+    } | ({"usage": None} if include_usage else {})
+    if include_usage:
+        assert got.pop() == shared | {"choices": [], "usage": USAGE}
+    deltas: list[tuple[dict[str, Any], str | None]] = [
+        ({"role": "assistant", "content": "Hel"}, None),
+        ({"content": "lo"}, None),
+        ({"content": ' "ü"\n'}, None),
+        ({}, "stop"),
+    ]
+    assert got == [
+        shared | {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+        for delta, reason in deltas
+    ]
+
+
+async def test_what_a_chat_asks_for() -> None:
+    client = ApiClient()
+    await chat(
+        client,
+        messages=[
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text"}]},
+            {"role": "assistant", "content": None},
+            {"role": "user", "content": "b"},
+        ],
+        max_completion_tokens=7,
+        max_tokens=9,
+        temperature=0,
+        top_p=0.5,
+        stop=["x", "y"],
+        seed=3,
+        frequency_penalty=0.5,
+        presence_penalty=-1,
+        user="me",
+        n=1,
+        logprobs=False,
+    )
+    assert asked(client) == GenerateRequest(
+        MODEL,
+        messages=(
+            Message("system", "Be brief."),
+            Message("user", "a"),
+            Message("assistant", ""),
+            Message("user", "b"),
+        ),
+        options=Options(
+            num_predict=7,
+            temperature=0,
+            top_p=0.5,
+            stop=("x", "y"),
+            seed=3,
+            frequency_penalty=0.5,
+            presence_penalty=-1,
+        ),
+    )
+
+
+async def test_defaults_are_openais_and_null_is_absent() -> None:
+    client = ApiClient()
+    await chat(client, temperature=None, top_p=None, stop=None, stream=None, tools=None, seed=None)
+    assert asked(client) == GenerateRequest(
+        MODEL, messages=(Message("user", "hi"),), options=DEFAULTS
+    )
+
+
+@pytest.mark.parametrize(
+    ("response_format", "expected"),
+    [
+        (None, ""),
+        ({"type": "text"}, ""),
+        ({"type": "json_object"}, "json"),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
+            '{"type":"object"}',
+        ),
+    ],
+)
+async def test_structured_output(response_format: Any, expected: str) -> None:
+    client = ApiClient()
+    await chat(client, response_format=response_format)
+    assert asked(client).format == expected
+
+
+async def test_thinking_and_tool_calls_have_their_places() -> None:
+    client = ApiClient()
+    client.world.inference.script = [
+        Thought("hm"),
+        ToolCall("f", '{"a":1}', "call_1"),
+        ToolCall("g", "{}", "call_2", 1),
+        FINISHED,
+    ]
+    calls = [
+        {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}},
+        {"id": "call_2", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+    ]
+    [choice] = (await chat(client)).json["choices"]
+    assert choice == {
+        "index": 0,
+        "message": {
+            "role": "assistant",
+            "content": None,
+            "reasoning": "hm",
+            "tool_calls": calls,
+        },
+        "finish_reason": "tool_calls",
+    }
+    got = events(await chat(client, stream=True))
+    choices = [event["choices"][0] for event in got[:-1]]
+    assert [choice["delta"] for choice in choices] == [
+        {"role": "assistant", "reasoning": "hm"},
+        {"tool_calls": [{"index": 0} | calls[0]]},
+        {"tool_calls": [{"index": 1} | calls[1]]},
+        {},
+    ]
+    assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+async def test_a_length_is_told() -> None:
+    client = ApiClient()
+    client.world.inference.script = [msgspec.structs.replace(FINISHED, reason="length")]
+    got = events(await chat(client, stream=True))
+    assert got[0]["choices"][0] == {
+        "index": 0,
+        "delta": {"role": "assistant"},
+        "finish_reason": "length",
+    }
+
+
+async def test_a_failover_is_told_where_clients_do_not_look() -> None:
+    client = ApiClient()
+    move = Failover(NODE_1, NODE_2, "NODE_LOST", "continue", 3, 200)
+    end = msgspec.structs.replace(FINISHED, failovers=(move,))
+    client.world.inference.script = [*HELLO[:-1], end]
+    answer = await chat(client, model=MODEL)
+    assert answer.json["failovers"][0]["to_node"] == NODE_2
+
+
+# Completions.
+
+
+async def test_a_whole_completion_is_not_templated() -> None:
+    client = ApiClient()
+    body = (await complete(client, max_tokens=5)).json
+    assert body.pop("id").startswith("cmpl-")
+    assert body == {
+        "object": "text_completion",
+        "created": CREATED,
+        "model": MODEL,
+        "system_fingerprint": "fp_ollamad",
+        "choices": [{"text": 'Hello "ü"\n', "index": 0, "logprobs": None, "finish_reason": "stop"}],
+        "usage": USAGE,
+    }
+    assert asked(client) == GenerateRequest(
+        MODEL, prompt="hi", raw=True, options=msgspec.structs.replace(DEFAULTS, num_predict=5)
+    )
+
+
+async def test_a_streamed_completion_with_echo() -> None:
+    got = events(await complete(ApiClient(), stream=True, echo=True, prompt=["Oh, "]))
+    assert got.pop() == "[DONE]"
+    assert all(event["object"] == "text_completion" for event in got)
+    assert [event["choices"][0]["text"] for event in got] == ["Oh, Hel", "lo", ' "ü"\n', ""]
+    assert [event["choices"][0]["finish_reason"] for event in got] == [None, None, None, "stop"]
+
+
+# Embeddings.
+
+
+async def test_embeddings_as_numbers_and_as_base64() -> None:
+    client = ApiClient()
+    body = (await embed(client, input=["a", "b"])).json
+    vectors = [[0.0, 0.5, -0.25], [1.0, 0.5, -0.25]]
+    assert body == {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": vector}
+            for index, vector in enumerate(vectors)
+        ],
+        "model": MODEL,
+        "usage": {"prompt_tokens": 4, "total_tokens": 4},
+    }
+    assert client.world.inference.requests == [EmbedRequest(MODEL, ("a", "b"))]
+    coded = (await embed(client, input=["a", "b"], encoding_format="base64")).json
+    raw = base64.b64decode(coded["data"][1]["embedding"])
+    assert list(struct.unpack("<3f", raw)) == vectors[1]
+
+
+async def test_embeddings_can_be_shortened() -> None:
+    body = (await embed(ApiClient(), input="a", dimensions=2)).json
+    assert body["data"][0]["embedding"] == [0.0, 1.0]
+
+
+# Models.
+
+
+async def test_models() -> None:
+    client = ApiClient()
+    client.world.cluster.state.models["me/own:latest"] = model("me/own:latest", modified_at=9)
+    described = {
+        "id": MODEL,
+        "object": "model",
+        "created": CREATED - 60,
+        "owned_by": "library",
+    }
+    listed = (await client.call("GET", "/v1/models")).json
+    assert listed["object"] == "list"
+    assert listed["data"][0] == described
+    assert (listed["data"][1]["id"], listed["data"][1]["owned_by"]) == ("me/own:latest", "me")
+    assert (await client.call("GET", f"/v1/models/{MODEL}")).json == described
+    assert (await client.call("GET", "/v1/models/me/own")).json["id"] == "me/own:latest"
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("chat/completions", {"messages": []}, "messages"),
+        ("chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ("chat/completions", {"messages": "x"}, "messages"),
+        ("chat/completions", {"messages": MESSAGES, "temperature": 3}, "temperature"),
+        ("chat/completions", {"messages": MESSAGES, "top_p": -1}, "top_p"),
+        ("chat/completions", {"messages": MESSAGES, "max_tokens": 0}, "max_tokens"),
+        ("chat/completions", {"messages": MESSAGES, "seed": 1 << 40}, "seed"),
+        ("chat/completions", {"messages": MESSAGES, "stop": ["a"] * 5}, "stop"),
+        ("chat/completions", {"messages": MESSAGES, "n": 2}, "n"),
+        ("chat/completions", {"messages": MESSAGES, "logprobs": True}, "logprobs"),
+        ("chat/completions", {"messages": MESSAGES, "logit_bias": {"1": 5}}, "logit_bias"),
+        ("chat/completions", {"messages": MESSAGES, "presence_penalty": 3}, "presence_penalty"),
+        ("chat/completions", {"messages": MESSAGES, "frequency_penalty": 3}, "frequency_penalty"),
+        (
+            "chat/completions",
+            {"messages": MESSAGES, "response_format": {"type": "xml"}},
+            "response_format.type",
+        ),
+        (
+            "chat/completions",
+            {"messages": MESSAGES, "response_format": {"type": "json_schema"}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "messages[0].role tool",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0].type 'image_url'",
+        ),
+        ("completions", {"prompt": ["a", "b"]}, "prompt"),
+        ("completions", {"prompt": ""}, "prompt"),
+        ("completions", {"prompt": "x", "best_of": 3}, "best_of"),
+        ("embeddings", {"input": []}, "input"),
+        ("embeddings", {"input": ["a", ""]}, "input"),
+        ("embeddings", {"input": "x", "encoding_format": "hex"}, "encoding_format"),
+        ("embeddings", {"input": "x", "dimensions": 0}, "dimensions"),
+    ],
+)
+async def test_a_bad_field_is_named(path: str, body: dict[str, Any], param: str) -> None:
+    client = ApiClient()
+    answer = await client.call("POST", f"/v1/{path}", {"model": MODEL} | body)
+    assert answer.status == 400
+    error = answer.json["error"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert param.split(".")[-1].split(" ")[0] in error["message"]
+    assert client.world.inference.requests == []
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "embeddings"])
+async def test_an_unknown_model(path: str) -> None:
+    body = {"model": "nope", "messages": MESSAGES, "prompt": "x", "input": "x"}
+    answer = await ApiClient().call("POST", f"/v1/{path}", body)
+    assert answer.status == 404
+    assert answer.json["error"] == {
+        "message": "model 'nope' not found",
+        "type": "not_found_error",
+        "param": None,
+        "code": "model_not_found",
+    }
+    assert (await ApiClient().call("GET", "/v1/models/nope")).status == 404
+
+
+async def test_tools_of_a_model_that_has_none() -> None:
+    answer = await chat(ApiClient(), tools=[{"type": "function"}])
+    assert answer.status == 400
+    assert "does not support tools" in answer.json["error"]["message"]
+
+
+async def test_no_token() -> None:
+    answer = await ApiClient(role=None).call("POST", "/v1/chat/completions", {})
+    assert (answer.status, answer.json["error"]["type"]) == (401, "authentication_error")
+
+
+async def test_no_node_can_answer() -> None:
+    client = ApiClient()
+    client.world.inference.refusal = InferenceError(Failed("NO_REPLICA", "all are away", 503))
+    answer = await chat(client, stream=True)
+    assert (answer.status, answer.json["error"]["code"]) == (503, "no_replica")
+    assert answer.headers["retry-after"] == "2"
+
+
+async def test_a_failure_in_the_middle_ends_the_stream_with_an_error() -> None:
+    client = ApiClient()
+    client.world.inference.script = [Chunk("a"), Failed("NODE_LOST", "gone", 503)]
+    got = events(await chat(client, stream=True))
+    assert len(got) == 2
+    assert got[1]["error"]["code"] == "node_lost"
