@@ -409,7 +409,7 @@ class Cluster:
         log.error(
             "this cluster lost its majority and was recovered without this node on %s: node %s is "
             "of it now. This node's state of the cluster is put aside, its models stay",
-            _date(incarnation),
+            _date(incarnation / 1e9),
             member.name if member is not None else short(peer),
         )
         self.departed.set()

@@ -25,7 +25,13 @@ from ollamad.core.state import ClusterState, Member
 from ollamad.datadir import DataDir, DataDirError
 from ollamad.errors import StartError
 from ollamad.machine import Machine
-from ollamad.peers.identity import KEY_FILE, Identity, IdentityError
+from ollamad.peers.identity import (
+    CERTIFICATE_FILE,
+    KEY_FILE,
+    Identity,
+    IdentityError,
+    write_private,
+)
 from ollamad.peers.link import RemoteFailure
 from ollamad.peers.mesh import Mesh
 from ollamad.peers.tls import Gate, PeerUnreachable
@@ -244,10 +250,10 @@ def describe(plan: Plan) -> str:
 
 
 async def _carry_out(directory: DataDir, identity: Identity, plan: Plan) -> Path:
-    """Keep a copy of the journal, then change it in one transaction; where the copy is."""
+    """Keep copies, then change the journal in one transaction; where its copy is."""
     now = time.time()
-    kept = await trio.to_thread.run_sync(partial(_keep_copy, directory.raft, now))
-    incarnation = max(int(now), plan.state.incarnation + 1)
+    kept = await trio.to_thread.run_sync(partial(_keep_copies, directory, now))
+    incarnation = max(time.time_ns(), plan.state.incarnation + 1)
     proposal = Proposal(os.urandom(16).hex(), now, RecoverCluster(incarnation))
     term = max((view.term for view in plan.survey.views.values()), default=0)
     store = SqliteStore(directory.raft)
@@ -262,8 +268,14 @@ async def _carry_out(directory: DataDir, identity: Identity, plan: Plan) -> Path
     return kept
 
 
-def _keep_copy(journal: Path, now: float) -> Path:
+def _keep_copies(directory: DataDir, now: float) -> Path:
+    """Copy what changes, the journal and the certificate, to names with a date beside them."""
+    journal, certificate = directory.raft, directory.identity / CERTIFICATE_FILE
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    write_private(
+        certificate.with_name(f"{CERTIFICATE_FILE}.before-recovery-{stamp}"),
+        certificate.read_bytes(),
+    )
     kept = journal.with_name(f"{journal.name}.before-recovery-{stamp}")
     partial_copy = kept.with_name(f".{kept.name}.tmp")
     partial_copy.unlink(missing_ok=True)

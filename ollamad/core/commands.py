@@ -44,7 +44,7 @@ class FoundCluster(Command, frozen=True):
 class RecoverCluster(Command, frozen=True):
     """The majority is lost for good, and one node goes on alone, in a new incarnation."""
 
-    incarnation: int  # Unix seconds; above the one before
+    incarnation: int  # Unix time in nanoseconds; above the one before
 
 
 class ChangeSettings(Command, frozen=True):

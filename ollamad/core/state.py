@@ -122,7 +122,8 @@ class ClusterState(msgspec.Struct):
     """Everything that goes through Raft. Only `commands.apply` changes it."""
 
     cluster_id: str = ""
-    # When the cluster was recovered from the loss of its majority (Unix seconds), 0 if never.
+    # When the cluster was recovered from the loss of its majority, 0 if never: Unix time in
+    # nanoseconds, so fine that two nodes that recover at once do not take the same for theirs.
     # Nodes of different incarnations do not talk to each other: see docs/consensus.md.
     incarnation: int = 0
     ca: CertificateAuthority | None = None

@@ -1,9 +1,10 @@
 """Rewrites the journal of a node so that it is the only voter: after the majority is lost for good.
 
-What etcd calls `--force-new-cluster`. All entries count as committed, the tail included: whether a
-lost majority had acknowledged them cannot be known any more, and an entry too many does less harm
-than one too few. Everything that follows is in two new entries, so one transaction of the store
-carries it out or does not.
+All entries of the log count as committed, the tail included, as HashiCorp's `RecoverCluster` has
+it and etcd's `--force-new-cluster` has not: the commit index on disk is an old hint here, and what
+a lost majority had acknowledged cannot be known. An entry that was never acknowledged does less
+harm than one that is lost. All that changes is in two new entries, so that one transaction of the
+store carries it out or does not.
 
 Does not know who else is left; asking them comes first.
 """

@@ -583,8 +583,8 @@ async def test_a_node_that_the_recovery_left_behind_departs_and_says_so_once(
     node: Node, caplog: pytest.LogCaptureFixture
 ) -> None:
     await node.let_in(B)
-    node.cluster.on_recovered_elsewhere(B, 1_700_000_000)
-    node.cluster.on_recovered_elsewhere(C, 1_700_000_000)
+    node.cluster.on_recovered_elsewhere(B, 1_700_000_000 * 10**9)
+    node.cluster.on_recovered_elsewhere(C, 1_700_000_000 * 10**9)
     assert node.cluster.departed.is_set()
     [record] = caplog.records
     assert "recovered without this node on 2023-11-14 22:13:20 UTC" in record.getMessage()

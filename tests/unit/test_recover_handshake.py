@@ -23,7 +23,7 @@ from ollamad.wire.mux import Departed, HelloReceived, MuxConnection, TurnedAway,
 from tests.fakes.api_services import member
 from tests.fakes.tls_nodes import TlsNode, echo_once, says, utc_now
 
-EARLIER, LATER = 1_700_000_000, 1_800_000_000
+EARLIER, LATER = 1_700_000_000 * 10**9, 1_800_000_000 * 10**9
 
 Made = Callable[[str, int], TlsNode]
 
