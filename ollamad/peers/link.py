@@ -7,6 +7,7 @@ half-sent record when it is cancelled (a cancelled `send_all` poisons a TLS stre
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import trio
 
@@ -86,7 +87,8 @@ class Stream:
         self._inbox: deque[bytes] = deque()
         self.held = 0  # bytes of this exchange in what is held for the peer
         self._ended = False  # by the peer
-        self._failure: trio.BrokenResourceError | None = None
+        # Made anew each time: one that was raised holds the frames of its handler, and all in them.
+        self._failure: Callable[[], trio.BrokenResourceError] | None = None
         self._changed = trio.Event()
 
     async def send(self, data: bytes) -> None:
@@ -98,7 +100,7 @@ class Stream:
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:
             if self._failure is not None:
-                raise self._failure
+                raise self._failure()
             if not self._link.is_congested:
                 if self._link.mux.can_send(self._id):
                     break
@@ -118,7 +120,7 @@ class Stream:
             if self._ended:
                 return None
             if self._failure is not None:
-                raise self._failure
+                raise self._failure()
             await self._wait()
         return self._take()
 
@@ -153,7 +155,7 @@ class Stream:
         self._ended = True
         self._notify()
 
-    def fail(self, failure: trio.BrokenResourceError) -> None:
+    def fail(self, failure: Callable[[], trio.BrokenResourceError]) -> None:
         self._failure = failure
         self._notify()
 
@@ -225,32 +227,43 @@ class Link:
 
         Raises:
           ProtocolError: the peer broke the protocol or speaks another version.
-          OSError, trio.BrokenResourceError: the connection failed before the hellos.
+          LinkClosed: the connection failed before the hellos.
         """
         self.write(self.mux.hello())
+        failure: Exception | None = None
         try:
             async with trio.open_nursery() as nursery:
                 self._cancel_scope = nursery.cancel_scope
                 nursery.start_soon(self._write_loop)
-                with trio.move_on_after(HELLO_TIMEOUT_S) as hello_scope:
-                    await self._receive(nursery)
-                    while self.peer_hello is None and not self._closed:
-                        await self._receive(nursery)
-                if hello_scope.cancelled_caught:
-                    raise ProtocolError(f"no hello within {HELLO_TIMEOUT_S} s")
-                if self.is_closed:
-                    raise LinkClosed("the other node closed the connection")
-                task_status.started()
-                while not self._closed:
-                    await self._receive(nursery)
+                # Raised after the nursery: with the handlers' Cancelled it would make a group, in
+                # which all that they held would stay until a collection of cycles.
+                try:
+                    await self._receive_all(nursery, task_status)
+                except (ProtocolError, OSError, trio.BrokenResourceError) as error:
+                    failure = error
                 nursery.cancel_scope.cancel()
-        except* (OSError, trio.BrokenResourceError) as group:
+            if isinstance(failure, ProtocolError):
+                raise failure
             if self.peer_hello is None:
-                raise LinkClosed(str(group.exceptions[0])) from group
+                raise LinkClosed(str(failure or "the connection was lost"))
         finally:
+            failure = None  # its traceback holds this frame
             self._end()
             with trio.move_on_after(1, shield=True):
                 await trio.aclose_forcefully(self._transport)
+
+    async def _receive_all(self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+        with trio.move_on_after(HELLO_TIMEOUT_S) as hello_scope:
+            await self._receive(nursery)
+            while self.peer_hello is None and not self._closed:
+                await self._receive(nursery)
+        if hello_scope.cancelled_caught:
+            raise ProtocolError(f"no hello within {HELLO_TIMEOUT_S} s")
+        if self.is_closed:
+            raise LinkClosed("the other node closed the connection")
+        task_status.started()
+        while not self._closed:
+            await self._receive(nursery)
 
     def close(self) -> None:
         """Drop the connection and all of its exchanges."""
@@ -296,7 +309,7 @@ class Link:
         stream = self._streams.pop(stream_id, None)
         if stream is not None:
             self.write(self.mux.reset(stream_id, code, message))
-            stream.fail(LinkClosed("the exchange was closed here"))
+            stream.fail(partial(LinkClosed, "the exchange was closed here"))
             self._forget(stream)
 
     def _hold(self, stream: Stream, size: int) -> None:
@@ -319,7 +332,7 @@ class Link:
         self._outbox.clear()
         self._outbox_drained.set()
         for stream in list(self._streams.values()):
-            stream.fail(LinkClosed(f"the connection to {short(self.peer)} was lost"))
+            stream.fail(partial(LinkClosed, f"the connection to {short(self.peer)} was lost"))
         self._streams.clear()
         for scope in self._scopes.values():
             scope.cancel()
@@ -332,7 +345,10 @@ class Link:
             self._outbox_drained.set()
             self._outbox_drained = trio.Event()
             if data:
-                await self._transport.send_all(data)
+                try:
+                    await self._transport.send_all(data)
+                except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+                    self.close()
 
     async def _receive(self, nursery: trio.Nursery) -> None:
         data = await self._transport.receive_some(RECEIVE_SIZE)
@@ -362,7 +378,7 @@ class Link:
                 case StreamReset(stream_id, reset):
                     ended = self._streams.pop(stream_id, None)
                     if ended is not None:
-                        ended.fail(RemoteFailure(reset.code, reset.message))
+                        ended.fail(partial(RemoteFailure, reset.code, reset.message))
                         self._forget(ended)
                     if (scope := self._scopes.get(stream_id)) is not None:
                         scope.cancel()

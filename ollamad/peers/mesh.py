@@ -116,9 +116,9 @@ class Mesh:
             older.close()
         try:
             await link.run()
-        except* ProtocolError as group:
-            log.warning("closing the link of %s: %s", short(peer), group.exceptions[0])
-        except* trio.BrokenResourceError:
+        except ProtocolError as error:
+            log.warning("closing the link of %s: %s", short(peer), error)
+        except LinkClosed:
             pass
         finally:
             inbound.links.remove(link)
@@ -206,8 +206,7 @@ class Mesh:
         link = Link(stream, node_id, dialler=True, version=self._version)
         try:
             await self._nursery.start(self._run_link, link)
-        except* (ProtocolError, trio.BrokenResourceError) as group:
-            error = _first(group)
+        except (ProtocolError, LinkClosed) as error:
             if isinstance(error, TurnedAway):
                 self.on_turned_away(node_id, error.departed)
             raise PeerUnreachable(f"{short(node_id)}…: {error}") from None
@@ -220,14 +219,11 @@ class Mesh:
         self._outbound.add(link)
         try:
             await link.run(task_status=started)
-        except BaseExceptionGroup as group:
+        except (ProtocolError, LinkClosed) as error:
             # Before the hellos the dialler sees the failure; afterwards the link's streams do.
             if not started.done:
                 raise
-            rest = group.split((ProtocolError, trio.BrokenResourceError))[1]
-            if rest is not None:
-                raise rest from None
-            log.info("link to %s ended: %s", short(link.peer), _first(group))
+            log.info("link to %s ended: %s", short(link.peer), error)
         finally:
             self._outbound.discard(link)
             for key in [key for key, kept in self._links.items() if kept is link]:
@@ -252,11 +248,3 @@ class _Started:
     def started(self, value: None = None) -> None:
         self.done = True
         self._inner.started(value)
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first plain exception inside a group."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

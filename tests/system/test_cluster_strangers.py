@@ -35,10 +35,19 @@ from ollamad.wire.join import (
 )
 from ollamad.wire.mux import PROTOCOL
 from tests.system.harness import Cluster, Node, wait_until
+from tests.system.strangers import (
+    addresses,
+    client_context,
+    closed,
+    connected,
+    framed,
+    new_warnings,
+    read_all,
+    secured,
+    send,
+)
 
 CLOSE_LIMIT_S = 10.0  # handshake and frame have 5 s each
-_addresses = (f"127.0.{n >> 8}.{n & 255}" for n in itertools.count(300))
-
 PORTS = ["p2p_port", "raft_port"]
 
 
@@ -69,54 +78,6 @@ def still_served(pair: Cluster) -> Iterator[None]:
         assert status["status"] == "healthy", status
         assert status["cluster_size"] == 2
     pair.nodes[1].post(f"/nodes/{pair.nodes[0].id}/undrain")  # a commit, by both
-
-
-@contextlib.contextmanager
-def connected(node: Node, port: str, source: str | None = None) -> Iterator[socket.socket]:
-    address = ("127.0.0.1", getattr(node, port))
-    with socket.create_connection(
-        address, timeout=20, source_address=(source or next(_addresses), 0)
-    ) as stranger:
-        yield stranger
-
-
-def client_context(identity: Path | None = None) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    if identity is not None:
-        context.load_cert_chain(identity / "node.crt", identity / "node.key")
-    return context
-
-
-@contextlib.contextmanager
-def secured(
-    node: Node, port: str, identity: Path | None = None, source: str | None = None
-) -> Iterator[ssl.SSLSocket]:
-    with (
-        connected(node, port, source) as plain,
-        client_context(identity).wrap_socket(plain) as stream,
-    ):
-        yield stream
-
-
-def read_all(stream: socket.socket) -> bytes:
-    """What comes until the other side closes."""
-    data = b""
-    with contextlib.suppress(ConnectionError, ssl.SSLError, ssl.SSLEOFError):
-        while part := stream.recv(65536):
-            data += part
-    return data
-
-
-def send(stream: socket.socket, data: bytes) -> None:
-    """Send what the other side may not want to read any more."""
-    with contextlib.suppress(ConnectionError, ssl.SSLError):
-        stream.sendall(data)
-
-
-def new_warnings(node: Node, before: str) -> list[str]:
-    return [line for line in node.log()[len(before) :].splitlines() if "WARNING" in line]
 
 
 @pytest.mark.parametrize("port", PORTS)
@@ -240,7 +201,7 @@ def test_a_member_that_talks_nonsense_is_cut_off(pair: Cluster, port: str) -> No
 def test_slow_strangers_do_not_shut_members_out(pair: Cluster, port: str) -> None:
     """Hundreds of connections that say nothing, renewed as they are closed."""
     node, other = pair.nodes
-    source = next(_addresses)
+    source = next(addresses)
     stop = threading.Event()
 
     def hold(count: int) -> None:
@@ -268,16 +229,6 @@ def test_slow_strangers_do_not_shut_members_out(pair: Cluster, port: str) -> Non
     finally:
         stop.set()
         thread.join()
-
-
-def closed(stream: socket.socket) -> bool:
-    stream.setblocking(False)
-    try:
-        return stream.recv(1) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
 
 
 def test_a_stranger_that_says_nothing_is_cut_off(pair: Cluster) -> None:
@@ -333,10 +284,6 @@ def binding(stream: ssl.SSLSocket) -> bytes:
     certificate = stream.getpeercert(binary_form=True)
     assert certificate
     return channel_binding(certificate)
-
-
-def framed(data: bytes) -> bytes:
-    return struct.pack("!I", len(data)) + data
 
 
 def exchange(node: Node, frame_of: object, source: str | None = None) -> bytes:
@@ -411,7 +358,7 @@ def test_a_replayed_request_lets_nobody_else_in(pair: Cluster) -> None:
 
 def test_guessing_is_throttled(pair: Cluster) -> None:
     node = pair.nodes[0]
-    source = next(_addresses)
+    source = next(addresses)
     token = parse_token(pair.join_token())
     wrong = request(token)
 
