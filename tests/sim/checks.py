@@ -10,6 +10,7 @@ Knows no network and no time. A violation goes to `fail`, which ends the run.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ollamad.core.ids import NodeId
 from ollamad.raft.journal import LogEntry
 from ollamad.wire.raftwire import REGULAR
 
@@ -54,6 +55,8 @@ class Checker:
         self._chains: dict[tuple[int, int], int] = {}  # of every entry that any log ever had
         self.leaders: dict[int, str] = {}  # by term
         self._votes: dict[tuple[str, int], str] = {}  # by voter and term: who got it
+        self._pre_votes: dict[tuple[str, int], set[str]] = {}  # by candidate and proposed term
+        self._heirs: set[tuple[str, int]] = set()  # who was asked to take over, and from what term
         self._terms: dict[str, int] = {}  # the highest that a host told others
         self.committed: dict[int, int] = {}  # index: chain hash
         self._commands: dict[int, bytes] = {}  # index: committed command
@@ -246,6 +249,24 @@ class Checker:
         if known != candidate:
             self.violated(
                 "one vote a term", f"{host} votes in term {term} for {known} and {candidate}"
+            )
+
+    def would_vote(self, voter: str, term: int, candidate: str) -> None:
+        """A host says that it would vote for that one in that term."""
+        self._pre_votes.setdefault((candidate, term), {candidate}).add(voter)
+
+    def hands_over(self, heir: str, term: int) -> None:
+        """A leader of that term asks another host to take over."""
+        self._heirs.add((heir, term))
+
+    def stands(self, candidate: str, term: int, voters: frozenset[NodeId]) -> None:
+        """A host begins an election."""
+        would = self._pre_votes.get((candidate, term), {candidate}) & voters
+        if 2 * len(would) <= len(voters) and (candidate, term - 1) not in self._heirs:
+            self.violated(
+                "elections need consent",
+                f"{candidate} stands in term {term}, and of {sorted(voters)} only {sorted(would)} "
+                "would vote for it",
             )
 
     # What clients were told.

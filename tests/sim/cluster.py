@@ -66,7 +66,7 @@ class Cluster:
         self.paths = Paths()
         self.hosts = [Host(world, n, scenario.sync_s) for n in range(scenario.hosts)]
         self.by_id = {host.id: host for host in self.hosts}
-        self.network = Datagrams(world, scenario.network, self.paths, self._deliver)
+        self.network = Datagrams(world, scenario.network, self.paths, self._deliver, self.counts)
         self.connections = Connections(
             world, scenario.network, self.paths, self._accept, self._hand_over
         )
@@ -95,7 +95,11 @@ class Cluster:
             founder = self.hosts[0]
             await trio.sleep(FOUNDING_S)
             assert founder.life is not None
-            await founder.life.call(founder.life.node.propose, FOUNDING, 10.0)
+            try:
+                await founder.life.call(founder.life.node.propose, FOUNDING, 10.0)
+            except (RaftError, Gone) as error:
+                self.checker.violated("progress", f"no cluster was founded: {error!r}")
+                return
             for host in self.hosts[1 : self.scenario.voters]:
                 self.nursery.start_soon(self._change, founder, host.id, True)
 
@@ -275,7 +279,7 @@ class Cluster:
             case Kind.STOP, (float(down_s),):
                 if life is not None and life.is_running:
                     self._down(host, down_s)
-                    life.scope.cancel()
+                    life.wake(life.scope.cancel)
             case Kind.PAUSE, (float(seconds),):
                 host.pauses += 1
                 self.lasting(seconds, self._resume, host)
@@ -288,8 +292,6 @@ class Cluster:
             case Kind.STALLED_DISK, (float(seconds),):
                 host.disk.stalled_until = self.world.now + seconds
             case Kind.FULL_DISK, (float(seconds),):
-                if not hasattr(node_module, "DiskFull"):
-                    return
                 host.disk.full_until = self.world.now + seconds
                 self.lasting(seconds, self._usual_disk, host.disk)
             case Kind.BROKEN_DISK, (float(),):
@@ -300,7 +302,7 @@ class Cluster:
                 pairs = [(host, other) for other in self.hosts if way is not Way.IN]
                 pairs += [(other, host) for other in self.hosts if way is not Way.OUT]
                 self._cut_pairs(pairs, seconds)
-            case Kind.PARTITION, (*numbers, float(seconds)):
+            case Kind.PARTITION, (tuple() as numbers, float(seconds)):
                 pairs = [
                     (one, other)
                     for one in self.hosts

@@ -43,8 +43,16 @@ class Paths:
 class Datagrams:
     """Single frames."""
 
-    def __init__(self, world: World, usual: Network, paths: Paths, deliver: Deliver) -> None:
+    def __init__(
+        self,
+        world: World,
+        usual: Network,
+        paths: Paths,
+        deliver: Deliver,
+        counts: Counter[str],
+    ) -> None:
         self._world = world
+        self._counts = counts
         self._rng = world.rng("network")
         self._deliver = deliver
         self._paths = paths
@@ -52,8 +60,13 @@ class Datagrams:
         self.now = usual  # what it is like at the moment
 
     def send(self, source: NodeId, to: NodeId, frame: bytes) -> None:
-        rng, now = self._rng, self.now
-        if self._paths.is_cut(source, to) or (now.loss and rng.random() < now.loss):
+        rng, now, counts = self._rng, self.now, self._counts
+        counts["frames"] += 1
+        if self._paths.is_cut(source, to):
+            counts["frames cut off"] += 1
+            return
+        if now.loss and rng.random() < now.loss:
+            counts["frames lost"] += 1
             return
         arrives_at = self._world.now + self._delay_s()
         if now.ordered:
@@ -61,6 +74,7 @@ class Datagrams:
             self._last[source, to] = arrives_at
         self._world.at(arrives_at, self._deliver, source, to, frame)
         if now.duplication and rng.random() < now.duplication:
+            counts["frames doubled"] += 1
             self._world.after(2 * self._delay_s(), self._deliver, source, to, frame)
 
     def _delay_s(self) -> float:

@@ -17,7 +17,15 @@ from ollamad.machine import Machine
 from ollamad.raft import Links, RaftError, RaftNode
 from ollamad.raft.journal import Blob, Journal, Snapshot, Stored
 from ollamad.raft.private import LEADER
-from ollamad.wire.raftwire import Ack, MalformedMessage, Vote, VoteRequest, decode
+from ollamad.wire.raftwire import (
+    Ack,
+    MalformedMessage,
+    PreVote,
+    TakeOver,
+    Vote,
+    VoteRequest,
+    decode,
+)
 from tests.sim.checks import Checker, Log
 from tests.sim.disk import DiskHandle, LivingStored
 from tests.sim.world import World
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+QUORUM_S = 1.0  # the product says one election timeout, 0.8 s, and looks with each heartbeat
 STEP_S = 1e-5  # what a step takes at least: without it, time could stand still
 
 
@@ -81,12 +90,15 @@ class WatchedNode(RaftNode):
 
     def __init__(self, life: "Life", *args: Any, **kwargs: Any) -> None:
         self.life = life
+        self.heard: dict[NodeId, float] = {}  # when a frame of each came last
+        self._electorate: tuple[int, frozenset[NodeId], float] = (0, frozenset(), 0.0)
         super().__init__(*args, **kwargs)
 
     def receive(self, sender: NodeId, frame: bytes) -> None:
         life = self.life
         if life.world.trace:
             life.note(f"  from {sender}", decode(frame))
+        self.heard[sender] = life.host.clock()
         try:
             super().receive(sender, frame)
         except MalformedMessage as error:
@@ -99,7 +111,24 @@ class WatchedNode(RaftNode):
             return math.inf
         idle_s = super()._tick()
         self.observe()
+        if self._core.state() == LEADER:
+            self._check_quorum()
         return max(idle_s / self.life.host.clock.rate, STEP_S)
+
+    def _check_quorum(self) -> None:
+        """A leader that hears no majority must not go on (Raft thesis, 6.2)."""
+        now, voters, term = self.life.host.clock(), self._journal.voters, self._core.term()
+        if self._electorate[:2] != (term, voters):
+            self._electorate = (term, voters, now)
+        since = now - QUORUM_S
+        if self._electorate[2] > since:
+            return
+        heard = [v for v in voters if v == self.id or self.heard.get(v, 0.0) >= since]
+        if 2 * len(heard) <= len(voters):
+            self.life.checker.violated(
+                "leaders without a majority step down",
+                f"{self.id} leads term {term} and has heard {heard} for {QUORUM_S:g} s",
+            )
 
     def apply(self, command: bytes, index: int) -> object:
         life = self.life
@@ -216,7 +245,15 @@ class Life:
             case Vote(term):
                 checker.voted(host.id, term, to)
                 kept = disk.meta.term > term or (disk.meta.term, disk.meta.voted_for) == (term, to)
+            case PreVote(_, proposed_term, granted):
+                if granted:
+                    checker.would_vote(host.id, proposed_term, to)
+                return
+            case TakeOver(term):
+                checker.hands_over(to, term)
+                return
             case VoteRequest(term):
+                checker.stands(host.id, term, self.node.voters)
                 checker.voted(host.id, term, host.id)
                 kept = disk.meta.term >= term
             case _:
@@ -277,4 +314,5 @@ class Life:
         self.cluster.process_ended(self)
 
 
-_PROMISES = {b"\xa3ack", b"\xa4vot", b"\xa5vot"}
+# How frames begin that promise something: an array's length, then these.
+_PROMISES = {b"\xa3ack", b"\xa4vot", b"\xa5vot", b"\xa7pre", b"\xa8tak"}
