@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: demo test lint types unit system bench fuzz build lock format clean help
+.PHONY: demo test lint types unit system faults bench fuzz build lock format clean help
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ unit: $(STAMP) ## without real daemons
 
 system: $(STAMP) ## real daemons, the real model
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile tests/system
+
+faults: $(STAMP) ## nodes killed, paused, cut off and restarted under load (SECONDS=120 each)
+	OLLAMAD_FAULT_SECONDS=$(or $(SECONDS),120) $(BIN)/pytest -q -rP tests/system/test_consensus_*.py
 
 bench: $(STAMP) ## measure; prints ratios of things measured in the same run
 	@$(BIN)/python -m tests.bench
