@@ -28,6 +28,47 @@ CAPITAL = "The capital of France is"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 JINJA = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 
+# As models that call functions have it.
+TOOLS = r"""
+{%- if tools %}
+{{- '<|im_start|>system\nYou may call tools.\n# Tools\n<tools>' }}
+{%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}
+{{- '\n</tools>\nFor each function call, return a JSON object within <tool_call></tool_call> ' }}
+{{- 'tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n' }}
+{{- '</tool_call><|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'assistant' and message.tool_calls %}
+{{- '<|im_start|>assistant\n' }}{%- if message.content %}{{- message.content }}{%- endif %}
+{%- for tool_call in message.tool_calls %}
+{{- '\n<tool_call>\n{"name": "' }}{{- tool_call.function.name }}{{- '", "arguments": ' }}
+{{- tool_call.function.arguments | tojson }}{{- '}\n</tool_call>' }}
+{%- endfor %}{{- '<|im_end|>\n' }}
+{%- elif message.role == 'tool' %}
+{{- '<|im_start|>user\n<tool_response>\n' + message.content }}
+{{- '\n</tool_response><|im_end|>\n' }}
+{%- else %}
+{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+# As models that think have it.
+THINKING = """\
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{% if m.reasoning_content %}<think>
+{{ m.reasoning_content }}
+</think>
+
+{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% else %}<think>
+{% endif %}{% endif %}"""
+
 
 @pytest.fixture(scope="module")
 def index(smollm2_path: Path) -> Iterator[PackageIndex]:
@@ -233,6 +274,75 @@ def test_hanging_up_ends_the_generation(two: Cluster, client: ollama.Client) -> 
     wait_until("it has ended", lambda: busy(two) == 0, 5)
 
 
+# Tools and thinking
+
+
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+      a: The first.
+      b: The second.
+    """
+    return a + b
+
+
+def sums() -> list[dict[str, Any]]:
+    """A conversation whose next message is clear even to a small model."""
+    messages: list[dict[str, Any]] = []
+    for a, b in ((1, 2), (3, 4), (5, 5)):
+        call = {"function": {"name": "add", "arguments": {"a": a, "b": b}}}
+        messages += [
+            {"role": "user", "content": f"What is {a} plus {b}?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_name": "add", "content": str(a + b)},
+            {"role": "assistant", "content": f"It is {a + b}."},
+        ]
+    return [*messages, {"role": "user", "content": "What is 6 plus 7?"}]
+
+
+def test_tools(client: ollama.Client) -> None:
+    client.create("calling", from_=MODEL, template=TOOLS)
+    try:
+        assert client.show("calling").capabilities == ["completion", "tools"]
+        options = GREEDY | {"num_predict": 60}
+        answer = client.chat("calling", sums(), tools=[add], options=options)
+        [call] = answer.message.tool_calls or []
+        assert call.function.name == "add"
+        assert add(**call.function.arguments) == 13
+        assert answer.message.content == ""
+        assert answer.done_reason == "stop"
+        assert answer.eval_count
+        *parts, last = client.chat("calling", sums(), tools=[add], options=options, stream=True)
+        [streamed] = [call for part in parts for call in part.message.tool_calls or []]
+        assert streamed == call
+        assert last.done
+        result = {"role": "tool", "tool_name": "add", "content": "13"}
+        messages = [*sums(), answer.message, result]
+        spoken = client.chat("calling", messages, tools=[add], options=options)
+        assert "13" in (spoken.message.content or "")
+    finally:
+        client.delete("calling")
+
+
+def test_thinking(client: ollama.Client) -> None:
+    client.create("thinking", from_=MODEL, template=THINKING)
+    try:
+        assert client.show("thinking").capabilities == ["completion", "thinking"]
+        for think in (True, None):  # a model that can think does, unless it is told not to
+            answer = client.chat("thinking", QUESTION, think=think, options=SHORT)
+            assert answer.message.thinking
+            assert not answer.message.content
+        plain = client.chat("thinking", QUESTION, think=False, options=SHORT)
+        assert plain.message.content
+        assert not plain.message.thinking
+        *parts, last = client.generate("thinking", "Hello!", think=True, options=SHORT, stream=True)
+        assert "".join(part.thinking or "" for part in parts)
+        assert last.done_reason == "length"
+    finally:
+        client.delete("thinking")
+
+
 # In memory
 
 
@@ -388,16 +498,6 @@ def test_pulls_that_fail(client: ollama.Client) -> None:
 
 
 # Errors
-
-
-def add(a: int, b: int) -> int:
-    """Add two numbers.
-
-    Args:
-      a: The first.
-      b: The second.
-    """
-    return a + b
 
 
 def test_errors_are_ollamas(client: ollama.Client) -> None:
