@@ -128,5 +128,15 @@ def test_an_old_majority_that_met_without_the_survivor_stops_when_it_meets_it(
     time.sleep(1)
     assert survivor.get("/cluster/status")["has_quorum"]
 
-    # What they agreed on is not lost: the old state can be put back, here to be recovered.
+    # What they agreed on is not lost: if the recovery was the mistake, it can be put back.
+    survivor.stop()
     assert "not the data directory of a node" in recover(two, "--yes").stderr
+    for node in (two, three):
+        [aside] = node.data_dir.glob("left-*")
+        for path in list(aside.iterdir()):
+            home = node.data_dir / ("identity" if path.suffix == ".crt" else "")
+            path.rename(home / path.name)
+        node.start()
+    wait_until("they have a quorum", lambda: two.get("/cluster/status")["has_quorum"])
+    assert two.id == ids[two]
+    assert two.node(three)["draining"]
