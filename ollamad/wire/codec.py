@@ -10,6 +10,8 @@ import msgspec
 
 T = TypeVar("T")
 
+MAX_REASON = 200  # characters; msgspec repeats bad values whole, and they end in a log
+
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
 
@@ -36,7 +38,8 @@ def decode(data: bytes | bytearray | memoryview, type_: type[T]) -> T:
         value: T = decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         # msgspec lets the error of text that is not UTF-8 through as it is.
-        raise MalformedMessage(f"not a valid {_name(type_)}: {error}") from None
+        reason = str(error)[:MAX_REASON]
+        raise MalformedMessage(f"not a valid {_name(type_)}: {reason}") from None
     return value
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 
 from ollamad.core.ids import NodeId
+from ollamad.wire.codec import MAX_REASON
 
 MIB = 1 << 20
 MAX_COMMAND_SIZE = 1 * MIB  # bytes of one log entry; the state is small, blobs go elsewhere
@@ -199,7 +200,7 @@ def decode(frame: bytes | memoryview) -> Message:
     try:
         message = _decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedMessage(str(error)) from None
+        raise MalformedMessage(str(error)[:MAX_REASON]) from None
     match message:
         case Append(term, _, _, prev_term, entries):
             last_term = prev_term
