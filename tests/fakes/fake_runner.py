@@ -10,6 +10,8 @@ is a character, its id the code point; BOS is 1. What a completion does stands i
 - `script`: the events of the behaviour
 - else the tokens of `abcde`, at most `n_predict`
 
+A chat sends the events of `chat`, or without any the request itself as text.
+
 It enforces every JSON schema but that of type `banana`.
 """
 
@@ -33,6 +35,7 @@ class Behaviour(msgspec.Struct):
     last_words: str = ""
     never_ready: bool = False
     script: list[dict[str, Any]] = []
+    chat: list[dict[str, Any]] = []
     spellings: dict[str, list[int]] = {}  # what /tokenize says of these texts
 
 
@@ -69,12 +72,13 @@ class FakeRunner:
                     body += bytes(part.data)
                 question = msgspec.json.decode(body) if body else {}
                 target = request.target.decode()
-                if question.get("stream") and "refuse" not in text_of(question["prompt"]):
+                refuses = "refuse" in text_of(question.get("prompt", []))
+                if question.get("stream") and not refuses:
                     headers = [("Transfer-Encoding", "chunked")]
                     await send(h11.Response(status_code=200, headers=headers))
                     self.processing += 1
                     try:
-                        await self.complete(question, send)
+                        await (self.complete if "prompt" in question else self.chat)(question, send)
                     finally:
                         self.processing -= 1
                     await send(h11.EndOfMessage())
@@ -113,6 +117,12 @@ class FakeRunner:
                 return 200, {"data": vectors[::-1]}
             case _:
                 return 400, {"error": {"code": 400, "message": "failed to parse grammar"}}
+
+    async def chat(self, question: dict[str, Any], send: Any) -> None:
+        echo = {"choices": [{"delta": {"content": msgspec.json.encode(question).decode()}}]}
+        for event in self.behaviour.chat or [echo]:
+            await send(h11.Data(data=b"data: " + msgspec.json.encode(event) + b"\n\n"))
+        await send(h11.Data(data=b"data: [DONE]\n\n"))
 
     async def complete(self, question: dict[str, Any], send: Any) -> None:
         prompt = text_of(question["prompt"])

@@ -203,6 +203,45 @@ async def test_null_is_as_good_as_nothing() -> None:
     ]
 
 
+async def test_tools_and_their_history_reach_the_scheduler() -> None:
+    client = client_of("completion", "tools")
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    call = {"id": "call_1", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "thinking": "Hm", "tool_calls": [call]},
+        {"role": "tool", "tool_name": "add", "tool_call_id": "call_1", "content": "2"},
+    ]
+    await ask(client, "chat", messages=messages, tools=[tool])
+    assert client.world.inference.requests == [
+        GenerateRequest(
+            MODEL,
+            messages=(
+                Message("user", "hi"),
+                Message("assistant", "", "Hm", (ToolCall("add", '{"a":1}', "call_1", 0),)),
+                Message("tool", "2", tool_name="add", tool_call_id="call_1"),
+            ),
+            tools=msgspec.json.encode([tool]).decode(),
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("think", "expected"), [(None, "on"), (True, "on"), (False, "off"), ("low", "low")]
+)
+async def test_a_model_that_can_think_does(think: Any, expected: str) -> None:
+    client = client_of("completion", "thinking")
+    await ask(client, "chat", messages=MESSAGES, think=think)
+    await ask(client, "generate", prompt="hi", think=think)
+    first, second = client.world.inference.requests
+    assert isinstance(first, GenerateRequest)
+    assert isinstance(second, GenerateRequest)
+    assert (first.think, second.think) == (expected, expected)
+    other = ApiClient()
+    assert (await ask(other, "generate", prompt="hi", think=False)).status == 200
+    assert other.world.inference.requests == [GenerateRequest(MODEL, prompt="hi")]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "seconds", "reason"),
     [

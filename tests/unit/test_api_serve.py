@@ -15,7 +15,7 @@ import trio.testing
 
 from ollamad.api import calls, serve
 from ollamad.api.asgi import BODY_HIGH_WATER
-from ollamad.api.serve import CannotListen, open_listeners, serve_api
+from ollamad.api.serve import CannotListen, open_listeners, open_ollama_listeners, serve_api
 from ollamad.core.inference import Chunk
 from tests.fakes.api_client import ApiClient
 from tests.fakes.api_services import FINISHED, World, model
@@ -466,3 +466,25 @@ async def test_accepted_connections_inherit_the_socket_options() -> None:
             assert accepted.getsockopt(tcp, socket.TCP_USER_TIMEOUT) == serve.USER_TIMEOUT_MS
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert accepted.getsockopt(tcp, socket.TCP_KEEPIDLE) == serve.KEEPALIVE_IDLE_S
+
+
+# Where Ollama listens
+
+
+async def test_ollamas_address_is_taken_if_it_is_free(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        monkeypatch.setattr(serve, "OLLAMA_ADDRESS", address)
+        other.listen()
+        assert await open_ollama_listeners("auto") == []
+        assert f"{address}, where programs look for Ollama, is in use" in caplog.text
+        with pytest.raises(CannotListen):
+            await open_ollama_listeners(address)
+    assert await open_ollama_listeners("off") == []
+    for setting in ("auto", address):
+        [listener] = await open_ollama_listeners(setting)
+        with listener:
+            assert listener.getsockname() == ("127.0.0.1", int(address.rpartition(":")[2]))

@@ -436,3 +436,24 @@ async def test_a_request_that_is_nonsense(world: World, method: str) -> None:
         answer = await stream.receive()
     assert answer is not None
     assert b"MALFORMED" in answer
+
+
+async def test_unloading_reaches_every_node_that_is_there(world: World) -> None:
+    unload = msgspec.structs.replace(ASK, prompt="", keep_alive_s=0.0)
+    for node in (world.b, world.c):
+        node.engine.script = [Finished("unload")]
+    assert (await world.ask(unload))[1] == [Finished("unload")]
+    assert {len(node.engine.requests) > 0 for node in (world.b, world.c)} == {True}
+    assert world.a.engine.requests == []
+    world.presences[C] = world.presence(online=False)
+    world.c.engine.requests.clear()
+    world.b.engine.refuse = refusal("DRAINING")
+    assert (await world.fails(unload)).code == "DRAINING"
+    assert world.c.engine.requests == []
+
+
+async def test_loading_reaches_one_node(world: World) -> None:
+    load = msgspec.structs.replace(ASK, prompt="", keep_alive_s=60.0)
+    await world.ask(load)
+    assert len(world.b.engine.requests) == 1
+    assert world.c.engine.requests == []

@@ -1,0 +1,120 @@
+"""Models that are made of other models, and described, from any node."""
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from ollamad import library as library_module
+from ollamad.api.services import ServiceError
+from ollamad.core.description import NO_CHANGES, Changes
+from ollamad.core.inference import Message
+from tests.unit.test_library_models import NAME, REFERENCE, A, B, World, until
+
+JINJA = "{% if tools %}x{% endif %}<think>"
+
+
+@pytest.fixture
+async def world(nursery: trio.Nursery, tmp_path: Path) -> World:
+    """The model is on A alone."""
+    world = World(nursery, tmp_path)
+    await world.start(A, B)
+    await world.pulled(A)
+    return world
+
+
+@pytest.mark.parametrize("asked", [A, B])
+async def test_a_copy_is_the_same_model(world: World, asked: str) -> None:
+    library = world.nodes[asked].library  # type: ignore[index]
+    model = await library.derive("Copy", NAME, NO_CHANGES)
+    assert (model.name, model.digest) == ("Copy:latest", world.models[NAME].digest)
+    await until(world.shared, lambda: world.confirmed("copy:latest") == (A,))
+    assert await world.nodes[A].store.read_manifest("copy") == model.manifest
+
+
+@pytest.mark.parametrize("asked", [A, B])
+async def test_a_derived_model_says_what_was_changed(world: World, asked: str) -> None:
+    library = world.nodes[asked].library  # type: ignore[index]
+    changes = Changes(
+        template=JINJA,
+        system="Arr.",
+        parameters={"temperature": 0.5, "stop": ["x"]},
+        messages=(Message("user", "hi"),),
+        licenses=("Mine",),
+    )
+    model = await library.derive("pirate", NAME, changes)
+    assert model.details.capabilities == ("completion", "tools", "thinking")
+    described = await library.describe("PIRATE")
+    assert (described.template, described.system) == (JINJA, "Arr.")
+    assert described.parameters == {"temperature": 0.5, "stop": ["x"]}
+    assert described.messages == (Message("user", "hi"),)
+    assert described.licenses == ("MIT", "Mine")
+    assert described.metadata["general.architecture"] == "llama"
+    assert described.parameter_count > 0
+    # What is changed again is replaced; parameters are added, the rest stays.
+    again = Changes(system="Ho.", parameters={"temperature": 1, "top_k": 3})
+    await library.derive("pirate", "pirate", again)
+    described = await library.describe("pirate")
+    assert (described.template, described.system) == (JINJA, "Ho.")
+    assert described.parameters == {"temperature": 1, "stop": ["x"], "top_k": 3}
+    assert described.licenses == ("MIT", "Mine")
+    assert (await library.describe(NAME)).system == ""
+    parts = await world.nodes[A].store.runtime_parts(world.models["pirate:latest"])
+    assert parts.params.temperature == 1.0
+    assert parts.params.stop == ("x",)
+
+
+async def test_a_file_becomes_a_model_with_parts(world: World) -> None:
+    library = world.nodes[A].library
+    digest = next(
+        layer.digest for layer in world.models[NAME].layers if layer.media_type.endswith("model")
+    )
+    await library.create("own", {"m.gguf": digest}, Changes(system="One."))
+    with pytest.raises(ServiceError, match="another model") as caught:
+        await library.create("own", {"m.gguf": digest}, Changes(system="Two."))
+    assert caught.value.status == 409
+    await library.create("own", {"m.gguf": digest}, Changes(system="Two."), replace=True)
+    assert (await library.describe("own")).system == "Two."
+
+
+async def test_without_a_holder_nothing_can_be_made(world: World) -> None:
+    library = world.nodes[B].library
+    await world.nodes[A].stop()
+    for ask in (library.describe(NAME), library.derive("x", NAME)):
+        with pytest.raises(ServiceError) as caught:
+            await ask
+        assert (caught.value.status, caught.value.code) == (503, "NO_REPLICA")
+    with pytest.raises(ServiceError) as caught:
+        await library.describe("nope")
+    assert caught.value.status == 404
+
+
+async def test_what_does_not_fit_between_nodes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = Changes(licenses=("x" * 2000,))
+    await world.nodes[A].library.derive("long", NAME, long)
+    monkeypatch.setattr(library_module, "MAX_MESSAGE_BYTES", 1000)
+    with pytest.raises(ServiceError) as caught:
+        await world.nodes[B].library.derive("other", NAME, long)
+    assert caught.value.status == 413
+    # A description leaves the licences out rather than failing.
+    assert (await world.nodes[B].library.describe("long")).licenses == ()
+    assert len((await world.nodes[A].library.describe("long")).licenses) == 2
+
+
+async def test_a_transfer_is_found_wherever_it_runs(world: World) -> None:
+    a, b = world.nodes[A].library, world.nodes[B].library
+    transfer_id = await b.download(REFERENCE, nodes=[B])
+    await until(world.shared, lambda: B in world.confirmed())
+    for library in (a, b):
+        found = await library.transfer(transfer_id)
+        assert found is not None
+        assert (found.id, found.node_id) == (transfer_id, B)
+    pulled = next(t for t in await b.transfers() if t.type == "download" and t.node_id == A)
+    seen = await b.transfer(pulled.id)
+    assert seen is not None
+    assert seen.digest == "sha256:x"  # of the container, as its index promises
+    assert await a.transfer("nobody-1") is None
+    await world.nodes[A].stop()
+    assert await b.transfer(pulled.id) is None
