@@ -35,7 +35,7 @@ from ollamad.peers.identity import (
 from ollamad.peers.link import RemoteFailure
 from ollamad.peers.mesh import Mesh
 from ollamad.peers.tls import Gate, PeerUnreachable
-from ollamad.raft.errors import JournalFailed
+from ollamad.raft.errors import RaftError
 from ollamad.raft.recovery import LogView, make_only_voter, read_log
 from ollamad.raft.sqlite_store import SqliteStore
 from ollamad.wire.codec import MalformedMessage, encode
@@ -85,12 +85,8 @@ def recover(
         Nothing was changed.
     """
     os.umask(0o077)  # the journal holds the cluster's keys
-    if not (data_dir / "raft.db").is_file() or not (data_dir / "identity" / KEY_FILE).is_file():
-        raise StartError(
-            f"{data_dir} is not the data directory of a node that was in a cluster; name it with "
-            "--data-dir"
-        )
     try:
+        _check_directory(data_dir)
         with DataDir(data_dir) as directory:
             identity = Identity.load_or_create(directory.identity)
             if not identity.is_member:
@@ -105,8 +101,20 @@ def recover(
             with uninterrupted():
                 kept = trio.run(_carry_out, directory, identity, plan)
             return _next_steps(plan, kept)
-    except (DataDirError, IdentityError, JournalFailed, MalformedMessage) as error:
+    except (DataDirError, IdentityError, RaftError, MalformedMessage, OSError) as error:
         raise StartError(str(error)) from None
+
+
+def _check_directory(data_dir: Path) -> None:
+    """Whether this looks like what is to be recovered; makes nothing, unlike a start."""
+    if data_dir.is_dir() and (owner := data_dir.stat().st_uid) != os.geteuid():
+        # The daemon could not write what another user leaves there.
+        raise StartError(f"{data_dir} belongs to another user; run this as user {owner} (sudo -u)")
+    if not (data_dir / "raft.db").is_file() or not (data_dir / "identity" / KEY_FILE).is_file():
+        raise StartError(
+            f"{data_dir} is not the data directory of a node that was in a cluster; name it with "
+            "--data-dir"
+        )
 
 
 async def _examine(directory: DataDir, identity: Identity) -> Plan:

@@ -258,6 +258,27 @@ def test_a_node_that_is_down_can_be_taken_out(cluster: Cluster) -> None:
     assert gone.id == gone_id
 
 
+def test_a_newcomer_takes_the_place_of_a_dead_voter(cluster: Cluster) -> None:
+    cluster.found()
+    cluster.grow(2)
+    gone = cluster.followers()[0]
+    gone_id = gone.id
+    gone.kill()
+    begun = time.monotonic()
+    cluster.new_node().start("--join", f"{cluster.join_token()}@{cluster.asked.p2p}")
+    alive = {node.id for node in cluster.running}
+
+    def voters() -> set[str]:
+        return set(cluster.asked.get("/cluster/status")["voters"])
+
+    wait_until("the newcomer votes", lambda: voters() == {*alive, gone_id})
+    wait_until("the dead one does not", lambda: voters() == alive, 60)
+    assert time.monotonic() - begun > 25, "it was not given up at once"
+    # It is a member still, and votes again when it returns.
+    gone.start()
+    cluster.wait_whole()
+
+
 def test_the_last_node_and_unknown_nodes_are_refused(single: Cluster) -> None:
     node = single.nodes[0]
     details = refused(

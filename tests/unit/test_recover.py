@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -34,9 +34,9 @@ from ollamad.machine import Machine
 from ollamad.main import app
 from ollamad.peers.identity import Identity, issue_certificate, make_ca
 from ollamad.peers.mesh import Mesh
-from ollamad.raft.journal import Batch, LogEntry
+from ollamad.raft.journal import Batch, LogEntry, Snapshot, Stored, pack_snapshot
 from ollamad.raft.node import RaftNode
-from ollamad.raft.recovery import TERM_STEP, LogEnd, LogView
+from ollamad.raft.recovery import TERM_STEP, LogEnd, LogView, read_log
 from ollamad.raft.sqlite_store import SqliteStore
 from ollamad.recover import Plan, Survey, check, recover
 from ollamad.wire.codec import encode
@@ -203,6 +203,26 @@ def test_a_later_recovery_is_another_incarnation_whatever_the_clock_says(
     assert survivor.open()[0].state.incarnation == 2**62 + 1
 
 
+def test_a_log_is_read_from_its_snapshot_to_its_end() -> None:
+    commands = [bytes([NO_OP]), encode_voters(ids("AB")), *(b"\x00%d" % n for n in range(3, 8))]
+    entries: list[LogEntry] = [(command, n, 2) for n, command in enumerate(commands, 1)]
+    snapshot = Snapshot(1, entries[3], entries[4], (A, B), b"state")
+    stored = Stored(entries, term=4, commit_index=5, snapshot=pack_snapshot(snapshot))
+
+    class Recorder:
+        seen: ClassVar[list[bytes]] = []
+
+        def apply(self, command: bytes) -> bytes:
+            self.seen.append(command)
+            return b""
+
+        def restore(self, data: bytes) -> None:
+            self.seen.append(data)
+
+    assert read_log(stored, Recorder()) == LogView(ids("AB"), 4, LogEnd(2, 7))
+    assert Recorder.seen == [b"state", b"6", b"7"]
+
+
 # What is refused.
 
 
@@ -227,6 +247,12 @@ def test_directories_that_are_none(survivor: Survivor, tmp_path: Path) -> None:
         with pytest.raises(StartError, match="--data-dir"):
             recover(path, yes)
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_another_users_directory(survivor: Survivor, monkeypatch: pytest.MonkeyPatch) -> None:
+    survivor.write()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert f"run this as user {os.getuid()}" in refusal(survivor)
 
 
 def test_a_running_daemon(survivor: Survivor) -> None:
