@@ -15,6 +15,7 @@ from ollamad.api.calls import Call, reply
 from ollamad.api.dialects import openai_error
 from ollamad.api.generation import Whole, answer, embed, encode
 from ollamad.api.ollama import find, require_capability, shortened
+from ollamad.api.ollama_bodies import read_tools
 from ollamad.api.openai_bodies import (
     ChatBody,
     CompletionBody,
@@ -158,10 +159,13 @@ async def chat(call: Call) -> Reply | None:
     model = await _find(call, body.model)
     if body.tools:
         require_capability(model, "tools")
-        raise unsupported("tools")
+    choice = body.chosen
     request = GenerateRequest(
         model=model.name,
         messages=read_messages(body.messages),
+        tools=read_tools(body.tools),
+        tool_choice=choice if body.tools else "",
+        think=body.think(thinks="thinking" in model.details.capabilities),
         format=body.response_format.as_text if body.response_format else "",
         options=body.options(body.max_completion_tokens or body.max_tokens),
     )

@@ -9,13 +9,14 @@ from typing import Any
 import msgspec
 
 from ollamad.api.bodies import INT32_MAX, format_text, invalid, unsupported
-from ollamad.core.inference import Message, Options
+from ollamad.core.inference import Message, Options, ToolCall
 
 ROLES = {
     "system": "system",
     "developer": "system",  # its name since 2024
     "user": "user",
     "assistant": "assistant",
+    "tool": "tool",
 }
 MAX_STOPS = 4
 
@@ -113,18 +114,63 @@ class Part(msgspec.Struct, frozen=True):
     text: str | None = None
 
 
+class Function(msgspec.Struct, frozen=True):
+    name: str
+    arguments: str = "{}"  # JSON as text
+
+
+class Called(msgspec.Struct, frozen=True):
+    id: str
+    function: Function
+
+
 class ChatMessage(msgspec.Struct, frozen=True):
     role: str
     content: str | tuple[Part, ...] | None = None
-    tool_calls: tuple[Any, ...] | None = None
+    name: str | None = None
+    tool_calls: tuple[Called, ...] | None = None
+    tool_call_id: str | None = None
 
 
 class ChatBody(_Sampled, frozen=True, kw_only=True):
     messages: tuple[ChatMessage, ...]
     max_completion_tokens: int | None = None
     response_format: ResponseFormat | None = None
-    tools: tuple[Any, ...] | None = None
-    tool_choice: Any = None
+    tools: tuple[dict[str, Any], ...] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+
+    @property
+    def chosen(self) -> str:
+        """Whether tools may or must be called, as the scheduler takes it.
+
+        Raises:
+          ServiceError: 400; a certain tool cannot be forced.
+        """
+        if self.tool_choice in (None, "auto", "none", "required"):
+            return self.tool_choice or ""
+        if isinstance(self.tool_choice, dict):
+            raise unsupported("tool_choice.function")
+        choices = ("auto", "none", "required")
+        field = "tool_choice"
+        raise invalid(field, f"{field} must be {', '.join(choices)}", expected=" | ".join(choices))
+
+    def think(self, *, thinks: bool) -> str:
+        """How the model is to think, as the scheduler takes it.
+
+        Raises:
+          ServiceError: 400.
+        """
+        efforts = {"none": "off", "minimal": "low", "low": "low", "medium": "medium"}
+        efforts |= {"high": "high", "xhigh": "high"}
+        effort = self.reasoning_effort
+        if effort is not None and effort not in efforts:
+            known = ", ".join(efforts)
+            field = "reasoning_effort"
+            raise invalid(field, f"{field} must be one of {known}", expected=known)
+        if not thinks:
+            return ""
+        return "on" if effort is None else efforts[effort]
 
 
 class CompletionBody(_Sampled, frozen=True, kw_only=True):
@@ -170,21 +216,38 @@ def read_messages(given: Sequence[ChatMessage]) -> tuple[Message, ...]:
 
 def _read_message(index: int, message: ChatMessage) -> Message:
     where = f"messages[{index}]"
-    if message.tool_calls:
-        raise unsupported(f"{where}.tool_calls")
-    if message.role in ("tool", "function"):
-        raise unsupported(f"{where}.role {message.role}")
     if message.role not in ROLES:
         known = ", ".join(ROLES)
         raise invalid(f"{where}.role", f"{where}.role must be one of {known}", expected=known)
-    if not isinstance(message.content, tuple):
-        return Message(ROLES[message.role], message.content or "")
-    texts = []
-    for place, part in enumerate(message.content):
-        if part.type != "text":
-            raise unsupported(f"{where}.content[{place}].type {part.type[:40]!r}")
-        texts.append(part.text or "")
-    return Message(ROLES[message.role], "".join(texts))
+    if isinstance(message.content, tuple):
+        texts = []
+        for place, part in enumerate(message.content):
+            if part.type != "text":
+                raise unsupported(f"{where}.content[{place}].type {part.type[:40]!r}")
+            texts.append(part.text or "")
+        content = "".join(texts)
+    else:
+        content = message.content or ""
+    return Message(
+        ROLES[message.role],
+        content,
+        tool_calls=tuple(
+            ToolCall(call.function.name, _arguments(where, call.function), call.id, place)
+            for place, call in enumerate(message.tool_calls or ())
+        ),
+        tool_name=message.name or "" if message.role == "tool" else "",
+        tool_call_id=message.tool_call_id or "",
+    )
+
+
+def _arguments(where: str, function: Function) -> str:
+    try:
+        if isinstance(msgspec.json.decode(function.arguments or "{}"), dict):
+            return function.arguments or "{}"
+    except msgspec.DecodeError:
+        pass
+    field = f"{where}.tool_calls"
+    raise invalid(field, f"{field}: arguments must be a JSON object as text", expected="JSON")
 
 
 def _check_range(name: str, value: float | None, low: float, high: float) -> None:

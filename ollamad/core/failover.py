@@ -74,7 +74,8 @@ class Answer:
 
     def __init__(self, request: GenerateRequest, mode: Mode) -> None:
         self._request = request
-        self._mode: Mode = "replay" if mode == "continue" and request.format else mode
+        has_state = bool(request.format) or request.is_parsed  # which tokens do not tell
+        self._mode: Mode = "replay" if mode == "continue" and has_state else mode
         self._text = _Said()
         self._thought = _Said()
         self._calls = 0  # tool calls that were sent

@@ -32,6 +32,7 @@ USAGE = {
     "total_tokens": 28,
     "prompt_tokens_details": {"cached_tokens": 5},
 }
+BAD = {"name": "f", "arguments": "[1]"}
 DEFAULTS = Options(temperature=1.0, top_p=1.0)
 
 
@@ -343,9 +344,16 @@ async def test_models() -> None:
         ),
         (
             "chat/completions",
-            {"messages": [{"role": "tool", "content": "x"}]},
-            "messages[0].role tool",
+            {"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": BAD}]}]},
+            "messages[0].tool_calls",
         ),
+        ("chat/completions", {"messages": MESSAGES, "tool_choice": "maybe"}, "tool_choice"),
+        (
+            "chat/completions",
+            {"messages": MESSAGES, "tool_choice": {"type": "function"}},
+            "tool_choice.function",
+        ),
+        ("chat/completions", {"messages": MESSAGES, "reasoning_effort": "x"}, "reasoning_effort"),
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -383,6 +391,49 @@ async def test_an_unknown_model(path: str) -> None:
         "code": "model_not_found",
     }
     assert (await ApiClient().call("GET", "/v1/models/nope")).status == 404
+
+
+def client_of(*capabilities: str) -> ApiClient:
+    """A client whose model can do that."""
+    client = ApiClient()
+    plain = model()
+    details = msgspec.structs.replace(plain.details, capabilities=capabilities)
+    models = client.world.cluster.state.models
+    models[MODEL] = msgspec.structs.replace(plain, details=details)
+    return client
+
+
+async def test_tools_and_what_they_answered() -> None:
+    client = client_of("completion", "tools")
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    conversation = [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "42", "tool_call_id": "call_1", "name": "f"},
+    ]
+    answer = await chat(client, messages=conversation, tools=tools, tool_choice="required")
+    assert answer.status == 200
+    request = asked(client)
+    assert json.loads(request.tools) == tools
+    assert request.tool_choice == "required"
+    assert request.messages == (
+        Message("user", "go"),
+        Message("assistant", "", tool_calls=(ToolCall("f", '{"a":1}', "call_1"),)),
+        Message("tool", "42", tool_name="f", tool_call_id="call_1"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("effort", "think"), [(None, "on"), ("none", "off"), ("minimal", "low"), ("high", "high")]
+)
+async def test_the_effort_of_a_model_that_thinks(effort: str | None, think: str) -> None:
+    client = client_of("completion", "thinking")
+    await chat(client, reasoning_effort=effort)
+    assert asked(client).think == think
+    plain = client_of("completion")
+    await chat(plain, reasoning_effort=effort)
+    assert asked(plain).think == ""
 
 
 async def test_tools_of_a_model_that_has_none() -> None:

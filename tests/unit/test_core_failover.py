@@ -12,6 +12,7 @@ from ollamad.core.inference import (
     Failover,
     Finished,
     GenerateRequest,
+    Message,
     Thought,
     ToolCall,
 )
@@ -97,8 +98,16 @@ def test_a_replay_that_says_something_else_ends_with_an_error(again: list[Event]
     assert last.code == "REPLAY_DIVERGED"
 
 
-def test_a_grammar_is_replayed() -> None:
-    answer = Answer(GenerateRequest("m", "tell", format="json"), "continue")
+@pytest.mark.parametrize(
+    "asked",
+    [
+        GenerateRequest("m", "tell", format="json"),
+        GenerateRequest("m", messages=(Message("user", "x"),), tools="[]"),
+        GenerateRequest("m", messages=(Message("user", "x"),), think="on"),
+    ],
+)
+def test_what_is_parsed_is_replayed(asked: GenerateRequest) -> None:
+    answer = Answer(asked, "continue")
     feed(answer, Chunk("{", (1,)))
     assert answer.mode == "replay"
     assert answer.resume().resume == ()
