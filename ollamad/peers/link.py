@@ -207,6 +207,7 @@ class Link:
         self._outbox_filled = trio.Event()
         self._outbox_drained = trio.Event()
         self._closed = False
+        self._began = False  # the hellos were exchanged, and whoever waits was told
         self._cancel_scope: trio.CancelScope | None = None
 
     @property
@@ -227,7 +228,7 @@ class Link:
 
         Raises:
           ProtocolError: the peer broke the protocol or speaks another version.
-          LinkClosed: the connection failed before the hellos.
+          LinkClosed: the connection failed before the link was started.
         """
         self.write(self.mux.hello())
         failure: Exception | None = None
@@ -244,7 +245,7 @@ class Link:
                 nursery.cancel_scope.cancel()
             if isinstance(failure, ProtocolError):
                 raise failure
-            if self.peer_hello is None:
+            if not self._began:
                 raise LinkClosed(str(failure or "the connection was lost"))
         finally:
             failure = None  # its traceback holds this frame
@@ -261,6 +262,7 @@ class Link:
             raise ProtocolError(f"no hello within {HELLO_TIMEOUT_S} s")
         if self.is_closed:
             raise LinkClosed("the other node closed the connection")
+        self._began = True
         task_status.started()
         while not self._closed:
             await self._receive(nursery)

@@ -409,6 +409,33 @@ async def test_who_does_not_greet_is_no_peer(first: bytes | None, error: type[Ex
     assert link.is_closed
 
 
+async def test_a_link_that_closes_as_the_hello_arrives_never_started() -> None:
+    """As when the peer dies then, and our own hello cannot be sent any more."""
+    ours, theirs = memory_stream_pair()
+    await theirs.send_all(MuxConnection(dialler=False, version="1.0").hello())
+
+    class Closing(trio.abc.Stream):
+        async def receive_some(self, max_bytes: int | None = None) -> bytes:
+            data = bytes(await ours.receive_some(max_bytes))
+            link.close()
+            return data
+
+        async def send_all(self, data: object) -> None:
+            await trio.sleep_forever()
+
+        async def wait_send_all_might_not_block(self) -> None:
+            await trio.lowlevel.checkpoint()
+
+        async def aclose(self) -> None:
+            await ours.aclose()
+
+    link = Link(Closing(), B, dialler=True, version="1.0")
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(LinkClosed):
+            await nursery.start(link.run)
+    assert link.peer_hello is not None
+
+
 async def test_silence_instead_of_a_hello(mock_clock: MockClock) -> None:
     mock_clock.autojump_threshold = 0
     ours, _theirs = memory_stream_pair()
@@ -685,6 +712,7 @@ async def test_opening_and_resetting_in_a_loop_makes_no_more_handlers() -> None:
             await hostile.send(b"".join(data for _, data in opened))
             await hostile.send(b"".join(hostile.mux.reset(n, "X", "") for n, _ in opened))
         assert running == MAX_HANDLERS
+        assert hostile.link._budget.held == MAX_HANDLERS * MESSAGE_OVERHEAD, "as long as they run"
         free.set()
         await wait_all_tasks_blocked()
         assert running == hostile.link._handling == hostile.link._budget.held == 0
