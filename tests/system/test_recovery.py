@@ -2,7 +2,9 @@
 
 import subprocess
 import time
+from pathlib import Path
 
+from tests.fakes.gguf_files import LLAMA, write_gguf
 from tests.system.harness import Cluster, Node, refused, run_daemon, wait_until
 
 NOTICE_S = 10.0  # without a quorum, until the log tells what to do
@@ -22,19 +24,28 @@ def refused_recovery(node: Node) -> str:
     return lines[-1]
 
 
+def replicas(node: Node) -> list[str]:
+    return sorted(node.get("/models/tiny")["model"]["replicas"])
+
+
 def ends_because_left_behind(node: Node) -> None:
     assert node.wait_end() == 0
     assert "was recovered without this node on 20" in node.log()
     assert list(node.data_dir.glob("left-*/raft.db"))
 
 
-def test_a_survivor_goes_on_and_the_others_come_back_as_new(cluster: Cluster) -> None:
+def test_a_survivor_goes_on_and_the_others_come_back_as_new(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     first = cluster.found()
     cluster.grow(2)
     survivor, two, three = cluster.nodes
     assert survivor is first
     ids = {node: node.id for node in cluster.nodes}
     before = survivor.get("/cluster/status")
+    survivor.import_model(write_gguf(tmp_path / "tiny.gguf", LLAMA), "tiny")
+    wait_until("it has two replicas", lambda: len(replicas(survivor)) == 2)
+    holders = replicas(survivor)
     survivor.post(f"/nodes/{two.id}/drain")
     wait_until("all know it", lambda: all(n.node(two)["draining"] for n in cluster.nodes))
 
@@ -98,6 +109,8 @@ def test_a_survivor_goes_on_and_the_others_come_back_as_new(cluster: Cluster) ->
     assert {node: node.id for node in cluster.nodes} == ids
     assert all(not node.node(two)["draining"] for node in cluster.nodes)
     assert survivor.get("/cluster/status")["cluster_size"] == 3
+    wait_until("the models are where they were", lambda: replicas(survivor) == holders)
+    assert all(list(n.data_dir.glob("models/blobs/*")) for n in cluster.nodes if n.id in holders)
     # And it is a cluster as any other, which survives a loss.
     cluster.leader().kill()
     cluster.asked.post(f"/nodes/{ids[two]}/drain", timeout_s=30)
