@@ -137,6 +137,7 @@ class Fence:
         self._timing = timing
         self._reads = reads
         self._leader_heard = float("-inf")
+        self._majority_heard = float("-inf")  # while this node led
         self._votes: tuple[int, set[NodeId]] = (0, set())  # term, who voted for us in it
         self._pre_votes: tuple[int, set[NodeId]] | None = None  # proposed term, who would
         self._election_won_pre_vote = False
@@ -346,7 +347,10 @@ class Fence:
         """Put a pre-vote before the library's election, which its next tick would start."""
         core = self._core
         now = core.clock()
-        if core.state() == LEADER or now < core.election_deadline():
+        if core.state() == LEADER:
+            self._majority_heard = now - self.silence_s()
+            return
+        if now < core.election_deadline():
             return
         if not self._may_lead():
             core.lose_leader()
@@ -418,7 +422,7 @@ class Fence:
         """Seconds since this node was in touch with its leader, or, as one, with a majority."""
         core = self._core
         if core.state() != LEADER:
-            return core.clock() - self._leader_heard
+            return core.clock() - max(self._leader_heard, self._majority_heard)
         others = self._journal.voters - {self._self_id}
         heard = sorted((core.last_heard(voter) for voter in others), reverse=True)
         needed = len(self._journal.voters) // 2

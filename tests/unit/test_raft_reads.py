@@ -335,6 +335,18 @@ async def test_how_old_the_state_is(autojump_clock: MockClock, nursery: trio.Nur
     assert leader.raft.commit_index == leader.raft.applied_index
 
 
+async def test_a_leader_that_stepped_down_knows_how_old_its_state_is(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    c = Cluster(nursery)
+    await c.founded("abc")
+    leader = await c.leader()
+    c.partition(leader.id, "abc".replace(leader.id, ""))
+    await trio.sleep(3)
+    assert not leader.raft.is_leader
+    assert 2.8 < leader.raft.silence_s < 3.2
+
+
 async def test_a_cluster_of_one_is_never_old(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
