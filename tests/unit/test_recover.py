@@ -3,6 +3,8 @@
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -510,38 +512,39 @@ def before_the_rename_of_the_copy(patcher: pytest.MonkeyPatch) -> None:
     patcher.setattr(Path, "replace", replace)
 
 
-@pytest.mark.parametrize(
-    ("patch", "recovered", "copies"),
-    [
-        (before(recover_module, "_keep_copies"), False, 0),
-        (before_the_rename_of_the_copy, False, 0),
-        (before(recover_module, "make_only_voter"), False, 1),
-        (at_statement("BEGIN"), False, 1),
-        (at_statement("INSERT INTO entries"), False, 1),
-        (at_statement("INSERT OR REPLACE INTO head"), False, 1),
-        (at_statement("COMMIT"), False, 1),
-        (before(Identity, "renew_if_due"), True, 1),
-    ],
-    ids=["copy", "half a copy", "change", "begin", "entries", "head", "commit", "certificate"],
-)
+DEATHS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "before the copy": before(recover_module, "_keep_copies"),
+    "in the copy": before_the_rename_of_the_copy,
+    "before the change": before(recover_module, "make_only_voter"),
+    "at its begin": at_statement("BEGIN"),
+    "at its entries": at_statement("INSERT INTO entries"),
+    "at its head": at_statement("INSERT OR REPLACE INTO head"),
+    "at its commit": at_statement("COMMIT"),
+    "before the certificate": before(Identity, "renew_if_due"),
+}
+
+
+def recover_and_die(death: str, path: str) -> None:
+    """Run in a process of its own."""
+    DEATHS[death](pytest.MonkeyPatch())
+    recover(Path(path), yes)
+
+
+@pytest.mark.parametrize("death", DEATHS)
 def test_killed_in_the_middle_it_is_the_old_journal_or_the_new_one(
-    survivor: Survivor,
-    patch: Callable[[pytest.MonkeyPatch], None],
-    recovered: bool,
-    copies: int,
+    survivor: Survivor, death: str
 ) -> None:
     survivor.write()
-    child = os.fork()
-    if child == 0:
-        patch(pytest.MonkeyPatch())
-        try:
-            recover(survivor.path, yes)
-        finally:
-            os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert len(survivor.copies()) == copies
+    code = f"import sys; from {__name__} import recover_and_die as run; run(*sys.argv[1:])"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, death, str(survivor.path)],
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert len(survivor.copies()) == (death not in ("before the copy", "in the copy"))
     machine, voters, _ = survivor.open()
-    if recovered:
+    if death == "before the certificate":
         assert voters == {survivor.id}
         assert machine.state.incarnation > 0
         assert survivor.identity.incarnation == 0, "the next start makes the certificate"
