@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from ollamad.core.commands import APPLIED, Applied, Outcome, Proposal, Rejected, apply
+from ollamad.core.commands import APPLIED, LEVEL, Applied, Outcome, Proposal, Rejected, apply
 from ollamad.core.state import ClusterState
+from ollamad.raft.errors import NodeFailed
 from ollamad.wire.codec import MalformedMessage, decode, encode
 
 # Raise it when an older version would read a state and understand something else. A new field
@@ -16,6 +17,16 @@ FIELDS_OF_EVERY_STATE = {  # those of the first version
     *("models", "users", "join_tokens", "revoked", "recent"),
 }
 _FORMAT_1 = msgspec.Raw(encode(1))  # of states that do not say
+
+
+class NewerCommand(NodeFailed):
+    """The log has a command that only a newer version can carry out."""
+
+
+class _Level(msgspec.Struct, frozen=True):
+    """The part of a proposal that every version can read."""
+
+    level: int = 1
 
 
 class _OutcomeMessage(msgspec.Struct, frozen=True, array_like=True):
@@ -31,11 +42,21 @@ class Machine:
         self.on_change = on_change
 
     def apply(self, command: bytes) -> bytes:
-        """Apply one proposal; the answer is for `decode_outcome`."""
+        """Apply one proposal; the answer is for `decode_outcome`.
+
+        Raises:
+          NewerCommand: this node must stop, because it would come to differ from newer ones.
+        """
         try:
+            level = decode(command, _Level).level
+            if level > LEVEL:
+                raise NewerCommand(
+                    f"the cluster uses commands of level {level}, this version knows them up to "
+                    f"level {LEVEL}; install the version that the other nodes have and start again"
+                )
             proposal = decode(command, Proposal)
         except MalformedMessage as error:
-            # A newer node's command: every node of this version refuses it alike.
+            # Nonsense to every node of this level and above: all refuse it alike.
             return encode_outcome(Rejected("UNKNOWN_COMMAND", str(error)))
         outcome = apply(self.state, proposal)
         self.on_change()

@@ -149,6 +149,12 @@ class Proposal(msgspec.Struct, frozen=True):
     id: str
     at: float  # Unix seconds
     command: AnyCommand
+    level: int = 1  # the least LEVEL that carries this command out as it is meant
+
+
+# What this version's `apply` can do. Raise it with each command, or field of one, that an older
+# version would refuse or overlook: a node below a proposal's level must stop, not differ.
+LEVEL = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """`apply`: every command, and that it is total, deterministic, and applies an id once."""
 
+import contextlib
 from typing import Any
 
 import msgspec
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from ollamad.core.commands import (
     APPLIED,
+    LEVEL,
     AddJoinToken,
     AdmitMember,
     AnyCommand,
@@ -45,7 +47,7 @@ from ollamad.core.state import (
     Settings,
     User,
 )
-from ollamad.machine import Machine, decode_outcome, encode_outcome
+from ollamad.machine import Machine, NewerCommand, decode_outcome, encode_outcome
 from ollamad.wire.codec import MalformedMessage, encode
 from tests.fakes.api_services import NODE_1, NODE_2, STRANGER, member, model
 
@@ -370,8 +372,31 @@ def test_a_damaged_command_never_raises(data: st.DataObject) -> None:
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     machine = Machine()
     machine.apply(encode(Proposal("found", 0.0, FOUND)))
-    decode_outcome(machine.apply(bytes(whole)))
+    with contextlib.suppress(NewerCommand):  # the damage hit the level
+        decode_outcome(machine.apply(bytes(whole)))
     check_invariants(machine.state)
+
+
+def test_a_command_of_a_newer_level_stops_the_node_and_changes_nothing() -> None:
+    """An older node that refused, or half understood it, would differ from newer ones for ever."""
+    machine = Machine()
+    machine.apply(encode(Proposal("found", 0.0, FOUND)))
+    before = machine.state.fingerprint()
+    known = encode(Proposal("x", NOW, DeleteUser("nobody"), level=LEVEL + 1))
+    unknown = encode({"id": "x", "at": NOW, "command": {"type": "Later"}, "level": LEVEL + 1})
+    for command in (known, unknown):
+        with pytest.raises(NewerCommand, match=f"up to level {LEVEL}; install the version"):
+            machine.apply(command)
+    assert machine.state.fingerprint() == before
+
+
+def test_a_proposal_without_a_level_is_of_the_first_one() -> None:
+    machine = Machine()
+    machine.apply(encode(Proposal("found", 0.0, FOUND)))
+    revoke = {"type": "Revoke", "id": "jti", "expires_at": NOW + 9}
+    assert (
+        decode_outcome(machine.apply(encode({"id": "x", "at": NOW, "command": revoke}))) == APPLIED
+    )
 
 
 @given(st.data())
