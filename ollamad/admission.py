@@ -149,7 +149,11 @@ class Admission:
             return self._reply
         try:
             return await join_through(
-                self._gate, invitation.address, self._join_request(invitation), invitation.token
+                self._gate,
+                invitation.address,
+                self._join_request(invitation),
+                invitation.token,
+                self._identity.sign,
             )
         except (PeerUnreachable, JoinRefused) as error:
             raise StartError(f"cannot join through {invitation.address}: {error}") from None
@@ -177,7 +181,11 @@ class Admission:
         assert invitation is not None, "only while waiting"
         try:
             self._reply = await request_admission(
-                stream, self._join_request(invitation), invitation.token, self._identity.certificate
+                stream,
+                self._join_request(invitation),
+                invitation.token,
+                self._identity.certificate,
+                self._identity.sign,
             )
         except JoinRefused as error:
             log.warning("join: %s did not let this node in: %s", host, error)

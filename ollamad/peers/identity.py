@@ -73,6 +73,10 @@ class Identity:
         write_private(path, private_pem(key))
         return cls(directory, key)
 
+    def sign(self, data: bytes) -> bytes:
+        """An ed25519 signature by this node's key."""
+        return self._key.sign(data)
+
     @property
     def is_member(self) -> bool:
         """Whether a cluster has given this node a certificate."""

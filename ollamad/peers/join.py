@@ -9,9 +9,11 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import trio
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from ollamad.core.ids import NodeId, is_node_id, node_id_of, short
 from ollamad.core.names import check_node_name
@@ -32,6 +34,7 @@ from ollamad.wire.join import (
     open_reply,
     open_request,
     open_sealed,
+    proof_text,
     request_is_proved,
     seal_reply,
     seal_request,
@@ -94,7 +97,7 @@ class Sponsor:
             return
         request = open_request(sealed)
         try:
-            _check(request)
+            _check(request, binding)
             answer = await self._admit(request, address)
             log.info("join: %s (%s) is in", short(request.node_id), address)
         except JoinRefused as refused:
@@ -104,7 +107,7 @@ class Sponsor:
         await _write_frame(stream, seal_reply(answer, sealed.body, token.key, binding))
 
 
-def _check(request: JoinRequest) -> None:
+def _check(request: JoinRequest, binding: bytes) -> None:
     if len(request.public_key) != 32 or node_id_of(request.public_key) != request.node_id:
         raise JoinRefused("BAD_IDENTITY", "the node id does not belong to the node's key")
     if request.protocol < OLDEST_PROTOCOL or request.oldest_protocol > PROTOCOL:
@@ -114,6 +117,15 @@ def _check(request: JoinRequest) -> None:
             f"{request.protocol}), this cluster speaks protocol {OLDEST_PROTOCOL} to {PROTOCOL}; "
             "install the cluster's version",
         )
+    try:
+        key = Ed25519PublicKey.from_public_bytes(request.public_key)
+        key.verify(request.proof, proof_text(request.token_id, binding))
+    except InvalidSignature:
+        raise JoinRefused(
+            "BAD_IDENTITY",
+            "the joining node does not prove that its key is its own; "
+            "install the cluster's version",
+        ) from None
     try:
         check_node_name(request.name)
     except ValueError as error:
@@ -128,16 +140,25 @@ def _check(request: JoinRequest) -> None:
 
 
 async def request_admission(
-    stream: TlsStream, request: JoinRequest, token: Token, server_certificate: bytes
+    stream: TlsStream,
+    request: JoinRequest,
+    token: Token,
+    server_certificate: bytes,
+    sign: Callable[[bytes], bytes],
 ) -> JoinReply:
     """The joiner's side: ask over a stream of either direction, and check who answers.
+
+    Args:
+      server_certificate: of the TLS server, whichever side that is (DER).
+      sign: signs with the node's key.
 
     Raises:
       JoinRefused: the sponsor refused, does not know the token's secret, or is of a cluster
         with another CA.
     """
     binding = channel_binding(server_certificate)
-    frame = seal_request(request, token.key, binding)
+    proof = sign(proof_text(request.token_id, binding))
+    frame = seal_request(msgspec.structs.replace(request, proof=proof), token.key, binding)
     body = open_sealed(frame)[1].body
     try:
         with trio.fail_after(EXCHANGE_TIMEOUT_S):
@@ -171,7 +192,9 @@ def _check_certificates(reply: JoinReply, own_id: NodeId, token: Token) -> None:
         raise JoinRefused("MALFORMED", f"the answer's certificates: {error}") from None
 
 
-async def join_through(gate: Gate, address: str, request: JoinRequest, token: Token) -> JoinReply:
+async def join_through(
+    gate: Gate, address: str, request: JoinRequest, token: Token, sign: Callable[[bytes], bytes]
+) -> JoinReply:
     """Dial a member's P2P port and ask to be let in.
 
     Raises:
@@ -181,7 +204,7 @@ async def join_through(gate: Gate, address: str, request: JoinRequest, token: To
     try:
         server_certificate = stream.getpeercert(binary_form=True)
         assert server_certificate is not None, "a TLS server always shows a certificate"
-        return await request_admission(stream, request, token, server_certificate)
+        return await request_admission(stream, request, token, server_certificate, sign)
     finally:
         with trio.move_on_after(1, shield=True):
             await trio.aclose_forcefully(stream)

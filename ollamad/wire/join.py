@@ -117,6 +117,7 @@ class JoinRequest(msgspec.Struct, frozen=True):
     token_id: str
     now: float  # the joiner's clock, Unix seconds
     oldest_protocol: int = 1  # the oldest that it speaks
+    proof: bytes = b""  # signature of `proof_text` by the private key
 
 
 class JoinReply(msgspec.Struct, frozen=True):
@@ -150,6 +151,11 @@ class _Claim(msgspec.Struct, frozen=True):
 def channel_binding(server_certificate_der: bytes) -> bytes:
     """What ties the exchange to this TLS connection: the hash of the TLS server's certificate."""
     return hashlib.sha256(server_certificate_der).digest()
+
+
+def proof_text(token_id: str, binding: bytes) -> bytes:
+    """What a joiner signs. Else who has a token could ask in the name of a member."""
+    return b"ollamad join proof 1\0" + binding + token_id.encode()
 
 
 def seal_request(request: JoinRequest, key: bytes, binding: bytes) -> bytes:

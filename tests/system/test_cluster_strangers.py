@@ -17,10 +17,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from ollamad.core.ids import node_id_of
+from ollamad.core.ids import NodeId, node_id_of
 from ollamad.core.state import Capacity
 from ollamad.wire.codec import decode, encode
 from ollamad.wire.join import (
@@ -31,6 +32,7 @@ from ollamad.wire.join import (
     Token,
     channel_binding,
     parse_token,
+    proof_text,
     seal_request,
 )
 from ollamad.wire.mux import PROTOCOL
@@ -118,7 +120,7 @@ def test_a_stranger_gets_nothing_on_the_raft_port(pair: Cluster) -> None:
     begun = time.monotonic()
     with secured(node, "raft_port") as stream:
         token = parse_token(pair.join_token())
-        send(stream, framed(seal_request(request(token), token.key, binding(stream))))
+        send(stream, framed(sealed(request(token), token.key, binding(stream))))
         assert read_all(stream) == b""
     assert time.monotonic() - begun < CLOSE_LIMIT_S
     wait_until("it is told in a line", lambda: new_warnings(node, before))
@@ -257,10 +259,21 @@ def test_a_stranger_that_drips_is_cut_off(pair: Cluster) -> None:
 # The join exchange itself, with a request that is wrong in one thing.
 
 
+_keys: dict[bytes, Ed25519PrivateKey] = {}  # by public key
+
+
 def key_pair() -> tuple[str, bytes]:
-    raw = Ed25519PrivateKey.generate().public_key()
-    public = raw.public_bytes(Encoding.Raw, PublicFormat.Raw)
+    key = Ed25519PrivateKey.generate()
+    public = key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    _keys[public] = key
     return node_id_of(public), public
+
+
+def sealed(request: JoinRequest, token_key: bytes, seen: bytes) -> bytes:
+    """The frame of a request that is proved, if the key is ours."""
+    key = _keys.get(request.public_key, Ed25519PrivateKey.generate())
+    proof = key.sign(proof_text(request.token_id, seen))
+    return seal_request(msgspec.structs.replace(request, proof=proof), token_key, seen)
 
 
 def request(token: Token) -> JoinRequest:
@@ -278,6 +291,15 @@ def request(token: Token) -> JoinRequest:
         token_id=token.id,
         now=time.time(),
     )
+
+
+def public_key_of(node: Node) -> bytes:
+    """What everybody sees of a member's key."""
+    with secured(node, "p2p_port") as stream:
+        shown = stream.getpeercert(binary_form=True)
+    assert shown
+    key = x509.load_der_x509_certificate(shown).public_key()
+    return key.public_bytes(Encoding.Raw, PublicFormat.Raw)
 
 
 def binding(stream: ssl.SSLSocket) -> bytes:
@@ -304,6 +326,10 @@ def test_each_wrong_request_is_refused_with_its_reason(pair: Cluster) -> None:
     right = request(token)
     cases: list[tuple[str, dict[str, object]]] = [
         ("BAD_IDENTITY", {"node_id": key_pair()[0]}),
+        (
+            "BAD_IDENTITY",
+            {"node_id": NodeId(pair.nodes[1].id), "public_key": public_key_of(pair.nodes[1])},
+        ),
         ("INCOMPATIBLE_VERSION", {"protocol": 0}),
         ("INCOMPATIBLE_VERSION", {"protocol": 99, "oldest_protocol": 98}),
         ("CLOCK_SKEW", {"now": time.time() - 3600}),
@@ -313,9 +339,9 @@ def test_each_wrong_request_is_refused_with_its_reason(pair: Cluster) -> None:
     ]
     for code, change in cases:
         wrong = msgspec.structs.replace(right, **change)
-        answer = exchange(node, lambda seen, w=wrong: seal_request(w, token.key, seen))
+        answer = exchange(node, lambda seen, w=wrong: sealed(w, token.key, seen))
         assert refusal(answer) == code
-    answer = exchange(node, lambda seen: seal_request(right, b"guessed" * 5, seen))
+    answer = exchange(node, lambda seen: sealed(right, b"guessed" * 5, seen))
     assert refusal(answer) == "BAD_TOKEN"
 
 
@@ -325,7 +351,7 @@ def test_a_request_that_was_captured_is_worth_nothing_elsewhere(pair: Cluster) -
     token = parse_token(pair.join_token())
     captured: list[bytes] = []
     with secured(second, "p2p_port") as stream:
-        captured.append(seal_request(request(token), token.key, binding(stream)))
+        captured.append(sealed(request(token), token.key, binding(stream)))
     assert refusal(exchange(first, lambda _: captured[0])) == "BAD_TOKEN"
 
 
@@ -337,7 +363,7 @@ def test_a_replayed_request_lets_nobody_else_in(pair: Cluster) -> None:
     frames: list[bytes] = []
 
     def once(seen: bytes) -> bytes:
-        frames.append(seal_request(asked, token.key, seen))
+        frames.append(sealed(asked, token.key, seen))
         return frames[0]
 
     first = decode(decode(exchange(node, once), Sealed).body, JoinReply)
@@ -364,7 +390,7 @@ def test_guessing_is_throttled(pair: Cluster) -> None:
 
     def attempt() -> bytes:
         try:
-            return exchange(node, lambda seen: seal_request(wrong, b"g" * 32, seen), source)
+            return exchange(node, lambda seen: sealed(wrong, b"g" * 32, seen), source)
         except (OSError, ssl.SSLError):
             return b""
 
@@ -374,7 +400,7 @@ def test_guessing_is_throttled(pair: Cluster) -> None:
     assert not any(answers[-5:]), "the last ones are not"
     # The others are not held up: another address, a right token.
     asked = request(token)
-    answer = exchange(node, lambda seen: seal_request(asked, token.key, seen))
+    answer = exchange(node, lambda seen: sealed(asked, token.key, seen))
     assert decode(decode(answer, Sealed).body, JoinReply).cluster_id
     node.post("/cluster/leave", {"node_id": asked.node_id}, timeout_s=60)
 

@@ -44,6 +44,7 @@ from ollamad.wire.join import (
     Seed,
     Token,
     channel_binding,
+    proof_text,
     seal_request,
 )
 from ollamad.wire.mux import OLDEST_PROTOCOL, PROTOCOL
@@ -117,7 +118,9 @@ def request_of(node: TlsNode, **changes: Any) -> JoinRequest:
 
 async def ask(node: TlsNode, member: Member, token: Token = TOKEN, **changes: Any) -> JoinReply:
     with trio.fail_after(5):
-        return await join_through(node.gate, member.address, request_of(node, **changes), token)
+        return await join_through(
+            node.gate, member.address, request_of(node, **changes), token, node.identity.sign
+        )
 
 
 async def refused(node: TlsNode, member: Member, token: Token = TOKEN, **changes: Any) -> str:
@@ -148,7 +151,8 @@ async def test_a_member_dials_a_node_that_waits(
 
     async def wait(stream: TlsStream, peer: NodeId | None) -> None:
         certificate = joiner.identity.certificate
-        replies.append(await request_admission(stream, request_of(joiner), TOKEN, certificate))
+        request, sign = request_of(joiner), joiner.identity.sign
+        replies.append(await request_admission(stream, request, TOKEN, certificate, sign))
 
     address = await joiner.listen(nursery, wait)
     with trio.fail_after(5):
@@ -165,7 +169,10 @@ async def test_a_node_that_waits_with_a_wrong_token_lets_nobody_admit_it(
     async def wait(stream: TlsStream, peer: NodeId | None) -> None:
         token = Token(TOKEN.id, b"x" * 16, TOKEN.ca_hash, 2**40)
         try:
-            await request_admission(stream, request_of(joiner), token, joiner.identity.certificate)
+            identity = joiner.identity
+            await request_admission(
+                stream, request_of(joiner), token, identity.certificate, identity.sign
+            )
         except JoinRefused as error:
             failures.append(error.code)
 
@@ -243,6 +250,28 @@ async def test_an_id_of_another_key(member: Member, joiner: TlsNode) -> None:
     assert await refused(joiner, member, node_id=node_id_of(b"k" * 32)) == "BAD_IDENTITY"
     assert await refused(joiner, member, public_key=b"short") == "BAD_IDENTITY"
     assert await refused(joiner, member, node_id="") == "BAD_IDENTITY"
+
+
+async def test_a_token_is_not_enough_to_ask_in_the_name_of_a_member(
+    member: Member, joiner: TlsNode, tmp_path: Path
+) -> None:
+    """Everybody knows a member's public key; with other addresses it could be cut off."""
+    other = TlsNode(tmp_path / "other")
+    name = {"node_id": other.id, "public_key": other.identity.public_key}
+    assert await refused(joiner, member, **name) == "BAD_IDENTITY"
+
+
+async def test_a_proof_for_another_connection_is_none(member: Member, joiner: TlsNode) -> None:
+    elsewhere = joiner.identity.sign(proof_text(TOKEN.id, b"x" * 32))
+    for sign in (
+        lambda _: elsewhere,
+        lambda _: b"",
+        lambda data: joiner.identity.sign(data + b"x"),
+    ):
+        with pytest.raises(JoinRefused) as caught:
+            await join_through(joiner.gate, member.address, request_of(joiner), TOKEN, sign)
+        assert caught.value.code == "BAD_IDENTITY"
+    assert member.admitted == []
 
 
 @pytest.mark.parametrize("seconds", [MAX_CLOCK_SKEW_S + 60, -MAX_CLOCK_SKEW_S - 60, 1e300])

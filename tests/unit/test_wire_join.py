@@ -118,9 +118,9 @@ def test_the_macs_never_change() -> None:
         )
     ]
     assert macs == [
-        "21091faf25918382e237428bb41110f16b4ca6158fd9c12e9fac1bce0a20e3fb",
-        "7d9d45897c1c912f394a61761fa309021ce0560135216b72250f2b9766fa6ee3",
-        "08a30b24db405d4eeb0e7311e7934ac5016d306644f5c62c4e6ee1bb526e304f",
+        "6e8bbec0f6f5c7ffbb746c96abe66abc49841b2f33e0a33a2f9944a0a316f13d",
+        "9a6af83e76eefb2e99544bb13c12410ef0534a152f255a025acbb1d0ddc64efe",
+        "fe45854f32404cbd9c983a5dc92348198d1df24b7e2a4121d9cf567bc17fae84",
     ]
 
 
