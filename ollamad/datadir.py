@@ -2,7 +2,8 @@
 
 lock             held while a daemon runs; holds its pid
 identity/        key, certificate, CA certificate
-raft.db          the replicated log and its snapshot
+raft.db          the replicated log and its snapshot; beside it raft.db-wal, SQLite's log of
+                 what is not in it yet, and raft.db-witness, which change was acknowledged last
 seeds            members to talk to before the log tells (written when joining)
 models/          blobs and manifests in Ollama's layout
 run/             sockets of runner processes

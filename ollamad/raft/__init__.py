@@ -16,6 +16,7 @@ How a daemon uses it (one `RaftNode` and one `Links` for each daemon, in its tri
                                             # NoQuorum | OutcomeUnknown | ApplyFailed
     node.leader, node.is_leader, node.term, node.voters, node.status, node.has_quorum
     node.applied_index, await node.wait_changed()
+    node.disk_full                          # it stands aside until there is space
     node.caught_up(id)                      # on the leader: may that learner become a voter?
     await node.add_voter(id, timeout_s)     # from any node; ChangeRefused
     await node.remove_voter(id, timeout_s)  # from any node; a leader hands over first

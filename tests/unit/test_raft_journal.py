@@ -236,7 +236,7 @@ async def test_a_second_user_is_refused(tmp_path: Path) -> None:
     journal = Journal(await store.load())
     journal.add(command("1"), 1, 0)
     await write(journal, store)
-    with pytest.raises(JournalFailed, match="locked"):
+    with pytest.raises(JournalFailed, match="it is locked, another process uses it"):
         await reopened(tmp_path / "raft.db")
     await store.aclose()
 

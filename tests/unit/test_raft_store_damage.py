@@ -326,7 +326,8 @@ def second_round(tmp_path_factory: pytest.TempPathFactory) -> list[Files]:
         await store.load()
         connection = store._connection
         assert connection is not None
-        await append(store, 1, 40, 2000)
+        for index in range(1, 41):
+            await append(store, index, index, 2000)
         connection.execute("PRAGMA wal_checkpoint(RESTART)")
         connection.execute("PRAGMA cache_size = 10")  # so that it spills before the commit
         await append(store, 41, 42)
