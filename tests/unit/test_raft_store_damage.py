@@ -469,6 +469,14 @@ def test_damaged_blocks_of_the_database_lose_nothing(closed: Files, tmp_path: Pa
             assert isinstance(outcome, str) or outcome == closed.acknowledged
 
 
+def test_a_used_page_among_the_free_ones_is_noticed(closed: Files, tmp_path: Path) -> None:
+    """Everything can still be read, but the next writes would go over it."""
+    free_list = slice(32, 36)
+    assert int.from_bytes(closed.db[free_list]) > 2
+    db = closed.db[: free_list.start] + (2).to_bytes(4) + closed.db[free_list.stop :]
+    assert refused(load(replace(closed, db=db).write(tmp_path / "d")))
+
+
 # A process that is killed.
 
 
