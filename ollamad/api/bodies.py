@@ -10,9 +10,10 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from ollamad.api.conversation import ChatMessage, read_messages, read_tools
 from ollamad.api.services import ServiceError
 from ollamad.core.failover import MODES
-from ollamad.core.inference import EmbedRequest, GenerateRequest, Message, Options
+from ollamad.core.inference import EmbedRequest, GenerateRequest, Options
 
 Body = TypeVar("Body")
 
@@ -76,13 +77,12 @@ class _Inference(msgspec.Struct, frozen=True):
     format: Format = None
     system: str | None = None
     truncate: bool | None = None
+    think: bool | str | None = None
     failover: str = ""  # continue, replay or off; empty: the node's setting
     # Not there yet; see `unsupported`.
     suffix: Any = None
     template: Any = None
     images: Any = None
-    tools: Any = None
-    think: Any = None
     logprobs: Any = None
     top_logprobs: Any = None
 
@@ -115,17 +115,9 @@ class GenerateBody(_Inference, frozen=True):
         )
 
 
-class ChatMessage(msgspec.Struct, frozen=True):
-    role: str
-    content: str = ""
-    images: Any = None
-    tool_calls: Any = None
-    tool_name: Any = None
-    thinking: Any = None
-
-
 class ChatBody(_Inference, frozen=True, kw_only=True):
     messages: tuple[ChatMessage, ...]
+    tools: tuple[dict[str, Any], ...] | None = None
 
     def request(self) -> GenerateRequest:
         """The request as the scheduler takes it.
@@ -135,20 +127,12 @@ class ChatBody(_Inference, frozen=True, kw_only=True):
         """
         _refuse_unsupported(self)
         for index, message in enumerate(self.messages):
-            for name in ("images", "tool_calls", "tool_name", "thinking"):
-                if getattr(message, name):
-                    raise unsupported(f"messages[{index}].{name}")
-            if message.role == "tool":
-                raise unsupported(f"messages[{index}].role")
-            if message.role not in ("system", "user", "assistant"):
-                raise invalid(
-                    f"messages[{index}].role",
-                    f"role {message.role[:40]!r} is not system, user or assistant",
-                    expected="system | user | assistant",
-                )
+            if message.images:
+                raise unsupported(f"messages[{index}].images")
         return GenerateRequest(
             model=self.model,
-            messages=tuple(Message(m.role, m.content) for m in self.messages),
+            messages=read_messages(self.messages),
+            tools=read_tools(self.tools),
             system=self.system,
             format=format_text(self.format),
             options=_options(self.options),
@@ -248,7 +232,7 @@ def _validation_error(text: str) -> ServiceError:
 
 def _refuse_unsupported(body: _Inference) -> None:
     for name in (
-        "suffix", "template", "images", "tools", "think", "logprobs", "top_logprobs",
+        "suffix", "template", "images", "logprobs", "top_logprobs",
     ):  # fmt: skip
         if getattr(body, name):
             raise unsupported(name)

@@ -8,17 +8,18 @@ from ollamad.api.asgi import Reply
 from ollamad.api.bodies import ChatBody, EmbedBody, GenerateBody
 from ollamad.api.calls import Call, reply
 from ollamad.api.generation import LineLayout, answer, embed
+from ollamad.api.ollama import read_think, require_capability
 from ollamad.core.inference import GenerateRequest
 
 
 async def generate(call: Call) -> Reply | None:
     body = await call.body(GenerateBody)
-    return await _answer(call, body.request(), stream=body.stream)
+    return await _answer(call, body, body.request())
 
 
 async def chat(call: Call) -> Reply | None:
     body = await call.body(ChatBody)
-    return await _answer(call, body.request(), stream=body.stream)
+    return await _answer(call, body, body.request())
 
 
 async def embeddings(call: Call) -> Reply:
@@ -38,8 +39,14 @@ async def embeddings(call: Call) -> Reply:
     return reply(shown, headers={"X-Ollamad-Node": embedded.node_id})
 
 
-async def _answer(call: Call, request: GenerateRequest, *, stream: bool) -> Reply | None:
-    request = msgspec.structs.replace(request, model=(await call.find_model(request.model)).name)
+async def _answer(
+    call: Call, body: GenerateBody | ChatBody, request: GenerateRequest
+) -> Reply | None:
+    model = await call.find_model(request.model)
+    if request.tools:
+        require_capability(model, "tools")
+    think = read_think(model, body.model, body.think)
+    request = msgspec.structs.replace(request, model=model.name, think=think)
     chat = request.messages is not None
     layout = LineLayout(request.model, chat=chat, wall=call.services.wall)
-    return await answer(call, request, layout, stream=stream)
+    return await answer(call, request, layout, stream=body.stream)

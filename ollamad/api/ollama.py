@@ -10,6 +10,7 @@ from typing import Any
 from ollamad.api.asgi import Reply
 from ollamad.api.bodies import format_text, invalid, keep_alive_s, unsupported
 from ollamad.api.calls import Call, reply
+from ollamad.api.conversation import read_messages, read_tools, think_mode
 from ollamad.api.dialects import ollama_error
 from ollamad.api.generation import LineLayout, Whole, answer, durations, embed, encode
 from ollamad.api.ollama_bodies import (
@@ -18,11 +19,7 @@ from ollamad.api.ollama_bodies import (
     EmbedBody,
     EmbeddingsBody,
     GenerateBody,
-    check_think,
-    read_messages,
     read_options,
-    read_tools,
-    think_mode,
 )
 from ollamad.api.services import ServiceError
 from ollamad.core.inference import EmbedRequest, Finished, GenerateRequest
@@ -50,7 +47,7 @@ async def generate(call: Call) -> Reply | None:
     if body.raw and (body.template or body.system or body.context):
         raise invalid("raw", "raw mode does not support template, system, or context")
     _require(model, body.model, "completion", "generate")
-    _check_thinking(model, body.model, body.think)
+    think = read_think(model, body.model, body.think)
     if body.suffix:
         require_capability(model, "insert")
     if body.images:
@@ -63,7 +60,7 @@ async def generate(call: Call) -> Reply | None:
         system=body.system,
         context=body.context or (),
         raw=body.raw is True,
-        think=think_mode(body.think, thinks="thinking" in model.details.capabilities),
+        think=think,
         format=format_text(body.format),
         options=read_options(body.options),
         keep_alive_s=keep_alive_s(body.keep_alive),
@@ -82,7 +79,7 @@ async def chat(call: Call) -> Reply | None:
     model = await find(call, body.model, f"model '{body.model}' not found")
     _check_logprobs(body)
     _require(model, body.model, "completion", "chat")
-    _check_thinking(model, body.model, body.think)
+    think = read_think(model, body.model, body.think)
     if body.tools:
         require_capability(model, "tools")
     if any(message.images for message in body.messages or ()):
@@ -91,7 +88,7 @@ async def chat(call: Call) -> Reply | None:
         model=model.name,
         messages=read_messages(body.messages),
         tools=read_tools(body.tools),
-        think=think_mode(body.think, thinks="thinking" in model.details.capabilities),
+        think=think,
         format=format_text(body.format),
         options=read_options(body.options),
         keep_alive_s=keep_alive_s(body.keep_alive),
@@ -183,6 +180,18 @@ def require_capability(model: Model, capability: str) -> None:
         )
 
 
+def read_think(model: Model, asked: str | None, think: bool | str | None) -> str:
+    """How the model, which was asked for by that name, is to think.
+
+    Raises:
+      ServiceError: 400, it cannot, or `think` is no way to think.
+    """
+    mode = think_mode(think, thinks="thinking" in model.details.capabilities)
+    if think and not mode:
+        _require(model, asked, "thinking", "thinking")
+    return mode
+
+
 async def _find_embedding(call: Call, name: str | None) -> Model:
     return await find(call, name, f'model "{name or ""}" not found, try pulling it first')
 
@@ -201,12 +210,6 @@ def _require(model: Model, asked: str | None, capability: str, word: str) -> Non
         raise ServiceError(
             400, "NOT_SUPPORTED", f'"{asked}" does not support {word}', {"model": model.name}
         )
-
-
-def _check_thinking(model: Model, asked: str | None, think: bool | str | None) -> None:
-    check_think(think)
-    if think:
-        _require(model, asked, "thinking", "thinking")
 
 
 def _check_logprobs(body: GenerateBody | ChatBody) -> None:

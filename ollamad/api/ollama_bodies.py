@@ -7,13 +7,12 @@ from typing import Any
 import msgspec
 
 from ollamad.api.bodies import INT32_MAX, Format, KeepAlive, TokenId, invalid
-from ollamad.core.inference import Message, Options, ToolCall
+from ollamad.api.conversation import ChatMessage
+from ollamad.core.inference import Options
 
 log = logging.getLogger(__name__)
 
 MAX_TOP_LOGPROBS = 20
-ROLES = ("system", "user", "assistant", "tool")
-THINK_LEVELS = ("low", "medium", "high")
 UINT32_MAX = 2 * INT32_MAX + 1  # a seed may use all 32 bits
 
 _INTEGERS = {
@@ -54,26 +53,6 @@ class GenerateBody(_Prompted, frozen=True):
     context: tuple[TokenId, ...] | None = None
     raw: bool | None = None
     images: tuple[str, ...] | None = None
-
-
-class Function(msgspec.Struct, frozen=True):
-    name: str
-    arguments: dict[str, Any] | None = None
-
-
-class Called(msgspec.Struct, frozen=True):
-    function: Function
-    id: str | None = None
-
-
-class ChatMessage(msgspec.Struct, frozen=True):
-    role: str
-    content: str | None = None
-    thinking: str | None = None
-    images: tuple[str, ...] | None = None
-    tool_calls: tuple[Called, ...] | None = None
-    tool_name: str | None = None
-    tool_call_id: str | None = None
 
 
 class ChatBody(_Prompted, frozen=True):
@@ -158,70 +137,6 @@ def read_options(given: dict[str, Any] | None) -> Options:
         else:
             log.debug("an option that is not known is ignored: %.40r", name)
     return Options(**options)
-
-
-def read_messages(given: tuple[ChatMessage, ...] | None) -> tuple[Message, ...]:
-    """The messages of a chat.
-
-    Raises:
-      ServiceError: 400, a role is not known.
-    """
-    for index, message in enumerate(given or ()):
-        if message.role not in ROLES:
-            raise invalid(
-                f"messages[{index}].role",
-                f"invalid role: {message.role[:40]!r}, must be one of {', '.join(ROLES)}",
-                expected=" | ".join(ROLES),
-            )
-    return tuple(_message(message) for message in given or ())
-
-
-def think_mode(think: bool | str | None, *, thinks: bool) -> str:
-    """How the model is to think; a model that can does so unless it is told not to."""
-    if not thinks:
-        return ""
-    if isinstance(think, str):
-        return think
-    return "off" if think is False else "on"
-
-
-def read_tools(given: tuple[dict[str, Any], ...] | None) -> str:
-    """The tools as the scheduler takes them."""
-    return msgspec.json.encode(given).decode() if given else ""
-
-
-def check_think(think: bool | str | None) -> None:
-    """Refuse what is no way to think.
-
-    Raises:
-      ServiceError: 400.
-    """
-    if isinstance(think, str) and think not in THINK_LEVELS:
-        raise invalid(
-            "think",
-            f'invalid think value: "{think[:40]}" (must be "high", "medium", "low", true, or '
-            "false)",
-            expected="boolean | low | medium | high",
-        )
-
-
-def _message(message: ChatMessage) -> Message:
-    return Message(
-        message.role,
-        message.content or "",
-        thinking=message.thinking or "",
-        tool_calls=tuple(
-            ToolCall(
-                call.function.name,
-                msgspec.json.encode(call.function.arguments or {}).decode(),
-                call.id or "",
-                index,
-            )
-            for index, call in enumerate(message.tool_calls or ())
-        ),
-        tool_name=message.tool_name or "",
-        tool_call_id=message.tool_call_id or "",
-    )
 
 
 def _integer(name: str, value: Any) -> int:

@@ -14,6 +14,7 @@ import ollamad
 from ollamad.api.asgi import Reply
 from ollamad.api.bodies import invalid, unsupported
 from ollamad.api.calls import Call, reply, rfc3339
+from ollamad.api.conversation import read_messages
 from ollamad.api.dialects import ollama_error
 from ollamad.api.errors import as_service_error
 from ollamad.api.generation import LineLayout, encode
@@ -23,7 +24,6 @@ from ollamad.api.ollama_bodies import (
     CopyBody,
     CreateBody,
     NamedBody,
-    read_messages,
     read_options,
 )
 from ollamad.api.services import ServiceError

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 from ollamad.api.asgi import Reply
 from ollamad.api.bodies import invalid, unsupported
 from ollamad.api.calls import Call, reply
+from ollamad.api.conversation import read_tools
 from ollamad.api.dialects import openai_error
 from ollamad.api.generation import Whole, answer, embed, encode
 from ollamad.api.ollama import find, require_capability, shortened
-from ollamad.api.ollama_bodies import read_tools
 from ollamad.api.openai_bodies import (
     ChatBody,
     CompletionBody,

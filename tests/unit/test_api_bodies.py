@@ -92,23 +92,36 @@ async def test_a_chat_needs_its_messages() -> None:
         ({"suffix": "x"}, "suffix"),
         ({"template": "x"}, "template"),
         ({"images": ["x"]}, "images"),
-        ({"tools": [{}]}, "tools"),
-        ({"think": True}, "think"),
-        ({"think": "low"}, "think"),
         ({"logprobs": True}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"messages": [{"role": "user", "content": "", "images": ["x"]}]}, "messages[0].images"),
-        ({"messages": [{"role": "tool", "content": "1"}]}, "messages[0].role"),
-        (
-            {"messages": [{"role": "user"}, {"role": "assistant", "tool_calls": [{}]}]},
-            "messages[1].tool_calls",
-        ),
     ],
     ids=str,
 )
 async def test_what_is_not_there_yet_is_refused_by_name(body: dict[str, Any], field: str) -> None:
     found = await refused("/chat", {"model": MODEL, "messages": []} | body)
     assert found[:3] == (400, "NOT_SUPPORTED", field)
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"tools": [{}]}, "does not support tools"),
+        ({"think": True}, "does not support thinking"),
+        ({"think": "low"}, "does not support thinking"),
+    ],
+    ids=str,
+)
+async def test_what_the_model_cannot_do_is_refused(body: dict[str, Any], text: str) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    answer = await ApiClient().call("POST", "/chat", {"model": MODEL, "messages": messages} | body)
+    assert (answer.status, answer.code) == (400, "NOT_SUPPORTED")
+    assert text in answer.json["error"]
+
+
+async def test_a_way_to_think_that_is_none() -> None:
+    found = await refused("/generate", {"model": MODEL, "prompt": "x", "think": "much"})
+    assert found[:3] == (400, "INVALID_REQUEST", "think")
 
 
 async def test_what_would_not_change_the_answer_is_ignored() -> None:

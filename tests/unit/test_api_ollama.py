@@ -226,6 +226,33 @@ async def test_tools_and_their_history_reach_the_scheduler() -> None:
     ]
 
 
+async def test_the_own_surface_takes_tools_and_thinking_too() -> None:
+    client = client_of("completion", "tools", "thinking")
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    body = {"model": MODEL, "messages": messages, "tools": tools, "think": "low"}
+    client.world.inference.script = [Thought("Hm."), ToolCall("add", "{}", "call_2"), FINISHED]
+    answer = await client.call("POST", "/chat", body)
+    assert answer.json["message"] == {
+        "role": "assistant",
+        "content": "",
+        "thinking": "Hm.",
+        "tool_calls": [{"id": "call_2", "function": {"index": 0, "name": "add", "arguments": {}}}],
+    }
+    await client.call("POST", "/generate", {"model": MODEL, "prompt": "x"})
+    first, second = client.world.inference.requests
+    assert isinstance(first, GenerateRequest)
+    assert isinstance(second, GenerateRequest)
+    assert first.messages == (
+        Message("user", "hi"),
+        Message("assistant", "", tool_calls=(ToolCall("add", '{"a":1}'),)),
+    )
+    assert (first.tools, first.think, second.think) == (
+        msgspec.json.encode(tools).decode(), "low", "on"
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("think", "expected"), [(None, "on"), (True, "on"), (False, "off"), ("low", "low")]
 )

@@ -1,0 +1,91 @@
+"""What Ollama's API and `/api/v1` have in common in a chat: messages, tools, and thinking."""
+
+from typing import Any
+
+import msgspec
+
+from ollamad.api.services import ServiceError
+from ollamad.core.inference import Message, ToolCall
+
+ROLES = ("system", "user", "assistant", "tool")
+THINK_LEVELS = ("low", "medium", "high")
+
+
+class Function(msgspec.Struct, frozen=True):
+    name: str
+    arguments: dict[str, Any] | None = None
+
+
+class Called(msgspec.Struct, frozen=True):
+    function: Function
+    id: str | None = None
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    role: str
+    content: str | None = None
+    thinking: str | None = None
+    images: tuple[str, ...] | None = None
+    tool_calls: tuple[Called, ...] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+
+def read_messages(given: tuple[ChatMessage, ...] | None) -> tuple[Message, ...]:
+    """The messages of a chat.
+
+    Raises:
+      ServiceError: 400, a role is not known.
+    """
+    for index, message in enumerate(given or ()):
+        if message.role not in ROLES:
+            raise ServiceError(
+                400,
+                "INVALID_REQUEST",
+                f"invalid role: {message.role[:40]!r}, must be one of {', '.join(ROLES)}",
+                {"field": f"messages[{index}].role", "expected": " | ".join(ROLES)},
+            )
+    return tuple(_message(message) for message in given or ())
+
+
+def read_tools(given: tuple[dict[str, Any], ...] | None) -> str:
+    """The tools as the scheduler takes them."""
+    return msgspec.json.encode(given).decode() if given else ""
+
+
+def think_mode(think: bool | str | None, *, thinks: bool) -> str:
+    """How a model is to think; one that can does so unless it is told not to.
+
+    Raises:
+      ServiceError: 400, it is no way to think.
+    """
+    if isinstance(think, str) and think not in THINK_LEVELS:
+        raise ServiceError(
+            400,
+            "INVALID_REQUEST",
+            f'invalid think value: "{think[:40]}" (must be "high", "medium", "low", true, or '
+            "false)",
+            {"field": "think", "expected": "boolean | low | medium | high"},
+        )
+    if not thinks:
+        return ""
+    return think if isinstance(think, str) else "off" if think is False else "on"
+
+
+def _message(message: ChatMessage) -> Message:
+    return Message(
+        message.role,
+        message.content or "",
+        thinking=message.thinking or "",
+        tool_calls=tuple(
+            ToolCall(
+                call.function.name,
+                msgspec.json.encode(call.function.arguments or {}).decode(),
+                call.id or "",
+                index,
+            )
+            for index, call in enumerate(message.tool_calls or ())
+        ),
+        tool_name=message.tool_name or "",
+        tool_call_id=message.tool_call_id or "",
+    )
