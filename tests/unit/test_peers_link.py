@@ -838,3 +838,20 @@ async def test_what_a_handler_held_is_free_as_soon_as_it_ends(end: str) -> None:
             assert held() is None
     finally:
         gc.enable()
+
+
+async def test_a_link_is_free_as_soon_as_it_has_failed() -> None:
+    ours, theirs = memory_stream_pair()
+    await theirs.send_all(MuxConnection(dialler=True, version="1.0").hello() + b"\xff" * 20)
+    link = Link(ours, B, dialler=False, version="1.0")
+    gone = weakref.ref(link)
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(ProtocolError):
+            await link.run()
+        del link
+        await trio.lowlevel.checkpoint()
+        assert gone() is None
+    finally:
+        gc.enable()

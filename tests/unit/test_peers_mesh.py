@@ -314,10 +314,16 @@ async def test_a_link_without_stream_ids_is_replaced_and_ends_with_its_exchanges
 
 async def test_a_retired_link_is_dropped_with_the_others(net: PeerNet) -> None:
     a, b = await two(net)
-    async with a.open(B, "unknown", b""):
+
+    async def hang(peer: NodeId, request: bytes, stream: Stream) -> None:
+        await trio.sleep_forever()
+
+    b.handle("hang", hang)
+    async with a.open(B, "hang", b""):
         old = a._links[B, False]
         old.mux._last_stream = MAX_STREAM_ID
         await double(a)
+        assert not old.is_closed
         a.drop(B)
         assert old.is_closed
     await wait_all_tasks_blocked()
@@ -343,6 +349,18 @@ async def test_requests_wait_for_a_peer_that_does_not_read(net: PeerNet) -> None
             nursery.start_soon(ask)
     assert len(waiting) == 40
     assert max(waiting) <= MAX_OUTBOX + MAX_MESSAGE
+
+
+async def test_the_links_of_a_member_share_what_they_may_hold(net: PeerNet) -> None:
+    a, b = await two(net)
+    c = await net.add(C)
+    await double(a)
+    await double(c)
+    async with a.open(B, "unknown", b"", bulk=True):
+        await wait_all_tasks_blocked()
+        first, second = b._inbound[A].links
+        assert first._budget is second._budget
+        assert first._budget is not b._inbound[C].links[0]._budget
 
 
 async def test_a_member_has_only_so_many_links(net: PeerNet) -> None:

@@ -205,6 +205,18 @@ def test_a_cancel_that_crosses_the_last_block_ends_the_request_once() -> None:
     assert holder.next_piece() == 2
 
 
+def test_a_piece_that_was_cancelled_can_be_asked_for_again() -> None:
+    fetcher, holder = begun()
+    holder.receive(fetcher.request(2, 5))
+    holder.receive(fetcher.cancel(2))
+    assert isinstance(fetcher.receive(holder.next_answer()), pieces.RequestEnded)
+    holder.receive(fetcher.request(2, 5))
+    assert holder.next_piece() == 2
+    assert fetcher.receive(holder.block(0, b"12345")) == pieces.PieceReceived(
+        2, bytearray(b"12345"), 5
+    )
+
+
 def test_a_rejection_in_mid_piece_leaves_the_next_piece_whole() -> None:
     fetcher, holder = begun()
     holder.receive(fetcher.request(0, MIB))
