@@ -58,21 +58,26 @@ def trio_of_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
 
 
 @pytest.fixture(scope="module", params=[3, 5])
-def voters(
+def _voters(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
-    """Three nodes, then five, that a write load fits; a test leaves all of them running."""
     for cluster in open_cluster(tmp_path_factory, **write_load.ENVIRONMENT):
         cluster.found()
         cluster.grow(request.param - 1)
         yield cluster
 
 
+@pytest.fixture
+def voters(_voters: Cluster) -> Cluster:
+    """Three nodes that run, then five, for a write load; shared by the tests of a module."""
+    _voters.revive()
+    return _voters
+
+
 @pytest.fixture(scope="module", params=[3, 5] if LONG_FAULTS in os.environ else [5])
-def far_voters(
+def _far_voters(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
-    """Like `voters`, each on a host of a network of its own; a test heals its links."""
     try:
         with Network() as network:
             for cluster in open_cluster(tmp_path_factory, **write_load.ENVIRONMENT):
@@ -82,6 +87,22 @@ def far_voters(
                 yield cluster
     except NotPermitted as reason:
         pytest.skip(str(reason))
+
+
+@pytest.fixture
+def network(_far_voters: Cluster) -> Iterator[Network]:
+    """The links between `far_voters`, whole before and after a test."""
+    assert isinstance(_far_voters.network, Network)
+    _far_voters.network.heal()
+    yield _far_voters.network
+    _far_voters.network.heal()
+
+
+@pytest.fixture
+def far_voters(_far_voters: Cluster, network: Network) -> Cluster:
+    """Like `voters`, each node on a host of its own."""
+    _far_voters.revive()
+    return _far_voters
 
 
 @pytest.fixture(autouse=True)

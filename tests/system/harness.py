@@ -504,6 +504,15 @@ class Cluster:
         """A node that runs."""
         return self.running[0]
 
+    def revive(self) -> None:
+        """Start the nodes that do not run, and wait until all are one cluster."""
+        stopped = [node for node in self.nodes if not node.running]
+        for node in stopped:
+            node.start(wait=False)
+        for node in stopped:
+            node.wait_ready()
+        self.wait_whole(START_TIMEOUT_S)
+
     def wait_whole(self, timeout_s: float = WAIT_S) -> None:
         """Wait until every running node sees all of them, as voters, and the same leader."""
         nodes = self.running

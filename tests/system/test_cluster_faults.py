@@ -25,10 +25,7 @@ def three(trio_of_nodes: Cluster) -> Cluster:
 @pytest.fixture(autouse=True)
 def whole_again(three: Cluster) -> None:
     """Each test starts with three nodes that run."""
-    for node in three.nodes:
-        if not node.running:
-            node.start()
-    three.wait_whole()
+    three.revive()
 
 
 def seconds_until(what: str, predicate: Callable[[], object], timeout_s: float = 30) -> float:

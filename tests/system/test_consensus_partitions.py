@@ -17,19 +17,6 @@ FLAP_S = (0.1, 1.5)  # from much shorter than an election to longer
 TRIES = 3  # of what the machine may disturb by standing still
 
 
-@pytest.fixture
-def network(far_voters: Cluster) -> Network:
-    assert isinstance(far_voters.network, Network)
-    return far_voters.network
-
-
-@pytest.fixture(autouse=True)
-def whole_again(network: Network, far_voters: Cluster) -> Iterator[None]:
-    yield
-    network.heal()
-    far_voters.wait_whole(HEALED_S)
-
-
 @contextlib.contextmanager
 def cut(network: Network, how: Callable[[], object]) -> Iterator[float]:
     """Break something for the length of the context; gives the time from which it is broken."""
@@ -71,6 +58,7 @@ def assert_refuses(load: WriteLoad, nodes: Sequence[Node], since: float) -> None
         assert (answer.status_code, answer.json()["code"]) == (503, "NO_QUORUM")
         view = node.get("/cluster/consensus")
         assert not view["has_quorum"]
+        assert not view["is_leader"], "a leader without a majority steps down"
         assert view["state_age_ms"] is None or view["state_age_ms"] > 1000
         tried = load.during(since, time.monotonic(), node)
         assert tried, "no write was tried"

@@ -226,6 +226,8 @@ class WriteLoad:
           AssertionError: an acknowledged write is missing, a refused one is there, one took
             effect twice, or a read was old; tells which.
         """
+        dead = [node.name for node in self._cluster.nodes if not node.running]
+        assert not dead, f"{dead} ended"
         state_hash = self._cluster.settled()
         happened = self._happened()
         wrong = list(self.violations)
@@ -381,10 +383,10 @@ class Account:
         self.unknown_happened = sum(
             w.verdict is Verdict.UNKNOWN and w.id in happened for w in load.writes
         )
-        ends = [when for when, _ in load.faults[1:]] + [float("inf")]
+        faults = [*load.faults, (float("inf"), "")]
         self.gaps = [
             (fault, load.longest_gap_s(when, end))
-            for (when, fault), end in zip(load.faults, ends, strict=True)
+            for (when, fault), (end, _) in itertools.pairwise(faults)
         ]
 
     @property
