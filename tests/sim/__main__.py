@@ -36,10 +36,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="run this one only and show its log")
     parser.add_argument("--trace", action="store_true", help="show every frame too")
     parser.add_argument("--keep", help="the numbers of the faults to keep, with commas")
+    parser.add_argument(
+        "--shrunk", type=int, default=MAX_SHRUNK, help="how many failures to make smaller"
+    )
+    parser.add_argument("--enough", type=int, default=0, help="stop after so many failures")
     options = parser.parse_args()
     if options.seed is not None:
         return _show(options.seed, options.keep, options.trace)
-    return _run_many(range(options.first, options.first + options.seeds), options.jobs)
+    seeds = range(options.first, options.first + options.seeds)
+    return _run_many(seeds, options.jobs, options.enough or len(seeds), options.shrunk)
 
 
 def _show(seed: int, keep: str | None, trace: bool) -> int:
@@ -80,7 +85,7 @@ def _results(seeds: range, jobs: int) -> Iterator[Result]:
         yield from pool.imap_unordered(_run_quietly, seeds, chunksize=4)
 
 
-def _run_many(seeds: range, jobs: int) -> int:
+def _run_many(seeds: range, jobs: int, enough: int, shrunk: int) -> int:
     totals: Counter[str] = Counter()
     in_seeds: Counter[str] = Counter()
     failed: list[Result] = []
@@ -97,6 +102,8 @@ def _run_many(seeds: range, jobs: int) -> int:
             if result.violation is not None:
                 failed.append(result)
                 print(f"seed {result.scenario.seed}: {result.violation}", flush=True)
+                if len(failed) == enough:
+                    break
             if time.monotonic() - told_s > 10:
                 told_s = time.monotonic()
                 rate = done / (told_s - begun_s)
@@ -116,7 +123,7 @@ def _run_many(seeds: range, jobs: int) -> int:
             f"agreement {slowest_s:.1f} s after the healing at the latest"
         )
     failed.sort(key=lambda result: result.scenario.seed)
-    for result in failed[:MAX_SHRUNK]:
+    for result in failed[:shrunk]:
         _explain(result)
     print(f"{len(failed)} of {done} seeds failed", *[r.scenario.seed for r in failed])
     return 1 if failed else 0

@@ -53,7 +53,7 @@ class Checker:
     def __init__(self, fail: Callable[[Violation], None]) -> None:
         self._fail = fail
         self._chains: dict[tuple[int, int], int] = {}  # of every entry that any log ever had
-        self.leaders: dict[int, str] = {}  # by term
+        self._leaders: dict[int, Log] = {}  # by term
         self._votes: dict[tuple[str, int], str] = {}  # by voter and term: who got it
         self._pre_votes: dict[tuple[str, int], set[str]] = {}  # by candidate and proposed term
         self._heirs: set[tuple[str, int]] = set()  # who was asked to take over, and from what term
@@ -150,15 +150,22 @@ class Checker:
 
     # Progress of one process.
 
-    def observe(self, log: Log, term: int, commit: int, applied: int, leads: bool) -> None:
-        """Look at a node after a step."""
+    def observe(
+        self,
+        log: Log,
+        term: int,
+        commit: int,
+        applied: int,
+        electors: frozenset[NodeId] | None,
+    ) -> None:
+        """Look at a node after a step; `electors` are the voters if it leads."""
         if term != log.term:
             if term < log.term:
                 self.violated("terms grow", f"{log.host} goes from term {log.term} to {term}")
             log.term = term
-        if leads and log.led_term != term:
+        if electors is not None and log.led_term != term:
             log.led_term = term
-            self._leads(log, term)
+            self._leads(log, term, electors)
         if commit != log.commit:
             self._commits(log, commit)
         if applied != log.applied:
@@ -170,10 +177,17 @@ class Checker:
                 "state machine safety", f"{log.host} applied {applied}, committed is {commit}"
             )
 
-    def _leads(self, log: Log, term: int) -> None:
-        known = self.leaders.setdefault(term, log.host)
-        if known != log.host:
-            self.violated("election safety", f"{known} and {log.host} lead term {term}")
+    def _leads(self, log: Log, term: int, electors: frozenset[NodeId]) -> None:
+        known = self._leaders.setdefault(term, log)
+        if known is not log:
+            self.violated("election safety", f"{known.host} and {log.host} lead term {term}")
+        votes = [v for v in electors if v == log.host or self._votes.get((v, term)) == log.host]
+        if 2 * len(votes) <= len(electors):
+            self.violated(
+                "election safety",
+                f"{log.host} leads term {term} by the votes of {sorted(votes)} "
+                f"of {sorted(electors)}",
+            )
         last = self.last_committed
         # Earlier ones follow from the chain; a log that begins later has it in a snapshot.
         if last and last >= log.first and log.at(last) != self.committed[last]:
@@ -249,6 +263,19 @@ class Checker:
         if known != candidate:
             self.violated(
                 "one vote a term", f"{host} votes in term {term} for {known} and {candidate}"
+            )
+
+    def answered(self, log: Log, term: int, index: int) -> None:
+        """A host tells the leader of a term that it holds the same log up to that entry."""
+        leader = self._leaders.get(term)
+        if leader is None or leader.term != term or log.term != term or leader is log:
+            return  # too late to compare
+        theirs, ours = leader.at(index), log.at(index)
+        if theirs != ours and not index < max(leader.first, log.first):
+            self.violated(
+                "answers are true",
+                f"{log.host} answers {leader.host} in term {term} for entry {index}, "
+                "which is another than the leader's",
             )
 
     def would_vote(self, voter: str, term: int, candidate: str) -> None:

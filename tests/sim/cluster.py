@@ -248,7 +248,9 @@ class Cluster:
             self._end(token)
         # The parts of a snapshot must come in order, as they do on any stream.
         usual = self.scenario.network
-        self._use_network(dataclasses.replace(usual, ordered=True, loss=0.0, duplication=0.0))
+        self._use_network(
+            Network(usual.streams, True, usual.latency_s, usual.jitter_s, straggling=0.0)
+        )
         for host in self.hosts:
             host.disk.breaks_next = False
             if host.life is not None:

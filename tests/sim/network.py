@@ -17,8 +17,6 @@ from tests.sim.world import World
 
 Deliver = Callable[[NodeId, NodeId, bytes], None]  # from, to, frame
 
-STRAGGLER_SHARE = 0.01  # of frames are much later than the rest
-STRAGGLER_S = 0.5
 USER_TIMEOUT_S = 3.0  # as `Links` sets it for TCP: unacknowledged for so long is broken
 RETRANSMIT_S = 0.4  # after a cut heals, until data flows again
 TCP_BUFFER = 256 * 1024  # bytes that a sender may have under way
@@ -79,7 +77,7 @@ class Datagrams:
 
     def _delay_s(self) -> float:
         now = self.now
-        late_s = STRAGGLER_S if self._rng.random() < STRAGGLER_SHARE else now.jitter_s
+        late_s = now.straggling_s if self._rng.random() < now.straggling else now.jitter_s
         return now.latency_s + self._rng.random() * late_s
 
 

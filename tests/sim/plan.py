@@ -8,6 +8,8 @@ import random
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ollamad.raft.private import Timing
+
 LEADER = -1  # in the place of a host's number: whoever leads when the fault comes
 
 
@@ -74,8 +76,10 @@ class Network:
     ordered: bool  # whether the single frames from one host to another keep their order
     latency_s: float
     jitter_s: float
-    loss: float = 0.0  # of frames: 0 to 1
+    loss: float = 0.0  # share of the frames
     duplication: float = 0.0
+    straggling: float = 0.01  # share of the frames that are later than all others,
+    straggling_s: float = 0.5  # by up to that
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ class Scenario:
     duration_s: float  # of faults and load; then all is healed
     network: Network
     tuning: Tuning
+    timing: Timing
     sync_s: float  # what a write to disk takes
     clients: int
     think_s: float  # mean pause of a client between two operations
@@ -116,36 +121,45 @@ def scenario(seed: int) -> Scenario:
     voters = rng.choices((3, 5, 7, 2, 1), (3, 10, 1, 0.5, 0.5))[0]
     spares = rng.choices((0, 1, 2), (3, 4, 2))[0] if voters < 7 else 0
     duration_s = rng.uniform(15, 30)
-    streams = rng.random() < 0.3
-    calm = rng.random() < 0.3
-    network = Network(
-        streams,
-        ordered=calm or rng.random() < 0.5,
-        latency_s=rng.choice((0.0003, 0.001, 0.005, 0.02)),
-        jitter_s=rng.choice((0.0002, 0.002, 0.02)),
-        loss=0.0 if calm or streams else rng.choice((0.0, 0.005, 0.03)),
-        duplication=0.0 if calm or streams else rng.choice((0.0, 0.01, 0.1)),
-    )
-    tuning = Tuning(
-        compact_entries=rng.choice((5, 15, 40, 4096)),
-        compaction_tail=rng.choice((1, 3, 10, 1024)),
-        snapshot_chunk=rng.choice((300, 1500, 256 * 1024)),
-        max_entries=rng.choice((1, 3, 16384)),
-        catch_up_entries=rng.choice((3, 256)),
-    )
     return Scenario(
         seed,
         voters,
         spares,
         grows=rng.random() < 0.25,
         duration_s=duration_s,
-        network=network,
-        tuning=tuning,
+        network=_network(rng),
+        tuning=Tuning(
+            compact_entries=rng.choice((5, 15, 40, 4096)),
+            compaction_tail=rng.choice((1, 3, 10, 1024)),
+            snapshot_chunk=rng.choice((300, 1500, 256 * 1024)),
+            max_entries=rng.choice((1, 3, 16384)),
+            catch_up_entries=rng.choice((3, 256)),
+        ),
+        # Timeouts that lie close together make candidates compete.
+        timing=rng.choice((Timing(), Timing(), Timing(0.1, 0.4, 0.45))),
         sync_s=rng.choice((0.0003, 0.002, 0.01, 0.03)),
         clients=rng.randint(2, 4),
         think_s=rng.choice((0.2, 0.5, 1.0)),
         faults=_faults(rng, voters + spares, duration_s),
     )
+
+
+def _network(rng: random.Random) -> Network:
+    latency_s = rng.choice((0.0003, 0.001, 0.005, 0.02, 0.05))
+    jitter_s = rng.choice((0.0002, 0.002, 0.02))
+    match rng.choices(("streams", "ordered", "calm", "wild"), (3, 3, 2, 3))[0]:
+        case "streams":
+            return Network(True, True, latency_s, jitter_s)
+        case "ordered":
+            return Network(False, True, latency_s, jitter_s, rng.choice((0.0, 0.02)))
+        case "calm":
+            return Network(False, False, latency_s, jitter_s)
+        case _:
+            loss, duplication = rng.choice((0.0, 0.02)), rng.choice((0.02, 0.3))
+            straggling, straggling_s = rng.choice(((0.01, 0.5), (0.05, 2.0), (0.2, 3.0)))
+            return Network(
+                False, False, latency_s, jitter_s, loss, duplication, straggling, straggling_s
+            )
 
 
 # How often each kind is drawn; each seed leaves some out, so that the rest meets more often.
@@ -170,12 +184,27 @@ _WEIGHTS = {
     Kind.TRANSFER: 1.0,
 }
 
+_CHANGES_OF_LEADERS = (
+    Kind.CRASH,
+    Kind.PAUSE,
+    Kind.CUT,
+    Kind.ISOLATE,
+    Kind.PARTITION,
+    Kind.BAD_NETWORK,
+    Kind.ADD,
+    Kind.REMOVE,
+    Kind.TRANSFER,
+)
+
 
 def _faults(rng: random.Random, hosts: int, duration_s: float) -> tuple[Fault, ...]:
     kinds = [kind for kind in Kind if rng.random() < 0.7] or list(Kind)
-    weights = [_WEIGHTS[kind] for kind in kinds]
     mean_pause_s = rng.choice((0.4, 1.0, 2.0, 4.0))
     leader_share = rng.choice((0.1, 0.4, 0.8))
+    if rng.random() < 0.3:
+        # Leaders come and go, so that what one began meets the next.
+        kinds, mean_pause_s, leader_share = list(_CHANGES_OF_LEADERS), 0.4, 0.9
+    weights = [_WEIGHTS[kind] for kind in kinds]
     faults = []
     at = rng.uniform(0.5, 3.0)
     while at < duration_s:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-QUORUM_S = 1.0  # the product says one election timeout, 0.8 s, and looks with each heartbeat
+QUORUM_S = 0.2  # beyond an election timeout, as a leader looks with each heartbeat
 STEP_S = 1e-5  # what a step takes at least: without it, time could stand still
 
 
@@ -59,6 +59,7 @@ class WatchedJournal(Journal):
     def deleteEntriesFrom(self, entryFrom: int) -> None:
         if entryFrom < len(self._entries):
             self.checker.cut(self.log, self._entries[entryFrom][1])
+            self.life.count("logs truncated")
         super().deleteEntriesFrom(entryFrom)
 
     def deleteEntriesTo(self, entryTo: int) -> None:
@@ -120,14 +121,14 @@ class WatchedNode(RaftNode):
         now, voters, term = self.life.host.clock(), self._journal.voters, self._core.term()
         if self._electorate[:2] != (term, voters):
             self._electorate = (term, voters, now)
-        since = now - QUORUM_S
+        since = now - self.life.cluster.scenario.timing.election_max_s - QUORUM_S
         if self._electorate[2] > since:
             return
         heard = [v for v in voters if v == self.id or self.heard.get(v, 0.0) >= since]
         if 2 * len(heard) <= len(voters):
             self.life.checker.violated(
                 "leaders without a majority step down",
-                f"{self.id} leads term {term} and has heard {heard} for {QUORUM_S:g} s",
+                f"{self.id} leads term {term} and has heard of {heard} since {now - since:g} s",
             )
 
     def apply(self, command: bytes, index: int) -> object:
@@ -151,7 +152,8 @@ class WatchedNode(RaftNode):
             life.count("leaders")
         if commit != log.commit:
             life.note("commits", log.commit + 1, commit)
-        life.checker.observe(log, term, commit, core.applied_index(), leads)
+        electors = self._journal.voters if leads else None
+        life.checker.observe(log, term, commit, core.applied_index(), electors)
 
 
 node_module.Journal = WatchedJournal  # type: ignore[misc]
@@ -203,6 +205,7 @@ class Life:
             self.disk,
             self.machine,
             self.send,
+            timing=cluster.scenario.timing,
             clock=host.clock,
             rng=random.Random(host.rng.getrandbits(64)),
         )
@@ -242,6 +245,8 @@ class Life:
                 # Once a later term is on disk, the entries may be gone again rightly.
                 kept = disk.last >= next_index - 1 or not success
                 kept = disk.meta.term > term or (disk.meta.term == term and kept)
+                if success:
+                    checker.answered(self.log, term, next_index - 1)
             case Vote(term):
                 checker.voted(host.id, term, to)
                 kept = disk.meta.term > term or (disk.meta.term, disk.meta.voted_for) == (term, to)
