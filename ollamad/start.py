@@ -6,6 +6,7 @@ Whatever ends a daemon and is to be expected becomes one line and an exit code.
 import datetime
 import logging
 import os
+import resource
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -40,6 +41,9 @@ def run(settings: Settings, data_dir: Path, join: str | None) -> None:
         settings.log.level, settings.log.format, under_systemd="JOURNAL_STREAM" in os.environ
     )
     os.umask(0o077)  # the journal holds the cluster's keys
+    # A shell's soft limit (1024) is soon used up by clients, and then no peer gets in either.
+    hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     invitation = parse_invitation(join) if join else None
     try:
         with DataDir(data_dir) as directory:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.system.harness import Cluster, Node, free_ports, refused, run_daemon, wait_until
@@ -38,6 +39,9 @@ def test_a_first_start_makes_a_cluster_of_one_and_tells_what_is_next(cluster: Cl
     assert f"127.0.0.1:{node.p2p_port}" in log
     assert f"127.0.0.1:{node.raft_port}" in log
     assert "Next: `ollama-dist models pull" in log
+
+    soft, hard = psutil.Process(node.pid).rlimit(psutil.RLIMIT_NOFILE)
+    assert soft == hard, "many clients must not use up what peers need"
 
 
 def test_a_first_start_keeps_secrets_to_its_user(cluster: Cluster) -> None:
