@@ -14,11 +14,6 @@ from tests.sim.plan import Scenario, scenario
 from tests.sim.stock_cluster import Defect, StockResult, run
 
 NETWORKS = ("connections", "frames")
-POWER = {
-    Defect.FORGETS_TERM,
-    Defect.VOTES_TWICE,
-    Defect.DOES_NOT_START,
-}
 
 
 def stock_scenario(seed: int, network: str) -> Scenario:

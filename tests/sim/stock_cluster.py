@@ -6,10 +6,12 @@ after an exception.
 """
 
 import dataclasses
+import gc
 import itertools
 import logging
 import pickle
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,8 +104,8 @@ class StockResult:
 
     seed: int
     findings: dict[Defect, str]
+    uses_batch: bool
     had_power_cuts: bool
-    operations: int
     acknowledged: int
 
 
@@ -475,6 +477,15 @@ class StockCluster:
         if leader is not None:
             await self._try_bugs(leader)
 
+    def result(self) -> StockResult:
+        return StockResult(
+            self.scenario.seed,
+            self.findings,
+            self.uses_batch,
+            self.had_power_cuts,
+            len(self.acknowledged),
+        )
+
     async def _settled(self) -> Process | None:
         """The leader, as soon as all members agree with it; None if they never do."""
         give_up_at = self.world.now + SETTLE_S
@@ -790,16 +801,14 @@ def run(scenario: Scenario) -> StockResult:
     """Run a scenario; the same one always gives the same result."""
     logging.disable(logging.CRITICAL)
     world = World(scenario.seed)
-    with tempfile.TemporaryDirectory(dir=_memory()) as directory:
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=_memory()) as directory:
+        warnings.simplefilter("ignore", ResourceWarning)  # the library leaves its dumps open,
         cluster = StockCluster(world, scenario, Path(directory))
         world.run(cluster.run)
-    return StockResult(
-        scenario.seed,
-        cluster.findings,
-        cluster.had_power_cuts,
-        len(cluster.history.operations),
-        len(cluster.acknowledged),
-    )
+        result = cluster.result()
+        del cluster, world
+        gc.collect()  # and this closes them
+    return result
 
 
 def _memory() -> str | None:
