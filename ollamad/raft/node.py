@@ -238,7 +238,7 @@ class RaftNode:
         if self._failure is not None:
             return
         core, journal = self._core, self._journal
-        before = (core.state(), core.term(), core.leader_id(), core.election_deadline())
+        before = (core.state(), core.term(), core.leader_id())
         generation = journal.generation
         try:
             self._fence.receive(sender, message)
@@ -255,8 +255,8 @@ class RaftNode:
         if journal.generation != generation:
             self._dirty.set()
         self._note_progress()
-        after = (core.state(), core.term(), core.leader_id(), core.election_deadline())
-        if self._calls_for_tick(message) or before[:3] != after[:3] or after[3] < before[3]:
+        after = (core.state(), core.term(), core.leader_id())
+        if self._calls_for_tick(message) or before != after:
             self._wake.set()
 
     def _calls_for_tick(self, message: Message) -> bool:
@@ -564,7 +564,17 @@ class RaftNode:
                 self._unwritten = None
                 self._journal.synced()
                 self._transport.release()
-                self._wake.set()
+                if self._may_commit_now():
+                    self._wake.set()
+
+    def _may_commit_now(self) -> bool:
+        """Whether our own log, durable up to here, may be what a commit waited for."""
+        core = self._core
+        if core.state() == LEADER:
+            others = self._journal.voters - {self.id}
+            committed = core.commit_index()
+            return not others or any(core.match_index(other) > committed for other in others)
+        return not core.has_other_voters()
 
     async def _write(self, batch: Batch) -> None:
         """Make a batch durable, however long there is no space for it."""
@@ -640,7 +650,8 @@ class RaftNode:
         self._notice()
         if core.state() == LEADER:
             return core.next_heartbeat() - self._clock() + TIMER_GRAIN_S
-        return core.election_deadline() - self._clock()
+        # A message that moves the deadline puts it at least that far away, and need not wake us.
+        return min(core.election_deadline() - self._clock(), self._timing.election_min_s)
 
     def _commit_is_news(self) -> bool:
         core = self._core

@@ -145,6 +145,37 @@ async def test_another_leads_after_a_crash_within_two_timeouts(
         assert c[leader.id].ledger.commands == [b"before", b"after"]
 
 
+async def test_a_follower_notices_silence_at_its_deadline(
+    autojump_clock: MockClock, found: Found
+) -> None:
+    c = await found()
+    leader = await c.leader()
+    follower = c[others(leader)[0]].raft
+    rng = follower._core._rng = LongTimeouts()
+    original = follower._tick
+    ticked = trio.Event()
+
+    def spied() -> float:
+        ticked.set()
+        return original()
+
+    await trio.sleep(1)
+    follower._tick = spied  # type: ignore[method-assign]
+    await ticked.wait()  # now it sleeps, with a late deadline
+    rng.are_short = True
+    await trio.sleep(0.15)  # a heartbeat gave it an early one
+    c.cut.add((leader.id, follower.id))
+    await trio.sleep(c.timing.election_min_s + 0.01)
+    assert follower.leader is None
+
+
+class LongTimeouts(random.Random):
+    are_short = False
+
+    def uniform(self, a: float, b: float) -> float:
+        return a if self.are_short else b
+
+
 async def test_acknowledged_commands_survive_a_crash_of_all(
     autojump_clock: MockClock, found: Found
 ) -> None:
@@ -204,6 +235,18 @@ async def test_a_follower_with_a_slow_disk_does_not_vouch(
         stall.set()
         c[name].disk.stall = None
     assert await leader.raft.propose(b"x", 5) == b"done x"
+
+
+async def test_a_leader_with_a_slow_disk_commits_as_soon_as_it_is_done(
+    autojump_clock: MockClock, found: Found
+) -> None:
+    c = await found()
+    leader = await c.leader()
+    await trio.sleep(0.05)
+    leader.disk.sync_s = 0.01
+    began = trio.current_time()
+    await leader.raft.propose(b"x", 5)
+    assert 0.01 <= trio.current_time() - began < 0.015
 
 
 async def test_a_clean_end_loses_nothing_and_the_state_is_there_before_the_quorum(
@@ -549,6 +592,26 @@ async def test_a_mere_commit_is_not_answered(autojump_clock: MockClock, found: F
     assert acks == 2 * 20
     await trio.sleep(0.2)
     assert acks >= 2 * 21  # heartbeats are
+
+
+async def test_a_follower_ticks_once_for_a_commit(autojump_clock: MockClock, found: Found) -> None:
+    c = await found()
+    leader = await c.leader()
+    follower = c[others(leader)[0]].raft
+    original = follower._tick
+    ticks = 0
+
+    def counted() -> float:
+        nonlocal ticks
+        ticks += 1
+        return original()
+
+    follower._tick = counted  # type: ignore[method-assign]
+    for number in range(50):
+        await leader.raft.propose(b"%d" % number, 5)
+    await trio.sleep(0.01)
+    assert follower.applied_index == leader.raft.applied_index
+    assert ticks <= 50 + 2
 
 
 # Membership.
