@@ -24,6 +24,7 @@ from tests.sim.history import History, Kind
 from tests.sim.process import Gone, Life
 
 ATTEMPT_S = (0.3, 2.0)  # patience with one host, at random between these
+PAUSE_S = (0.001, 0.03)  # before an attempt
 PATIENCE_S = 4.0  # with one operation
 KEYS = 3  # registers: few, so that clients meet
 CLAIMS = 4  # test-and-set objects in use at a time
@@ -32,12 +33,20 @@ CLAIMS = 4  # test-and-set objects in use at a time
 class Client:
     """One client; makes one operation at a time."""
 
-    def __init__(self, cluster: Cluster, history: History, number: int, hosts: list[Host]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        history: History,
+        number: int,
+        hosts: list[Host],
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         self.cluster = cluster
         self.history = history
         self.number = number
         self.name = f"client {number}"
         self.hosts = hosts
+        self.patience_s = patience_s
         self.rng = cluster.world.rng(self.name)
         self.made = 0
         self.acknowledged: list[str] = []  # ids of commands
@@ -56,6 +65,7 @@ class Client:
         """One operation, with all its attempts. Returns whether its outcome is known."""
         self.made += 1
         world, checker, counts = self.cluster.world, self.cluster.checker, self.cluster.counts
+        rng = self.rng
         proposal_id = f"{self.number}.{self.made}"
         command = _command(kind, key, proposal_id)
         operation = self.history.invoke(
@@ -63,13 +73,13 @@ class Client:
         )
         world.note(self.name, kind, key, proposal_id)
         data = b"" if command is None else encode(Proposal(proposal_id, 0.0, command))
-        gives_up_at = world.now + PATIENCE_S
+        gives_up_at = world.now + self.patience_s
         may_happen = False
         while world.now < gives_up_at:
-            life = self.rng.choice(self.hosts).life
-            timeout_s = min(self.rng.uniform(*ATTEMPT_S), gives_up_at - world.now)
+            life = rng.choice(self.hosts).life
+            timeout_s = rng.uniform(*ATTEMPT_S)
+            await trio.sleep(rng.uniform(*PAUSE_S))
             if life is None or not life.is_running:
-                await trio.sleep(0.05)
                 continue
             try:
                 if command is None:

@@ -5,7 +5,7 @@ import itertools
 import random
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -72,6 +72,7 @@ class Cluster:
         )
         self._ends: dict[int, tuple[Callable[..., object], tuple[object, ...]]] = {}
         self._tokens = itertools.count()
+        self.write_at: Callable[[Host], Awaitable[None]] = _nobody_writes
         self._founder_voters = frozenset(host.id for host in self.hosts[: scenario.voters])
         if not scenario.grows:
             self._preform()
@@ -328,6 +329,9 @@ class Cluster:
             case (Kind.ADD | Kind.REMOVE) as kind, (int(at),):
                 changer = self.hosts[at]
                 self.nursery.start_soon(self._change, changer, host.id, kind is Kind.ADD)
+            case Kind.BURST, (int(count),):
+                for _ in range(count):
+                    self.nursery.start_soon(self.write_at, host)
             case Kind.TRANSFER, ():
                 self.nursery.start_soon(self._transfer, host)
             case unknown:
@@ -444,6 +448,10 @@ class Cluster:
         if len({life.machine.state.fingerprint() for life in running}) > 1:
             self.checker.violated("state machine safety", "the final states differ")
         return None
+
+
+async def _nobody_writes(host: Host) -> None:
+    """In the place of clients, where there are none."""
 
 
 def tune(tuning: Tuning) -> None:

@@ -34,6 +34,7 @@ class Kind(StrEnum):
     ADD = "add voter"  # asked at: another host's number
     REMOVE = "remove voter"  # asked at: another host's number
     TRANSFER = "transfer"  # leadership
+    BURST = "burst"  # of writes through that host, at once: how many
 
 
 class Crash(StrEnum):
@@ -129,8 +130,8 @@ def scenario(seed: int) -> Scenario:
         duration_s=duration_s,
         network=_network(rng),
         tuning=Tuning(
-            compact_entries=rng.choice((5, 15, 40, 4096)),
-            compaction_tail=rng.choice((1, 3, 10, 1024)),
+            compact_entries=rng.choice((3, 8, 20, 20, 4096)),
+            compaction_tail=rng.choice((1, 2, 4, 10, 1024)),
             snapshot_chunk=rng.choice((300, 1500, 256 * 1024)),
             max_entries=rng.choice((1, 3, 16384)),
             catch_up_entries=rng.choice((3, 256)),
@@ -182,6 +183,7 @@ _WEIGHTS = {
     Kind.ADD: 2.0,
     Kind.REMOVE: 2.0,
     Kind.TRANSFER: 1.0,
+    Kind.BURST: 1.0,
 }
 
 _CHANGES_OF_LEADERS = (
@@ -194,7 +196,9 @@ _CHANGES_OF_LEADERS = (
     Kind.ADD,
     Kind.REMOVE,
     Kind.TRANSFER,
+    Kind.BURST,
 )
+_CUTS = (Kind.CUT, Kind.ISOLATE, Kind.PARTITION)
 
 
 def _faults(rng: random.Random, hosts: int, duration_s: float) -> tuple[Fault, ...]:
@@ -211,9 +215,12 @@ def _faults(rng: random.Random, hosts: int, duration_s: float) -> tuple[Fault, .
         kind = rng.choices(kinds, weights)[0]
         who = LEADER if rng.random() < leader_share else rng.randrange(hosts)
         faults.append(Fault(at, kind, who, _arguments(rng, kind, hosts)))
+        if kind in _CUTS and rng.random() < 0.5:
+            # What a leader takes in now will conflict with what the next one does.
+            faults.append(Fault(at + rng.uniform(0, 0.5), Kind.BURST, who, (rng.randint(1, 6),)))
         # Now and then a second one follows at once.
         at += rng.uniform(0.001, 0.1) if rng.random() < 0.2 else rng.expovariate(1 / mean_pause_s)
-    return tuple(faults)
+    return tuple(sorted(faults, key=lambda fault: fault.at))
 
 
 def _arguments(rng: random.Random, kind: Kind, hosts: int) -> tuple[object, ...]:
@@ -242,5 +249,7 @@ def _arguments(rng: random.Random, kind: Kind, hosts: int) -> tuple[object, ...]
             return rng.choice((0.05, 0.2, 0.5)), 0.1, rng.choice((0.05, 0.3)), long_s
         case Kind.RESET | Kind.ADD | Kind.REMOVE:
             return (other,)
+        case Kind.BURST:
+            return (rng.randint(1, 20),)
         case Kind.TRANSFER:
             return ()

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import trio
 
 from tests.sim.checks import Violation
-from tests.sim.clients import Client, last_words
-from tests.sim.cluster import Cluster
-from tests.sim.history import History
+from tests.sim.clients import KEYS, Client, last_words
+from tests.sim.cluster import Cluster, Host
+from tests.sim.history import History, Kind
 from tests.sim.linearizability import Outcome, judge
 from tests.sim.plan import Scenario
 from tests.sim.world import START_S, World
+
+BURST_PATIENCE_S = 1.0  # of a client that writes once, through one host
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +81,19 @@ class _Play:
         clients = [
             Client(cluster, history, number, cluster.hosts) for number in range(scenario.clients)
         ]
+
+        async def write_at(host: Host) -> None:
+            client = Client(cluster, history, len(clients), [host], BURST_PATIENCE_S)
+            clients.append(client)
+            await client.operate(Kind.WRITE, f"u{client.rng.randrange(KEYS)}")
+
+        cluster.write_at = write_at
         await cluster.begin()
         for fault in scenario.faults:
             world.at(START_S + fault.at, cluster.strike, fault)
         heals_at = START_S + scenario.duration_s
         async with trio.open_nursery() as nursery:
-            for client in clients:
+            for client in clients[: scenario.clients]:
                 nursery.start_soon(client.run, heals_at)
             await trio.sleep_until(heals_at)
             cluster.heal()
