@@ -339,9 +339,11 @@ class FetcherSide:
                 self._count = message.count
                 return PiecesKnown(message.count, decode_bits(message.bits, message.count))
             case Have():
+                bits = 0
                 for index in message.indices:
                     self._check_index(index)
-                return PiecesGained(bits_at(message.indices))
+                    bits |= 1 << index
+                return PiecesGained(bits)
             case Map():
                 if not self._map_requested:
                     raise ProtocolViolation("a map that nobody asked for")
@@ -523,14 +525,6 @@ class HolderSide:
         if len(self._queue) + len(self._cancelled) >= MAX_REQUESTS:
             raise ProtocolViolation(f"more than {MAX_REQUESTS} requests at once")
         self._queue.append(index)
-
-
-def bits_at(indices: Sequence[int]) -> int:
-    """The number with exactly those bits set; in time that is linear in their largest."""
-    data = bytearray(max(indices, default=0) // 8 + 1)
-    for index in indices:
-        data[index >> 3] |= 1 << (index & 7)
-    return int.from_bytes(data, "little")
 
 
 def indices_of(bits: int) -> Sequence[int]:

@@ -638,6 +638,7 @@ def test_a_node_that_leaves_loses_its_connections_and_gets_no_new_ones(
     third = pair.grow()
     identity = tmp_path / "identity"
     shutil.copytree(third.data_dir / "identity", identity)
+    third.stop()  # or its own link would take the place of ours
     context = client_context(identity)
     with contextlib.ExitStack() as stack:
         open_streams = {}
@@ -646,8 +647,12 @@ def test_a_node_that_leaves_loses_its_connections_and_gets_no_new_ones(
             stream = stack.enter_context(context.wrap_socket(transport))
             send(stream, frames_of(port))
             open_streams[port] = stream
-        assert open_streams["p2p_port"].recv(1), "it is greeted"
+        assert open_streams["p2p_port"].recv(4096), "it is greeted"
         sessions = {port: stream.session for port, stream in open_streams.items()}
+        for stream in open_streams.values():
+            stream.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                stream.recv(1)  # nothing to say, and open
         pair.dismiss(third)
         begun = time.monotonic()
         for stream in open_streams.values():
