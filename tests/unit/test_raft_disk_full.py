@@ -10,8 +10,10 @@ from ollamad.core.ids import NodeId
 from ollamad.raft import node as node_module
 from ollamad.raft.errors import DiskFull, NoQuorum, OutcomeUnknown
 from ollamad.raft.journal import COMPACTION_TAIL, Batch
-from ollamad.wire.raftwire import Ack, PreVote, Vote, VoteRequest, decode
+from ollamad.raft.private import CANDIDATE, FOLLOWER
+from ollamad.wire.raftwire import Ack, Append, PreVote, TakeOver, Vote, VoteRequest, decode
 from tests.fakes.raft_cluster import Cluster, Host, MemoryDisk
+from tests.fakes.raft_solo import Solo, command
 
 PROMISES = (Ack, PreVote, Vote, VoteRequest)
 
@@ -200,11 +202,35 @@ async def test_a_full_disk_that_gets_space_at_the_end_has_no_hole(
     for text in ("2", "3"):
         with pytest.raises((OutcomeUnknown, NoQuorum)):
             await host.raft.propose(text.encode(), 3)
-    host.raft._journal.setCurrentTerm(host.raft.term + 1, None)  # staged behind what waits
+    journal = host.raft._journal
+    last = journal[-1][1] + 1
+    assert last > max(disk.entries) + 1
+    journal.add(command("4"), last, host.raft.term)  # staged behind what waits
     disk.full = False
     await cluster.stop("a")
-    assert sorted(disk.entries) == list(range(1, len(disk.entries) + 1))
-    assert len(disk.entries) > 3
+    assert sorted(disk.entries) == list(range(1, last + 1))
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_a_node_whose_disk_is_full_takes_no_lead_over(is_full: bool) -> None:
+    solo = Solo(log="1")
+    solo.receive("b", Append(1, 3, 3, 1))
+    solo.take()
+    solo.journal.disk_full = is_full
+    solo.receive("b", TakeOver(1))
+    solo.tick()
+    assert solo.core.state() == (FOLLOWER if is_full else CANDIDATE)
+    assert solo.core.term() == (1 if is_full else 2)
+
+
+def test_a_node_whose_disk_is_full_asks_for_no_votes() -> None:
+    solo = Solo(log="1")
+    solo.journal.disk_full = True
+    solo.wait_for_election()
+    assert solo.take() == []
+    solo.journal.disk_full = False
+    solo.wait_for_election()
+    assert len(solo.take()) == 2
 
 
 async def test_a_node_ends_in_order_while_its_disk_is_full(

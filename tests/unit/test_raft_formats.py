@@ -172,6 +172,10 @@ def test_a_state_survives_a_snapshot() -> None:
     assert other.state.fingerprint() == machine.state.fingerprint()
 
 
+def test_a_snapshot_says_its_format() -> None:
+    assert decode(Machine().snapshot(), dict[str, object])["format"] == STATE_FORMAT
+
+
 def test_a_state_of_a_version_without_a_format_is_read() -> None:
     machine = Machine()
     machine.restore(encode(state()))

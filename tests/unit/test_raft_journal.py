@@ -212,6 +212,7 @@ async def spoil(path: Path, *statements: str) -> None:
         ("DELETE FROM head", "the term and the vote are missing"),
         ("UPDATE head SET data = data || x'00'", "the term and the vote are corrupt"),
         ("UPDATE head SET data = 0", "the term and the vote are corrupt"),
+        ("UPDATE head SET data = x'80'", "the term and the vote are corrupt"),
         ("INSERT INTO snapshot VALUES (1, x'00', x'00')", "the snapshot is missing or corrupt"),
         ("DROP TABLE entries", "no such table: entries; take this node out"),
         (f"PRAGMA user_version = {FORMAT + 1}", f"has format {FORMAT + 1}.*newer version"),

@@ -212,6 +212,7 @@ async def test_only_a_lack_of_space_may_be_tried_again(
         raise error
 
     def probe(path: Path, data: bytes) -> int:
+        path.touch()
         if found is not None:
             raise OSError(found, "probe")
         return len(data)
