@@ -130,8 +130,9 @@ class Ours:
         leader = self.leader()
         left = self.nodes[random.choice(sorted(set(self.nodes) - {leader}))]
         started = time.monotonic()
-        self.nodes[leader].kill()
+        self.nodes[leader].process.kill()
         took_s = float(left.ask("commit")["at"]) - started
+        self.nodes[leader].kill()
         self._start(leader)
         return took_s
 
@@ -179,6 +180,10 @@ class Stock:
 
     def pipelined(self, is_leader: bool) -> Answer:
         return self._node(is_leader).ask("pipelined", time_s=PIPELINED_S, depth=DEPTH)
+
+    def truncations(self) -> int:
+        """How often a node deleted entries that it had applied."""
+        return sum(int(node.ask("status")["truncations"]) for node in self._nodes)
 
     def close(self) -> None:
         for node in self._nodes:
@@ -333,6 +338,9 @@ def bench(directory: Path, rounds: int, kills: int) -> bool:
         print(f"{written * 1e3:.2f} ms where it does not", flush=True)
         figures = measure(systems, rounds)
         report(figures)
+        for system in systems:
+            if isinstance(system, Stock) and (count := system.truncations()):
+                print(f"{system.name}: {count} times entries were deleted that had been applied")
         report_ratios(figures)
         print("\nidle, leader first:", *(f"{share:.1%}" for share in ours.idle_cpu()), "of a core")
         print("\nfrom kill -9 of the leader to the next acknowledged write")

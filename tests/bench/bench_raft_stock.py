@@ -5,6 +5,7 @@ transport, threads, pickle and FileJournal, which does not sync.
 """
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -24,19 +25,36 @@ class Stock(SyncObj):  # type: ignore[misc]
         pass
 
 
+class Truncations(logging.Handler):
+    """Counts how often the library deleted entries that it had applied, which it logs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.CRITICAL)
+        self.count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += "truncating already-applied" in record.msg
+
+
 class Node:
     def __init__(self, port: int, others: list[int], journal: str, use_batch: bool) -> None:
         conf = SyncObjConf(appendEntriesUseBatch=use_batch, journalFile=journal)
         addresses = [f"127.0.0.1:{other}" for other in others]
         self._address = f"127.0.0.1:{port}"
         self._object = Stock(self._address, addresses, conf)
+        self._truncations = Truncations()
+        logging.getLogger("pysyncobj").addHandler(self._truncations)
 
     def perform(self, task: str, runs: int = 0, time_s: float = 0, depth: int = 0) -> Answer:
         match task:
             case "status":
                 leader = self._object.getStatus()["leader"]
                 ready = self._object.isReady() and leader is not None
-                return {"leader": str(leader) if ready else None, "me": self._address}
+                return {
+                    "leader": str(leader) if ready else None,
+                    "me": self._address,
+                    "truncations": self._truncations.count,
+                }
             case "latency":
                 times = []
                 for _ in range(runs):

@@ -128,8 +128,9 @@ class Members:
         leader = self.wait_ready()
         left = [port for name, port in self._clients.items() if name != leader]
         started = time.monotonic()
-        kill(self._processes[leader])
+        self._processes[leader].kill()
         took_s = float(self.client.ask("failover", ports=left)["at"]) - started
+        kill(self._processes[leader])
         self._start(leader)
         return took_s
 
