@@ -5,8 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+SEEDS ?= 10000
+FIRST ?= 0
+JOBS ?= 2
 
-.PHONY: demo test lint types unit system faults bench fuzz build lock format clean help
+.PHONY: demo test lint types unit sim simtest system faults bench fuzz build lock format clean help
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,7 +17,7 @@ help:
 demo: $(STAMP) ## three daemons on this machine: a tour (ARGS=--once ends by itself)
 	@$(BIN)/python -m tests.demo.tour $(ARGS)
 
-test: lint types unit system ## everything that must be green
+test: lint types unit simtest system ## everything that must be green
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -25,6 +28,12 @@ types: $(STAMP)
 
 unit: $(STAMP) ## without real daemons
 	$(BIN)/pytest -q -n $(WORKERS) tests/unit tests/test_imports.py
+
+simtest: $(STAMP) ## a few hundred seeds of the simulator, and those that ever failed
+	$(BIN)/pytest -q tests/sim
+
+sim: $(STAMP) ## simulate consensus: make sim SEEDS=10000 (FIRST=0 JOBS=2)
+	@$(BIN)/python -m tests.sim --seeds $(SEEDS) --first $(FIRST) --jobs $(JOBS)
 
 system: $(STAMP) ## real daemons, the real model
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile tests/system

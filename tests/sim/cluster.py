@@ -24,7 +24,7 @@ from tests.sim.checks import Checker
 from tests.sim.disk import DEVICE_ERROR, SimDisk
 from tests.sim.network import Connection, Connections, Datagrams, Paths
 from tests.sim.plan import LEADER, Crash, Fault, Kind, Network, Scenario, Tuning, Way
-from tests.sim.process import Clock, Gone, Life
+from tests.sim.process import Clock, Gone, Life, WatchedJournal
 from tests.sim.world import World
 
 PROGRESS_BOUND_S = 15.0  # after all is healed: until every node has the same state
@@ -455,7 +455,8 @@ async def _nobody_writes(host: Host) -> None:
 
 
 def tune(tuning: Tuning) -> None:
-    """Set the product's limits."""
+    """Set the product's limits, and have its journals watched."""
+    node_module.Journal = WatchedJournal  # type: ignore[misc]
     node_module.COMPACT_ENTRIES = tuning.compact_entries
     node_module.COMPACTION_TAIL = journal_module.COMPACTION_TAIL = tuning.compaction_tail
     private_module.SNAPSHOT_CHUNK_SIZE = tuning.snapshot_chunk

@@ -172,6 +172,18 @@ MUTANTS = (
         "if voters == journal.voters:",
     ),
     Mutant(
+        "a membership without voters",
+        "raft/node.py",
+        "            if not wanted:\n",
+        "            if False:\n",
+    ),
+    Mutant(
+        "frames get into the last words",
+        "raft/node.py",
+        'self._failure = NodeFailed("this node was stopped")',
+        "pass",
+    ),
+    Mutant(
         "a truncated membership stays",
         "raft/journal.py",
         "while self._memberships and self._memberships[-1][0] >= index:",
@@ -235,6 +247,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--enough", type=int, default=0, help="stop after so many failures")
+    parser.add_argument("--explain", action="store_true", help="show the first failure")
     options = parser.parse_args()
     survived = 0
     for mutant in MUTANTS:
@@ -254,7 +267,7 @@ def _try(mutant: Mutant, options: argparse.Namespace) -> bool:
             return False
         command = [sys.executable, "-m", "tests.sim", "--seeds", str(options.seeds)]
         command += ["--first", str(options.first), "--jobs", str(options.jobs)]
-        command += ["--enough", str(options.enough), "--shrunk", "0"]
+        command += ["--enough", str(options.enough), "--shrunk", str(int(options.explain))]
         run = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
     rules = sorted(re.findall(r"^seed \d+: ([^:]*):", run.stdout, re.MULTILINE))
     summary = ", ".join(f"{rule} {rules.count(rule)}" for rule in sorted(set(rules)))
@@ -263,6 +276,8 @@ def _try(mutant: Mutant, options: argparse.Namespace) -> bool:
         print(f"{mutant.name:60} broke the simulator: {run.stderr[-300:]}", flush=True)
         return False
     print(f"{mutant.name:60} {len(rules):4} of {done[1]}: {summary or 'SURVIVED'}", flush=True)
+    if options.explain:
+        print(run.stdout)
     return bool(rules)
 
 

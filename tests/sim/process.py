@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-import ollamad.raft.node as node_module
 from ollamad.core.ids import NodeId
 from ollamad.machine import Machine
 from ollamad.raft import Links, RaftError, RaftNode
@@ -154,9 +153,6 @@ class WatchedNode(RaftNode):
             life.note("commits", log.commit + 1, commit)
         electors = self._journal.voters if leads else None
         life.checker.observe(log, term, commit, core.applied_index(), electors)
-
-
-node_module.Journal = WatchedJournal  # type: ignore[misc]
 
 
 class Clock:

@@ -32,11 +32,14 @@ def shrink(failed: Result) -> Result:
         best = result
         return True
 
-    _minimize(failed.scenario.faults, fails)
+    minimize(failed.scenario.faults, fails)
     return best
 
 
-def _minimize(faults: tuple[Fault, ...], fails: Callable[[tuple[Fault, ...]], bool]) -> None:
+def minimize(
+    faults: tuple[Fault, ...], fails: Callable[[tuple[Fault, ...]], bool]
+) -> tuple[Fault, ...]:
+    """The fewest of these faults, more or less, with which it still fails."""
     parts = 2
     while faults:
         size = -(-len(faults) // parts)
@@ -47,8 +50,9 @@ def _minimize(faults: tuple[Fault, ...], fails: Callable[[tuple[Fault, ...]], bo
                 break
         else:
             if parts >= len(faults):
-                return
+                break
             parts = min(2 * parts, len(faults))
+    return faults
 
 
 def kept(whole: Scenario, part: Scenario) -> list[int]:

@@ -1,0 +1,238 @@
+"""Runs the simulator: fresh seeds each time, and every seed that ever found something.
+
+In processes of its own: it fixes the hash seed and sets the product's limits.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.sim.checks import Checker, Log, Violation
+from tests.sim.plan import LEADER, Fault, Kind, scenario
+from tests.sim.shrink import minimize
+
+ROOT = Path(__file__).parents[2]
+FRESH_SEEDS = int(os.environ.get("SIM_SEEDS", "300"))
+JOBS = os.environ.get("SIM_JOBS", "2")
+
+
+def simulate(*arguments: str, program: str = "tests.sim") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", program, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def failed_seeds() -> list[int]:
+    lines = (Path(__file__).parent / "failed_seeds.txt").read_text().splitlines()
+    return [int(line.split()[0]) for line in lines if line and not line.startswith("#")]
+
+
+def test_fresh_seeds() -> None:
+    first = int(time.time()) * 1000
+    run = simulate("--first", str(first), "--seeds", str(FRESH_SEEDS), "--jobs", JOBS)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("seed", failed_seeds())
+def test_a_seed_that_found_something(seed: int) -> None:
+    run = simulate("--first", str(seed), "--seeds", "1")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("seed", [3, 10])  # frames, and streams
+def test_a_seed_gives_the_same_run_in_every_process(seed: int) -> None:
+    runs = [simulate("--seed", str(seed), "--trace") for _ in range(2)]
+    assert runs[0].stdout == runs[1].stdout
+    assert len(runs[0].stdout.splitlines()) > 1000
+    assert runs[0].returncode == 0, runs[0].stdout + runs[0].stderr
+
+
+def test_a_violation_is_shown_and_made_smaller() -> None:
+    options = ("--seeds", "20", "--enough", "1", "--explain")
+    run = simulate("an answer before the sync", *options, program="tests.sim.mutants")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "promises are durable" in run.stdout
+    assert "python -m tests.sim --seed" in run.stdout
+
+
+# The checks themselves.
+
+
+class Watched:
+    """A checker with two logs of three entries, and what it found."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+        self.checker = Checker(self._note)
+        self.logs = [Log("A"), Log("B")]
+        for log in self.logs:
+            for index in (1, 2, 3):
+                self.checker.appended(log, (b"\0%d" % index, index, 1))
+
+    def _note(self, violation: Violation) -> None:
+        self.found.append(violation.rule)
+
+    def observe(self, log: Log, term: int, commit: int, *, leads: bool = False) -> None:
+        electors = frozenset({"A", "B"}) if leads else None
+        self.checker.observe(log, term, commit, log.applied, electors)  # type: ignore[arg-type]
+
+
+def test_an_orderly_life_breaks_no_rule() -> None:
+    watched = Watched()
+    a, b = watched.logs
+    watched.checker.voted("B", 2, "A")
+    watched.observe(a, 2, 1, leads=True)
+    watched.checker.answered(b, 2, 3)
+    watched.observe(a, 2, 3, leads=True)
+    watched.observe(b, 2, 3)
+    for log in (a, b):
+        watched.checker.applies(log, 3, b"3", b"done")
+    watched.checker.acknowledged(b"3")
+    assert watched.found == []
+
+
+def two_leaders(watched: Watched) -> None:
+    for log, other in zip(watched.logs, "BA", strict=True):
+        watched.checker.voted(other, 2, log.host)
+        watched.observe(log, 2, 1, leads=True)
+
+
+def a_leader_without_votes(watched: Watched) -> None:
+    watched.observe(watched.logs[0], 2, 1, leads=True)
+
+
+def a_leader_that_lacks_an_entry(watched: Watched) -> None:
+    a, b = watched.logs
+    watched.observe(a, 2, 3)
+    watched.checker.cut(b, 3)
+    watched.checker.voted("A", 3, "B")
+    watched.found.clear()
+    watched.observe(b, 3, 1, leads=True)
+
+
+def two_entries_of_one_term(watched: Watched) -> None:
+    for log, command in zip(watched.logs, (b"\0x", b"\0y"), strict=True):
+        watched.checker.appended(log, (command, 4, 1))
+
+
+def a_committed_entry_is_deleted(watched: Watched) -> None:
+    a, b = watched.logs
+    watched.observe(a, 2, 3)
+    watched.checker.cut(b, 3)
+
+
+def two_commits(watched: Watched) -> None:
+    for term, log in enumerate(watched.logs, 2):
+        watched.checker.appended(log, (b"\0z", 4, term))
+        watched.observe(log, term, 4)
+
+
+def two_outcomes(watched: Watched) -> None:
+    for log in watched.logs:
+        watched.checker.applies(log, 3, b"3", log.host.encode())
+
+
+def two_states(watched: Watched) -> None:
+    for log in watched.logs:
+        watched.checker.snapshot(log, 3, log.host.encode())
+
+
+def two_votes(watched: Watched) -> None:
+    watched.checker.voted("A", 5, "B")
+    watched.checker.voted("A", 5, "C")
+
+
+def a_term_is_forgotten(watched: Watched) -> None:
+    watched.checker.told_term("A", 5)
+    watched.checker.starts_with_term("A", 4)
+
+
+def applied_steps_back(watched: Watched) -> None:
+    log = watched.logs[0]
+    watched.checker.observe(log, 1, 3, 3, None)
+    watched.checker.observe(log, 1, 3, 2, None)
+
+
+def commit_steps_back(watched: Watched) -> None:
+    watched.observe(watched.logs[0], 1, 3)
+    watched.observe(watched.logs[0], 1, 2)
+
+
+def acknowledged_too_early(watched: Watched) -> None:
+    watched.checker.acknowledged(b"3")
+
+
+def refused_and_done(watched: Watched) -> None:
+    watched.checker.refused(b"3")
+    watched.checker.applies(watched.logs[0], 3, b"3", b"done")
+
+
+def an_answer_that_is_not_true(watched: Watched) -> None:
+    a, b = watched.logs
+    watched.checker.voted("B", 2, "A")
+    watched.observe(a, 2, 1, leads=True)
+    watched.checker.appended(a, (b"\0new", 4, 2))
+    watched.checker.appended(b, (b"\0old", 4, 1))
+    watched.observe(b, 2, 1)
+    watched.checker.answered(b, 2, 4)
+
+
+def an_election_that_nobody_wanted(watched: Watched) -> None:
+    watched.checker.stands("A", 2, frozenset({"A", "B"}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("event", "rule"),
+    [
+        (two_leaders, "election safety"),
+        (a_leader_without_votes, "election safety"),
+        (a_leader_that_lacks_an_entry, "leader completeness"),
+        (two_entries_of_one_term, "log matching"),
+        (a_committed_entry_is_deleted, "committed is final"),
+        (two_commits, "state machine safety"),
+        (two_outcomes, "state machine safety"),
+        (two_states, "state machine safety"),
+        (two_votes, "one vote a term"),
+        (a_term_is_forgotten, "terms grow"),
+        (applied_steps_back, "applied once"),
+        (commit_steps_back, "commit index grows"),
+        (acknowledged_too_early, "acknowledged is committed"),
+        (refused_and_done, "refused is refused"),
+        (an_answer_that_is_not_true, "answers are true"),
+        (an_election_that_nobody_wanted, "elections need consent"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_rule_that_is_broken_is_noticed(event: object, rule: str) -> None:
+    watched = Watched()
+    assert callable(event)
+    event(watched)
+    assert rule in watched.found
+
+
+# Plans.
+
+
+def test_a_plan_is_made_smaller_to_what_it_needs() -> None:
+    faults = tuple(Fault(float(n), Kind.CRASH, LEADER) for n in range(40))
+    needed = {faults[3], faults[17], faults[18]}
+    tried = 0
+
+    def fails(some: tuple[Fault, ...]) -> bool:
+        nonlocal tried
+        tried += 1
+        return needed <= set(some)
+
+    assert set(minimize(faults, fails)) == needed
+    assert tried < 200
+
+
+def test_the_plans_of_many_seeds_hold_every_kind_of_fault() -> None:
+    seeds = random.Random(1).sample(range(10**6), 100)
+    kinds = {fault.kind for seed in seeds for fault in scenario(seed).faults}
+    assert kinds == set(Kind)
+    assert {scenario(seed).network.streams for seed in seeds} == {True, False}
