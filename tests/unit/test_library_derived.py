@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from ollamad import library as library_module
 from ollamad.api.services import ServiceError
+from ollamad.core.commands import PutModel
 from ollamad.core.description import NO_CHANGES, Changes
 from ollamad.core.inference import Message
+from ollamad.store.manifests import describe
 from tests.unit.test_library_models import NAME, REFERENCE, A, B, World, until
 
 JINJA = "{% if tools %}x{% endif %}<think>"
@@ -20,6 +24,9 @@ async def world(nursery: trio.Nursery, tmp_path: Path) -> World:
     world = World(nursery, tmp_path)
     await world.start(A, B)
     await world.pulled(A)
+    # Until it has said so itself, the same pull again would join it.
+    table = world.nodes[A].table
+    await until(world.shared, lambda: {t.status for t in table.list()} == {"completed"})
     return world
 
 
@@ -59,6 +66,8 @@ async def test_a_derived_model_says_what_was_changed(world: World, asked: str) -
     assert described.parameters == {"temperature": 1, "stop": ["x"], "top_k": 3}
     assert described.licenses == ("MIT", "Mine")
     assert (await library.describe(NAME)).system == ""
+    types = [layer.media_type for layer in describe(world.models["pirate:latest"].manifest).layers]
+    assert len(types) == len(set(types)) + 1  # two licences, nothing else twice
     parts = await world.nodes[A].store.runtime_parts(world.models["pirate:latest"])
     assert parts.params.temperature == 1.0
     assert parts.params.stop == ("x",)
@@ -118,3 +127,19 @@ async def test_a_transfer_is_found_wherever_it_runs(world: World) -> None:
     assert await a.transfer("nobody-1") is None
     await world.nodes[A].stop()
     assert await b.transfer(pulled.id) is None
+
+
+async def test_what_another_node_made_is_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = world.nodes[B].library
+    made = msgspec.structs.replace(world.models[NAME], name="late:latest")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(library._until_known, "late", made.digest)
+        await wait_all_tasks_blocked()
+        assert nursery.child_tasks
+        world.shared.apply(PutModel(made))
+    monkeypatch.setattr(library_module, "PEER_TIMEOUT_S", 0.01)
+    with pytest.raises(ServiceError) as caught:
+        await library._until_known("late", "sha256:other")
+    assert (caught.value.status, caught.value.code) == (503, "BEHIND")
