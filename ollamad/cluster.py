@@ -193,7 +193,7 @@ class Cluster:
 
     def consensus(self) -> Consensus:
         raft = self._raft
-        return Consensus(raft.commit_index, raft.applied_index, raft.silence_s)
+        return Consensus(raft.commit_index, raft.applied_index, raft.silence_s, raft.disk_full)
 
     async def catch_up(self, timeout_s: float) -> None:
         """After a start: learn what happened meanwhile, or give that up for want of a quorum.

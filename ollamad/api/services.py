@@ -79,6 +79,7 @@ class Consensus(msgspec.Struct, frozen=True):
     commit_index: int
     applied_index: int
     silence_s: float  # since the leader, or a majority, was heard: how old the state may be
+    disk_full: bool = False  # it writes nothing, and so votes and acknowledges nothing
 
 
 class Cluster(Protocol):

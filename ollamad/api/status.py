@@ -99,6 +99,7 @@ async def consensus(call: Call) -> Reply:
             "applied_index": view.applied_index,
             "state_hash": f"sha256:{cluster.state.fingerprint()}",
             "state_age_ms": state_age_ms(cluster),
+            "disk_full": view.disk_full,
         }
     )
 
