@@ -26,6 +26,7 @@ from rich.table import Table
 
 MODEL = "smollm2:135m"
 QUESTION = "Why is the sky blue? Answer in two sentences."
+KILL_AFTER = 25  # parts of an answer, which are words mostly
 SECOND_QUESTION = "Name three things that are good about owning several old computers."
 START_TIMEOUT_S = 30.0
 PULL_TIMEOUT_S = 600.0
@@ -162,18 +163,16 @@ def tour(nodes: list[Node]) -> None:
     headline("3. node-3, which has no copy, is asked")
     ask(third, QUESTION, nodes)
 
-    leader = next(node for node in nodes if status(third)["leader_name"] == node.name)
-    headline(f"4. {leader.name} leads the cluster. kill -9")
-    rest = [node for node in nodes if node is not leader]
-    leader.kill()
-    with stopwatch("the others elect a leader"):
-        wait_for("a new leader", lambda: new_leader(rest[0], leader), rest[0])
-    ask(rest[-1], SECOND_QUESTION, nodes)
-    with stopwatch(f"{leader.name} is shown as offline"):
-        wait_for("offline", lambda: node_status(rest[0], leader) == "offline", rest[0])
-    with stopwatch(f"{leader.name} comes back and is online"):
-        leader.start()
-        wait_for("online", lambda: node_status(rest[0], leader) == "online", rest[0])
+    headline("4. node-3 is asked again. The node that answers is killed in the middle of it")
+    victim = ask(third, SECOND_QUESTION, nodes, kill_after=KILL_AFTER)
+    rest = [node for node in nodes if node is not victim]
+    with stopwatch("the others have a leader"):
+        wait_for("a leader", lambda: new_leader(rest[0], victim), rest[0])
+    with stopwatch(f"{victim.name} is shown as offline"):
+        wait_for("offline", lambda: node_status(rest[0], victim) == "offline", rest[0])
+    with stopwatch(f"{victim.name} comes back and is online"):
+        victim.start()
+        wait_for("online", lambda: node_status(rest[0], victim) == "online", rest[0])
     show_nodes(rest[0])
 
 
@@ -195,8 +194,11 @@ def leave_running(nodes: list[Node]) -> None:
         signal.pause()
 
 
-def ask(node: Node, question: str, nodes: list[Node]) -> None:
-    """Stream an answer from a node and tell who made it and how quickly."""
+def ask(node: Node, question: str, nodes: list[Node], *, kill_after: int = 0) -> Node:
+    """Stream an answer from a node; tell who made it and how quickly. Returns who began it.
+
+    With `kill_after` that node is killed after so many parts of its answer.
+    """
     console.print(f"\n  [bold]{node.name}[/] [cyan]>>>[/] {question}")
     body = {
         "model": MODEL,
@@ -213,8 +215,10 @@ def ask(node: Node, question: str, nodes: list[Node]) -> None:
     ) as answer:
         if answer.is_error:
             raise DemoFailed(f"{node.name} did not answer: {answer.read().decode()}")
-        served_by = answer.headers["X-Ollamad-Node"]
-        for line in answer.iter_lines():
+        names = {n["id"]: n["name"] for n in members(node)}
+        served_by = names[answer.headers["X-Ollamad-Node"]]
+        server = next(each for each in nodes if each.name == served_by)
+        for number, line in enumerate(answer.iter_lines(), 1):
             event = json.loads(line)
             if "error" in event:
                 raise DemoFailed(f"the answer broke off: {event['error']}")
@@ -222,16 +226,29 @@ def ask(node: Node, question: str, nodes: list[Node]) -> None:
                 first_token = time.monotonic() - asked
             text = event["message"]["content"].replace("\n", "\n  ")
             console.print(text, end="", markup=False, soft_wrap=True, style="green")
+            if number == kill_after:
+                server.kill()
+                console.print(f" [bold red]<kill -9 {served_by}>[/] ", end="", soft_wrap=True)
             done = event
     if not done.get("done"):
         raise DemoFailed("the answer ended without its last line")
     rate = done["eval_count"] / max(done["eval_duration"] / 1e9, 1e-9)
-    by = next((n["name"] for n in members(node) if n["id"] == served_by), served_by)
     console.print()
-    say(
-        f"served by {by}: first token after {first_token:.2f} s "
-        f"(of it {done['load_duration'] / 1e9:.2f} s loading), {rate:.0f} tokens/s"
-    )
+    moves = done.get("failovers", [])
+    if kill_after and not moves:
+        raise DemoFailed(f"the answer was over before {served_by} was killed")
+    if not moves:
+        say(
+            f"served by {served_by}: first token after {first_token:.2f} s "
+            f"(of it {done['load_duration'] / 1e9:.2f} s loading), {rate:.0f} tokens/s"
+        )
+    for move in moves:
+        say(
+            f"{names[move['from_node']]} was lost after {move['after_tokens']} tokens; "
+            f"{names[move['to_node']]} went on after {move['silence_ms'] / 1000:.2f} s "
+            f"({done['load_duration'] / 1e9:.2f} s of it loading the model)"
+        )
+    return server
 
 
 def follow_transfers(node: Node) -> None:
