@@ -197,6 +197,8 @@ class Node:
             "P2P_LISTEN": f"/ip4/{self.host.address}/tcp/{self.p2p_port}",
             "RAFT_BIND_ADDR": f"{self.host.address}:{self.raft_port}",
             "NODE_ID": self.name,
+            # The one port that daemons of the same host would all want.
+            "OLLAMAD_API__OLLAMA_LISTEN": "off",
             "NOTIFY_SOCKET": self._ready.address,
         }
         with open(self.log_path, "ab") as log:
