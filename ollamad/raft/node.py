@@ -75,7 +75,7 @@ class StateMachine(Protocol):
     """What is replicated. Called in the trio loop, so each call must be short."""
 
     def apply(self, command: bytes) -> bytes:
-        """Carry out a committed command; deterministic, and it must not raise."""
+        """Carry out a committed command; deterministic. It raises NodeFailed or nothing."""
 
     def snapshot(self) -> bytes:
         """The whole state."""
@@ -515,6 +515,8 @@ class RaftNode:
         """Apply one entry, once, whatever it raises."""
         try:
             return self._machine.apply(command)
+        except NodeFailed:
+            raise
         except (MemoryError, RecursionError) as error:
             # These depend on the node: going on would let it differ from the others.
             raise NodeFailed(f"entry {index} could not be applied: {error!r}") from error

@@ -20,6 +20,7 @@ from ollamad.raft.errors import (
     ChangeRefused,
     CommandTooLarge,
     JournalFailed,
+    NodeFailed,
     NoQuorum,
     OutcomeUnknown,
     RaftError,
@@ -451,6 +452,26 @@ async def test_an_apply_that_raises_is_answered_once_and_wedges_nobody(
     assert await c["b"].raft.propose(b"good", 5) == b"done good"
     await c.settled()
     assert calls.count(b"bad") == 9
+
+
+async def test_a_node_that_must_not_apply_a_command_stops_and_the_others_go_on(
+    autojump_clock: MockClock, found: Found
+) -> None:
+    c = await found()
+    leader = await c.leader()
+    old = c[others(leader)[0]]
+
+    def refuse(command: bytes) -> None:
+        if command == b"new":
+            raise NodeFailed("too new for this version")
+
+    old.ledger.on_apply = refuse
+    assert await leader.raft.propose(b"new", 5) == b"done new"
+    assert old.stopped is not None
+    await old.stopped.wait()
+    assert isinstance(old.error, NodeFailed)
+    assert b"new" not in old.ledger.commands
+    assert await leader.raft.propose(b"more", 5) == b"done more"
 
 
 async def test_an_observer_that_raises_is_only_logged(
