@@ -56,6 +56,7 @@ class Checker:
         self._leaders: dict[int, Log] = {}  # by term
         self._votes: dict[tuple[str, int], str] = {}  # by voter and term: who got it
         self._pre_votes: dict[tuple[str, int], set[str]] = {}  # by candidate and proposed term
+        self._answers: dict[tuple[str, int], int] = {}  # by host and term: the last entry it has
         self._heirs: set[tuple[str, int]] = set()  # who was asked to take over, and from what term
         self._terms: dict[str, int] = {}  # the highest that a host told others
         self.committed: dict[int, int] = {}  # index: chain hash
@@ -178,8 +179,10 @@ class Checker:
             )
 
     def _leads(self, log: Log, term: int, electors: frozenset[NodeId]) -> None:
-        known = self._leaders.setdefault(term, log)
-        if known is not log:
+        known = self._leaders.get(term)
+        self._leaders[term] = log
+        # A voter alone may lead a term, die before it is on its disk, and lead it once more.
+        if known is not None and known.host != log.host:
             self.violated("election safety", f"{known.host} and {log.host} lead term {term}")
         votes = [v for v in electors if v == log.host or self._votes.get((v, term)) == log.host]
         if 2 * len(votes) <= len(electors):
@@ -267,6 +270,8 @@ class Checker:
 
     def answered(self, log: Log, term: int, index: int) -> None:
         """A host tells the leader of a term that it holds the same log up to that entry."""
+        if index > self._answers.get((log.host, term), 0):
+            self._answers[log.host, term] = index
         leader = self._leaders.get(term)
         if leader is None or leader.term != term or log.term != term or leader is log:
             return  # too late to compare
@@ -276,6 +281,15 @@ class Checker:
                 "answers are true",
                 f"{log.host} answers {leader.host} in term {term} for entry {index}, "
                 "which is another than the leader's",
+            )
+
+    def counted(self, log: Log, host: str, index: int) -> None:
+        """A leader believes that another host has its log up to that entry."""
+        if index > self._answers.get((host, log.term), 0):
+            self.violated(
+                "leaders count what they were told",
+                f"{log.host} believes in term {log.term} that {host} has entry {index}, and it "
+                f"said {self._answers.get((host, log.term), 0)} in that term",
             )
 
     def would_vote(self, voter: str, term: int, candidate: str) -> None:

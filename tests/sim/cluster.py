@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import random
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -30,6 +30,7 @@ from tests.sim.world import World
 PROGRESS_BOUND_S = 15.0  # after all is healed: until every node has the same state
 SETTLED_CHECK_S = 0.05
 FOUNDING_S = 0.2  # until the founder, alone, surely leads
+CATCH_UP_STEP_S = 1e-6  # for each thing that came while a process was stopped
 CHANGE_TIMEOUT_S = 3.0  # for a change of the voters
 NOTICE_S = 1.5  # until a node learns that a link broke or works again, at most (datagrams)
 RESTART_S = 2.0  # until somebody starts a daemon again that stopped by itself
@@ -45,7 +46,8 @@ class Host:
         self.disk = SimDisk(world, self.id, sync_s)
         self.clock = Clock(world, self.rng.uniform(0, 1000))
         self.pauses = 0  # how many of the faults that stop it are not over
-        self.inbox: list[tuple[Life, Callable[..., object], tuple[object, ...]]] = []
+        # What reaches a process that is stopped, in order.
+        self.inbox: deque[tuple[Life, Callable[..., object], tuple[object, ...]]] = deque()
         self.resumed = trio.Event()
         self.life: Life | None = None
         self.mistaken: set[NodeId] = set()  # peers whose links are wrongly said to be down
@@ -362,16 +364,27 @@ class Cluster:
         self.world.note(host.id, "goes on after a pause")
         host.resumed.set()
         host.resumed = trio.Event()
-        life, inbox = host.life, host.inbox
-        host.inbox = []
-        if life is None:
-            return
         # What came meanwhile and the timers that are due: either may be first.
         if host.rng.random() < 0.5:
-            life.node._wake.set()
-        for place, (whose, what, args) in enumerate(inbox):
-            self.world.after(place * 1e-6, whose.wake, what, *args)
-        self.world.after(len(inbox) * 1e-6, life.node._wake.set)
+            self._tick(host)
+        self._catch_up(host)
+
+    def _catch_up(self, host: Host) -> None:
+        """Let what came during a pause happen, in its order and before what comes now."""
+        if host.pauses:
+            return
+        if not host.inbox:
+            self._tick(host)
+            return
+        whose, what, args = host.inbox[0]
+        if not whose.is_dead:
+            what(*args)
+        host.inbox.popleft()
+        self.world.after(CATCH_UP_STEP_S, self._catch_up, host)
+
+    def _tick(self, host: Host) -> None:
+        if host.life is not None:
+            host.life.node._wake.set()
 
     def _usual_disk(self, disk: SimDisk) -> None:
         disk.sync_s = disk.usual_sync_s

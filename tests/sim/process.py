@@ -105,6 +105,8 @@ class WatchedNode(RaftNode):
             if not life.is_dead:
                 life.checker.violated("messages make sense", f"{life.host.id}: {error}")
         self.observe()
+        if frame[1:5] == _ACK and self._core.state() == LEADER and not life.is_dead:
+            life.checker.counted(life.log, sender, self._core.match_index(sender))
 
     def _tick(self) -> float:
         if self.life.is_still:
@@ -267,7 +269,7 @@ class Life:
         """Do that now, or when the process goes on after its pause."""
         if self.is_dead:
             return
-        if self.host.pauses:
+        if self.host.pauses or self.host.inbox:
             self.host.inbox.append((self, what, args))
         else:
             what(*args)
@@ -316,4 +318,5 @@ class Life:
 
 
 # How frames begin that promise something: an array's length, then these.
-_PROMISES = {b"\xa3ack", b"\xa4vot", b"\xa5vot", b"\xa7pre", b"\xa8tak"}
+_ACK = b"\xa3ack"
+_PROMISES = {_ACK, b"\xa4vot", b"\xa5vot", b"\xa7pre", b"\xa8tak"}
