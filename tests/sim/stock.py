@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from tests.sim.plan import Scenario, scenario
-from tests.sim.stock_cluster import Defect, StockResult, run
+from tests.sim.stock_cluster import StockResult, run
+from tests.sim.stock_process import Defect
 
 NETWORKS = ("connections", "frames")
 

@@ -62,10 +62,7 @@ class StockConnections:
         if self._world.now - connection.heard_at[source] > CONNECTION_TIMEOUT_S:
             self._break_end(connection, source)
             return False
-        if connection.held[source]:
-            connection.held[source].append(message)
-        else:
-            self._launch(connection, source, message)
+        self._launch(connection, source, message)
         return True
 
     def start(self, node: NodeId, peers: list[NodeId]) -> None:
