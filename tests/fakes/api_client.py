@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import trio
 
 from ollamad.api.app import ApiApp, ApiSettings, build_app
@@ -43,6 +44,16 @@ class ApiClient:
         self.role = role
         auth = settings.pop("auth", AuthSettings())
         self.app: ApiApp = build_app(self.world.services, ApiSettings(auth=auth, **settings))
+
+    @classmethod
+    def of_model(cls, *capabilities: str) -> "ApiClient":
+        """A client whose model can do that."""
+        client = cls()
+        models = client.world.cluster.state.models
+        for key, known in models.items():
+            details = msgspec.structs.replace(known.details, capabilities=capabilities)
+            models[key] = msgspec.structs.replace(known, details=details)
+        return client
 
     def token(self, role: str) -> str:
         """An access token of the user that is named like its role."""

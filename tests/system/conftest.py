@@ -11,6 +11,8 @@ from tests.system import write_load
 from tests.system.harness import LONG_FAULTS, Cluster
 from tests.system.namespaces import Network, NotPermitted
 
+MODEL = "smollm2:135m"
+
 _numbers = itertools.count(1)
 _clusters: list[Cluster] = []
 
@@ -32,6 +34,23 @@ def open_cluster(factory: pytest.TempPathFactory, **environment: str) -> Iterato
             yield cluster
         finally:
             _clusters.remove(cluster)
+
+
+@pytest.fixture(scope="module")
+def model_on_two(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
+    """Three nodes; the model is on the first two, so that the third always forwards."""
+    settings = {
+        "OLLAMAD_MODELS__REPLICAS": "1",
+        "OLLAMA_NUM_PARALLEL": "2",
+        "OLLAMA_CONTEXT_LENGTH": "2048",
+    }
+    for cluster in open_cluster(tmp_path_factory, **settings):
+        first = cluster.found()
+        cluster.grow(2)
+        first.import_model(smollm2_path, MODEL)
+        first.post(f"/models/{MODEL}/download", {"nodes": [cluster.nodes[1].id]})
+        cluster.wait_replicas(MODEL, cluster.nodes[:2])
+        yield cluster
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import psutil
 import pytest
 
 from tests.fakes.gguf_files import write_gguf
-from tests.system.conftest import open_cluster
+from tests.system.conftest import MODEL
 from tests.system.harness import ANSWER_TIMEOUT_S, Cluster, Node, ok, refused, wait_until
 
-MODEL = "smollm2:135m"
 # One thread: two that wait for each other get nowhere on a machine with other work to do. All
 # requests say so, since a runner that was loaded with other settings is loaded again.
 ONE = {"num_thread": 1}
@@ -28,20 +26,8 @@ STORY = {"model": MODEL, "prompt": "Tell me a story", "options": LONG, "failover
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
-    """Three nodes; the model is on the first two."""
-    settings = {
-        "OLLAMAD_MODELS__REPLICAS": "1",
-        "OLLAMA_NUM_PARALLEL": "2",
-        "OLLAMA_CONTEXT_LENGTH": "2048",
-    }
-    for cluster in open_cluster(tmp_path_factory, **settings):
-        first = cluster.found()
-        cluster.grow(2)
-        first.import_model(smollm2_path, MODEL)
-        first.post(f"/models/{MODEL}/download", {"nodes": [cluster.nodes[1].id]})
-        cluster.wait_replicas(MODEL, cluster.nodes[:2])
-        yield cluster
+def three(model_on_two: Cluster) -> Cluster:
+    return model_on_two
 
 
 @pytest.fixture(autouse=True)

@@ -6,17 +6,15 @@ undisturbed text, a continuation what the other node says to the prompt and the 
 
 import signal
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.system.conftest import open_cluster
+from tests.system.conftest import MODEL
 from tests.system.harness import Cluster, Node, ok, wait_until
 
-MODEL = "smollm2:135m"
 LENGTH = 70  # tokens of an answer
 CUT = 20  # of them before the fault
 ASK = {
@@ -33,16 +31,8 @@ ASK = {
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
-    """Three nodes; the model is on the first two, so that the third always forwards."""
-    settings = {"OLLAMAD_MODELS__REPLICAS": "1", "OLLAMA_CONTEXT_LENGTH": "1024"}
-    for cluster in open_cluster(tmp_path_factory, **settings):
-        first = cluster.found()
-        cluster.grow(2)
-        first.import_model(smollm2_path, MODEL)
-        first.post(f"/models/{MODEL}/download", {"nodes": [cluster.nodes[1].id]})
-        cluster.wait_replicas(MODEL, cluster.nodes[:2])
-        yield cluster
+def three(model_on_two: Cluster) -> Cluster:
+    return model_on_two
 
 
 @pytest.fixture(autouse=True)

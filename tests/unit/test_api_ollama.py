@@ -56,16 +56,6 @@ async def ask(client: ApiClient, path: str, method: str = "POST", **body: Any) -
     return await client.call(method, f"/api/{path}", {"model": MODEL} | body)
 
 
-def client_of(*capabilities: str) -> ApiClient:
-    """A client whose model can do that."""
-    client = ApiClient()
-    plain = model()
-    details = msgspec.structs.replace(plain.details, capabilities=capabilities)
-    models = client.world.cluster.state.models
-    models[MODEL] = msgspec.structs.replace(plain, details=details)
-    return client
-
-
 # Generate and chat
 
 
@@ -204,7 +194,7 @@ async def test_null_is_as_good_as_nothing() -> None:
 
 
 async def test_tools_and_their_history_reach_the_scheduler() -> None:
-    client = client_of("completion", "tools")
+    client = ApiClient.of_model("completion", "tools")
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     call = {"id": "call_1", "function": {"name": "add", "arguments": {"a": 1}}}
     messages = [
@@ -227,7 +217,7 @@ async def test_tools_and_their_history_reach_the_scheduler() -> None:
 
 
 async def test_the_own_surface_takes_tools_and_thinking_too() -> None:
-    client = client_of("completion", "tools", "thinking")
+    client = ApiClient.of_model("completion", "tools", "thinking")
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
     messages = [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [call]}]
     tools = [{"type": "function", "function": {"name": "add"}}]
@@ -257,7 +247,7 @@ async def test_the_own_surface_takes_tools_and_thinking_too() -> None:
     ("think", "expected"), [(None, "on"), (True, "on"), (False, "off"), ("low", "low")]
 )
 async def test_a_model_that_can_think_does(think: Any, expected: str) -> None:
-    client = client_of("completion", "thinking")
+    client = ApiClient.of_model("completion", "thinking")
     await ask(client, "chat", messages=MESSAGES, think=think)
     await ask(client, "generate", prompt="hi", think=think)
     first, second = client.world.inference.requests
@@ -394,7 +384,7 @@ async def test_numbers_that_the_engine_cannot_take_are_refused(number: float) ->
 
 
 async def test_an_embedding_model_does_not_generate() -> None:
-    client = client_of("embedding")
+    client = ApiClient.of_model("embedding")
     assert (await ask(client, "generate", prompt="x")).json == {
         "error": f'"{MODEL}" does not support generate'
     }

@@ -393,18 +393,8 @@ async def test_an_unknown_model(path: str) -> None:
     assert (await ApiClient().call("GET", "/v1/models/nope")).status == 404
 
 
-def client_of(*capabilities: str) -> ApiClient:
-    """A client whose model can do that."""
-    client = ApiClient()
-    plain = model()
-    details = msgspec.structs.replace(plain.details, capabilities=capabilities)
-    models = client.world.cluster.state.models
-    models[MODEL] = msgspec.structs.replace(plain, details=details)
-    return client
-
-
 async def test_tools_and_what_they_answered() -> None:
-    client = client_of("completion", "tools")
+    client = ApiClient.of_model("completion", "tools")
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
     call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
     conversation = [
@@ -428,10 +418,10 @@ async def test_tools_and_what_they_answered() -> None:
     ("effort", "think"), [(None, "on"), ("none", "off"), ("minimal", "low"), ("high", "high")]
 )
 async def test_the_effort_of_a_model_that_thinks(effort: str | None, think: str) -> None:
-    client = client_of("completion", "thinking")
+    client = ApiClient.of_model("completion", "thinking")
     await chat(client, reasoning_effort=effort)
     assert asked(client).think == think
-    plain = client_of("completion")
+    plain = ApiClient.of_model("completion")
     await chat(plain, reasoning_effort=effort)
     assert asked(plain).think == ""
 
