@@ -18,7 +18,12 @@ from pysyncobj.journal import Journal as StockJournal
 
 from ollamad.core.ids import NodeId
 from ollamad.raft.errors import JournalFailed
-from ollamad.wire.raftwire import MAX_SNAPSHOT_SIZE, MalformedMessage, decode_voters
+from ollamad.wire.raftwire import (
+    MAX_SNAPSHOT_SIZE,
+    MalformedMessage,
+    decode_voters,
+    log_entry,
+)
 
 LogEntry = tuple[bytes, int, int]  # command with its kind, index, term: PySyncObj's own order
 
@@ -273,10 +278,10 @@ class Journal(StockJournal):  # type: ignore[misc]
     # What PySyncObj calls, under its names.
 
     def add(self, command: bytes, idx: int, term: int) -> None:
-        entry = (command, idx, term)
+        entry = (log_entry(command), idx, term)
         self._entries.append(entry)
         self._batch.add.append(entry)
-        self._note(command, idx)
+        self._note(entry[0], idx)
         self._stage()
 
     def clear(self) -> None:

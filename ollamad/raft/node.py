@@ -47,6 +47,7 @@ from ollamad.wire.raftwire import (
     ReadProof,
     decode,
     encode,
+    encode_change,
     encode_voters,
 )
 
@@ -450,7 +451,8 @@ class RaftNode:
                 raise ChangeRefused(f"there are {len(voters)} voters, more are of no use")
             remaining_s = deadline - self._clock()
             try:
-                await self._submit(encode_voters(wanted), remaining_s, refusal_is_final=True)
+                change = encode_change(voters, wanted)
+                await self._submit(change, remaining_s, refusal_is_final=True)
             except ChangeRefused:
                 if self._clock() + self._timing.heartbeat_s >= deadline:
                     raise

@@ -31,7 +31,8 @@ from ollamad.wire.raftwire import (
     MAX_ENTRIES,
     REGULAR,
     SNAPSHOT_CHUNK_SIZE,
-    decode_voters,
+    VoterChange,
+    decode_change,
 )
 
 PINNED_VERSION = "0.3.17"
@@ -226,11 +227,13 @@ class Core(SyncObj):  # type: ignore[misc]
             return None
         return self._rules.apply(command[1:], self._SyncObj__raftLastApplied + 1)
 
-    def _SyncObj__parseChangeClusterRequest(self, command: bytes) -> frozenset[NodeId] | None:
-        return decode_voters(command)
+    def _SyncObj__parseChangeClusterRequest(self, command: bytes) -> VoterChange | None:
+        return decode_change(command)
 
-    def _SyncObj__changeCluster(self, voters: frozenset[NodeId]) -> bool:
-        return self._rules.may_change_voters(voters)
+    def _SyncObj__changeCluster(self, change: VoterChange) -> bool:
+        if self.journal.voters != frozenset(change.base):
+            return False  # made before another change, or sent twice
+        return self._rules.may_change_voters(frozenset(map(NodeId, change.wanted)))
 
     def _SyncObj__doChangeCluster(self, voters: object, reverse: bool = False) -> bool:
         return True  # the voters follow from the log: see `use_voters`

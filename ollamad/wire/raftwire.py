@@ -25,6 +25,8 @@ MAX_VOTERS = 9  # more voters make every commit slower and save nothing
 REGULAR = 0  # the rest is opaque to consensus
 NO_OP = 1  # what a new leader begins with
 MEMBERSHIP = 2  # the rest is the whole list of voters, in msgpack
+# Never in a log: asks the leader for an entry of the kind before. The rest is a `VoterChange`.
+VOTER_CHANGE = 4  # 3 is the library's change of versions, which nobody may ask for
 
 Index = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
 Term = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
@@ -34,6 +36,17 @@ Voters = Annotated[
     tuple[Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9]{1,64}$")], ...],
     msgspec.Meta(min_length=1, max_length=MAX_VOTERS),
 ]
+
+
+class VoterChange(msgspec.Struct, frozen=True, array_like=True):
+    """Have `wanted` vote in the place of `base`.
+
+    The leader refuses unless `base` are its voters at that moment. With `wanted` alone, a request
+    that was late or sent twice would undo what others have changed since it was made.
+    """
+
+    base: Voters
+    wanted: Voters
 
 
 class MalformedMessage(ValueError):
@@ -182,6 +195,7 @@ Message = (
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _voters_decoder: msgspec.msgpack.Decoder[tuple[NodeId, ...]] = msgspec.msgpack.Decoder(Voters)
+_change_decoder = msgspec.msgpack.Decoder(VoterChange)
 
 
 def encode(message: Message) -> bytes:
@@ -212,7 +226,7 @@ def decode(frame: bytes | memoryview) -> Message:
             if last_term > term:
                 raise MalformedMessage("an entry's term is above its leader's")
         case Forward(_, command):
-            _check_kind(command, (REGULAR, MEMBERSHIP))
+            _check_kind(command, (REGULAR, VOTER_CHANGE))
         case Install(_, offset, total, _, data) if offset + len(data) > total:
             raise MalformedMessage("a part reaches past the end of its snapshot")
         case _:
@@ -242,8 +256,38 @@ def decode_voters(command: bytes) -> frozenset[NodeId] | None:
     return frozenset(voters)
 
 
+def encode_change(base: frozenset[NodeId], wanted: frozenset[NodeId]) -> bytes:
+    """The request for that change of the voters."""
+    change = VoterChange(tuple(sorted(base)), tuple(sorted(wanted)))
+    return bytes([VOTER_CHANGE]) + _encoder.encode(change)
+
+
+def decode_change(command: bytes) -> VoterChange | None:
+    """The change that is asked for; None for a command of another kind.
+
+    Raises:
+      MalformedMessage: it is such a request, but not a valid one.
+    """
+    if command[0] != VOTER_CHANGE:
+        return None
+    try:
+        change = _change_decoder.decode(memoryview(command)[1:])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedMessage(f"change of the voters: {error}") from None
+    for voters in (change.base, change.wanted):
+        if len(set(voters)) != len(voters):
+            raise MalformedMessage("change of the voters: a voter is named twice")
+    return change
+
+
+def log_entry(command: bytes) -> bytes:
+    """What goes into the log for a command that the leader has accepted."""
+    change = decode_change(command)
+    return command if change is None else encode_voters(frozenset(map(NodeId, change.wanted)))
+
+
 def _check_kind(command: bytes, kinds: tuple[int, ...]) -> None:
     if command[0] not in kinds:
         raise MalformedMessage(f"a command of kind {command[0]}")
-    if command[0] == MEMBERSHIP:
-        decode_voters(command)
+    decode_voters(command)
+    decode_change(command)

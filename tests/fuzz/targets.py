@@ -119,13 +119,17 @@ def raft(data: bytes) -> None:
 
 
 def voters(data: bytes) -> None:
-    """A membership entry, which also comes from the disk."""
+    """A membership entry, which also comes from the disk, or the request for one."""
     if not data:
         return
     with contextlib.suppress(raftwire.MalformedMessage):
         found = raftwire.decode_voters(data)
         if found is not None:
             assert raftwire.decode_voters(raftwire.encode_voters(found)) == found
+        change = raftwire.decode_change(data)
+        if change is not None:
+            assert 0 < len(change.wanted) <= raftwire.MAX_VOTERS
+            assert raftwire.decode_voters(raftwire.log_entry(data)) == frozenset(change.wanted)
 
 
 def splitter(data: bytes) -> None:
@@ -302,7 +306,10 @@ SEEDS: dict[str, list[bytes]] = {
         )
     ],
     "raft": [raftwire.encode(message) for message in RAFT_MESSAGES],
-    "voters": [raftwire.encode_voters(frozenset({NodeId("a"), NodeId("b")}))],
+    "voters": [
+        raftwire.encode_voters(frozenset({NodeId("a"), NodeId("b")})),
+        raftwire.encode_change(frozenset({NodeId("a")}), frozenset({NodeId("a"), NodeId("b")})),
+    ],
     "splitter": [_frame(b"one") + _frame(b"") + _frame(b"x" * 50), b"\xff\xff\xff\xff"],
     "mux": [
         b"\0" + HEADER.pack(Kind.OPEN, 1, 3) + b"\x01xy" + HEADER.pack(Kind.MESSAGE, 1, 1) + b"m",

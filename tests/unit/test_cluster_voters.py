@@ -23,7 +23,7 @@ from ollamad.machine import Machine
 from ollamad.raft.errors import ChangeRefused, RaftError
 from ollamad.raft.journal import Journal
 from ollamad.raft.private import LEADER, Timing
-from ollamad.wire.raftwire import TakeOver, decode, decode_voters
+from ollamad.wire.raftwire import TakeOver, decode, decode_change
 from tests.fakes.api_services import member
 from tests.fakes.peer_net import PeerNet
 from tests.fakes.raft_cluster import Cluster as RaftCluster
@@ -247,7 +247,7 @@ async def test_the_voters_change_one_at_a_time_whoever_asks(
         def watched(journal: Journal, command: bytes, idx: int, term: int) -> None:
             for host in raft.hosts.values():
                 core = host.raft._core
-                if decode_voters(command) and core.journal is journal and core.state() == LEADER:
+                if decode_change(command) and core.journal is journal and core.state() == LEADER:
                     changes.append(host.id)
                     assert core.commit_index() >= journal.membership_index, "one is under way"
             add(journal, command, idx, term)

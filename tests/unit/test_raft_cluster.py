@@ -703,6 +703,35 @@ async def test_a_leader_that_is_removed_hands_over_first(
     await heir.raft.propose(b"x", 5)
 
 
+async def test_a_change_whose_answer_was_lost_does_not_undo_the_next_one(
+    autojump_clock: MockClock, found: Found
+) -> None:
+    c = await found()
+    for name in "de":
+        await c.start(name, learner_of="a")
+    leader = await c.leader()
+    asker = c[others(leader)[0]]
+    lost = list[Placed]()
+
+    def lose_one(source: NodeId, to: NodeId, frame: bytes) -> bool:
+        message = decode(frame)
+        if (source, to) != (leader.id, asker.id) or not isinstance(message, Placed) or lost:
+            return True
+        lost.append(message)
+        return False
+
+    c.spy = lose_one
+    await trio.sleep(1)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(asker.raft.add_voter, NodeId("d"), 10)
+        await trio.sleep(0.5)
+        assert leader.raft.voters == set("abcd")
+        await leader.raft.add_voter(NodeId("e"), 10)  # before the asker tries again
+    assert lost
+    await c.settled()
+    assert leader.raft.voters == set("abcde")
+
+
 async def test_two_nodes_shrink_to_one(autojump_clock: MockClock, found: Found) -> None:
     c = await found("ab")
     leader = await c.leader()

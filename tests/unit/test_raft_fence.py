@@ -22,6 +22,7 @@ from ollamad.wire.raftwire import (
     TakeOver,
     Vote,
     VoteRequest,
+    encode_change,
     encode_voters,
 )
 from tests.fakes.raft_solo import NO_OP_COMMAND, Solo, command
@@ -398,10 +399,15 @@ def test_one_voter_at_a_time(voters: str, accepted: bool) -> None:
     assert solo.may_change_voters(frozenset(map(NodeId, voters))) == accepted
 
 
-def change(solo: Solo, voters: str) -> list[int]:
+def ids(names: str) -> frozenset[NodeId]:
+    return frozenset(map(NodeId, names))
+
+
+def change(solo: Solo, voters: str, base: str | None = None) -> list[int]:
     results: list[int] = []
     solo.core.submit(
-        encode_voters(frozenset(map(NodeId, voters))), lambda result, error: results.append(error)
+        encode_change(solo.journal.voters if base is None else ids(base), ids(voters)),
+        lambda result, error: results.append(error),
     )
     solo.tick()
     solo.core.use_voters(solo.journal.voters)
@@ -421,6 +427,19 @@ def test_no_change_before_the_last_one_or_the_leaders_own_term_is_committed() ->
     solo.sync()
     solo.tick()
     assert change(solo, "a") == []
+
+
+def test_a_change_that_was_meant_for_other_voters_is_refused() -> None:
+    solo = Solo("abcd", log="1")
+    solo.lead()
+    for node in "bc":
+        solo.receive(node, Ack(2, 5, True, False))
+    solo.tick()
+    # Asked for as "add c" when there were two others; "remove d" by now.
+    assert change(solo, "abc", base="ab") == [6]
+    assert solo.journal.voters == set("abcd")
+    assert change(solo, "abc") == []
+    assert solo.journal[-1][0] == encode_voters(ids("abc")), "the log keeps the list alone"
 
 
 def test_a_learner_that_lags_or_is_silent_is_not_promoted() -> None:

@@ -28,8 +28,10 @@ from ollamad.wire.raftwire import (
     Vote,
     VoteRequest,
     decode,
+    decode_change,
     decode_voters,
     encode,
+    encode_change,
     encode_voters,
 )
 
@@ -79,7 +81,7 @@ def array(*fields: object) -> bytes:
         array("append", 3, 0, 1, 1, [[1, b"\2" + pickle.dumps(["add", "x"])]]),
         array("append", 3, 0, 1, 1, [[1, b"\0" + bytes(MAX_COMMAND_SIZE + 1)]]),
         array("forward", 1, b"\1"),  # only a leader makes no-ops
-        array("forward", 1, b"\2\x90"),  # nobody would vote
+        array("forward", 1, b"\4\x92\x91\xa1a\x90"),  # nobody would vote
         array("install", 3, 1, 4, bytes(32), b"data"),
         array("install", 3, 0, 4, bytes(31), b"data"),
         array("placed", 1, 1, 1, 8),
@@ -121,3 +123,25 @@ def test_voters() -> None:
 def test_bad_voters(voters: object) -> None:
     with pytest.raises(MalformedMessage):
         decode_voters(bytes([raftwire.MEMBERSHIP]) + msgspec.msgpack.encode(voters))
+    for lists in ([voters, ["a"]], [["a"], voters]):
+        change = bytes([raftwire.VOTER_CHANGE]) + msgspec.msgpack.encode(lists)
+        for read in (decode_change, lambda c: decode(encode(Forward(1, c)))):
+            with pytest.raises(MalformedMessage):
+                read(change)
+
+
+def test_a_change_of_the_voters_is_asked_for_with_its_base_and_kept_without() -> None:
+    two, three = frozenset(map(NodeId, "ab")), frozenset(map(NodeId, "abc"))
+    command = encode_change(two, three)
+    asked = decode_change(command)
+    assert asked is not None
+    assert (asked.base, asked.wanted) == (("a", "b"), ("a", "b", "c"))
+    assert decode(encode(Forward(1, command))) == Forward(1, command)
+    assert raftwire.log_entry(command) == encode_voters(three)
+    assert raftwire.log_entry(b"\0x") == b"\0x"
+    for message in (
+        Forward(1, encode_voters(three)),  # nobody says a whole list to the leader,
+        Append(1, 0, 0, 0, (Entry(1, command),)),  # and no leader has a request in its log
+    ):
+        with pytest.raises(MalformedMessage, match="kind"):
+            decode(encode(message))

@@ -148,6 +148,10 @@ WORST: dict[str, tuple[Callable[[bytes], Any], bytes]] = {
         raftwire.decode_voters,
         bytes([raftwire.MEMBERSHIP]) + array(MIB, b"\xa0"),
     ),
+    "raft: a base voter for every byte": (
+        raftwire.decode_change,
+        bytes([raftwire.VOTER_CHANGE]) + b"\x92" + array(MIB, b"\xa0"),
+    ),
     "generate: a token for every byte": (
         lambda data: decode(data, GenerateRequest),
         after("context", array(MIB, b"\x01"), model="m"),
