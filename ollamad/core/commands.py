@@ -13,7 +13,6 @@ import msgspec
 from ollamad.core.ids import NodeId, short
 from ollamad.core.names import InvalidName, check_node_name, parse_name
 from ollamad.core.state import (
-    RECENT_COMMANDS,
     ROLES,
     Capacity,
     CertificateAuthority,
@@ -21,7 +20,6 @@ from ollamad.core.state import (
     JoinToken,
     Member,
     Model,
-    Remembered,
     Settings,
     User,
 )
@@ -180,9 +178,7 @@ def apply(state: ClusterState, proposal: Proposal) -> Outcome:
         return Rejected(seen.code, seen.message) if seen.code else APPLIED
     outcome = _apply_command(state, proposal.command, proposal.at)
     rejection = outcome if isinstance(outcome, Rejected) else Rejected("", "")
-    state.recent[proposal.id] = Remembered(rejection.code, rejection.message)
-    while len(state.recent) > RECENT_COMMANDS:
-        del state.recent[next(iter(state.recent))]
+    state.remember(proposal.id, rejection.code, rejection.message, proposal.at)
     return outcome
 
 

@@ -115,7 +115,12 @@ class Settings(msgspec.Struct, frozen=True):
     auto_distribution: bool = True
 
 
-RECENT_COMMANDS = 4096  # outcomes remembered, so that a retried command applies once
+# Outcomes are remembered, so that a retried command applies once: the last RECENT_COMMANDS, and
+# all that came within REMEMBER_S, which outlasts the longest retry (5 s) also on a slow network.
+RECENT_COMMANDS = 4096
+REMEMBER_S = 30.0
+MAX_RECENT_COMMANDS = 1 << 18  # never more than these, about 15 MB: 10 s at 26,000 a second
+SWEEP_SHARE = 16  # old ones are forgotten together, after one command for so many remembered
 
 
 class ClusterState(msgspec.Struct):
@@ -137,6 +142,29 @@ class ClusterState(msgspec.Struct):
     join_tokens: dict[str, JoinToken] = {}
     revoked: dict[str, float] = {}  # token or session id -> when it would have expired anyway
     recent: dict[str, "Remembered"] = {}  # command id -> its outcome, oldest first
+    recency: "Recency" = msgspec.field(default_factory=lambda: Recency())
+
+    def remember(self, command_id: str, code: str, message: str, at: float) -> None:
+        """Keep the outcome of a command that was proposed at `at`, and forget old ones."""
+        recency = self.recency.after(at)
+        self.recent[command_id] = Remembered(code, message, recency.now)
+        # Together, because finding the oldest one costs a walk over those that were forgotten.
+        if recency.unswept * SWEEP_SHARE >= max(len(self.recent), RECENT_COMMANDS):
+            self._forget(recency.now)
+            recency = Recency(recency.now, at, 0)
+        self.recency = recency
+
+    def _forget(self, now: float) -> None:
+        count = len(self.recent)
+        doomed = []
+        for place, (command_id, known) in enumerate(self.recent.items()):
+            left = count - place
+            is_young = now - known.at <= REMEMBER_S
+            if left <= RECENT_COMMANDS or (is_young and left <= MAX_RECENT_COMMANDS):
+                break
+            doomed.append(command_id)
+        for command_id in doomed:
+            del self.recent[command_id]
 
     def fingerprint(self) -> str:
         """A hash of everything, equal on nodes that applied the same commands."""
@@ -171,3 +199,23 @@ class Remembered(msgspec.Struct, frozen=True):
 
     code: str = ""
     message: str = ""
+    at: float = 0.0  # by `Recency.now`
+
+
+class Recency(msgspec.Struct, frozen=True):
+    """How time passes for what is remembered: a clock that is driven by those of the proposers.
+
+    It goes on with the latest of them, but by a small step a command. So a clock that is hours
+    ahead makes nobody forget, and holds time up until the next sweep only; and where a command
+    comes now and then, RECENT_COMMANDS of them pass for REMEMBER_S, so that no more are kept.
+    """
+
+    now: float = 0.0  # seconds; only differences mean something
+    latest: float = 0.0  # the latest time of a proposer since the last sweep
+    unswept: int = 0  # commands since the last sweep
+
+    def after(self, at: float) -> "Recency":
+        """The clock after one more command, which was proposed at `at`."""
+        # In this order, so that a time that is not a number counts as none.
+        step = min(max(0.0, at - self.latest), REMEMBER_S / RECENT_COMMANDS)
+        return Recency(self.now + step, max(self.latest, at), self.unswept + 1)

@@ -35,6 +35,7 @@ from ollamad.core.commands import (
 )
 from ollamad.core.ids import NodeId
 from ollamad.core.state import (
+    MAX_RECENT_COMMANDS,
     RECENT_COMMANDS,
     Capacity,
     CertificateAuthority,
@@ -44,6 +45,7 @@ from ollamad.core.state import (
     Member,
     Model,
     ModelDetails,
+    Recency,
     Settings,
     User,
 )
@@ -138,7 +140,7 @@ def test_every_command_survives_the_wire_and_changes_the_state(command: AnyComma
 def test_nothing_happens_before_the_founding(command: AnyCommand) -> None:
     replica = Replica()
     assert code(replica(command)) == "NO_CLUSTER"
-    assert msgspec.structs.replace(replica.state, recent={}) == ClusterState()
+    assert msgspec.structs.replace(replica.state, recent={}, recency=Recency()) == ClusterState()
 
 
 def test_a_cluster_is_founded_once() -> None:
@@ -180,9 +182,11 @@ def test_a_cluster_is_founded_once() -> None:
     ],
 )
 def test_outcomes(replica: Replica, command: AnyCommand, at: float, expected: str) -> None:
-    before = msgspec.structs.replace(replica.state, recent={}).fingerprint()
+    before = msgspec.structs.replace(replica.state, recent={}, recency=Recency()).fingerprint()
     assert code(replica(command, at)) == expected
-    changed = msgspec.structs.replace(replica.state, recent={}).fingerprint() != before
+    changed = (
+        msgspec.structs.replace(replica.state, recent={}, recency=Recency()).fingerprint() != before
+    )
     assert changed == (not expected), "a rejected command changes nothing"
 
 
@@ -263,20 +267,64 @@ def test_a_repeated_id_answers_as_the_first_time(replica: Replica) -> None:
     assert "later" in replica.state.users
 
 
+def remember(state: ClusterState, count: int, at: float, step_s: float, name: str) -> float:
+    """Have so many commands pass, proposed that far apart; returns the time of the next."""
+    for number in range(count):
+        state.remember(f"{name}{number}", "", "", at)
+        at += step_s
+    return at
+
+
 def test_memory_of_ids_is_bounded_and_forgets_the_oldest_also_after_a_snapshot() -> None:
     machine = Machine()
     machine.apply(encode(Proposal("zz first", NOW, FOUND)))
-    for number in range(RECENT_COMMANDS - 1):
-        apply(machine.state, Proposal(f"{number}", NOW, SetDraining(NODE_1, True)))
+    at = remember(machine.state, 6000, NOW, 10.0, "old")
     restored = Machine()
     restored.restore(machine.snapshot())
     for state in (machine.state, restored.state):
-        assert len(state.recent) == RECENT_COMMANDS
-        apply(state, Proposal("one more", NOW, SetDraining(NODE_1, True)))
-        assert len(state.recent) == RECENT_COMMANDS
+        for number in range(RECENT_COMMANDS):
+            apply(state, Proposal(f"{number}", at + 10 * number, SetDraining(NODE_1, True)))
+        assert RECENT_COMMANDS <= len(state.recent) <= RECENT_COMMANDS * 17 // 16
         assert "zz first" not in state.recent
+        assert "old0" not in state.recent
         assert "0" in state.recent
     assert machine.state.fingerprint() == restored.state.fingerprint()
+
+
+def test_an_id_is_remembered_for_as_long_as_its_caller_retries_however_much_comes_between() -> None:
+    state = ClusterState()
+    at = remember(state, 1, NOW, 1e-4, "claim")
+    at = remember(state, 50_000, at, 1e-4, "a")  # 10,000 a second
+    assert "claim0" in state.recent
+    at = remember(state, 60_000, at, 5e-4, "b")
+    assert "claim0" not in state.recent
+    # A quiet cluster keeps no more than it did before.
+    remember(state, 2 * RECENT_COMMANDS, at, 60.0, "c")
+    assert len(state.recent) <= RECENT_COMMANDS * 17 // 16
+
+
+def test_memory_of_ids_has_an_end_even_if_no_time_passes() -> None:
+    state = ClusterState()
+    remember(state, MAX_RECENT_COMMANDS * 9 // 8, NOW, 0.0, "a")
+    assert MAX_RECENT_COMMANDS <= len(state.recent) <= MAX_RECENT_COMMANDS * 17 // 16
+    assert "a0" not in state.recent
+
+
+@pytest.mark.parametrize("wrong", [1e5, -1e5, 1e300, float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("rounds", [1, 40])
+def test_a_clock_that_is_far_off_neither_flushes_nor_pins_what_is_remembered(
+    wrong: float, rounds: int
+) -> None:
+    state = ClusterState()
+    at = remember(state, 3000, NOW, 1e-3, "early")
+    remember(state, 1, at, 0.0, "claim")
+    for number in range(rounds):
+        remember(state, 1, at + wrong, 0.0, f"wrong{number}")
+        at = remember(state, 10_000 // rounds, at, 5e-4, f"a{number} ")
+    assert "claim0" in state.recent, "5 s later"
+    remember(state, 80_000, at, 1e-3, "b")
+    assert "claim0" not in state.recent
+    assert len(state.recent) < 40_000, "30 s of 1,000 a second"
 
 
 # Fuzz: small pools of ids and names, so that commands meet each other.
@@ -320,7 +368,7 @@ LOGS = st.lists(st.builds(Proposal, st.sampled_from([*"abcdefghij"]), TIMES, COM
 
 
 def without_recent(state: ClusterState) -> str:
-    return msgspec.structs.replace(state, recent={}).fingerprint()
+    return msgspec.structs.replace(state, recent={}, recency=Recency()).fingerprint()
 
 
 def check_invariants(state: ClusterState) -> None:
