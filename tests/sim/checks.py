@@ -63,6 +63,7 @@ class Checker:
         self._commands: dict[int, bytes] = {}  # index: committed command
         self._committed_commands: dict[bytes, int] = {}  # and the first index of each
         self.last_committed = 0
+        self._last_in_term: dict[int, int] = {}  # the last entry that was committed in each term
         self._outcomes: dict[int, bytes] = {}
         self._first_outcomes: dict[bytes, bytes] = {}
         self._snapshots: dict[int, int] = {}  # hash of the state's bytes, by its last index
@@ -191,8 +192,9 @@ class Checker:
                 f"{log.host} leads term {term} by the votes of {sorted(votes)} "
                 f"of {sorted(electors)}",
             )
-        last = self.last_committed
-        # Earlier ones follow from the chain; a log that begins later has it in a snapshot.
+        # What later terms committed, a leader that learns of its election late cannot have. Earlier
+        # entries follow from the chain; a log that begins later has it in a snapshot.
+        last = max((i for t, i in self._last_in_term.items() if t < term), default=0)
         if last and last >= log.first and log.at(last) != self.committed[last]:
             self.violated(
                 "leader completeness",
@@ -220,7 +222,8 @@ class Checker:
             self.violated(
                 "state machine safety", f"{log.host} commits another entry {index} than others"
             )
-        self.last_committed = max(self.last_committed, index)
+        if index > self.last_committed:
+            self.last_committed = self._last_in_term[log.term] = index
 
     def applies(self, log: Log, index: int, command: bytes, outcome: bytes) -> None:
         """The state machine of a node carried out a regular command."""

@@ -19,7 +19,8 @@ from pathlib import Path
 import pysyncobj
 
 ROOT = Path(__file__).parents[2]
-NEVER_FOUND = 1
+SURVIVED = 1
+SHOWN_SEEDS = 3  # of those that found a mutant
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +255,7 @@ def main() -> int:
         if options.name in mutant.name:
             found = _try(mutant, options)
             survived += not found
-    return NEVER_FOUND if survived else 0
+    return SURVIVED if survived else 0
 
 
 def _try(mutant: Mutant, options: argparse.Namespace) -> bool:
@@ -275,7 +276,9 @@ def _try(mutant: Mutant, options: argparse.Namespace) -> bool:
     if done is None:
         print(f"{mutant.name:60} broke the simulator: {run.stderr[-300:]}", flush=True)
         return False
-    print(f"{mutant.name:60} {len(rules):4} of {done[1]}: {summary or 'SURVIVED'}", flush=True)
+    first = ", ".join(re.findall(r"^seed (\d+):", run.stdout, re.MULTILINE)[:SHOWN_SEEDS])
+    found = f"{summary} (seeds {first})" if rules else "SURVIVED"
+    print(f"{mutant.name:60} {len(rules):4} of {done[1]}: {found}", flush=True)
     if options.explain:
         print(run.stdout)
     return bool(rules)

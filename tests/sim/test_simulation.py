@@ -95,6 +95,18 @@ def test_an_orderly_life_breaks_no_rule() -> None:
     assert watched.found == []
 
 
+def test_a_leader_may_lack_what_a_later_term_committed() -> None:
+    watched = Watched()
+    a, b = watched.logs
+    watched.checker.voted("B", 3, "A")
+    watched.observe(a, 3, 1, leads=True)
+    watched.checker.appended(a, (b"\0new", 4, 3))
+    watched.observe(a, 3, 4, leads=True)
+    watched.checker.voted("A", 2, "B")
+    watched.observe(b, 2, 1, leads=True)
+    assert watched.found == []
+
+
 def two_leaders(watched: Watched) -> None:
     for log, other in zip(watched.logs, "BA", strict=True):
         watched.checker.voted(other, 2, log.host)
