@@ -42,6 +42,7 @@ from ollamad.wire.raftwire import (
 logger = logging.getLogger(__name__)
 
 CATCH_UP_ENTRIES = 256  # how far behind a learner may be when it becomes a voter
+FOUNDING_INDEX = 2  # of the entry that made the founder a voter: who holds it may vote
 
 
 class Machine(Protocol):
@@ -170,6 +171,8 @@ class Fence:
             case VoteRequest(term, last_index, last_term):
                 if term > core.term():
                     core.step_down(term)
+                if not self._journal.says_voters:
+                    return  # as `_on_pre_vote_request`
                 core.deliver(
                     sender,
                     {
@@ -375,8 +378,11 @@ class Fence:
     def _on_pre_vote_request(self, sender: NodeId, message: PreVoteRequest) -> None:
         core = self._core
         _, last_index, last_term = self._journal[-1]
+        # A blank log would grant a vote to any log, also to one in which this node never was.
+        # Nobody needs it: a learner is no voter before its log says who is (`caught_up`).
         granted = (
-            message.proposed_term > core.term()
+            self._journal.says_voters
+            and message.proposed_term > core.term()
             and (message.last_term, message.last_index) >= (last_term, last_index)
             and core.state() != LEADER  # a leader without a majority steps down by itself
             and not self.leader_is_alive()
@@ -447,7 +453,8 @@ class Fence:
         if core.state() != LEADER or not core.is_connected(node_id):
             return False
         alive = core.clock() - core.last_heard(node_id) < self._timing.election_max_s
-        return alive and core.match_index(node_id) + CATCH_UP_ENTRIES >= core.last_index()
+        needed = max(FOUNDING_INDEX, core.last_index() - CATCH_UP_ENTRIES)
+        return alive and core.match_index(node_id) >= needed
 
     def _may_lead(self) -> bool:
         # With a full disk it would commit nothing: a leader counts no entry that its disk lacks.

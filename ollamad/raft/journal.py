@@ -202,6 +202,11 @@ class Journal(StockJournal):  # type: ignore[misc]
         return self._base_voters or frozenset(self._hint)
 
     @property
+    def says_voters(self) -> bool:
+        """Whether the log itself says who votes; a joiner's does not before its first entries."""
+        return bool(self._memberships) or self._base_voters is not None
+
+    @property
     def membership_index(self) -> int:
         """Index of the entry that set the voters; 0 when that is not in the log any more."""
         return self._memberships[-1][0] if self._memberships else 0

@@ -35,8 +35,9 @@ from ollamad.wire.raftwire import (
     Placed,
     VoteRequest,
     decode,
+    encode,
 )
-from tests.fakes.raft_cluster import Cluster, Host
+from tests.fakes.raft_cluster import Cluster, Host, MemoryDisk
 
 Found = Callable[..., Awaitable[Cluster]]
 
@@ -730,6 +731,39 @@ async def test_a_change_whose_answer_was_lost_does_not_undo_the_next_one(
     assert lost
     await c.settled()
     assert leader.raft.voters == set("abcde")
+
+
+async def test_a_blank_node_votes_for_nobody_whatever_an_old_log_says(
+    autojump_clock: MockClock, found: Found
+) -> None:
+    """Two leave and begin again with blank logs; one that was cut off takes them for voters."""
+    c = await found("abcde")
+    leader = await c.leader()
+    cut_off, *gone = others(leader, "abcde")[:3]
+    rest = others(leader, "abcde")[3:] + leader.id
+    c.partition(cut_off, others(c[cut_off], "abcde"))
+    for name in gone:
+        await leader.raft.remove_voter(NodeId(name), 10)
+        await c.kill(name)
+        c[name].disk = MemoryDisk()
+    assert await leader.raft.propose(b"acknowledged", 5)
+    assert c[cut_off].raft.voters == set("abcde")
+    c.cut.clear()
+    c.partition(rest, cut_off + "".join(gone))
+    for name in gone:
+        await c.start(name, learner_of=leader.id)
+        c[cut_off].raft.peer_connected(NodeId(name))
+    # Also one that skips the pre-vote is refused.
+    vote = VoteRequest(99, 99, 99)
+    c[gone[0]].raft.receive(NodeId(cut_off), encode(vote))
+    await trio.sleep(5)
+    assert c[gone[0]].raft.term == 99
+    assert [c[name].raft.leader for name in (cut_off, *gone)] == [None] * 3
+    assert all(host.disk.meta.voted_for is None for host in map(c.__getitem__, gone))
+    c.heal()
+    await c.leader()
+    await c.settled()
+    assert c[cut_off].ledger.commands == [b"acknowledged"]
 
 
 async def test_two_nodes_shrink_to_one(autojump_clock: MockClock, found: Found) -> None:

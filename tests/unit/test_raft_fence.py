@@ -458,6 +458,19 @@ def test_a_learner_that_lags_or_is_silent_is_not_promoted() -> None:
     assert not solo.may_change_voters(four)
 
 
+def test_a_learner_that_does_not_know_who_votes_is_not_promoted() -> None:
+    # It would give no vote, and its own may be needed at once.
+    solo = Solo(log="1")
+    solo.lead()
+    solo.receive("b", Ack(2, 5, True, False))
+    solo.tick()
+    solo.core.connected(NodeId("d"))
+    solo.receive("d", Ack(2, 2, True, False))
+    assert not solo.may_change_voters(ids("abcd"))
+    solo.receive("d", Ack(2, 3, True, False))
+    assert solo.may_change_voters(ids("abcd"))
+
+
 # Snapshots.
 
 
