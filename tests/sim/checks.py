@@ -56,6 +56,7 @@ class Checker:
         self._leaders: dict[int, Log] = {}  # by term
         self._votes: dict[tuple[str, int], str] = {}  # by voter and term: who got it
         self._pre_votes: dict[tuple[str, int], set[str]] = {}  # by candidate and proposed term
+        self._claims: dict[tuple[str, int], tuple[int, int]] = {}  # by candidate and term
         self._answers: dict[tuple[str, int], int] = {}  # by host and term: the last entry it has
         self._heirs: set[tuple[str, int]] = set()  # who was asked to take over, and from what term
         self._terms: dict[str, int] = {}  # the highest that a host told others
@@ -264,6 +265,16 @@ class Checker:
         if term < told:
             self.violated("terms grow", f"{host} starts in term {term} and was in {told} before")
 
+    def votes_by_log(self, log: Log, term: int, candidate: str, last: tuple[int, int]) -> None:
+        """A host whose log ends with that term and index grants a vote."""
+        claimed = self._claims.get((candidate, term), (0, 0))
+        # Once it follows another term, or the candidate as its leader, its log may have changed.
+        if log.term == term and last[0] < term and last > claimed:
+            self.violated(
+                "votes go to logs that lack nothing",
+                f"{log.host} with {last} (term, index) votes for {candidate} with {claimed}",
+            )
+
     def voted(self, host: str, term: int, candidate: str) -> None:
         known = self._votes.setdefault((host, term), candidate)
         if known != candidate:
@@ -303,8 +314,11 @@ class Checker:
         """A leader of that term asks another host to take over."""
         self._heirs.add((heir, term))
 
-    def stands(self, candidate: str, term: int, voters: frozenset[NodeId]) -> None:
-        """A host begins an election."""
+    def stands(
+        self, candidate: str, term: int, voters: frozenset[NodeId], last: tuple[int, int]
+    ) -> None:
+        """A host begins an election; `last` are term and index of the last entry it claims."""
+        self._claims[candidate, term] = last
         would = self._pre_votes.get((candidate, term), {candidate}) & voters
         if 2 * len(would) <= len(voters) and (candidate, term - 1) not in self._heirs:
             self.violated(

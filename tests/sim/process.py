@@ -53,7 +53,7 @@ class WatchedJournal(Journal):
 
     def add(self, command: bytes, idx: int, term: int) -> None:
         super().add(command, idx, term)
-        self.checker.appended(self.log, (command, idx, term))
+        self.checker.appended(self.log, self._entries[-1])
 
     def deleteEntriesFrom(self, entryFrom: int) -> None:
         if entryFrom < len(self._entries):
@@ -246,6 +246,8 @@ class Life:
                 if success:
                     checker.answered(self.log, term, next_index - 1)
             case Vote(term):
+                _, last_index, last_term = self.node._journal[-1]
+                checker.votes_by_log(self.log, term, to, (last_term, last_index))
                 checker.voted(host.id, term, to)
                 kept = disk.meta.term > term or (disk.meta.term, disk.meta.voted_for) == (term, to)
             case PreVote(_, proposed_term, granted):
@@ -255,8 +257,8 @@ class Life:
             case TakeOver(term):
                 checker.hands_over(to, term)
                 return
-            case VoteRequest(term):
-                checker.stands(host.id, term, self.node.voters)
+            case VoteRequest(term, last_index, last_term):
+                checker.stands(host.id, term, self.node.voters, (last_term, last_index))
                 checker.voted(host.id, term, host.id)
                 kept = disk.meta.term >= term
             case _:

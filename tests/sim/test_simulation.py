@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ollamad.core.ids import NodeId
 from tests.sim.checks import Checker, Log, Violation
 from tests.sim.plan import LEADER, Fault, Kind, scenario
 from tests.sim.shrink import minimize
@@ -77,8 +78,8 @@ class Watched:
         self.found.append(violation.rule)
 
     def observe(self, log: Log, term: int, commit: int, *, leads: bool = False) -> None:
-        electors = frozenset({"A", "B"}) if leads else None
-        self.checker.observe(log, term, commit, log.applied, electors)  # type: ignore[arg-type]
+        electors = frozenset({NodeId("A"), NodeId("B")}) if leads else None
+        self.checker.observe(log, term, commit, log.applied, electors)
 
 
 def test_an_orderly_life_breaks_no_rule() -> None:
@@ -194,7 +195,15 @@ def an_answer_that_is_not_true(watched: Watched) -> None:
 
 
 def an_election_that_nobody_wanted(watched: Watched) -> None:
-    watched.checker.stands("A", 2, frozenset({"A", "B"}))  # type: ignore[arg-type]
+    voters = frozenset({NodeId("A"), NodeId("B")})
+    watched.checker.stands("A", 2, voters, (1, 3))
+
+
+def a_vote_for_a_log_that_lacks_something(watched: Watched) -> None:
+    b = watched.logs[1]
+    watched.checker.stands("A", 2, frozenset({NodeId("A")}), (1, 3))
+    watched.observe(b, 2, 1)
+    watched.checker.votes_by_log(b, 2, "A", (1, 4))
 
 
 @pytest.mark.parametrize(
@@ -216,6 +225,7 @@ def an_election_that_nobody_wanted(watched: Watched) -> None:
         (refused_and_done, "refused is refused"),
         (an_answer_that_is_not_true, "answers are true"),
         (an_election_that_nobody_wanted, "elections need consent"),
+        (a_vote_for_a_log_that_lacks_something, "votes go to logs that lack nothing"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
