@@ -37,14 +37,13 @@ class Client:
         self,
         cluster: Cluster,
         history: History,
-        number: int,
         hosts: list[Host],
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.cluster = cluster
         self.history = history
-        self.number = number
-        self.name = f"client {number}"
+        self.number = next(cluster.client_numbers)
+        self.name = f"client {self.number}"
         self.hosts = hosts
         self.patience_s = patience_s
         self.rng = cluster.world.rng(self.name)
@@ -130,11 +129,11 @@ def _command(kind: Kind, key: str, value: str) -> AnyCommand | None:
             return None
 
 
-async def last_words(cluster: Cluster, history: History, number: int) -> list[Client]:
+async def last_words(cluster: Cluster, history: History) -> list[Client]:
     """A write and a read through every host, when all is well again."""
     clients = []
     for host in cluster.hosts:
-        client = Client(cluster, history, number + host.number, [host])
+        client = Client(cluster, history, [host])
         clients.append(client)
         for kind in (Kind.WRITE, Kind.READ):
             if not await client.operate(kind, "u0"):

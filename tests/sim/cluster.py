@@ -74,6 +74,8 @@ class Cluster:
         )
         self._ends: dict[int, tuple[Callable[..., object], tuple[object, ...]]] = {}
         self._tokens = itertools.count()
+        self.client_numbers = itertools.count()
+        self._is_healed = False
         self.write_at: Callable[[Host], Awaitable[None]] = _nobody_writes
         self._founder_voters = frozenset(host.id for host in self.hosts[: scenario.voters])
         if not scenario.grows:
@@ -246,6 +248,7 @@ class Cluster:
 
     def heal(self) -> None:
         """End all that is wrong."""
+        self._is_healed = True
         self.world.note("world", "is healed")
         for token in list(self._ends):
             self._end(token)
@@ -266,6 +269,8 @@ class Cluster:
 
     def strike(self, fault: Fault) -> None:
         """Let a fault happen."""
+        if self._is_healed:
+            return
         host = self.hosts[fault.who] if fault.who != LEADER else self.leader()
         if host is None:
             host = self.hosts[int(fault.at * 1e6) % len(self.hosts)]
@@ -471,7 +476,7 @@ def tune(tuning: Tuning) -> None:
     """Set the product's limits, and have its journals watched."""
     node_module.Journal = WatchedJournal  # type: ignore[misc]
     node_module.COMPACT_ENTRIES = tuning.compact_entries
-    node_module.COMPACTION_TAIL = journal_module.COMPACTION_TAIL = tuning.compaction_tail
+    journal_module.COMPACTION_TAIL = tuning.compaction_tail
     private_module.SNAPSHOT_CHUNK_SIZE = tuning.snapshot_chunk
     transport_module.SNAPSHOT_CHUNK_SIZE = tuning.snapshot_chunk
     private_module.MAX_ENTRIES = tuning.max_entries

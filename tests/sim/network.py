@@ -15,6 +15,10 @@ from ollamad.core.ids import NodeId
 from tests.sim.plan import Network
 from tests.sim.world import World
 
+# A proposal on its way to the leader is the one frame that must not come twice, and on streams it
+# does not: "did not happen and will not" would be wrong.
+_FORWARD = b"\xa7for"
+
 Deliver = Callable[[NodeId, NodeId, bytes], None]  # from, to, frame
 
 USER_TIMEOUT_S = 3.0  # as `Links` sets it for TCP: unacknowledged for so long is broken
@@ -71,7 +75,8 @@ class Datagrams:
             arrives_at = max(arrives_at, self._last.get((source, to), 0.0))
             self._last[source, to] = arrives_at
         self._world.at(arrives_at, self._deliver, source, to, frame)
-        if now.duplication and rng.random() < now.duplication:
+        may_double = frame[1:5] != _FORWARD
+        if now.duplication and rng.random() < now.duplication and may_double:
             counts["frames doubled"] += 1
             self._world.after(2 * self._delay_s(), self._deliver, source, to, frame)
 

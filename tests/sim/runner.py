@@ -78,12 +78,10 @@ class _Play:
     async def _run(self, cluster: Cluster) -> None:
         world, scenario = self.world, self.scenario
         history = History()
-        clients = [
-            Client(cluster, history, number, cluster.hosts) for number in range(scenario.clients)
-        ]
+        clients = [Client(cluster, history, cluster.hosts) for _ in range(scenario.clients)]
 
         async def write_at(host: Host) -> None:
-            client = Client(cluster, history, len(clients), [host], BURST_PATIENCE_S)
+            client = Client(cluster, history, [host], BURST_PATIENCE_S)
             clients.append(client)
             await client.operate(Kind.WRITE, f"u{client.rng.randrange(KEYS)}")
 
@@ -98,7 +96,7 @@ class _Play:
             await trio.sleep_until(heals_at)
             cluster.heal()
         self.settled_s = await cluster.settle()
-        clients += await last_words(cluster, history, len(clients))
+        clients += await last_words(cluster, history)
         await cluster.settle()
         self._judge(cluster, history, clients)
 
@@ -112,6 +110,6 @@ class _Play:
                     checker.violated("acknowledged is kept", f"{host.id} has nothing of {lost!r}")
         for verdict in judge(history.operations):
             if verdict.outcome is Outcome.VIOLATION:
-                checker.violated("linearizable", str(verdict))
+                checker.violated("linearizable", f"{verdict.key}\n{verdict.explanation}")
             elif verdict.outcome is Outcome.UNDECIDED:
                 self.counts["history undecided"] += 1
