@@ -40,6 +40,10 @@ class JournalFailed(NodeFailed):
     """The journal cannot be read or written; the message says what to do about it."""
 
 
+class StateTooLarge(RaftError):
+    """The state does not fit into a snapshot, so the log cannot be compacted."""
+
+
 class DiskFull(RaftError):
     """There is no space for a batch: nothing of it was written, and it may be tried again."""
 

@@ -143,6 +143,7 @@ class Fence:
         self._pre_votes: tuple[int, set[NodeId]] | None = None  # proposed term, who would
         self._election_won_pre_vote = False
         self._incoming: tuple[bytes, bytearray] | None = None  # sha256 and data of a snapshot
+        self._refusal = (b"", "")  # sha256 of the snapshot that cannot be read here, and why
         self.should_transfer = False  # this leader was asked to remove itself
         transport.term = core.term
 
@@ -271,34 +272,60 @@ class Fence:
                 "serialized": None,
             },
         )
-        success, next_index = False, core.last_index() + 1
+        success, next_index, held = False, core.last_index() + 1, None
+        if message.data:
+            index = self._take_part(message)
+            if index is not None:
+                success, next_index = True, index + 1
+            else:
+                held = self._held_of(message.sha256)
+        answer = Ack(core.term(), next_index, success, False, held)
+        self._transport.emit_synced(sender, answer)
+
+    def _take_part(self, message: Install) -> int | None:
+        """Returns the index of the snapshot if all that it includes is here now."""
+        core = self._core
+        known = self._journal.snapshot_blob
+        if known is not None and known.sha256 == message.sha256:
+            return self._journal.snapshot_index  # the answer to the last part was lost
         blob = self._assemble(message)
-        if blob is not None:
-            try:
-                snapshot = unpack_snapshot(blob)
-                is_news = snapshot.index > core.commit_index()
-                if is_news:
-                    self._machine.restore(snapshot.state)
-            except (JournalFailed, ValueError) as error:
-                raise MalformedMessage(f"snapshot: {error}") from None
+        if blob is None:
+            return None
+        try:
+            snapshot = unpack_snapshot(blob)
+            is_news = snapshot.index > core.commit_index()
             if is_news:
-                core.install(blob, snapshot)
-                logger.info("took over the leader's snapshot at entry %d", snapshot.index)
-            success, next_index = True, snapshot.index + 1
-        self._transport.emit_synced(sender, Ack(core.term(), next_index, success, reset=False))
+                self._machine.restore(snapshot.state)
+        except (JournalFailed, ValueError) as error:
+            self._refuse_snapshot(message.sha256, str(error))
+            return None
+        if is_news:
+            core.install(blob, snapshot)
+            logger.info("took over the leader's snapshot at entry %d", snapshot.index)
+        return snapshot.index
+
+    def _refuse_snapshot(self, sha256: bytes, reason: str) -> None:
+        """Take no part of it any more. The leader goes on trying, now and then."""
+        if reason != self._refusal[1]:
+            logger.error("this node cannot catch up by the leader's snapshot: %s", reason)
+        self._refusal = sha256, reason
+
+    def _held_of(self, sha256: bytes) -> int:
+        if self._incoming is None or self._incoming[0] != sha256:
+            return 0
+        return len(self._incoming[1])
 
     def _assemble(self, message: Install) -> Blob | None:
-        if not message.data:
+        if message.sha256 == self._refusal[0]:
             return None
-        if message.offset == 0:
+        if self._incoming is None or self._incoming[0] != message.sha256:
+            if message.offset:
+                return None
             self._incoming = (message.sha256, bytearray())
-        if self._incoming is None:
-            return None
         sha256, data = self._incoming
-        if sha256 != message.sha256 or len(data) != message.offset:
-            self._incoming = None  # a part was lost; the leader will find out and start again
-            return None
-        data += message.data
+        if message.offset > len(data):
+            return None  # a part was lost; the leader will go on from what is here
+        data += message.data[len(data) - message.offset :]
         if len(data) < message.total:
             return None
         self._incoming = None
@@ -319,6 +346,8 @@ class Fence:
         if message.next_index < 2 or (message.success and message.next_index > end):
             raise MalformedMessage(f"{short(sender)} answers about entry {message.next_index}")
         core.deliver_ack(sender, min(message.next_index, end), message.success, message.reset)
+        if message.snapshot_held is not None:
+            core.snapshot_answered(sender, message.snapshot_held)
 
     def _on_vote(self, sender: NodeId, message: Vote) -> None:
         core = self._core

@@ -17,7 +17,7 @@ import msgspec
 from pysyncobj.journal import Journal as StockJournal
 
 from ollamad.core.ids import NodeId
-from ollamad.raft.errors import JournalFailed
+from ollamad.raft.errors import JournalFailed, StateTooLarge
 from ollamad.wire.raftwire import (
     MAX_SNAPSHOT_SIZE,
     MalformedMessage,
@@ -27,7 +27,8 @@ from ollamad.wire.raftwire import (
 
 LogEntry = tuple[bytes, int, int]  # command with its kind, index, term: PySyncObj's own order
 
-COMPACTION_TAIL = 1024  # entries kept before a snapshot, for followers that are a little late
+COMPACTION_TAIL = 1024  # entries kept before a snapshot, for followers that are a little late,
+COMPACTION_TAIL_BYTES = 8 << 20  # but no more bytes of them; they are in memory
 SNAPSHOT_FORMAT = 1  # raise it when an older daemon could not read what this one writes
 
 
@@ -61,11 +62,11 @@ def pack_snapshot(snapshot: Snapshot) -> Blob:
     """Encode a snapshot.
 
     Raises:
-      JournalFailed: it is larger than a node would accept.
+      StateTooLarge: no node would accept it.
     """
     data = msgspec.msgpack.encode(snapshot)
     if len(data) > MAX_SNAPSHOT_SIZE:
-        raise JournalFailed(f"the state has {len(data)} bytes; the limit is {MAX_SNAPSHOT_SIZE}")
+        raise StateTooLarge(f"the state has {len(data)} bytes; the limit is {MAX_SNAPSHOT_SIZE}")
     return Blob(data, hashlib.sha256(data).digest())
 
 
@@ -254,7 +255,11 @@ class Journal(StockJournal):  # type: ignore[misc]
         return self._entries[index - self._entries[0][1]][2]
 
     def compact(self, state: bytes, applied: int) -> None:
-        """Put the state in the place of the entries up to `applied`, but for a tail."""
+        """Put the state in the place of the entries up to `applied`, but for a tail.
+
+        Raises:
+          StateTooLarge: nothing has changed.
+        """
         first = self._entries[0][1]
         previous, entry = self._entries[applied - first - 1 : applied - first + 1]
         snapshot = Snapshot(
@@ -263,7 +268,19 @@ class Journal(StockJournal):  # type: ignore[misc]
         self.snapshot_blob = pack_snapshot(snapshot)
         self.snapshot_index = applied
         self._batch.snapshot = self.snapshot_blob
-        self.deleteEntriesTo(applied - COMPACTION_TAIL - first)
+        self.deleteEntriesTo(self._start_of_tail(applied) - first)
+
+    def _start_of_tail(self, applied: int) -> int:
+        """Index of the first entry to keep: two at least, as PySyncObj wants."""
+        first = self._entries[0][1]
+        room = COMPACTION_TAIL_BYTES
+        start = applied - 1
+        while start > max(first, applied - COMPACTION_TAIL):
+            room -= len(self._entries[start - 1 - first][0])
+            if room < 0:
+                break
+            start -= 1
+        return start
 
     def install(self, blob: Blob, snapshot: Snapshot) -> None:
         """Begin anew from another node's snapshot; keep what follows it if that fits (§7)."""

@@ -26,9 +26,10 @@ from ollamad.raft.errors import (
     NoQuorum,
     OutcomeUnknown,
     RaftError,
+    StateTooLarge,
 )
 from ollamad.raft.fence import Fence
-from ollamad.raft.journal import COMPACTION_TAIL, Batch, Journal, Store, unpack_snapshot
+from ollamad.raft.journal import Batch, Journal, Store, unpack_snapshot
 from ollamad.raft.private import FOLLOWER, LEADER, Core, Timing
 from ollamad.raft.reads import NOT_NOW, Reads
 from ollamad.raft.recovery import LogEnd
@@ -45,6 +46,7 @@ from ollamad.wire.raftwire import (
     ReadAt,
     ReadProbe,
     ReadProof,
+    UnknownMessage,
     decode,
     encode,
     encode_change,
@@ -55,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 COMPACT_ENTRIES = 4096  # new entries that make a snapshot worth while
 COMPACT_BYTES = 16 << 20  # or that many bytes of them
+COMPACT_RETRY_S = 60.0  # after the state was too large; an attempt may hold the loop for a second
 MIN_COMPACT_ENTRIES = 64  # but never fewer entries than that, however large
 RETRY_MIN_S = 0.01  # pause between two attempts of a proposal, at random up to
 RETRY_MAX_S = 0.05
@@ -153,6 +156,9 @@ class RaftNode:
         self._progress = trio.Event()  # replaced whenever more entries are applied
         self._progressed_to = 0
         self._status = RaftStatus(None, False, 0, frozenset())
+        self._met_newer_kind = False  # and said so
+        self._compact_after = float("-inf")  # not before that time
+        self._state_too_large = False
         self._announced = (0, 0)  # last index and commit index that the followers were sent
 
     # Start and end.
@@ -235,7 +241,13 @@ class RaftNode:
         Raises:
           MalformedMessage: the frame breaks the protocol; close the link that brought it.
         """
-        message = decode(frame)
+        try:
+            message = decode(frame)
+        except UnknownMessage as error:
+            if not self._met_newer_kind:
+                self._met_newer_kind = True
+                logger.warning("%s of %s is ignored: it is newer", error, short(sender))
+            return
         if self._failure is not None:
             return
         core, journal = self._core, self._journal
@@ -685,11 +697,25 @@ class RaftNode:
     def _compact(self) -> None:
         core, journal = self._core, self._journal
         applied = core.applied_index()
-        new = applied - core.first_index() - COMPACTION_TAIL
-        if new >= COMPACT_ENTRIES or (
+        new = applied - max(core.first_index(), journal.snapshot_index)
+        is_worth_while = new >= COMPACT_ENTRIES or (
             new >= MIN_COMPACT_ENTRIES and journal.bytes_size >= COMPACT_BYTES
-        ):
+        )
+        if not is_worth_while or self._clock() < self._compact_after:
+            return
+        try:
             journal.compact(self._machine.snapshot(), applied)
+        except StateTooLarge as error:
+            self._compact_after = self._clock() + COMPACT_RETRY_S
+            if not self._state_too_large:
+                logger.error(
+                    "%s: the journal grows until it is smaller, and nobody new can catch up; "
+                    "delete what the cluster does not need",
+                    error,
+                )
+            self._state_too_large = True
+        else:
+            self._state_too_large = False
 
     def _notice(self) -> None:
         core = self._core

@@ -12,8 +12,10 @@ What is replaced, at import, in the module `pysyncobj.syncobj`:
 - `monotonicTime`: the clock of whichever node runs just now, so that time can be virtual.
 """
 
+import queue
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,7 +39,9 @@ from ollamad.wire.raftwire import (
 
 PINNED_VERSION = "0.3.17"
 QUEUE_SIZE = 10_000  # proposals that wait for the next tick; more are told to come back
-CHUNKS_PER_HEARTBEAT = 16  # of a snapshot to one node: 4 MiB, so up to 40 MB/s
+QUEUE_BYTES = 64 << 20  # of them, in all
+SNAPSHOT_WINDOW = 8  # parts to one node without an answer: 2 MiB, 0.2 s at 100 Mbit/s
+SNAPSHOT_RESEND_S = 2.0  # without an answer; then one part at a time, until there is one
 BATCHES_PER_SEND = 4  # of entries to one node, 8 MiB; the rest with the next heartbeat
 
 FOLLOWER = stock._RAFT_STATE.FOLLOWER
@@ -113,37 +117,109 @@ def _now() -> float:
     return _clock()
 
 
-class _SnapshotSender:
-    """Cuts the snapshot into parts for each node, and paces them."""
+class _ProposalQueue:
+    """What waits for the next tick, under the names of the library's own queue."""
 
-    def __init__(self, journal: Journal, clock: Callable[[], float], period_s: float) -> None:
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[bytes, object]] = deque()
+        self._size = 0
+
+    def put_nowait(self, proposal: tuple[bytes, object]) -> None:
+        size = self._size + len(proposal[0])
+        if len(self._waiting) >= QUEUE_SIZE or size > QUEUE_BYTES:
+            raise queue.Full
+        self._waiting.append(proposal)
+        self._size = size
+
+    def get_nowait(self) -> tuple[bytes, object]:
+        if not self._waiting:
+            raise queue.Empty
+        proposal = self._waiting.popleft()
+        self._size -= len(proposal[0])
+        return proposal
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """A snapshot on its way to one node."""
+
+    blob: Blob
+    index: int  # of the last entry that it includes
+    answered_at: float
+    sent: int = 0  # bytes
+    held: int = 0  # bytes that the node said to hold
+    window: int = SNAPSHOT_WINDOW  # parts
+
+    def go_back(self) -> None:
+        """Send again what was not answered, carefully: it may only be slow."""
+        self.sent, self.window = self.held, 1
+
+
+class _SnapshotSender:
+    """Cuts the snapshot into parts for each node, and paces them by its answers.
+
+    Links keep the order and lose nothing but when they break or are far too slow.
+    """
+
+    def __init__(self, journal: Journal, clock: Callable[[], float]) -> None:
         self._journal = journal
         self._clock = clock
-        self._period_s = period_s
-        self._under_way: dict[Node, tuple[Blob, int, int]] = {}  # with its index and an offset
-        self._window: dict[Node, tuple[float, int]] = {}
+        self._transfers: dict[Node, _Transfer] = {}
 
-    def next_part(self, node: Node) -> tuple[Blob, int, int] | None:
-        """The next part as (snapshot, offset, index if it is the last, else 0); None: later."""
-        now = self._clock()
-        since, count = self._window.get(node, (now, 0))
-        if now - since >= self._period_s:
-            since, count = now, 0
-        current = self._journal.snapshot_blob
-        if count >= CHUNKS_PER_HEARTBEAT or current is None:
-            return None
-        self._window[node] = since, count + 1
-        fresh = (current, self._journal.snapshot_index, 0)
+    def next_part(self, node: Node) -> tuple[Blob, int] | None:
+        """The next part as (snapshot, offset); None: later."""
         # One that is under way goes on, though there be a newer: else a busy log starves it.
-        blob, index, offset = self._under_way.pop(node, fresh)
-        if offset + SNAPSHOT_CHUNK_SIZE < len(blob.data):
-            self._under_way[node] = blob, index, offset + SNAPSHOT_CHUNK_SIZE
-            index = 0
-        return blob, offset, index
+        transfer = self._transfers.get(node)
+        if transfer is None:
+            blob = self._journal.snapshot_blob
+            if blob is None:
+                return None
+            transfer = _Transfer(blob, self._journal.snapshot_index, self._clock())
+            self._transfers[node] = transfer
+        elif self._clock() - transfer.answered_at >= SNAPSHOT_RESEND_S:
+            transfer.go_back()
+            transfer.answered_at = self._clock()
+        total, offset = len(transfer.blob.data), transfer.sent
+        if offset >= total or offset - transfer.held >= transfer.window * SNAPSHOT_CHUNK_SIZE:
+            return None
+        transfer.sent = min(offset + SNAPSHOT_CHUNK_SIZE, total)
+        return transfer.blob, offset
 
-    def cancel(self, node: Node) -> None:
-        self._under_way.pop(node, None)
-        self._window.pop(node, None)
+    def answered(self, node: Node, held: int) -> bool:
+        """The node has so many bytes. Returns whether that is more than it had."""
+        transfer = self._transfers.get(node)
+        if transfer is None or held > len(transfer.blob.data) or held == transfer.held:
+            return False
+        is_more = held > transfer.held
+        transfer.answered_at = self._clock()
+        transfer.held = held
+        if is_more:
+            transfer.sent = max(transfer.sent, held)
+            transfer.window = SNAPSHOT_WINDOW
+        else:
+            transfer.go_back()  # it has lost what it had
+        return is_more
+
+    def completed(self, node: Node, next_index: int) -> None:
+        """The node holds all before that entry."""
+        transfer = self._transfers.get(node)
+        if transfer is not None and next_index > transfer.index:
+            del self._transfers[node]
+
+    def interrupted(self, node: Node) -> None:
+        """The link broke; when it is back, go on with what the node has."""
+        transfer = self._transfers.get(node)
+        if transfer is not None:
+            transfer.go_back()
+
+    def forget_outdated(self, connected: set[Node]) -> None:
+        """Let go the old snapshots that only nodes which are away were to get."""
+        for node, transfer in list(self._transfers.items()):
+            if node not in connected and transfer.blob is not self._journal.snapshot_blob:
+                del self._transfers[node]
+
+    def clear(self) -> None:
+        self._transfers.clear()
 
 
 stock.pickle = _NoPickle()
@@ -204,7 +280,6 @@ class Core(SyncObj):  # type: ignore[misc]
             leaderFallbackTimeout=timing.election_max_s,
             connectionTimeout=timing.election_max_s,  # of its TCP transport; only checked
             commandsWaitLeader=False,
-            commandsQueueSize=QUEUE_SIZE,
             dynamicMembershipChange=True,
             journalFile=journal,
             useFork=False,
@@ -212,7 +287,8 @@ class Core(SyncObj):  # type: ignore[misc]
         voters = [Node(voter) for voter in journal.voters - {self_id}]
         super().__init__(Node(self_id), voters, conf, nodeClass=Node, transport=transport)
         self._fenced_transport = transport
-        self._snapshots = _SnapshotSender(journal, clock, timing.heartbeat_s)
+        self._snapshots = _SnapshotSender(journal, clock)
+        self._SyncObj__commandsQueue = _ProposalQueue()
         self._SyncObj__raftMatchIndex = _MatchIndex(journal)
         for node in voters:
             self._SyncObj__raftNextIndex[node] = self.last_index() + 1
@@ -262,25 +338,28 @@ class Core(SyncObj):  # type: ignore[misc]
         # The library's own pickles entries above its batch size, and where a snapshot is not
         # ready it sends empty messages for a whole heartbeat without a pause.
         self._SyncObj__newAppendEntriesTime = self.clock() + self._timing.heartbeat_s
-        for node in self._SyncObj__otherNodes | self._SyncObj__readonlyNodes:
-            if node not in self._SyncObj__connectedNodes:
-                self._snapshots.cancel(node)
-                continue
+        connected = self._SyncObj__connectedNodes
+        self._snapshots.forget_outdated(connected)
+        for node in (self._SyncObj__otherNodes | self._SyncObj__readonlyNodes) & connected:
             if self._SyncObj__raftNextIndex[node] <= self.first_index():
-                self._send_snapshot(node)
-            if self._SyncObj__raftNextIndex[node] > self.first_index():
+                if not self._send_parts(node):
+                    self._send_part(node, None)  # a heartbeat
+            else:
                 self._send_entries(node)
 
-    def _send_snapshot(self, node: Node) -> None:
-        message = {"type": "append_entries", "term": self.term(), "commit_index": 0}
-        index = 0
-        while index == 0:
+    def _send_parts(self, node: Node) -> bool:
+        """Send as much of the snapshot as may be under way. Returns whether there was any."""
+        part = self._snapshots.next_part(node)
+        if part is None:
+            return False
+        while part is not None:
+            self._send_part(node, part)
             part = self._snapshots.next_part(node)
-            self._fenced_transport.send(node, {**message, "serialized": part})
-            if part is None:
-                return
-            index = part[2]
-        self._SyncObj__raftNextIndex[node] = index + 1
+        return True
+
+    def _send_part(self, node: Node, part: tuple[Blob, int] | None) -> None:
+        message = {"type": "append_entries", "term": self.term(), "commit_index": 0}
+        self._fenced_transport.send(node, {**message, "serialized": part})
 
     def _send_entries(self, node: Node) -> None:
         sending = self._SyncObj__raftNextIndex
@@ -376,6 +455,8 @@ class Core(SyncObj):  # type: ignore[misc]
             "success": success,
         }
         self.deliver(sender, message)
+        if success:
+            self._snapshots.completed(node, next_index)
         if success and not reset:
             sending[node] = max(before, next_index)
         elif reset:
@@ -385,6 +466,14 @@ class Core(SyncObj):  # type: ignore[misc]
     def tick(self) -> None:
         set_clock(self.clock)
         self.doTick(0.0)
+        if self.state() != LEADER:
+            self._snapshots.clear()
+
+    def snapshot_answered(self, sender: NodeId, held: int) -> None:
+        """That node has so many bytes of the snapshot: send it what comes next."""
+        node = Node(sender)
+        if self._snapshots.answered(node, held):
+            self._send_parts(node)
 
     def apply_committed(self) -> None:
         """Bring the state machine up to the commit index without taking part in anything."""
@@ -434,6 +523,7 @@ class Core(SyncObj):  # type: ignore[misc]
 
     def disconnected(self, node_id: NodeId) -> None:
         node = Node(node_id)
+        self._snapshots.interrupted(node)
         if node in self._SyncObj__otherNodes:
             self._SyncObj__onNodeDisconnected(node)
         else:

@@ -103,7 +103,7 @@ def _to_append(message: dict[str, Any]) -> Append | Install:
     if "serialized" in message:
         if message["serialized"] is None:
             return Install(term, 0, 0, bytes(32), b"")
-        blob, offset, _ = message["serialized"]
+        blob, offset = message["serialized"]
         data = blob.data[offset : offset + SNAPSHOT_CHUNK_SIZE]
         return Install(term, offset, len(blob.data), blob.sha256, data)
     entries = tuple(Entry(entry_term, command) for command, _, entry_term in message["entries"])

@@ -2,10 +2,11 @@
 
 One frame is one msgpack array: a tag and the fields. `decode` gives a message whose types and
 bounds hold, or raises `MalformedMessage`; what a message means is for `ollamad.raft` to judge.
-Fields may be added at the end with defaults. The sender is not in here: the link knows it.
+Fields may be added at the end with defaults, and kinds of messages: a node ignores those that it
+does not know. The sender is not in here: the link knows it.
 """
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 import msgspec
 
@@ -53,6 +54,13 @@ class MalformedMessage(ValueError):
     """The bytes are not a message of this protocol; whoever sent them is not to be trusted."""
 
 
+class UnknownMessage(MalformedMessage):
+    """A message of a kind that this version does not know: to be ignored, as if it were lost."""
+
+
+Kind = Annotated[str, msgspec.Meta(min_length=1, max_length=32)]
+
+
 class Entry(msgspec.Struct, frozen=True, array_like=True):
     """A log entry without its index, which follows from its place."""
 
@@ -87,6 +95,7 @@ class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack"):
     next_index: Index
     success: bool
     reset: bool  # go on from next_index, be it lower than what was sent already
+    snapshot_held: Index | None = None  # bytes of the snapshot, to a part of which this answers
 
 
 class Outdated(msgspec.Struct, frozen=True, array_like=True, tag="outdated"):
@@ -192,7 +201,11 @@ Message = (
     | ReadProof
 )
 
+KINDS = frozenset(str(kind.__struct_config__.tag) for kind in get_args(Message))
+
 _encoder = msgspec.msgpack.Encoder()
+_parts_decoder = msgspec.msgpack.Decoder(tuple[msgspec.Raw, ...])
+_kind_decoder = msgspec.msgpack.Decoder(Kind)
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _voters_decoder: msgspec.msgpack.Decoder[tuple[NodeId, ...]] = msgspec.msgpack.Decoder(Voters)
 _change_decoder = msgspec.msgpack.Decoder(VoterChange)
@@ -207,6 +220,7 @@ def decode(frame: bytes | memoryview) -> Message:
     """Read one frame.
 
     Raises:
+      UnknownMessage: another version may know its kind.
       MalformedMessage: types, bounds, an entry's kind or the order of terms are wrong.
     """
     if len(frame) > MAX_FRAME_SIZE:
@@ -214,6 +228,8 @@ def decode(frame: bytes | memoryview) -> Message:
     try:
         message = _decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if (kind := _kind_of(frame)) is not None and kind not in KINDS:
+            raise UnknownMessage(f"a message of kind {kind!r}") from None
         raise MalformedMessage(str(error)[:MAX_REASON]) from None
     match message:
         case Append(term, _, _, prev_term, entries):
@@ -232,6 +248,14 @@ def decode(frame: bytes | memoryview) -> Message:
         case _:
             pass
     return message
+
+
+def _kind_of(frame: bytes | memoryview) -> str | None:
+    try:
+        parts = _parts_decoder.decode(frame)
+        return _kind_decoder.decode(parts[0]) if parts else None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def encode_voters(voters: frozenset[NodeId]) -> bytes:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
+import msgspec
 import pysyncobj.pickle
 import pysyncobj.syncobj
 import pytest
@@ -104,7 +105,6 @@ async def test_nothing_is_pickled_or_unpickled(
         monkeypatch.setattr(pickle, name, refuse)
     monkeypatch.setattr(node_module, "COMPACT_ENTRIES", 100)
     monkeypatch.setattr("ollamad.raft.journal.COMPACTION_TAIL", 10)
-    monkeypatch.setattr("ollamad.raft.node.COMPACTION_TAIL", 10)
     c = await found()
     leader = await c.leader()
     await c.kill(other := others(leader)[0])
@@ -868,7 +868,6 @@ async def test_a_late_node_gets_a_snapshot_and_restarts_from_it(
 ) -> None:
     monkeypatch.setattr(node_module, "COMPACT_ENTRIES", 100)
     monkeypatch.setattr("ollamad.raft.journal.COMPACTION_TAIL", 10)
-    monkeypatch.setattr("ollamad.raft.node.COMPACTION_TAIL", 10)
     monkeypatch.setattr("ollamad.wire.raftwire.SNAPSHOT_CHUNK_SIZE", 100)
     monkeypatch.setattr("ollamad.raft.private.SNAPSHOT_CHUNK_SIZE", 100)
     monkeypatch.setattr("ollamad.raft.transport.SNAPSHOT_CHUNK_SIZE", 100)
@@ -901,6 +900,98 @@ async def test_a_late_node_gets_a_snapshot_and_restarts_from_it(
     learner = await c.start("d", learner_of=leader.id)
     await c.settled()
     assert learner.raft.voters == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("state_size", [0, 3_000_000])
+async def test_a_snapshot_arrives_over_a_slow_link_and_heartbeats_with_it(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock, found: Found, state_size: int
+) -> None:
+    monkeypatch.setattr(node_module, "COMPACT_ENTRIES", 100)
+    monkeypatch.setattr("ollamad.raft.journal.COMPACTION_TAIL", 10)
+    c = await found()
+    leader = await c.leader()
+    await c.kill(late := others(leader)[0])
+    for number in range(300):
+        await leader.raft.propose(b"%d" % number + bytes(state_size // 300), 5)
+    send, free_at, most = c._send, 0.0, 0.0
+
+    def slow(source: NodeId, to: NodeId, frame: bytes) -> None:
+        """1 MB/s from the leader to that node, which queues up to 3 MB."""
+        nonlocal free_at, most
+        if (source, to) == (leader.id, late):
+            free_at = max(free_at, trio.current_time()) + len(frame) / 1e6
+            c.delay_s = free_at - trio.current_time()
+            most = max(most, c.delay_s)
+            if c.delay_s > 3.0:
+                return
+        send(source, to, frame)
+        c.delay_s = 0.0002
+
+    monkeypatch.setattr(c, "_send", slow)
+    terms = {host.raft.term for host in c.hosts.values() if host.node is not None}
+    began = trio.current_time()
+    host = await c.start(late)
+    await c.settled()
+    assert host.ledger.restored == 1
+    assert trio.current_time() - began < 2 * state_size / 1e6 + 2
+    assert most < 2.6, "what is not acknowledged is bounded"
+    assert {host.raft.term for host in c.hosts.values()} == terms
+
+
+async def test_a_state_that_is_too_large_for_a_snapshot_stops_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: MockClock,
+    found: Found,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("ollamad.raft.journal.MAX_SNAPSHOT_SIZE", 20_000)
+    monkeypatch.setattr("ollamad.raft.journal.COMPACTION_TAIL", 10)
+    monkeypatch.setattr(node_module, "COMPACT_ENTRIES", 100)
+    c = await found("a")
+    host = c["a"]
+    for number in range(400):
+        await host.raft.propose(b"%d" % number + bytes(100), 5)
+    assert host.error is None
+    journal = host.raft._journal
+    first = journal.snapshot_index
+    assert 0 < first < 200, "the old snapshot stays"
+    assert len(journal) > 200
+    await trio.sleep(300)
+    assert journal.snapshot_index == first
+    (complaint,) = [r.message for r in caplog.records if r.levelname == "ERROR"]
+    assert "limit is 20000" in complaint
+    host.ledger.commands = [b"little"]
+    await trio.sleep(61)
+    assert journal.snapshot_index > 400
+    await c.stop("a")
+    host = await c.start("a")
+    assert host.ledger.commands[0] == b"little"
+
+
+async def test_large_entries_are_compacted_however_few_they_are(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock, found: Found
+) -> None:
+    c = await found("a")
+    host = c["a"]
+    monkeypatch.setattr(type(host.ledger), "snapshot", lambda self: b"all")
+    for number in range(100):
+        await host.raft.propose(b"%d" % number + bytes(1_000_000), 5)
+    journal = host.raft._journal
+    assert journal.snapshot_index >= 64
+    assert journal.bytes_size < 50e6
+
+
+async def test_a_message_of_a_newer_kind_is_ignored_and_told_once(
+    autojump_clock: MockClock, found: Found, caplog: pytest.LogCaptureFixture
+) -> None:
+    c = await found()
+    leader = await c.leader()
+    for number in range(3):
+        leader.raft.receive(NodeId("b"), msgspec.msgpack.encode((f"kind{number}", 1)))
+    assert [r.message for r in caplog.records if "kind" in r.message] == [
+        "a message of kind 'kind0' of b is ignored: it is newer"
+    ]
+    await leader.raft.propose(b"x", 5)
 
 
 async def test_messages_carry_terms_and_a_vote_request_follows_a_pre_vote(

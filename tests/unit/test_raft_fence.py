@@ -1,5 +1,6 @@
 """Each fence alone, against the paper: what the library is told, and what leaves."""
 
+import random
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ from ollamad.core.ids import NodeId
 from ollamad.raft.errors import SafetyViolation
 from ollamad.raft.fence import narrow
 from ollamad.raft.journal import SNAPSHOT_FORMAT, Snapshot, pack_snapshot
-from ollamad.raft.private import CANDIDATE, FOLLOWER, LEADER
+from ollamad.raft.private import CANDIDATE, FOLLOWER, LEADER, QUEUE_FULL, QUEUE_SIZE
 from ollamad.wire.raftwire import (
+    SNAPSHOT_CHUNK_SIZE,
     Ack,
     Append,
     Entry,
@@ -543,7 +545,145 @@ def test_entries_after_the_snapshot_are_kept_if_they_fit() -> None:
         assert solo.core.last_index() == after
 
 
+def compacted_leader(parts: int) -> tuple[Solo, int, int]:
+    """One whose follower b needs a snapshot of so many parts; also its size and index."""
+    solo = Solo(log="1" * 20)
+    solo.lead()
+    for voter in "bc":
+        solo.receive(voter, Ack(2, solo.core.last_index() + 1, True, False))
+    solo.tick()
+    index = solo.core.applied_index()
+    assert index > 20
+    solo.journal.compact(random.Random(1).randbytes((parts - 1) * SNAPSHOT_CHUNK_SIZE), index)
+    del solo.journal._entries[:-3]
+    solo.sync()
+    solo.take()
+    solo.receive("b", Ack(2, 3, False, True))
+    blob = solo.journal.snapshot_blob
+    assert blob is not None
+    return solo, len(blob.data), index
+
+
+def sent_parts(solo: Solo) -> list[int]:
+    """The places of the parts that b was sent since the last call."""
+    sent = [m for to, m in solo.take() if to == "b" and isinstance(m, Install) and m.data]
+    return [message.offset // SNAPSHOT_CHUNK_SIZE for message in sent]
+
+
+def held(parts: int) -> Ack:
+    return Ack(2, 3, False, False, parts * SNAPSHOT_CHUNK_SIZE)
+
+
+def test_a_snapshot_is_sent_as_fast_as_it_is_acknowledged() -> None:
+    solo, size, index = compacted_leader(parts=20)
+    for _ in range(3):
+        solo.core.send_appends()
+    assert sent_parts(solo) == list(range(8))
+    solo.receive("b", held(1))
+    solo.receive("b", held(1))
+    assert sent_parts(solo) == [8]
+    solo.receive("b", held(6))
+    assert sent_parts(solo) == [9, 10, 11, 12, 13]
+    for part in range(7, 20):
+        solo.receive("b", held(part))
+    assert sent_parts(solo) == [14, 15, 16, 17, 18, 19]
+    solo.core.send_appends()
+    beats = [m for to, m in solo.take() if to == "b"]
+    assert [m.data for m in beats if isinstance(m, Install)] == [b""], "still a heartbeat"
+    solo.receive("b", Ack(2, index + 1, True, False))
+    solo.core.send_appends()
+    (after,) = [m for to, m in solo.take() if to == "b"]
+    assert isinstance(after, Append)
+    assert after.prev_index == index
+    assert size > 19 * SNAPSHOT_CHUNK_SIZE
+
+
+def test_lost_parts_of_a_snapshot_are_sent_again_from_where_the_follower_is() -> None:
+    solo, _, _ = compacted_leader(parts=20)
+    solo.core.send_appends()
+    solo.receive("b", held(3))
+    assert sent_parts(solo) == list(range(11))
+    solo.now += 1.9
+    solo.core.send_appends()
+    assert sent_parts(solo) == []
+    solo.now += 0.2
+    solo.core.send_appends()
+    assert sent_parts(solo) == [3], "only one: the follower may just be slow"
+    solo.now += 0.1
+    solo.core.send_appends()
+    assert sent_parts(solo) == []
+    solo.receive("b", held(4))
+    assert sent_parts(solo) == list(range(4, 12))
+    solo.core.disconnected(NodeId("b"))
+    solo.core.connected(NodeId("b"))
+    solo.core.send_appends()
+    assert sent_parts(solo) == [4], "a link broke"
+    solo.receive("b", held(0))  # and the follower was started again
+    solo.core.send_appends()
+    assert sent_parts(solo) == [0]
+
+
+def test_what_is_said_of_another_snapshot_does_no_harm() -> None:
+    solo, _, _ = compacted_leader(parts=3)
+    solo.core.send_appends()
+    assert sent_parts(solo) == [0, 1, 2]
+    solo.receive("b", held(50))
+    solo.receive("c", held(1))
+    solo.receive("b", held(2))
+    assert sent_parts(solo) == []
+    solo.receive("b", held(1))
+    solo.core.send_appends()
+    assert sent_parts(solo) == [1]
+
+
+def test_a_follower_keeps_the_parts_before_a_lost_one() -> None:
+    solo = Solo(log="1")
+    (one, two), (other, _) = snapshot(50, 2), snapshot(60, 2)
+    middle = len(one.data) // 2
+    first = Install(2, 0, one.total, one.sha256, one.data[:middle])
+    second = Install(2, middle, one.total, one.sha256, one.data[middle:])
+    answers = []
+    for part in (second, first, two, first, one, second):
+        solo.receive("b", part)
+        solo.sync()
+        answers += [m.snapshot_held for _, m in solo.take() if isinstance(m, Ack)]
+    assert answers == [0, middle, middle, middle, len(one.data), len(one.data)]
+    solo.receive("b", two)
+    solo.sync()
+    assert solo.take()[-1] == ("b", Ack(2, 51, True, False))
+    solo.receive("b", two)  # the answer was lost
+    assert solo.take()[-1] == ("b", Ack(2, 51, True, False))
+    solo.receive("b", other)
+    assert solo.take()[-1] == ("b", Ack(2, 51, False, False, len(other.data)))
+
+
+def test_who_leads_no_more_holds_no_snapshot_for_others() -> None:
+    solo, _, _ = compacted_leader(parts=3)
+    solo.core.send_appends()
+    assert solo.core._snapshots._transfers
+    solo.core.step_down(9)
+    solo.tick()
+    assert not solo.core._snapshots._transfers
+
+
 # Proposals.
+
+
+def test_proposals_that_wait_are_bounded_in_bytes() -> None:
+    solo = Solo(log="1")
+    solo.lead()
+    answers: list[int] = []
+    whole = command("x" * (1 << 20))
+    for _ in range(70):
+        solo.core.submit(whole, lambda _, error: answers.append(error))
+    assert answers == [QUEUE_FULL] * 7  # 63 and their first bytes are below 64 MiB
+    solo.tick()
+    solo.core.submit(whole, lambda _, error: answers.append(error))
+    assert len(answers) == 7
+    solo.tick()
+    for _ in range(QUEUE_SIZE + 5):
+        solo.core.submit(command("x"), lambda _, error: answers.append(error))
+    assert len(answers) == 7 + 5
 
 
 def test_a_forwarded_proposal_is_placed_or_refused() -> None:

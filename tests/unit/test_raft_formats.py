@@ -22,8 +22,7 @@ from ollamad.raft.journal import (
 from ollamad.raft.node import RaftNode
 from ollamad.raft.sqlite_store import FORMAT, SqliteStore
 from ollamad.wire.codec import MalformedMessage, decode, encode
-from ollamad.wire.raftwire import SNAPSHOT_CHUNK_SIZE, Install
-from ollamad.wire.raftwire import MalformedMessage as MalformedFrame
+from ollamad.wire.raftwire import SNAPSHOT_CHUNK_SIZE, Ack, Install
 from tests.data.make_raft_journal import A, B, C, state
 from tests.fakes.raft_cluster import Ledger, MemoryDisk
 from tests.fakes.raft_solo import Solo
@@ -149,16 +148,22 @@ async def test_a_start_with_a_state_that_is_not_understood_is_refused() -> None:
         await node.open()
 
 
-def test_a_leaders_snapshot_that_is_not_understood_changes_nothing() -> None:
+def test_a_leaders_snapshot_that_is_not_understood_changes_nothing_and_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     solo = Solo(log="11")
     solo.fence._machine = Picky()
-    blob = snapshot_of(50)
-    assert len(blob.data) < SNAPSHOT_CHUNK_SIZE
     before = solo.terms()
-    with pytest.raises(MalformedFrame, match="snapshot: the state has format 9"):
+    for entry in (50, 50, 60):  # the leader tries again, also with a later one
+        blob = snapshot_of(entry)
+        assert len(blob.data) < SNAPSHOT_CHUNK_SIZE
         solo.receive("b", Install(1, 0, len(blob.data), blob.sha256, blob.data))
+        assert solo.take() == [("b", Ack(1, 5, False, False, 0))]
     assert solo.terms() == before
     assert solo.core.applied_index() < 50
+    complaints = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert len(complaints) == 1
+    assert "leader's snapshot: the state has format 9" in complaints[0]
 
 
 # The state.

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ollamad.core.ids import NodeId
-from ollamad.raft.errors import JournalFailed
+from ollamad.raft.errors import JournalFailed, StateTooLarge
 from ollamad.raft.journal import (
     COMPACTION_TAIL,
+    COMPACTION_TAIL_BYTES,
     SNAPSHOT_FORMAT,
     Journal,
     Snapshot,
@@ -178,6 +179,34 @@ async def test_compaction_keeps_a_tail_and_the_voters(tmp_path: Path) -> None:
     assert again.snapshot_blob is not None
     assert unpack_snapshot(again.snapshot_blob).state == b"state"
     assert unpack_snapshot(again.snapshot_blob).index == 2500
+
+
+def test_the_tail_that_compaction_keeps_is_bounded_in_bytes() -> None:
+    def compacted(*sizes: int) -> int:
+        """Compact after entries of these sizes and ten more; returns the first that is left."""
+        journal = Journal(Stored())
+        for index, size in enumerate((1, *sizes), 1):
+            journal.add(command("x" * (size - 1)), index, 1)
+        for index in range(len(sizes) + 2, len(sizes) + 12):
+            journal.add(command("x"), index, 1)
+        journal.compact(b"", len(sizes) + 1)
+        return journal[0][1]
+
+    mib = 1 << 20
+    assert 8 * mib == COMPACTION_TAIL_BYTES
+    assert compacted(*[mib] * 20) == 12  # ten: the two that must be, and eight
+    assert compacted(*[mib] * 6) == 1
+    assert compacted(9 * mib, mib, mib, 8 * mib, 9 * mib) == 3
+
+
+def test_a_state_that_does_not_fit_into_a_snapshot_leaves_the_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ollamad.raft.journal.MAX_SNAPSHOT_SIZE", 1000)
+    journal = filled(3000)
+    with pytest.raises(StateTooLarge, match="limit is 1000"):
+        journal.compact(bytes(1000), 2500)
+    assert (journal[0][1], journal.snapshot_blob, journal.snapshot_index) == (1, None, 0)
 
 
 # What must not be trusted.

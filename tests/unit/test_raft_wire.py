@@ -25,6 +25,7 @@ from ollamad.wire.raftwire import (
     PreVote,
     PreVoteRequest,
     TakeOver,
+    UnknownMessage,
     Vote,
     VoteRequest,
     decode,
@@ -40,6 +41,7 @@ MESSAGES = [
     Append(3, 7, 8, 2),
     Install(3, 0, 4, bytes(32), b"data"),
     Ack(3, 9, True, False),
+    Ack(3, 9, False, False, 262144),
     Outdated(4),
     VoteRequest(3, 8, 2),
     Vote(3),
@@ -108,6 +110,21 @@ def test_a_damaged_message_is_a_message_or_malformed(message: raftwire.Message, 
     del frame[rng.randrange(len(frame)) + 1 :]
     with contextlib.suppress(MalformedMessage):
         decode(bytes(frame))
+
+
+def test_a_message_of_a_kind_that_is_not_known_is_told_apart_from_a_malformed_one() -> None:
+    for frame in (array("gossip", 1, {"a": []}), array("gossip")):
+        with pytest.raises(UnknownMessage, match="'gossip'"):
+            decode(frame)
+    for frame in (array("vote"), array("append", 1), array(7, 1), array(), array("x" * 33), b"x"):
+        with pytest.raises(MalformedMessage) as caught:
+            decode(frame)
+        assert caught.type is MalformedMessage
+
+
+def test_a_message_of_a_newer_version_may_have_more_fields() -> None:
+    assert decode(array("ack", 3, 9, True, False, None, "more")) == Ack(3, 9, True, False)
+    assert decode(array("ack", 3, 9, True, False)) == Ack(3, 9, True, False)
 
 
 def test_voters() -> None:
