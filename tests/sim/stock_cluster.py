@@ -10,7 +10,6 @@ import logging
 import random
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,11 @@ from pysyncobj.node import Node
 from ollamad.core.ids import NodeId
 from tests.sim.history import History, Kind, Operation
 from tests.sim.linearizability import Outcome, judge
-from tests.sim.network import Datagrams, Paths
+from tests.sim.network import Paths
 from tests.sim.plan import LEADER, Crash, Fault, Network, Scenario, Way
 from tests.sim.plan import Kind as FaultKind
 from tests.sim.stock_library import BugInApplication, use_random
-from tests.sim.stock_network import StockConnections
+from tests.sim.stock_network import StockConnections, StockFrames
 from tests.sim.stock_process import (
     CALLED_BACK,
     EXPLODED,
@@ -95,14 +94,13 @@ class StockCluster:
         self.hosts = [Host(self, n) for n in range(scenario.voters)]
         self.by_id = {host.id: host for host in self.hosts}
         self.connections: StockConnections | None = None
-        self.datagrams: Datagrams | None = None
+        self.frames: StockFrames | None = None
         if scenario.network.streams:
             self.connections = StockConnections(
                 world, scenario.network, self.paths, self._deliver, self._notice, self._is_up
             )
         else:
-            deliver: Any = self._deliver
-            self.datagrams = Datagrams(world, scenario.network, self.paths, deliver, Counter())
+            self.frames = StockFrames(world, scenario.network, self.paths, self._deliver)
 
     def found(self, defect: Defect, details: str) -> None:
         self.findings.setdefault(defect, f"{self.world.now - START_S:.3f} {details}")
@@ -279,9 +277,8 @@ class StockCluster:
             return False
         if self.connections is not None:
             return self.connections.send(source, to, sent)
-        assert self.datagrams is not None
-        frame: Any = sent
-        self.datagrams.send(source, to, frame)
+        assert self.frames is not None
+        self.frames.send(source, to, sent, may_double=not sent.is_proposal)
         return True
 
     def _deliver(self, source: NodeId, to: NodeId, sent: Sent) -> None:
@@ -395,7 +392,7 @@ class StockCluster:
             host.process.resume()
 
     def _use_network(self, network: Network) -> None:
-        for each in (self.connections, self.datagrams):
+        for each in (self.connections, self.frames):
             if each is not None:
                 each.now = network
 

@@ -1,8 +1,10 @@
-"""The stock library's TCP transport, as far as its nodes can tell: one connection for each pair.
+"""Two networks for stock nodes.
 
-Messages arrive in order and once. A connection outlives a short cut, whose messages come late; it
-breaks by the library's own rules: whoever sends, and has read nothing for `connectionTimeout`,
-drops it, and what was under way is lost. The node with the larger address connects again.
+`StockFrames` is as harsh as the one for our own nodes. `StockConnections` is the library's TCP
+transport, as far as its nodes can tell: messages arrive in order and once. A connection outlives a
+short cut, whose messages come late; it breaks by the library's own rules: whoever sends, and has
+read nothing for `connectionTimeout`, drops it, and what was under way is lost. The node with the
+larger address connects again.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,36 @@ RETRY_S = 5.0
 RETRANSMIT_S = 0.4  # after a cut heals, until data flows again
 
 Message = Any
+Deliver = Callable[[NodeId, NodeId, Message], None]  # from, to, message
+
+
+class StockFrames:
+    """Single messages: late, lost, doubled or overtaken, as our own nodes' frames are too."""
+
+    def __init__(self, world: World, usual: Network, paths: Paths, deliver: Deliver) -> None:
+        self._world = world
+        self._rng = world.rng("frames")
+        self._paths = paths
+        self._deliver = deliver
+        self._last: dict[tuple[NodeId, NodeId], float] = {}  # when the latest one arrives
+        self.now = usual
+
+    def send(self, source: NodeId, to: NodeId, message: Message, may_double: bool) -> None:
+        rng, now = self._rng, self.now
+        if self._paths.is_cut(source, to) or (now.loss and rng.random() < now.loss):
+            return
+        arrives_at = self._world.now + self._delay_s()
+        if now.ordered:
+            arrives_at = max(arrives_at, self._last.get((source, to), 0.0))
+            self._last[source, to] = arrives_at
+        self._world.at(arrives_at, self._deliver, source, to, message)
+        if now.duplication and rng.random() < now.duplication and may_double:
+            self._world.after(2 * self._delay_s(), self._deliver, source, to, message)
+
+    def _delay_s(self) -> float:
+        rng, now = self._rng, self.now
+        late_s = now.straggling_s if rng.random() < now.straggling else now.jitter_s
+        return now.latency_s + rng.random() * late_s
 
 
 class Connection:
@@ -41,7 +73,7 @@ class StockConnections:
         world: World,
         usual: Network,
         paths: Paths,
-        deliver: Callable[[NodeId, NodeId, Message], None],
+        deliver: Deliver,
         notice: Callable[[NodeId, NodeId, bool], None],
         is_up: Callable[[NodeId], bool],
     ) -> None:

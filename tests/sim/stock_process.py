@@ -76,6 +76,7 @@ class Sent:
     """A message as it travels: a copy, and who sent it in which term."""
 
     term: int
+    is_proposal: bool
     data: bytes
 
 
@@ -221,7 +222,7 @@ class Process:
                 self._empty_messages += 1
                 if self._empty_messages > FLOOD:
                     self.found(Defect.FLOODS, f"to {to}")
-        sent = Sent(term, pickle.dumps(message))
+        sent = Sent(term, message["type"] == "apply_command", pickle.dumps(message))
         return self.cluster.send(host.id, to, sent)
 
     def _votes_for(self, candidate: NodeId) -> None:
