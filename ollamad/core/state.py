@@ -158,9 +158,9 @@ class ClusterState(msgspec.Struct):
         count = len(self.recent)
         doomed = []
         for place, (command_id, known) in enumerate(self.recent.items()):
-            left = count - place
+            # The last RECENT_COMMANDS are always young: see `Recency`.
             is_young = now - known.at <= REMEMBER_S
-            if left <= RECENT_COMMANDS or (is_young and left <= MAX_RECENT_COMMANDS):
+            if is_young and count - place <= MAX_RECENT_COMMANDS:
                 break
             doomed.append(command_id)
         for command_id in doomed:

@@ -188,8 +188,10 @@ class _SnapshotSender:
     def answered(self, node: Node, held: int) -> bool:
         """The node has so many bytes. Returns whether that is more than it had."""
         transfer = self._transfers.get(node)
-        if transfer is None or held > len(transfer.blob.data) or held == transfer.held:
+        if transfer is None or held == transfer.held:
             return False
+        if held >= len(transfer.blob.data):
+            return False  # of another snapshot: who has the whole of this one says so otherwise
         is_more = held > transfer.held
         transfer.answered_at = self._clock()
         transfer.held = held

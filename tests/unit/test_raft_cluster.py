@@ -956,7 +956,16 @@ async def test_a_state_that_is_too_large_for_a_snapshot_stops_nobody(
     first = journal.snapshot_index
     assert 0 < first < 200, "the old snapshot stays"
     assert len(journal) > 200
+    attempts, snapshot = 0, host.ledger.snapshot
+
+    def counted() -> bytes:
+        nonlocal attempts
+        attempts += 1
+        return snapshot()
+
+    monkeypatch.setattr(host.ledger, "snapshot", counted)
     await trio.sleep(300)
+    assert 4 <= attempts <= 5
     assert journal.snapshot_index == first
     (complaint,) = [r.message for r in caplog.records if r.levelname == "ERROR"]
     assert "limit is 20000" in complaint

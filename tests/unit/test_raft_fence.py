@@ -624,16 +624,19 @@ def test_lost_parts_of_a_snapshot_are_sent_again_from_where_the_follower_is() ->
 
 
 def test_what_is_said_of_another_snapshot_does_no_harm() -> None:
-    solo, _, _ = compacted_leader(parts=3)
+    solo, size, _ = compacted_leader(parts=3)
     solo.core.send_appends()
     assert sent_parts(solo) == [0, 1, 2]
-    solo.receive("b", held(50))
     solo.receive("c", held(1))
+    for answer in (held(50), Ack(2, 3, False, False, size)):
+        solo.receive("b", answer)
+        solo.now += 2.1
+        solo.core.send_appends()
+        assert sent_parts(solo) == [0]
     solo.receive("b", held(2))
-    assert sent_parts(solo) == []
     solo.receive("b", held(1))
     solo.core.send_appends()
-    assert sent_parts(solo) == [1]
+    assert sent_parts(solo) == [2, 1]
 
 
 def test_a_follower_keeps_the_parts_before_a_lost_one() -> None:
@@ -655,6 +658,33 @@ def test_a_follower_keeps_the_parts_before_a_lost_one() -> None:
     assert solo.take()[-1] == ("b", Ack(2, 51, True, False))
     solo.receive("b", other)
     assert solo.take()[-1] == ("b", Ack(2, 51, False, False, len(other.data)))
+
+
+def test_a_follower_that_was_away_gets_the_newest_snapshot_and_one_that_is_there_the_first() -> (
+    None
+):
+    for away in (False, True):
+        solo, _, index = compacted_leader(parts=3)
+        solo.core.send_appends()
+        solo.receive("b", held(1))
+        if away:
+            solo.core.disconnected(NodeId("b"))
+        solo.journal.compact(bytes(9 * SNAPSHOT_CHUNK_SIZE), index)
+        solo.sync()
+        solo.core.send_appends()
+        solo.take()
+        if away:
+            solo.core.connected(NodeId("b"))
+            solo.core.send_appends()
+            assert sent_parts(solo) == list(range(8))
+        else:
+            solo.receive("b", held(0))
+            solo.receive("b", held(2))
+            assert sent_parts(solo) == [2]
+            solo.receive("b", Ack(2, index + 1, True, False))
+            solo.receive("b", Ack(2, 3, False, True))  # it lost its disk
+            solo.core.send_appends()
+            assert sent_parts(solo) == list(range(8))
 
 
 def test_who_leads_no_more_holds_no_snapshot_for_others() -> None:

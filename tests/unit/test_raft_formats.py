@@ -159,6 +159,9 @@ def test_a_leaders_snapshot_that_is_not_understood_changes_nothing_and_is_told_o
         assert len(blob.data) < SNAPSHOT_CHUNK_SIZE
         solo.receive("b", Install(1, 0, len(blob.data), blob.sha256, blob.data))
         assert solo.take() == [("b", Ack(1, 5, False, False, 0))]
+    # What was refused is not even put together again.
+    solo.receive("b", Install(1, 0, len(blob.data), blob.sha256, blob.data[:5]))
+    assert solo.take() == [("b", Ack(1, 5, False, False, 0))]
     assert solo.terms() == before
     assert solo.core.applied_index() < 50
     complaints = [record.message for record in caplog.records if record.levelname == "ERROR"]
