@@ -56,6 +56,7 @@ class Checker:
         self._leaders: dict[int, Log] = {}  # by term
         self._votes: dict[tuple[str, int], str] = {}  # by voter and term: who got it
         self._pre_votes: dict[tuple[str, int], set[str]] = {}  # by candidate and proposed term
+        self._requests: dict[tuple[str, str, int], Log] = {}  # by host, kind and number
         self._claims: dict[tuple[str, int], tuple[int, int]] = {}  # by candidate and term
         self._answers: dict[tuple[str, int], int] = {}  # by host and term: the last entry it has
         self._heirs: set[tuple[str, int]] = set()  # who was asked to take over, and from what term
@@ -255,6 +256,15 @@ class Checker:
             )
 
     # What hosts tell others; it binds the next process on the same disk.
+
+    def asked(self, log: Log, request: str, number: int) -> None:
+        """A process asks another one; the answer must not be taken for one to its successor."""
+        asker = self._requests.setdefault((log.host, request, number), log)
+        if asker is not log:
+            self.violated(
+                "requests have numbers of their own",
+                f"{log.host} uses {number} for a {request} as its former life did",
+            )
 
     def told_term(self, host: str, term: int) -> None:
         if term > self._terms.get(host, 0):

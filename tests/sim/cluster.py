@@ -267,13 +267,15 @@ class Cluster:
         leading = [h for h in self.hosts if h.life and h.life.is_running and h.life.node.is_leader]
         return max(leading, key=lambda host: host.life.node.term, default=None)  # type: ignore
 
+    def _host(self, number: int, at: float) -> Host:
+        host = self.leader() if number == LEADER else self.hosts[number]
+        return host or self.hosts[int(at * 1e6) % len(self.hosts)]
+
     def strike(self, fault: Fault) -> None:
         """Let a fault happen."""
         if self._is_healed:
             return
-        host = self.hosts[fault.who] if fault.who != LEADER else self.leader()
-        if host is None:
-            host = self.hosts[int(fault.at * 1e6) % len(self.hosts)]
+        host = self._host(fault.who, fault.at)
         self.world.note(host.id, f"fault: {fault.kind}", *fault.args)
         self.counts[f"fault: {fault.kind}"] += 1
         life = host.life
@@ -334,7 +336,7 @@ class Cluster:
                 self._tell(host, self.hosts[other])
                 self.lasting(seconds, self._see_clearly, host, self.hosts[other])
             case (Kind.ADD | Kind.REMOVE) as kind, (int(at),):
-                changer = self.hosts[at]
+                changer = self._host(at, fault.at)
                 self.nursery.start_soon(self._change, changer, host.id, kind is Kind.ADD)
             case Kind.BURST, (int(count),):
                 for _ in range(count):

@@ -144,6 +144,12 @@ class DiskHandle:
                 disk.write(batch)
         else:
             disk.write(batch)
+            if disk.last and disk.entries[disk.last][2] > batch.term:
+                life.checker.violated(
+                    "promises are durable",
+                    f"{life.host.id} writes an entry of term {disk.entries[disk.last][2]} "
+                    f"together with term {batch.term}",
+                )
             if dies is not None:
                 life.crash("after a write")
         life.wake(self._done.set)

@@ -31,8 +31,8 @@ class Kind(StrEnum):
     BAD_NETWORK = "bad network"  # loss, duplication, jitter in seconds, seconds
     RESET = "reset"  # the connection to another host, with what is in flight
     MISTAKE = "mistake"  # the link to another host is wrongly said to be down: seconds
-    ADD = "add voter"  # asked at: another host's number
-    REMOVE = "remove voter"  # asked at: another host's number
+    ADD = "add voter"  # asked at: another host's number, or LEADER
+    REMOVE = "remove voter"  # as ADD
     TRANSFER = "transfer"  # leadership
     BURST = "burst"  # of writes through that host, at once: how many
 
@@ -218,6 +218,12 @@ def _faults(rng: random.Random, hosts: int, duration_s: float) -> tuple[Fault, .
         if kind in _CUTS and rng.random() < 0.5:
             # What a leader takes in now will conflict with what the next one does.
             faults.append(Fault(at + rng.uniform(0, 0.5), Kind.BURST, who, (rng.randint(1, 6),)))
+        if kind in _CUTS and rng.random() < 0.3:
+            # Changes that a leader without a majority must not make in two steps either.
+            for _ in range(rng.randint(2, 4)):
+                change = Kind.ADD if rng.random() < 0.2 else Kind.REMOVE
+                soon = at + rng.uniform(0, 0.6)
+                faults.append(Fault(soon, change, rng.randrange(hosts), (LEADER,)))
         # Now and then a second one follows at once.
         at += rng.uniform(0.001, 0.1) if rng.random() < 0.2 else rng.expovariate(1 / mean_pause_s)
     return tuple(sorted(faults, key=lambda fault: fault.at))

@@ -17,7 +17,10 @@ from ollamad.raft import Links, RaftError, RaftNode
 from ollamad.raft.journal import Blob, Journal, Snapshot, Stored
 from ollamad.raft.private import LEADER
 from ollamad.wire.raftwire import (
+    VOTER_CHANGE,
     Ack,
+    AskRead,
+    Forward,
     MalformedMessage,
     PreVote,
     TakeOver,
@@ -52,8 +55,24 @@ class WatchedJournal(Journal):
         super().__init__(stored)
 
     def add(self, command: bytes, idx: int, term: int) -> None:
+        if command[0] == VOTER_CHANGE:
+            self._check_change()
         super().add(command, idx, term)
         self.checker.appended(self.log, self._entries[-1])
+
+    def _check_change(self) -> None:
+        """A leader changes the voters only when the last change and its own term are committed."""
+        core = self.life.node._core
+        commit = core.commit_index()
+        if core.state() == LEADER and (
+            commit < self.membership_index or self.term_at(commit) != core.term()
+        ):
+            self.checker.violated(
+                "one change at a time",
+                f"{self.log.host} changes the voters in term {core.term()} when {commit} is "
+                f"committed, of term {self.term_at(commit)}, and the last change is "
+                f"{self.membership_index}",
+            )
 
     def deleteEntriesFrom(self, entryFrom: int) -> None:
         if entryFrom < len(self._entries):
@@ -250,6 +269,9 @@ class Life:
                 checker.votes_by_log(self.log, term, to, (last_term, last_index))
                 checker.voted(host.id, term, to)
                 kept = disk.meta.term > term or (disk.meta.term, disk.meta.voted_for) == (term, to)
+            case (Forward() | AskRead()) as request:
+                checker.asked(self.log, type(request).__name__, request.request_id)
+                return
             case PreVote(_, proposed_term, granted):
                 if granted:
                     checker.would_vote(host.id, proposed_term, to)
@@ -321,4 +343,4 @@ class Life:
 
 # How frames begin that promise something: an array's length, then these.
 _ACK = b"\xa3ack"
-_PROMISES = {_ACK, b"\xa4vot", b"\xa5vot", b"\xa7pre", b"\xa8tak"}
+_PROMISES = {_ACK, b"\xa4vot", b"\xa5vot", b"\xa7pre", b"\xa8tak", b"\xa7for", b"\xa5rea"}

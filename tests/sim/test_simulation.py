@@ -199,6 +199,11 @@ def an_election_that_nobody_wanted(watched: Watched) -> None:
     watched.checker.stands("A", 2, voters, (1, 3))
 
 
+def a_number_of_a_former_life(watched: Watched) -> None:
+    for log in (watched.logs[0], Log("A")):
+        watched.checker.asked(log, "Forward", 7)
+
+
 def a_vote_for_a_log_that_lacks_something(watched: Watched) -> None:
     b = watched.logs[1]
     watched.checker.stands("A", 2, frozenset({NodeId("A")}), (1, 3))
@@ -225,6 +230,7 @@ def a_vote_for_a_log_that_lacks_something(watched: Watched) -> None:
         (refused_and_done, "refused is refused"),
         (an_answer_that_is_not_true, "answers are true"),
         (an_election_that_nobody_wanted, "elections need consent"),
+        (a_number_of_a_former_life, "requests have numbers of their own"),
         (a_vote_for_a_log_that_lacks_something, "votes go to logs that lack nothing"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
