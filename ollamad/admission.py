@@ -4,6 +4,8 @@ The exchange itself is in `peers/join.py`; here is what a node keeps of it and i
 """
 
 import logging
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,12 +15,13 @@ import trio
 import ollamad
 from ollamad import systemd
 from ollamad.cluster import Addresses, join_addresses
+from ollamad.core.commands import DEPARTED_NODE
 from ollamad.core.ids import NodeId
 from ollamad.core.state import Capacity
 from ollamad.datadir import DataDir
 from ollamad.errors import StartError
 from ollamad.machine import Machine
-from ollamad.peers.identity import Identity, write_private
+from ollamad.peers.identity import KEY_FILE, Identity, sync_directory, write_private
 from ollamad.peers.join import join_through, request_admission
 from ollamad.peers.tls import Gate, PeerUnreachable, TlsStream
 from ollamad.raft.node import RaftNode
@@ -109,29 +112,41 @@ class Admission:
         Raises:
           StartError: the cluster did not let this node in.
         """
-        if invitation is not None and is_elsewhere(self._identity, invitation):
-            # The cluster of one is given up only once the other one has let this node in.
+        if self._identity.is_member:
+            if not await raft.open():
+                raise StartError(
+                    f"the journal of this node is gone from {self._directory.path}, and with it "
+                    "what it has voted for, so its id must not go on. Take it out with "
+                    "`ollama-dist cluster leave` on another node, then start it here with --join; "
+                    "it becomes a new node, the models stay"
+                )
+        elif invitation is not None:
             reply = await self._join(invitation)
-            forget_cluster(self._directory, self._identity)
+            # What there was is given up only now: the cluster has let this node in.
+            forget_cluster(self._directory)
             await raft.open()
-            self._take_part(raft, reply)
-        elif await raft.open():
-            return
-        elif self._identity.is_member:  # stopped after it was let in and before the log began
-            raft.start_as_learner(frozenset(self.seeds.voters))
-        elif invitation is None:
+            await self._take_part(raft, reply)
+        elif not await raft.open():
             raft.bootstrap()
-        else:
-            self._take_part(raft, await self._join(invitation))
+            await raft.persist()
+        elif raft.voters != {self._identity.node_id}:
+            raise StartError(
+                f"this node was stopped in {self._directory.path} before it had joined or left a "
+                "cluster altogether; start it with --join"
+            )
 
-    def _take_part(self, raft: RaftNode, reply: JoinReply) -> None:
+    async def _take_part(self, raft: RaftNode, reply: JoinReply) -> None:
         """Become a member by what the sponsor answered."""
-        # In this order: a crash in between either joins again or goes on from the seeds.
+        # The identity is the last. A crash before leaves one that is no member and joins again;
+        # a member without a journal is one that lost it (see `enter`).
         self.seeds = Seeds(reply.seeds, reply.voters)
         write_private(self._directory.seeds, encode(self.seeds))
-        self._identity.install(reply.certificate_pem, reply.ca_certificate_pem)
-        self._gate.refresh()
         raft.start_as_learner(frozenset(reply.voters))
+        await raft.persist()
+        self._identity.become_member(
+            self._directory.identity, reply.certificate_pem, reply.ca_certificate_pem
+        )
+        self._gate.refresh()
         log.info("joined cluster %s", reply.cluster_id)
 
     async def _join(self, invitation: Invitation) -> JoinReply:
@@ -156,7 +171,13 @@ class Admission:
                 self._identity.sign,
             )
         except (PeerUnreachable, JoinRefused) as error:
+            self._heed(error)
             raise StartError(f"cannot join through {invitation.address}: {error}") from None
+
+    def _heed(self, error: PeerUnreachable | JoinRefused) -> None:
+        """Where the key is refused for good, have the next start make another."""
+        if isinstance(error, JoinRefused) and error.code == DEPARTED_NODE:
+            shutil.rmtree(self._directory.joining, ignore_errors=True)
 
     def _join_request(self, invitation: Invitation) -> JoinRequest:
         api, p2p, raft = join_addresses(self._addresses)
@@ -188,36 +209,52 @@ class Admission:
                 self._identity.sign,
             )
         except JoinRefused as error:
+            self._heed(error)
             log.warning("join: %s did not let this node in: %s", host, error)
         else:
             self._admitted.set()
 
 
-async def check_room(
-    settings: Settings, directory: DataDir, identity: Identity, invitation: Invitation
-) -> None:
-    """Whether this node may join: it is in no cluster, in this one, or in a cluster of one.
+async def choose_identity(
+    settings: Settings, directory: DataDir, invitation: Invitation | None
+) -> Identity:
+    """The identity to start with: this node's own, or one to join with.
 
-    The last is what a first `ollamad start` makes; it is given up for a real one.
+    A node that is in the inviting cluster already goes on as it is. One that is in no cluster, in
+    a cluster of one, or without a journal joins, and with a new key: logs of other nodes may still
+    count its old id as a voter. A cluster of one is what a first `ollamad start` makes; it is
+    given up for a real one.
 
     Raises:
       StartError: this node is in a cluster with others, or must not join any.
+      IdentityError, RaftError: the identity or the journal is damaged.
     """
+    if invitation is None:
+        return Identity.load_or_create(directory.identity)
     if settings.node.bootstrap:
         raise StartError("this node founds its own cluster (node.bootstrap); it joins no other")
-    if not is_elsewhere(identity, invitation):
-        return
+    if (directory.identity / KEY_FILE).exists():
+        own = Identity.load_or_create(directory.identity)
+        if own.is_member and await _is_to_stay(own, directory, invitation):
+            return own
+    return Identity.to_join(directory.joining)
+
+
+async def _is_to_stay(identity: Identity, directory: DataDir, invitation: Invitation) -> bool:
     machine = Machine()
     store = SqliteStore(directory.raft)
     try:
-        await RaftNode(identity.node_id, store, machine, lambda *_: None).open()
+        has_journal = await RaftNode(identity.node_id, store, machine, lambda *_: None).open()
     finally:
         await store.aclose()
+    if has_journal and not is_elsewhere(identity, invitation):
+        return True
     if len(machine.state.members) > 1:
         raise StartError(
             f"{directory.path} belongs to a node of another cluster; take it out there with "
             "`ollama-dist cluster leave`, or use another --data-dir"
         )
+    return False
 
 
 def is_elsewhere(identity: Identity, invitation: Invitation) -> bool:
@@ -225,13 +262,13 @@ def is_elsewhere(identity: Identity, invitation: Invitation) -> bool:
     return identity.is_member and channel_binding(identity.ca_der) != invitation.token.ca_hash
 
 
-def forget_cluster(directory: DataDir, identity: Identity) -> None:
-    """Put the state of a cluster that this node is no part of aside; blobs stay on disk."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    aside = directory.path / f"left-{stamp}"
-    aside.mkdir(mode=0o700, exist_ok=True)
-    identity.forget_cluster(aside)
-    for path in directory.of_cluster():
-        if path.exists():
-            path.rename(aside / path.name)
+def forget_cluster(directory: DataDir) -> None:
+    """Put the state of a cluster that this node is no part of aside, and its key; blobs stay."""
+    paths = [path for path in directory.of_cluster() if path.exists()]
+    if not paths:
+        return
+    aside = Path(tempfile.mkdtemp(prefix=time.strftime("left-%Y%m%d-%H%M%S-"), dir=directory.path))
+    for path in paths:
+        path.rename(aside / path.name)
+    sync_directory(directory.path)
     log.info("the old cluster's state is in %s; delete it when you do not need it", aside)

@@ -24,6 +24,7 @@ from ollamad.api.services import (
     Unavailable,
 )
 from ollamad.core.commands import (
+    DEPARTED_NODE,
     AddJoinToken,
     AdmitMember,
     AnyCommand,
@@ -280,6 +281,13 @@ class Cluster:
         """Let in a node that waits with a token: dial it and check that it is that node."""
         if node_id in self.state.members:
             raise ServiceError(409, "ALREADY_MEMBER", f"node {short(node_id)}… is a member already")
+        if node_id in self.state.departed:
+            raise ServiceError(
+                409,
+                DEPARTED_NODE,
+                f"node {short(node_id)}… has left this cluster, and an id does not come back; "
+                "start it again with --join, and use the id that it says then",
+            )
         try:
             p2p_address = await find_p2p_address(address)
             await sponsor_waiting_node(self._gate, self.sponsor, node_id, p2p_address)
@@ -415,16 +423,9 @@ class Cluster:
         self.departed.set()
 
     def on_turned_away(self, peer: NodeId, word: Departed) -> None:
-        """A member says that this node was removed: depart, if it knows more than we do.
-
-        A member that was away itself may remember a removal from before we were let in again.
-        Our own state has that admission then, and a later index than its state.
-        """
+        """A member says that this node was removed, which is for good: depart."""
         state = self.state
         if self.departed.is_set() or not {peer, self.node_id} <= state.members.keys():
-            return
-        if word.applied_index <= self._raft.applied_index:
-            log.debug("%s does not know yet that this node is a member again", short(peer))
             return
         log.error(
             "this node was removed from the cluster on %s, says %s. Its state of the cluster is "
@@ -556,6 +557,13 @@ class Cluster:
         state = self.state
         if state.ca is None:
             raise JoinRefused("NOT_READY", "this node has no cluster itself yet")
+        if request.node_id in self._raft.voters:
+            # It comes without its log, and could vote a second time.
+            raise JoinRefused(
+                "ALREADY_MEMBER",
+                f"{short(request.node_id)}… votes in this cluster already; take it out first with "
+                "`ollama-dist cluster leave`, then start it again with --join, with a new key",
+            )
         member = Member(
             id=request.node_id,
             name=request.name,

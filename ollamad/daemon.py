@@ -346,8 +346,7 @@ class Daemon:
 
     def _farewell(self, node_id: NodeId) -> bytes:
         """What a node hears that was removed while it was away, in the words of the mesh."""
-        at = self._machine.state.departed[node_id]
-        return farewell(ollamad.__version__, Departed(at, self._raft.applied_index))
+        return farewell(ollamad.__version__, Departed(self._machine.state.departed[node_id]))
 
     def _p2p_address(self, node_id: NodeId) -> str | None:
         member = self._machine.state.members.get(node_id)

@@ -2,6 +2,7 @@
 
 lock             held while a daemon runs; holds its pid
 identity/        key, certificate, CA certificate
+joining/         the key to join with, which becomes `identity` once a cluster lets it in
 raft.db          the replicated log and its snapshot; beside it raft.db-wal, SQLite's log of
                  what is not in it yet, and raft.db-witness, which change was acknowledged last
 seeds            members to talk to before the log tells (written when joining)
@@ -62,6 +63,10 @@ class DataDir:
         return self.path / "identity"
 
     @property
+    def joining(self) -> Path:
+        return self.path / "joining"
+
+    @property
     def raft(self) -> Path:
         return self.path / "raft.db"
 
@@ -90,7 +95,12 @@ class DataDir:
         return self.path / "admin-password"
 
     def of_cluster(self) -> list[Path]:
-        """What belongs to the cluster rather than to the node: moved aside when it leaves."""
+        """What belongs to this membership of a cluster, in the order in which it is moved aside.
+
+        The identity is the last: with it alone nothing starts, and without it the rest could be
+        taken for that of the next one.
+        """
         endings = ("", "-wal", "-shm", "-witness")
         journal = [self.raft.with_name(self.raft.name + end) for end in endings]
-        return [*journal, self.seeds, self.replicas, self.cli_token, self.admin_password]
+        rest = [self.seeds, self.replicas, self.cli_token, self.admin_password]
+        return [*journal, *rest, self.identity]

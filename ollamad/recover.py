@@ -30,6 +30,7 @@ from ollamad.peers.identity import (
     KEY_FILE,
     Identity,
     IdentityError,
+    sync_directory,
     write_private,
 )
 from ollamad.peers.link import RemoteFailure
@@ -187,13 +188,11 @@ def check(plan: Plan) -> None:
             f"the cluster was recovered already, by or with {_name(plan, node_id)}; start this "
             "node, and when it has stopped, start it with --join"
         )
-    for node_id, word in survey.farewells.items():
-        # From an older state, it may be of the time before this node was let in again.
-        if word.applied_index > log.end.index:
-            raise StartError(
-                f"{_name(plan, node_id)} says that this node was removed from the cluster; start "
-                "it, and when it has stopped, start it with --join"
-            )
+    for node_id in survey.farewells:
+        raise StartError(
+            f"{_name(plan, node_id)} says that this node was removed from the cluster; start "
+            "it, and when it has stopped, start it with --join"
+        )
     for node_id, why in survey.mute.items():
         raise StartError(
             f"{_name(plan, node_id)} runs but cannot say whether it sees a quorum ({why}); stop it "
@@ -262,7 +261,7 @@ async def _carry_out(directory: DataDir, identity: Identity, plan: Plan) -> Path
     now = time.time()
     kept = await trio.to_thread.run_sync(partial(_keep_copies, directory, now))
     incarnation = max(time.time_ns(), plan.state.incarnation + 1)
-    proposal = Proposal(os.urandom(16).hex(), now, RecoverCluster(incarnation))
+    proposal = Proposal(os.urandom(16).hex(), now, RecoverCluster(incarnation, identity.node_id))
     term = max((view.term for view in plan.survey.views.values()), default=0)
     store = SqliteStore(directory.raft)
     try:
@@ -298,17 +297,14 @@ def _keep_copies(directory: DataDir, now: float) -> Path:
         partial_copy.unlink(missing_ok=True)
         raise StartError(f"cannot keep a copy of {journal}: {error}; nothing was changed") from None
     partial_copy.replace(kept)
-    descriptor = os.open(kept.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)  # the copy must be there before what it is a copy of changes
-    finally:
-        os.close(descriptor)
+    sync_directory(kept.parent)  # the copy must be there before what it is a copy of changes
     return kept
 
 
 def _next_steps(plan: Plan, kept: Path) -> str:
     return (
-        f"{_name(plan, plan.self_id)} is the only voter now. The journal as it was is in {kept}.\n"
+        f"{_name(plan, plan.self_id)} is the only voter now. The journal as it was is in {kept}; "
+        '"The majority is lost" in docs/operations.md says how to put it back.\n'
         "Start this node. Then for each node that is left: start it once, so that it hears of "
         "this and puts its old state aside, and again with `ollamad start --join TOKEN@HOST:PORT` "
         "(TOKEN from `ollama-dist cluster token` here). For each that is gone for good: "

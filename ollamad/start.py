@@ -15,13 +15,13 @@ from pathlib import Path
 import trio
 
 from ollamad import logs
-from ollamad.admission import Invitation, check_room, forget_cluster, parse_invitation
+from ollamad.admission import Invitation, choose_identity, forget_cluster, parse_invitation
 from ollamad.api.serve import CannotListen
 from ollamad.api.services import ServiceError
 from ollamad.daemon import Daemon
 from ollamad.datadir import DataDir, DataDirError
 from ollamad.errors import StartError
-from ollamad.peers.identity import Identity, IdentityError
+from ollamad.peers.identity import IdentityError
 from ollamad.raft.errors import RaftError
 from ollamad.settings import Settings
 from ollamad.store.errors import StoreError
@@ -47,28 +47,24 @@ def run(settings: Settings, data_dir: Path, join: str | None) -> None:
     invitation = parse_invitation(join) if join else None
     try:
         with DataDir(data_dir) as directory:
-            identity = Identity.load_or_create(directory.identity)
-            if identity.is_member:
-                identity.check_validity(datetime.datetime.now(datetime.UTC))
-            trio.run(partial(_run, settings, directory, identity, invitation))
+            trio.run(partial(_run, settings, directory, invitation))
     except (DataDirError, IdentityError, *EXPECTED) as error:
         raise StartError(str(error)) from None
     except BaseExceptionGroup as group:
         _explain(group)
 
 
-async def _run(
-    settings: Settings, directory: DataDir, identity: Identity, invitation: Invitation | None
-) -> None:
-    if invitation is not None:
-        await check_room(settings, directory, identity, invitation)
+async def _run(settings: Settings, directory: DataDir, invitation: Invitation | None) -> None:
+    identity = await choose_identity(settings, directory, invitation)
+    if identity.is_member:
+        identity.check_validity(datetime.datetime.now(datetime.UTC))
     daemon = await Daemon.build(settings, directory, identity)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_watch_signals, daemon.stop)
         await daemon.run(invitation)
         nursery.cancel_scope.cancel()
     if daemon.departed:
-        forget_cluster(directory, identity)
+        forget_cluster(directory)
 
 
 async def _watch_signals(stop: Callable[[], None]) -> None:

@@ -40,9 +40,13 @@ class FoundCluster(Command, frozen=True):
 
 
 class RecoverCluster(Command, frozen=True):
-    """The majority is lost for good, and one node goes on alone, in a new incarnation."""
+    """The majority is lost for good, and one node goes on alone, in a new incarnation.
+
+    The other members are left behind: see `Member`.
+    """
 
     incarnation: int  # Unix time in nanoseconds; above the one before
+    survivor: NodeId = NodeId("")
 
 
 class ChangeSettings(Command, frozen=True):
@@ -169,6 +173,8 @@ class Rejected:
 
 
 Outcome = Applied | Rejected
+DEPARTED_NODE = "DEPARTED_NODE"  # code of the rejection of a node that has left
+
 APPLIED = Applied()
 
 
@@ -188,11 +194,8 @@ def _apply_command(state: ClusterState, command: AnyCommand, now: float) -> Outc
     match command:
         case FoundCluster():
             return _found(state, command)
-        case RecoverCluster(incarnation):
-            if incarnation <= state.incarnation:
-                return Rejected("OLD_INCARNATION", "the cluster was recovered later than that")
-            state.incarnation = incarnation
-            return APPLIED
+        case RecoverCluster():
+            return _recover(state, command)
         case ChangeSettings(settings):
             state.settings = settings
             return APPLIED
@@ -255,25 +258,58 @@ def _found(state: ClusterState, command: FoundCluster) -> Outcome:
     return APPLIED
 
 
+def _recover(state: ClusterState, command: RecoverCluster) -> Outcome:
+    if command.incarnation <= state.incarnation:
+        return Rejected("OLD_INCARNATION", "the cluster was recovered later than that")
+    state.incarnation = command.incarnation
+    if command.survivor in state.members:
+        for member in state.members.values():
+            left_behind = member.id != command.survivor
+            state.members[member.id] = msgspec.structs.replace(member, left_behind=left_behind)
+    return APPLIED
+
+
 def _admit(state: ClusterState, member: Member, token_id: str, now: float) -> Outcome:
     token = state.join_tokens.get(token_id)
     if token is None or token.expires_at < now:
         return Rejected("TOKEN_EXPIRED", "the join token is unknown or expired; make a new one")
     if (problem := _name_problem(member.name)) is not None:
         return problem
+    if member.id in state.departed:
+        # It would be a new node, which to logs that are older than its departure has a vote.
+        return Rejected(
+            DEPARTED_NODE,
+            f"node {short(member.id)}… has left this cluster, and an id does not come back; start "
+            "it again with --join, and it makes a new key",
+        )
     twin = next((m for m in state.members.values() if m.name == member.name), None)
-    if twin is not None and twin.id != member.id:
+    known = state.members.get(member.id, twin)
+    if twin is not None and twin.left_behind and member.id not in state.members:
+        # It joins with a new key, for what it was: a node of that name with those models.
+        _take_place(state, twin.id, member.id, now)
+    elif twin is not None and twin.id != member.id:
         return Rejected(
             "NAME_TAKEN",
             f"a node named {member.name!r} is a member already ({short(twin.id)}…); "
-            "give this one another name with NODE_ID",
+            "give this one another name with NODE_ID, or, if that one is gone for good, take it "
+            "out first with `ollama-dist cluster leave`",
         )
-    known = state.members.get(member.id)
     if known is not None:
         member = msgspec.structs.replace(member, draining=known.draining, joined_at=known.joined_at)
     state.members[member.id] = member
-    state.departed.pop(member.id, None)
     return APPLIED
+
+
+def _take_place(state: ClusterState, old: NodeId, new: NodeId, now: float) -> None:
+    """Let `new` hold what `old` held, which departs."""
+    del state.members[old]
+    state.departed[old] = now
+    for key, model in state.models.items():
+        desired, confirmed = (
+            tuple(sorted(new if node_id == old else node_id for node_id in nodes))
+            for nodes in (model.desired, model.confirmed)
+        )
+        state.models[key] = msgspec.structs.replace(model, desired=desired, confirmed=confirmed)
 
 
 def _update_member(state: ClusterState, command: UpdateMember) -> Outcome:

@@ -40,6 +40,9 @@ class Member(msgspec.Struct, frozen=True):
     joined_at: float  # Unix seconds
     version: str = ""
     draining: bool = False
+    # The cluster was recovered without it. It stays for its name and its models, until the node
+    # joins again, under another id, or is taken out.
+    left_behind: bool = False
 
 
 class ModelDetails(msgspec.Struct, frozen=True):
@@ -135,7 +138,8 @@ class ClusterState(msgspec.Struct):
     jwt_key: bytes = b""
     settings: Settings = Settings()
     members: dict[NodeId, Member] = {}
-    # Ids of nodes that left or were removed: their certificates are not accepted any more.
+    # Ids of nodes that left or were removed, and when: their certificates are not accepted any
+    # more, and they are not let in again. Some 60 bytes for each, kept for ever.
     departed: dict[NodeId, float] = {}
     models: dict[str, Model] = {}  # by ModelName.key
     users: dict[str, User] = {}

@@ -1,8 +1,11 @@
 """Who a node is: its key pair, its certificate, the cluster's CA, and the TLS contexts.
 
 The node's id is the hash of its public key (core/ids.py), so a certificate adds one thing only:
-that the cluster's CA let this key in. Every TLS connection between nodes is TLS 1.3 with
-certificates on both sides; names in certificates are not checked, keys are.
+that the cluster's CA let this key in. A key belongs to one membership: whoever left, or lost its
+log, joins with a new one, since old logs may still count the old id as a voter.
+
+Every TLS connection between nodes is TLS 1.3 with certificates on both sides; names in
+certificates are not checked, keys are.
 
 A certificate says besides in which incarnation of the cluster it was issued (the subject's DN
 qualifier; none before the first recovery), so that the handshake keeps incarnations apart.
@@ -11,7 +14,6 @@ qualifier; none before the first recovery), so that the handshake keeps incarnat
 import datetime
 import os
 import ssl
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +75,14 @@ class Identity:
         write_private(path, private_pem(key))
         return cls(directory, key)
 
+    @classmethod
+    def to_join(cls, directory: Path) -> "Identity":
+        """A key that was never a member's. Another try has the same, so that it is let in once."""
+        identity = cls.load_or_create(directory)
+        for name in (CERTIFICATE_FILE, CA_FILE):  # of a try that ended before `become_member` did
+            (directory / name).unlink(missing_ok=True)
+        return identity
+
     def sign(self, data: bytes) -> bytes:
         """An ed25519 signature by this node's key."""
         return self._key.sign(data)
@@ -97,11 +107,15 @@ class Identity:
         write_private(self._directory / CA_FILE, ca_pem)
         write_private(self._directory / CERTIFICATE_FILE, certificate_pem)
 
-    def forget_cluster(self, aside: Path) -> None:
-        """Move the certificates to another directory; the key, and so the id, stays."""
-        for name in (CERTIFICATE_FILE, CA_FILE):
-            with suppress(FileNotFoundError):
-                (self._directory / name).replace(aside / name)
+    def become_member(self, directory: Path, certificate_pem: bytes, ca_pem: bytes) -> None:
+        """Keep the certificate that a cluster gave, and move to `directory`, whole or not at all.
+
+        On return this is durable. `directory` must not be there yet.
+        """
+        self.install(certificate_pem, ca_pem)
+        self._directory.rename(directory)
+        self._directory = directory
+        sync_directory(directory.parent)
 
     def renew_if_due(
         self, ca: CertificateAuthority, incarnation: int, now: datetime.datetime
@@ -295,6 +309,15 @@ def private_pem(key: Ed25519PrivateKey) -> bytes:
 
 def certificate_der(pem: bytes) -> bytes:
     return ssl.PEM_cert_to_DER_cert(pem.decode("ascii"))
+
+
+def sync_directory(path: Path) -> None:
+    """Make durable which files are in a directory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_private(path: Path, data: bytes) -> None:

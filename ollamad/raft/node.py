@@ -204,6 +204,13 @@ class RaftNode:
         self._journal.set_hint(voters - {self.id})
         self._new_voters()
 
+    async def persist(self) -> None:
+        """Make durable how `bootstrap` or `start_as_learner` began the journal, before `run`."""
+        batch = self._journal.take()
+        if batch is not None:
+            await self._store.commit(batch)
+            self._journal.synced()
+
     def _require_blank(self) -> None:
         if not self._is_open or self._journal.voters:
             raise RaftError("this node has not been opened, or knows its cluster already")

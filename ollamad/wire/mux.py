@@ -61,7 +61,6 @@ class Departed(msgspec.Struct, frozen=True):
     """Word to a node that was removed from the cluster and does not know it."""
 
     at: float  # Unix seconds
-    applied_index: int  # of the state that says so
 
 
 class Hello(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -192,6 +192,8 @@ class Node:
         if self._ready is not None:
             self._ready.close()
         self._ready = ReadySocket(self.directory / "ready")
+        if "--join" in arguments:
+            self._id = ""  # who joins has a new one
         environment = clean_environment(self.directory) | {
             "API_LISTEN": self.address,
             "P2P_LISTEN": f"/ip4/{self.host.address}/tcp/{self.p2p_port}",

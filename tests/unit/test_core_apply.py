@@ -54,6 +54,7 @@ from ollamad.wire.codec import MalformedMessage, encode
 from tests.fakes.api_services import NODE_1, NODE_2, STRANGER, member, model
 
 NODE_3 = NodeId("QmThird")
+NODE_5 = NodeId("QmFifth")
 NOW = 1000.0
 ADMIN = User("admin", "hash", "admin", 1.0)
 FOUND = FoundCluster(
@@ -213,8 +214,36 @@ def test_who_leaves_departs_and_holds_nothing(replica: Replica) -> None:
     found = state.models["smollm2:135m"]
     assert (found.desired, found.confirmed) == ((NODE_2,), ())
     assert code(replica(RemoveMember(NODE_2))) == "LAST_MEMBER"
-    assert replica(AdmitMember(member(NODE_1, "one"), "t1")) == APPLIED
-    assert state.departed == {}
+
+
+def test_who_was_left_behind_by_a_recovery_comes_back_in_its_own_place(replica: Replica) -> None:
+    replica(RemoveMember(NODE_2))
+    replica(AdmitMember(member(NODE_3, "two"), "t1"))
+    replica(PutModel(model("x", desired=(NODE_1, NODE_3), confirmed=(NODE_3,))))
+    replica(SetDraining(NODE_3, True))
+    replica(RecoverCluster(5, NODE_1))
+    members = replica.state.members
+    assert [members[n].left_behind for n in (NODE_1, NODE_3)] == [False, True]
+    # Nobody else takes the survivor's name, and a member does not take a second place.
+    assert code(replica(AdmitMember(member(NODE_5, "one"), "t1"))) == "NAME_TAKEN"
+    assert code(replica(AdmitMember(member(NODE_1, "two"), "t1"))) == "NAME_TAKEN"
+    assert replica(AdmitMember(member(NODE_5, "two"), "t1")) == APPLIED
+    state = replica.state
+    assert set(state.members) == {NODE_1, NODE_5}
+    found = state.members[NODE_5]
+    assert (found.draining, found.left_behind) == (True, False)
+    assert set(state.departed) == {NODE_2, NODE_3}
+    kept = state.models["x:latest"]
+    assert (set(kept.desired), kept.confirmed) == ({NODE_1, NODE_5}, (NODE_5,))
+    # Its place is taken: the next of that name is another node.
+    assert code(replica(AdmitMember(member(NodeId("QmFourth"), "two"), "t1"))) == "NAME_TAKEN"
+
+
+def test_an_id_that_left_does_not_come_back(replica: Replica) -> None:
+    replica(RemoveMember(NODE_1))
+    assert code(replica(AdmitMember(member(NODE_1, "one"), "t1"))) == "DEPARTED_NODE"
+    assert list(replica.state.members) == [NODE_2]
+    assert replica.state.departed == {NODE_1: NOW}
 
 
 def test_a_model_is_put_only_on_members_and_replaced_by_name(replica: Replica) -> None:

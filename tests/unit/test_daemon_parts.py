@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from ollamad import admission, build, logs, start, systemd
-from ollamad.admission import Seeds, check_room, forget_cluster, parse_invitation, read_seeds
+from ollamad.admission import Seeds, choose_identity, forget_cluster, parse_invitation, read_seeds
 from ollamad.core.ids import NodeId
 from ollamad.core.presence import Usage
 from ollamad.datadir import DataDir, DataDirError
 from ollamad.errors import StartError
 from ollamad.host import HostMonitor
-from ollamad.peers.identity import certificate_der, make_ca, write_private
+from ollamad.peers.identity import Identity, certificate_der, make_ca, write_private
 from ollamad.settings import NodeSettings, Settings
 from ollamad.wire.codec import encode
 from ollamad.wire.join import Seed, Token, channel_binding, format_token
@@ -253,13 +253,12 @@ def test_what_ended_the_daemon_becomes_one_line_if_it_was_to_be_expected() -> No
 
 
 async def test_who_founds_a_cluster_joins_none(tmp_path: Path) -> None:
-    node = TlsNode(tmp_path / "identity")
     settings = Settings(node=NodeSettings(bootstrap=True))
     with DataDir(tmp_path) as directory:
         invitation = parse_invitation(format_token(TOKEN))
         with pytest.raises(StartError, match="joins no other"):
-            await check_room(settings, directory, node.identity, invitation)
-        await check_room(Settings(), directory, node.identity, invitation)
+            await choose_identity(settings, directory, invitation)
+        await choose_identity(settings, directory, None)
 
 
 def test_a_node_knows_which_cluster_it_belongs_to(tmp_path: Path) -> None:
@@ -272,7 +271,7 @@ def test_a_node_knows_which_cluster_it_belongs_to(tmp_path: Path) -> None:
     assert [admission.is_elsewhere(node.identity, i) for i in invitations] == [False, True]
 
 
-def test_a_cluster_is_put_aside_whole_and_the_key_and_the_models_stay(tmp_path: Path) -> None:
+def test_a_cluster_is_put_aside_whole_with_the_key_and_the_models_stay(tmp_path: Path) -> None:
     node = TlsNode(tmp_path / "identity").enter(make_ca(utc_now()))
     journal = ["raft.db", "raft.db-wal", "raft.db-shm", "raft.db-witness"]
     names = [*journal, "seeds", "cli-token", "admin-password"]
@@ -280,13 +279,14 @@ def test_a_cluster_is_put_aside_whole_and_the_key_and_the_models_stay(tmp_path: 
         (tmp_path / name).write_text(name)
     (tmp_path / "models").mkdir()
     with DataDir(tmp_path) as directory:
-        forget_cluster(directory, node.identity)
-    assert not node.identity.is_member
+        forget_cluster(directory)
+        forget_cluster(directory)  # there is nothing left
     [aside] = tmp_path.glob("left-*")
     assert stat.S_IMODE(aside.stat().st_mode) == 0o700
-    assert sorted(p.name for p in aside.iterdir()) == sorted([*names, "node.crt", "ca.crt"])
-    assert {p.name for p in tmp_path.iterdir()} == {"identity", "lock", "models", aside.name}
-    assert (tmp_path / "identity" / "node.key").exists()
+    assert {p.name for p in aside.iterdir()} == {*names, "identity"}
+    assert {p.name for p in tmp_path.iterdir()} == {"lock", "models", aside.name}
+    assert Identity.load_or_create(aside / "identity").node_id == node.id
+    assert Identity.load_or_create(tmp_path / "identity").node_id != node.id
 
 
 def test_seeds_are_read_or_empty(tmp_path: Path) -> None:

@@ -377,12 +377,20 @@ def test_a_damaged_key_is_named_and_kept(tmp_path: Path, content: bytes, reason:
     assert (tmp_path / "node.key").read_bytes() == content
 
 
-def test_membership_can_be_forgotten_and_the_id_stays(node: TlsNode, tmp_path: Path) -> None:
-    assert node.identity.is_member
-    node.identity.forget_cluster(tmp_path)
-    node.identity.forget_cluster(tmp_path)
-    assert not node.identity.is_member
-    assert Identity.load_or_create(tmp_path / "node").node_id == node.id
+def test_a_key_becomes_a_members_by_one_rename(ca: CertificateAuthority, tmp_path: Path) -> None:
+    directory, joining = tmp_path / "identity", tmp_path / "joining"
+    identity = Identity.to_join(joining)
+    # A certificate that a killed join left is not taken for a member's; the key is the same.
+    identity.install(b"not a certificate", b"nor a CA")
+    again = Identity.to_join(joining)
+    assert (again.node_id, again.is_member) == (identity.node_id, False)
+    pem = issue_certificate(ca, again.public_key, utc_now())
+    again.become_member(directory, pem, ca.certificate_pem)
+    assert not joining.exists()
+    found = Identity.load_or_create(directory)
+    assert (found.node_id, found.is_member) == (identity.node_id, True)
+    assert again.certificate == found.certificate
+    again.server_context()
 
 
 def test_the_certificate_is_renewed_when_a_third_of_its_life_is_left(

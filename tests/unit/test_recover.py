@@ -1,6 +1,8 @@
 """`ollamad recover`: when it refuses, what it changes, and that it changes all of it or nothing."""
 
 import os
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -196,6 +198,34 @@ def test_a_second_recovery_finds_nothing_to_do(survivor: Survivor) -> None:
     assert len(survivor.copies()) == 1
 
 
+def test_a_recovery_can_be_undone_as_the_manual_says_also_after_kill_9(
+    survivor: Survivor, tmp_path: Path
+) -> None:
+    manual = Path(__file__).parents[2] / "docs" / "operations.md"
+    [how] = [text for text in manual.read_text().split("\n\n") if "undo a recovery" in text]
+    to_remove = set(re.findall(r"`(raft\.db-[a-z]+)`", how))
+    survivor.write()
+    _, voters, term = survivor.open()
+    recover(survivor.path, yes)
+    killed = tmp_path / "killed"
+
+    async def run_and_die() -> None:
+        store = SqliteStore(survivor.path / "raft.db")
+        await store.load()
+        await store.commit(Batch(term=2**40, commit_index=9))
+        shutil.copytree(survivor.path, killed)  # what `kill -9` leaves
+        await store.aclose()
+
+    trio.run(run_and_die)
+    assert (killed / "raft.db-wal").exists()
+    survivor.path = killed
+    for name in to_remove:
+        (killed / name).unlink(missing_ok=True)
+    [copy] = survivor.copies()
+    copy.rename(killed / "raft.db")
+    assert survivor.open()[1:] == (voters, term)
+
+
 def test_a_later_recovery_is_another_incarnation_whatever_the_clock_says(
     survivor: Survivor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,7 +300,7 @@ def test_a_node_that_is_no_member(survivor: Survivor) -> None:
 
 def test_a_node_without_a_certificate(survivor: Survivor) -> None:
     survivor.write()
-    survivor.identity.forget_cluster(survivor.path)
+    (survivor.path / "identity" / "node.crt").unlink()
     assert "in no cluster" in refusal(survivor)
 
 
@@ -359,7 +389,7 @@ def view(voters: str = "ABC", **changes: Any) -> ConsensusView:
         # It has happened already; or cannot be told.
         (plan({}, newer={B: 5}), "recovered already, by or with b (BBBBBBBBBBBB…)"),
         (
-            plan({}, farewell=Departed(1.0, 101)),
+            plan({}, farewell=Departed(1.0)),
             "b (BBBBBBBBBBBB…) says that this node was removed",
         ),
         (plan({}, mute={B: "no such method"}), "b (BBBBBBBBBBBB…) runs but cannot say"),
@@ -386,7 +416,6 @@ def test_recovery_is_refused_with_the_reason(case: Plan, words: str) -> None:
         plan({D: view(), E: view()}),  # no voters
         plan({B: view("ABCDE", end=LogEnd(6, 1000))}, voters="ABCDE"),  # longer, but older
         plan({}, voters="BCD"),  # a learner may be all that is left
-        plan({}, farewell=Departed(1.0, 100)),  # of before it was let in again
     ],
 )
 def test_recovery_is_right_where_no_majority_can_be_had(case: Plan) -> None:

@@ -142,7 +142,7 @@ def test_a_certificate_follows_its_clusters_incarnation(
 
 # Removed while it was away.
 
-WORD = Departed(at=1_700_000_000.0, applied_index=42)
+WORD = Departed(at=1_700_000_000.0)
 
 
 class Removed:
