@@ -1,6 +1,6 @@
 """How a node comes in: whose key it uses, in which order it keeps things, what a crash leaves."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -44,7 +44,9 @@ class House:
         self.path = directory.path
 
     async def start(
-        self, invitation: Invitation | None = None, voters: str = OTHER
+        self,
+        invitation: Invitation | None = None,
+        sponsor: Callable[[Invitation], Awaitable[JoinReply]] | None = None,
     ) -> tuple[Identity, frozenset[NodeId]]:
         """Come in as a daemon does, then die; the identity and the voters as they are known."""
         identity = await choose_identity(Settings(), self.directory, invitation)
@@ -63,9 +65,9 @@ class House:
             async def let_in(_: Invitation) -> JoinReply:
                 pem = issue_certificate(CA, identity.public_key, utc_now())
                 seeds = (Seed(OTHER, "h:9000", "h:7000"),)
-                return JoinReply("c", CA.certificate_pem, pem, seeds, (NodeId(voters),))
+                return JoinReply("c", CA.certificate_pem, pem, seeds, (OTHER,))
 
-            entering._join = let_in  # type: ignore[method-assign]
+            entering._join = sponsor or let_in  # type: ignore[method-assign]
             await entering.enter(raft, invitation)
             return identity, raft.voters
         finally:
@@ -124,13 +126,22 @@ async def test_a_try_that_fails_gives_nothing_up_and_the_next_has_the_same_key(
     house: House,
 ) -> None:
     founder, _ = await house.start()
+    ca = make_ca(utc_now())
+    founder.install(issue_certificate(ca, founder.public_key, utc_now()), ca.certificate_pem)
+
+    async def refuse(_: Invitation) -> JoinReply:
+        await trio.lowlevel.checkpoint()
+        raise StartError("no")
+
     ids = set()
     for _ in range(2):
-        identity = await choose_identity(Settings(), house.directory, INVITATION)
-        ids.add(identity.node_id)
-        assert not identity.is_member
+        with pytest.raises(StartError, match="no"):
+            await house.start(INVITATION, refuse)
+        ids.add((await choose_identity(Settings(), house.directory, INVITATION)).node_id)
     assert len(ids) == 1
-    assert (await house.start())[0].node_id == founder.node_id
+    assert house.left == []
+    identity, voters = await house.start()
+    assert voters == {identity.node_id} == {founder.node_id}
 
 
 @pytest.mark.parametrize(("code", "kept"), [(DEPARTED_NODE, False), ("NAME_TAKEN", True)])

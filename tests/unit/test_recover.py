@@ -150,6 +150,7 @@ def test_the_survivor_goes_on_alone_with_all_that_its_log_says(survivor: Survivo
     assert abs(after.incarnation - time.time_ns()) < 60e9
     assert (after.ca, after.jwt_key, set(after.join_tokens)) == (survivor.ca, b"k" * 32, {"t"})
     assert survivor.identity.incarnation == after.incarnation
+    assert {m.id for m in after.members.values() if not m.left_behind} == {survivor.id}
 
     [plan] = shown
     assert "entry 7 of term 7" in plan
