@@ -141,7 +141,7 @@ class Fence:
         self._majority_heard = float("-inf")  # while this node led
         self._votes: tuple[int, set[NodeId]] = (0, set())  # term, who voted for us in it
         self._pre_votes: tuple[int, set[NodeId]] | None = None  # proposed term, who would
-        self._election_won_pre_vote = False
+        self._won_pre_vote_for = 0  # the term in which a majority would vote for this node
         self._incoming: tuple[bytes, bytearray] | None = None  # sha256 and data of a snapshot
         self._refusal = (b"", "")  # sha256 of the snapshot that cannot be read here, and why
         self.should_transfer = False  # this leader was asked to remove itself
@@ -222,7 +222,7 @@ class Fence:
             raise MalformedMessage(f"{short(sender)} and {short(known or sender)} lead one term")
         self._leader_heard = core.clock()
         self._pre_votes = None
-        self._election_won_pre_vote = False
+        self._won_pre_vote_for = 0
         return True
 
     def _on_append(self, sender: NodeId, message: Append) -> None:
@@ -375,25 +375,30 @@ class Fence:
 
     # Elections.
 
-    def before_tick(self) -> None:
-        """Put a pre-vote before the library's election, which its next tick would start."""
+    def before_tick(self) -> bool:
+        """Put a pre-vote before an election that is due.
+
+        Returns:
+          Whether the tick that follows at the same time may begin an election.
+        """
         core = self._core
         now = core.clock()
         if core.state() == LEADER:
             self._majority_heard = now - self.silence_s()
-            return
+            return False
         if now < core.election_deadline():
-            return
+            return False
         if not self._may_lead():
             core.lose_leader()
-        elif not core.has_other_voters() or core.transfer_in_progress():
-            core.call_election()
-        elif self._election_won_pre_vote:
-            self._election_won_pre_vote = False
-            core.call_election()
-        else:
-            core.lose_leader()
-            self._ask_pre_votes()
+            return False
+        if not core.has_other_voters() or core.transfer_in_progress():
+            return True
+        if self._won_pre_vote_for == core.term() + 1:
+            self._won_pre_vote_for = 0
+            return True
+        core.lose_leader()
+        self._ask_pre_votes()
+        return False
 
     def _ask_pre_votes(self) -> None:
         core = self._core
@@ -434,7 +439,7 @@ class Fence:
         voters.add(sender)
         if self._is_majority(voters | {self._self_id}):
             self._pre_votes = None
-            self._election_won_pre_vote = True
+            self._won_pre_vote_for = proposed
             core.call_election()
 
     def leader_is_alive(self) -> bool:
@@ -454,7 +459,11 @@ class Fence:
         return core.leader_id() is not None and self._leader_heard > since
 
     def silence_s(self) -> float:
-        """Seconds since this node was in touch with its leader, or, as one, with a majority."""
+        """Seconds since this node was in touch with its leader, or, as one, with a majority.
+
+        A leader that is cut off from the majority leads on for up to `election_max_s`, and who is
+        cut off together with it hears it meanwhile.
+        """
         core = self._core
         if core.state() != LEADER:
             return core.clock() - max(self._leader_heard, self._majority_heard)
@@ -486,8 +495,8 @@ class Fence:
         return alive and core.match_index(node_id) >= needed
 
     def _may_lead(self) -> bool:
-        # With a full disk it would commit nothing: a leader counts no entry that its disk lacks.
-        return self._is_voter() and not self._journal.disk_full
+        # Else it would commit nothing: a leader counts no entry that its disk lacks.
+        return self._is_voter() and not self._journal.is_blocked
 
     def _is_voter(self) -> bool:
         return self._self_id in self._journal.voters

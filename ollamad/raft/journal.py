@@ -129,7 +129,7 @@ class Store(Protocol):
     async def commit(self, batch: Batch) -> None:
         """Carry out the batch, whole or not at all; it is durable on return.
 
-        Cancellation waits for a write that has begun.
+        Cancellation abandons a write: it may become durable later, and none may follow it.
 
         Raises:
           DiskFull: nothing was written; the same batch has to be tried again before any other.
@@ -155,7 +155,7 @@ class Journal(StockJournal):  # type: ignore[misc]
         self.generation = 0
         self.durable_generation = 0
         self.term_generation = 0  # the generation that holds the current term and vote
-        self.disk_full = False  # nothing becomes durable until there is space again
+        self.is_blocked = False  # nothing becomes durable until the disk takes it again
         self._durable_index = stored.entries[-1][1] if stored.entries else 0
         self._in_flight: tuple[int, int] | None = None  # generation, last index
         self._base_voters: frozenset[NodeId] | None = None

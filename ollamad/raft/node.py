@@ -30,7 +30,7 @@ from ollamad.raft.errors import (
 )
 from ollamad.raft.fence import Fence
 from ollamad.raft.journal import Batch, Journal, Store, unpack_snapshot
-from ollamad.raft.private import FOLLOWER, LEADER, Core, Timing
+from ollamad.raft.private import FOLLOWER, LEADER, Core, StepClock, Timing
 from ollamad.raft.reads import NOT_NOW, Reads
 from ollamad.raft.recovery import LogEnd
 from ollamad.raft.transport import FencedTransport
@@ -102,7 +102,7 @@ class RaftStatus:
     voters: frozenset[NodeId]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Attempt:
     done: trio.Event = field(default_factory=trio.Event)
     result: object = None
@@ -146,12 +146,18 @@ class RaftNode:
         self._timing = timing or Timing()
         self._observer = observer
         self._clock = clock
+        self._step = StepClock(clock)
         self._rng = rng or random.Random()
         self._is_open = False
         self._failure: NodeFailed | None = None
         self._wake = trio.Event()  # for the tick loop
         self._dirty = trio.Event()  # for the sync loop
         self._unwritten: Batch | None = None  # taken from the journal, not durable yet
+        self._writing: trio.CancelScope | None = None  # of the write that is under way
+        self._writing_since = math.inf
+        self._end_at = math.inf  # when the last write is abandoned
+        self._disk_full = False
+        self._attempts: set[_Attempt] = set()  # that somebody waits for
         self._changed = trio.Event()  # replaced at each change of the status
         self._progress = trio.Event()  # replaced whenever more entries are applied
         self._progressed_to = 0
@@ -175,7 +181,7 @@ class RaftNode:
         stored = await self._store.load()
         journal = Journal(stored)
         transport = FencedTransport(journal, lambda to, message: self._send(to, encode(message)))
-        core = Core(self.id, journal, transport, self, self._timing, self._clock, self._rng)
+        core = Core(self.id, journal, transport, self, self._timing, self._step, self._rng)
         reads = Reads(core, transport, self.id, self._rng)
         fence = Fence(core, transport, self.id, self._machine, self._timing, reads)
         self._core, self._fence, self._journal, self._transport = core, fence, journal, transport
@@ -218,6 +224,9 @@ class RaftNode:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take part until cancelled; then write what is left and close the journal.
 
+        A disk that does not answer for `SHUTDOWN_S` then is left alone. The file stays locked until
+        the write that hangs has ended, at the latest with this process.
+
         Raises:
           NodeFailed: the disk failed, or another node contradicts what is committed here. This
             node must not go on without somebody looking at it.
@@ -230,15 +239,27 @@ class RaftNode:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._sync_loop)
                 task_status.started()
-                await self._tick_loop()
+                try:
+                    await self._tick_loop()
+                finally:
+                    self._end_soon()
                 nursery.cancel_scope.cancel()
             assert self._failure is not None
             raise self._failure
         finally:
-            with trio.move_on_after(SHUTDOWN_S, shield=True):
+            self._end_soon()
+            with trio.CancelScope(deadline=self._end_at, shield=True) as scope:
                 if self._failure is None and self._is_open and self._journal.voters:
                     await self._write_last_words()
                 await self._store.aclose()
+            if scope.cancelled_caught:
+                logger.error("the disk does not answer; the journal is not closed in order")
+
+    def _end_soon(self) -> None:
+        """From now on there are `SHUTDOWN_S` for all that is to be written."""
+        self._end_at = min(self._end_at, trio.current_time() + SHUTDOWN_S)
+        if self._writing is not None:
+            self._writing.deadline = self._end_at
 
     # The network's side.
 
@@ -261,16 +282,15 @@ class RaftNode:
         before = (core.state(), core.term(), core.leader_id())
         generation = journal.generation
         try:
-            self._fence.receive(sender, message)
+            with self._step:
+                self._fence.receive(sender, message)
         except NodeFailed as error:
             self._fail(error)
             return
         except MalformedMessage:
             raise
         except Exception as error:
-            # A bug, and nobody knows how much of the message was carried out.
-            logger.exception("handling a message of %s raised", short(sender))
-            self._fail(NodeFailed(f"{type(message).__name__} of {short(sender)}: {error!r}"))
+            self._fail_by_a_bug(f"{type(message).__name__} of {short(sender)}", error)
             return
         if journal.generation != generation:
             self._dirty.set()
@@ -338,7 +358,9 @@ class RaftNode:
         """How old the local state may be: seconds since the leader (or a majority) was heard.
 
         The state includes all that was acknowledged before that moment, but for what is on its
-        way; infinite before the first contact.
+        way, with one exception: a leader that is cut off leads on for up to `election_max_s`, so
+        a node that is cut off together with it may say up to that much too little. Infinite
+        before the first contact.
         """
         return self._fence.silence_s() if self._is_open else math.inf
 
@@ -355,8 +377,8 @@ class RaftNode:
 
     @property
     def disk_full(self) -> bool:
-        """Whether this node cannot write its journal, and so neither votes nor leads."""
-        return self._is_open and self._journal.disk_full
+        """Whether there is no space for this node's journal; so it neither votes nor leads."""
+        return self._disk_full
 
     @property
     def applied_index(self) -> int:
@@ -418,8 +440,7 @@ class RaftNode:
                 index = await self._read_index()
                 while self.applied_index < index and self._failure is None:
                     await self._progress.wait()
-                if self._failure is not None:
-                    raise self._failure
+                self._require_running()
                 if index != NOT_NOW:
                     return index
                 await trio.sleep(self._rng.uniform(RETRY_MIN_S, RETRY_MAX_S))
@@ -431,8 +452,7 @@ class RaftNode:
         request_id = self._reads.begin(lambda index: attempt.finish(index, private.SUCCESS))
         self._wake.set()
         try:
-            with trio.move_on_after(self._timing.attempt_s):
-                await attempt.done.wait()
+            await self._wait_for(attempt)
         finally:
             if request_id is not None:
                 self._reads.forget(request_id)
@@ -485,9 +505,11 @@ class RaftNode:
 
         Raises:
           ChangeRefused: nobody else could take over in time.
+          NodeFailed: this node has stopped.
         """
         with trio.move_on_after(timeout_s):
             while self.is_leader:
+                self._require_running()
                 self._core.begin_hand_over()
                 self._wake.set()
                 with trio.move_on_after(self._timing.election_min_s):
@@ -503,16 +525,14 @@ class RaftNode:
             while True:
                 while self.leader is None and self._failure is None:
                     await self._changed.wait()
-                if self._failure is not None:
-                    raise self._failure
+                self._require_running()
                 attempt = _Attempt()
                 callback = attempt.finish
                 certain_before, may_happen = not may_happen, True
                 self._core.submit(entry, callback)
                 self._wake.set()
                 try:
-                    with trio.move_on_after(self._timing.attempt_s):
-                        await attempt.done.wait()
+                    await self._wait_for(attempt)
                 finally:
                     self._core.forget(callback)
                 if attempt.done.is_set():
@@ -525,10 +545,24 @@ class RaftNode:
                             "another change of the voters is under way, or the node is not "
                             "connected and up to date"
                         )
+                self._require_running()
                 await trio.sleep(self._rng.uniform(RETRY_MIN_S, RETRY_MAX_S))
         if may_happen:
             raise OutcomeUnknown(f"no answer within {timeout_s:g} s; it may still happen")
         raise NoQuorum(f"no leader with a majority within {timeout_s:g} s")
+
+    def _require_running(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    async def _wait_for(self, attempt: _Attempt) -> None:
+        """Until it is done, or for as long as one attempt may take, or until this node fails."""
+        self._attempts.add(attempt)
+        try:
+            with trio.move_on_after(self._timing.attempt_s):
+                await attempt.done.wait()
+        finally:
+            self._attempts.discard(attempt)
 
     # The fence's side (`private.Rules`).
 
@@ -551,14 +585,18 @@ class RaftNode:
     # The loops.
 
     async def _tick_loop(self) -> None:
+        try:
+            await self._tick_until_failure()
+        except NodeFailed as error:
+            self._fail(error)
+        except Exception as error:
+            self._fail_by_a_bug("a tick", error)
+
+    async def _tick_until_failure(self) -> None:
         has_yielded = False
         while self._failure is None:
             self._wake = trio.Event()
-            try:
-                idle_s = self._tick()
-            except NodeFailed as error:
-                self._fail(error)
-                return
+            idle_s = self._tick()
             if self._commit_is_news() and not has_yielded:
                 # Who waited for this commit goes first: if he has another command right away, one
                 # message to each follower carries both.
@@ -574,16 +612,20 @@ class RaftNode:
                 await self._wake.wait()
 
     async def _sync_loop(self) -> None:
+        try:
+            await self._sync_until_failure()
+        except NodeFailed as error:
+            self._fail(error)
+        except Exception as error:
+            self._fail_by_a_bug("a write", error)
+
+    async def _sync_until_failure(self) -> None:
         while True:
             await self._dirty.wait()
             self._dirty = trio.Event()
             while (batch := self._journal.take()) is not None:
                 self._unwritten = batch
-                try:
-                    await self._write(batch)
-                except NodeFailed as error:
-                    self._fail(error)
-                    return
+                await self._write(batch)
                 self._unwritten = None
                 self._journal.synced()
                 self._transport.release()
@@ -604,29 +646,47 @@ class RaftNode:
         began = self._clock()
         while True:
             try:
-                # A batch that was taken and not written would leave a hole in the log.
-                with trio.CancelScope(shield=True):
-                    await self._store.commit(batch)
+                await self._write_once(batch)
             except DiskFull as error:
-                if not self.disk_full:
-                    self._stand_aside(error)
+                if not self._disk_full:
+                    self._disk_full = True
+                    self._stand_aside(f"{error}", "there is; free some, it need not be restarted")
                 await trio.sleep(FULL_DISK_RETRY_S)
             else:
                 break
-        if self.disk_full:
-            self._journal.disk_full = False
-            logger.warning(
-                "there is space for the journal again, after %.0f s", self._clock() - began
+        if self._journal.is_blocked:
+            what = "there is space for" if self._disk_full else "the disk writes"
+            self._journal.is_blocked = self._disk_full = False
+            logger.warning("%s the journal again, after %.0f s", what, self._clock() - began)
+
+    async def _write_once(self, batch: Batch) -> None:
+        # A batch that was taken and not written would leave a hole in the log, so that a
+        # cancellation waits; but not for ever, should the disk hang.
+        self._writing_since = self._clock()
+        try:
+            with trio.CancelScope(deadline=self._end_at, shield=True) as self._writing:
+                await self._store.commit(batch)
+            if self._writing.cancelled_caught:
+                raise JournalFailed("the last write to the journal hangs; it is abandoned")
+        finally:
+            self._writing, self._writing_since = None, math.inf
+
+    def _stand_aside_if_the_disk_hangs(self) -> None:
+        hanging_s = self._clock() - self._writing_since
+        if hanging_s > self._timing.election_max_s and not self._journal.is_blocked:
+            # Heartbeats would go on, and keep the others from electing one that can commit.
+            self._stand_aside(
+                f"the disk has not written the journal for {hanging_s:.1f} s", "it does"
             )
 
-    def _stand_aside(self, error: DiskFull) -> None:
-        """Lead no more, and promise nothing, until the disk has space."""
+    def _stand_aside(self, reason: str, until: str) -> None:
+        """Lead no more, and promise nothing, until the disk takes the journal again."""
         logger.error(
-            "%s: this node follows, but neither votes nor leads nor counts for a majority until "
-            "there is; free some, it need not be restarted",
-            error,
+            "%s: this node follows, but neither votes nor leads nor counts for a majority until %s",
+            reason,
+            until,
         )
-        self._journal.disk_full = True
+        self._journal.is_blocked = True
         self._transport.forget_held()
         if self._core.state() != FOLLOWER:
             self._core.step_down(self._core.term())
@@ -636,7 +696,7 @@ class RaftNode:
     async def _write_last_words(self) -> None:
         """Keep what was decided, in order, if the disk has space for it."""
         # What still arrives would get into the batch while it is being written.
-        self._failure = NodeFailed("this node was stopped")
+        self._end(NodeFailed("this node was stopped"))
         try:
             if self._unwritten is not None:
                 await self._store.commit(self._unwritten)
@@ -646,15 +706,24 @@ class RaftNode:
 
     def _tick(self) -> float:
         """Let the library do what is due; returns seconds until something else is."""
-        core, journal, fence = self._core, self._journal, self._fence
+        core, journal = self._core, self._journal
         self._new_voters()
+        self._stand_aside_if_the_disk_hangs()
         alone = not core.has_other_voters() and self.id in journal.voters
         if alone and journal.dirty:
             # The library would count its own log as a majority: only what is on disk may.
             self._dirty.set()
-            return math.inf
-        fence.before_tick()
-        core.tick()
+            return self._timing.election_min_s
+        with self._step:
+            self._take_step()
+        if core.state() == LEADER:
+            return core.next_heartbeat() - self._clock() + TIMER_GRAIN_S
+        # A message that moves the deadline puts it at least that far away, and need not wake us.
+        return min(core.election_deadline() - self._clock(), self._timing.election_min_s)
+
+    def _take_step(self) -> None:
+        core, journal, fence = self._core, self._journal, self._fence
+        core.tick(may_campaign=fence.before_tick())
         self._new_voters()
         self._note_progress()
         self._reads.tick(self._timing.heartbeat_s)
@@ -665,16 +734,12 @@ class RaftNode:
                 fence.should_transfer = False
                 core.begin_hand_over()
             core.hand_over_if_due()
-        elif core.election_deadline() <= self._clock():
+        elif core.election_deadline() <= core.clock():
             core.postpone_election()  # it could not start one: nobody is connected
         self._compact()
         if journal.dirty:
             self._dirty.set()
         self._notice()
-        if core.state() == LEADER:
-            return core.next_heartbeat() - self._clock() + TIMER_GRAIN_S
-        # A message that moves the deadline puts it at least that far away, and need not wake us.
-        return min(core.election_deadline() - self._clock(), self._timing.election_min_s)
 
     def _commit_is_news(self) -> bool:
         core = self._core
@@ -745,8 +810,19 @@ class RaftNode:
 
     def _fail(self, error: NodeFailed) -> None:
         logger.critical("consensus stopped: %s", error)
+        self._end(error)
+
+    def _fail_by_a_bug(self, doing: str, error: Exception) -> None:
+        """Stop for an error that nobody foresaw: nobody knows how much was carried out."""
+        logger.error("%s raised", doing, exc_info=error)
+        self._fail(NodeFailed(f"{doing}: {error!r}"))
+
+    def _end(self, error: NodeFailed) -> None:
+        """Take part in nothing any more, and tell all who wait."""
         self._failure = self._failure or error
         self._changed.set()
         self._changed = trio.Event()
         self._progress.set()
         self._wake.set()
+        for attempt in self._attempts:
+            attempt.done.set()

@@ -117,6 +117,27 @@ def _now() -> float:
     return _clock()
 
 
+class StepClock:
+    """A clock that stands still within `with`, so that all of one step happens at one time.
+
+    The library reads its clock again for each comparison: what the fence looked at before a step
+    would be out of date within it.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._now: float | None = None
+
+    def __call__(self) -> float:
+        return self._clock() if self._now is None else self._now
+
+    def __enter__(self) -> None:
+        self._now = self._clock()
+
+    def __exit__(self, *unused: object) -> None:
+        self._now = None
+
+
 class _ProposalQueue:
     """What waits for the next tick, under the names of the library's own queue."""
 
@@ -272,6 +293,7 @@ class Core(SyncObj):  # type: ignore[misc]
         self._rng = rng
         self._hand_over = (0, float("-inf"))  # the term in which it began, and its end
         self._heir_was_told = False
+        self._may_campaign = False  # in this tick
         conf = SyncObjConf(
             autoTick=False,
             appendEntriesUseBatch=True,  # the run loop sends as soon as there is something
@@ -321,6 +343,15 @@ class Core(SyncObj):  # type: ignore[misc]
 
     def _SyncObj__loadDumpFile(self, clearJournal: bool) -> None:
         raise AssertionError("snapshots come through `install` only")
+
+    def _SyncObj__connectedToAnyone(self) -> bool:
+        # What the library asks last before it starts an election.
+        return self._may_campaign and bool(super()._SyncObj__connectedToAnyone())
+
+    def _SyncObj__setState(self, newState: int) -> None:
+        if newState == CANDIDATE and not self._may_campaign:
+            raise SafetyViolation("the library started an election by itself")
+        super()._SyncObj__setState(newState)
 
     def _SyncObj__generateRaftTimeout(self) -> float:
         return self._rng.uniform(self._timing.election_min_s, self._timing.election_max_s)
@@ -465,9 +496,16 @@ class Core(SyncObj):  # type: ignore[misc]
             # Of several messages on the way each is refused: the first refusal goes back furthest.
             sending[node] = min(before, next_index)
 
-    def tick(self) -> None:
+    def tick(self, may_campaign: bool = False) -> None:
+        """Let the library do what is due; with `may_campaign` an election too, at once."""
         set_clock(self.clock)
-        self.doTick(0.0)
+        if may_campaign:
+            self.call_election()
+        self._may_campaign = may_campaign
+        try:
+            self.doTick(0.0)
+        finally:
+            self._may_campaign = False
         if self.state() != LEADER:
             self._snapshots.clear()
 
@@ -492,8 +530,12 @@ class Core(SyncObj):  # type: ignore[misc]
         self._applyCommand(command, callback)
 
     def begin_hand_over(self) -> None:
-        """Add nothing to the log until another voter leads, or for one election timeout."""
-        if not self._is_handing_over():
+        """Add nothing to the log until another voter leads, or for one election timeout.
+
+        After an attempt that failed the log stays open for as long before there is another.
+        """
+        term, until = self._hand_over
+        if term != self.term() or self.clock() >= until + self._timing.election_min_s:
             self._hand_over = (self.term(), self.clock() + self._timing.election_min_s)
             self._heir_was_told = False
 
@@ -565,10 +607,12 @@ class Core(SyncObj):  # type: ignore[misc]
         self.postpone_election()
 
     def postpone_election(self) -> None:
+        # A leadership that could not be taken over at once must not be taken later on.
+        self._SyncObj__transferInProgress = False
         self._SyncObj__raftElectionDeadline = self.clock() + self._SyncObj__generateRaftTimeout()
 
     def call_election(self) -> None:
-        """Let the next tick start an election."""
+        """Let an election be due now."""
         self._SyncObj__raftElectionDeadline = float("-inf")
 
     def start_from(self, snapshot_index: int) -> None:

@@ -111,9 +111,12 @@ class SqliteStore:
         await self._worker.run(lambda: self._commit(batch))
 
     async def aclose(self) -> None:
-        if self._witness is not None:
-            await self._worker.run(self._close)  # bounded: one checkpoint of a bounded WAL
-        self._worker.close()
+        # A write that was abandoned comes first, and only then is the lock on the file given up.
+        try:
+            if self._witness is not None:
+                await self._worker.run(self._close)
+        finally:
+            self._worker.close()
 
     def _close(self) -> None:
         connection, self._connection = self._connection, None

@@ -76,7 +76,7 @@ class FencedTransport(Transport):  # type: ignore[misc]
         """Send as soon as that generation of the journal is durable."""
         if generation <= self._journal.durable_generation:
             self._send(to, message)
-        elif not self._journal.disk_full:  # else it is lost: nobody knows for how long to hold it
+        elif not self._journal.is_blocked:  # else it is lost: who knows how long to hold it
             self._held.append((generation, to, message))
 
     def release(self) -> None:

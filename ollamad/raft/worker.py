@@ -6,6 +6,7 @@ takes a third longer, and the journal pays that in every commit. Knows nothing o
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -13,7 +14,8 @@ import trio
 
 T = TypeVar("T")
 
-_Call = tuple[Callable[[], None], trio.lowlevel.Task, trio.lowlevel.TrioToken]
+# What to do in the thread, what then in the loop, and whose loop that is.
+_Call = tuple[Callable[[], None], Callable[[], None], trio.lowlevel.TrioToken]
 
 
 class Worker:
@@ -25,13 +27,15 @@ class Worker:
     async def run(self, function: Callable[[], T]) -> T:
         """Call it in the thread; returns and raises what it does.
 
-        Cancellation waits for the end of the call, and is raised at the next checkpoint.
+        Cancellation abandons the call: it is carried out all the same, before any later one, unless
+        the process ends first, and nobody hears what became of it. Shield what must be known.
         """
         if self._calls is None:
             self._calls = SimpleQueue()
             threading.Thread(target=_work, args=(self._calls,), name="journal", daemon=True).start()
         results: list[T] = []
         errors: list[BaseException] = []
+        is_abandoned = False
 
         def call() -> None:
             try:
@@ -39,9 +43,18 @@ class Worker:
             except BaseException as error:
                 errors.append(error)
 
+        def report() -> None:
+            if not is_abandoned:
+                trio.lowlevel.reschedule(task)
+
+        def abandon(_: object) -> trio.lowlevel.Abort:
+            nonlocal is_abandoned
+            is_abandoned = True
+            return trio.lowlevel.Abort.SUCCEEDED
+
         task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
-        self._calls.put((call, task, token))
-        await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
+        self._calls.put((call, report, token))
+        await trio.lowlevel.wait_task_rescheduled(abandon)
         if errors:
             raise errors.pop()
         return results.pop()
@@ -55,6 +68,7 @@ class Worker:
 
 def _work(calls: "SimpleQueue[_Call | None]") -> None:
     while (asked := calls.get()) is not None:
-        call, task, token = asked
+        call, report, token = asked
         call()
-        token.run_sync_soon(trio.lowlevel.reschedule, task)
+        with suppress(trio.RunFinishedError):  # the last call was abandoned, and the loop with it
+            token.run_sync_soon(report)

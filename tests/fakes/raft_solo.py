@@ -74,8 +74,7 @@ class Solo:
             self.transport.release()
 
     def tick(self) -> None:
-        self.fence.before_tick()
-        self.core.tick()
+        self.core.tick(self.fence.before_tick())
 
     def wait_for_election(self) -> None:
         """Let the timeout pass."""

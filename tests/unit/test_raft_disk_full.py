@@ -216,7 +216,7 @@ def test_a_node_whose_disk_is_full_takes_no_lead_over(is_full: bool) -> None:
     solo = Solo(log="1")
     solo.receive("b", Append(1, 3, 3, 1))
     solo.take()
-    solo.journal.disk_full = is_full
+    solo.journal.is_blocked = is_full
     solo.receive("b", TakeOver(1))
     solo.tick()
     assert solo.core.state() == (FOLLOWER if is_full else CANDIDATE)
@@ -225,10 +225,10 @@ def test_a_node_whose_disk_is_full_takes_no_lead_over(is_full: bool) -> None:
 
 def test_a_node_whose_disk_is_full_asks_for_no_votes() -> None:
     solo = Solo(log="1")
-    solo.journal.disk_full = True
+    solo.journal.is_blocked = True
     solo.wait_for_election()
     assert solo.take() == []
-    solo.journal.disk_full = False
+    solo.journal.is_blocked = False
     solo.wait_for_election()
     assert len(solo.take()) == 2
 

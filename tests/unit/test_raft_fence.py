@@ -218,6 +218,18 @@ def test_a_voter_counts_once() -> None:
     assert solo.core.state() == LEADER
 
 
+def test_consent_is_for_one_term_only() -> None:
+    solo = Solo()
+    solo.wait_for_election()
+    solo.receive("b", PreVote(0, 1, True))
+    solo.receive("c", VoteRequest(5, 9, 9))  # before the tick that would have begun the election
+    solo.sync()
+    solo.take()
+    solo.wait_for_election()
+    assert (solo.core.state(), solo.core.term()) == (FOLLOWER, 5)
+    assert ("b", PreVoteRequest(6, 2, 0)) in solo.take()
+
+
 def test_one_vote_a_term() -> None:
     solo = Solo(log="1")
     solo.receive("b", VoteRequest(2, 3, 1))
