@@ -200,6 +200,7 @@ async def test_a_write_that_was_abandoned_ends_before_the_file_is_free(tmp_path:
     path = tmp_path / "raft.db"
     store = SqliteStore(path)
     await store.load()
+    thread = await store._worker.run(threading.current_thread)
     gate = threading.Event()
     commit = store._commit
 
@@ -215,7 +216,6 @@ async def test_a_write_that_was_abandoned_ends_before_the_file_is_free(tmp_path:
     with trio.move_on_after(0) as scope:
         await store.aclose()
     assert scope.cancelled_caught
-    thread = next(thread for thread in threading.enumerate() if thread.name == "journal")
     successor = SqliteStore(path)
     with pytest.raises(JournalFailed, match="locked"):
         await successor.load()

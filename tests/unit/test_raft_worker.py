@@ -63,6 +63,24 @@ async def test_cancellation_abandons_the_call_which_happens_all_the_same() -> No
     worker.close()
 
 
+def test_a_call_may_end_after_the_loop() -> None:
+    gate = threading.Event()
+    threads: list[threading.Thread] = []
+
+    async def main() -> None:
+        worker = Worker()
+        threads.append(await worker.run(threading.current_thread))
+        with trio.move_on_after(0):
+            await worker.run(gate.wait)
+        worker.close()
+
+    trio.run(main)
+    assert threads[0].is_alive()
+    gate.set()
+    threads[0].join(10)
+    assert not threads[0].is_alive()
+
+
 async def test_close_lets_what_was_asked_happen_and_a_later_call_begin_again() -> None:
     worker = Worker()
     worker.close()  # nothing was begun
