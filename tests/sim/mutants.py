@@ -61,8 +61,14 @@ MUTANTS = (
     Mutant(
         "an election without a pre-vote",
         "raft/fence.py",
-        "            core.lose_leader()\n            self._ask_pre_votes()",
-        "            core.call_election()",
+        "        core.lose_leader()\n        self._ask_pre_votes()\n        return False",
+        "        return True",
+    ),
+    Mutant(
+        "consent outlives its term",
+        "raft/fence.py",
+        "if self._won_pre_vote_for == core.term() + 1:",
+        "if self._won_pre_vote_for:",
     ),
     Mutant(
         "a leader without a majority stays",
@@ -175,7 +181,7 @@ MUTANTS = (
     Mutant(
         "frames get into the last words",
         "raft/node.py",
-        'self._failure = NodeFailed("this node was stopped")',
+        'self._end(NodeFailed("this node was stopped"))',
         "pass",
     ),
     Mutant(
