@@ -54,6 +54,8 @@ class LocalEngine:
             system=parts.system,
             messages=parts.messages,
             options=parts.params,
+            adapter_paths=tuple(str(path) for path in parts.adapters),
+            projector_path="" if parts.projector is None else str(parts.projector),
         )
 
 

@@ -64,6 +64,11 @@ def run_runner(argv: Sequence[str]) -> int:
         params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     if arguments.chat_template:
         params.chat_template = arguments.chat_template
+    params.lora_adapters = [
+        xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in arguments.adapter
+    ]
+    if arguments.projector:
+        params.mmproj.path = arguments.projector
     params.ctx_shift = True  # a full context drops its older half after num_keep, as in Ollama
     params.cache_ram_mib = PROMPT_CACHE_MIB
     # A stream and a question beside it for every slot, and the daemon's idle connections: when
@@ -96,6 +101,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--embedding", action="store_true", help="make embeddings, not text")
     parser.add_argument("--pooling", choices=["mean"], default=None)
     parser.add_argument("--chat-template", default="", help="Jinja, instead of the file's own")
+    parser.add_argument("--adapter", action="append", default=[], help="LoRA; may be repeated")
+    parser.add_argument("--projector", default="", help="GGUF that turns images into tokens")
     return parser.parse_args(argv)
 
 

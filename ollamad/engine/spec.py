@@ -46,6 +46,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     system: str | None = None  # system prompt for requests that bring none
     messages: tuple[Message, ...] = ()  # said before every conversation
     options: Options = Options()  # the model's own parameters
+    adapter_paths: tuple[str, ...] = ()  # LoRA adapters, GGUF; all are applied in full
+    projector_path: str = ""  # GGUF (mmproj) that lets the model see or hear; empty: it cannot
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,8 @@ class RunnerConfig:
     embedding: bool = False  # makes embeddings, not text
     pooling: str = ""  # how embeddings are pooled; empty: as the model's file says
     chat_template: str = ""  # Jinja; empty: the one in the file
+    adapter_paths: tuple[str, ...] = ()
+    projector_path: str = ""
 
     def arguments(self) -> list[str]:
         """The command line of `ollamad runner`, without the socket."""
@@ -89,6 +93,10 @@ class RunnerConfig:
             arguments += ["--pooling", self.pooling]
         if self.chat_template:
             arguments += ["--chat-template", self.chat_template]
+        for path in self.adapter_paths:
+            arguments += ["--adapter", path]
+        if self.projector_path:
+            arguments += ["--projector", self.projector_path]
         return arguments
 
 
@@ -132,6 +140,8 @@ def runner_config(
         embedding=embedding,
         pooling=pooling,
         chat_template=template if "{%" in template and not embedding else "",
+        adapter_paths=spec.adapter_paths,
+        projector_path="" if embedding else spec.projector_path,
     )
 
 

@@ -34,7 +34,7 @@ Models (`models.py`, `manifests.py`, `details.py`, `gguf.py`):
     await derive_model(name, manifest_bytes, changes) -> Model   # of another one's manifest
     await describe_model(model) -> Description
     await model_of(name, manifest_bytes) -> Model      # of a manifest whose blobs are here
-    await runtime_parts(model) -> RuntimeParts(gguf, template, system, params, messages, licenses)
+    await runtime_parts(model) -> RuntimeParts(gguf, template, …, adapters, projector)
     await read_header(gguf_digest) -> GgufHeader       # facts_of(header), details_of(facts)
     describe(manifest_bytes) -> Manifest               # .config .layers .blobs
     manifest_digest(manifest_bytes) -> digest

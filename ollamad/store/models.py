@@ -40,6 +40,8 @@ class RuntimeParts(msgspec.Struct, frozen=True):
     params: Options
     messages: tuple[Message, ...]
     licenses: tuple[str, ...]
+    adapters: tuple[Path, ...] = ()  # LoRA
+    projector: Path | None = None
 
 
 class _RootFs(msgspec.Struct, frozen=True):
@@ -260,18 +262,17 @@ class ModelStore(BlobStore):
             raise BlobMissing(f"blob {gguf_digest} is not in the store") from None
 
     async def runtime_parts(self, model: Model) -> RuntimeParts:
-        """Where the GGUF is, and what the model's small layers say.
+        """Where the model's large files are, and what its small layers say.
 
         Raises:
           BlobMissing: a blob is not here.
-          ManifestInvalid: a layer cannot be read, or the model needs an adapter, which no
-            engine here applies (leaving it out would silently give another model's answers).
+          ManifestInvalid: a layer cannot be read.
         """
         manifest = describe(model.manifest)
-        if any(layer.media_type == manifests.ADAPTER_TYPE for layer in manifest.layers):
-            raise ManifestInvalid(f"{model.name} has an adapter layer, which is not supported")
         gguf = _gguf_of(manifest)
         await self.blob_size(gguf.digest)
+        adapters = await self._paths(manifest, manifests.ADAPTER_TYPE)
+        projectors = await self._paths(manifest, manifests.PROJECTOR_TYPE)
         params = await self._text(manifest, manifests.PARAMS_TYPE)
         messages = await self._text(manifest, manifests.MESSAGES_TYPE)
         try:
@@ -283,6 +284,8 @@ class ModelStore(BlobStore):
                 params=msgspec.json.decode(params or b"{}", type=Options, strict=False),
                 messages=msgspec.json.decode(messages or b"[]", type=tuple[Message, ...]),
                 licenses=tuple(await self._texts(manifest, manifests.LICENSE_TYPE)),
+                adapters=adapters,
+                projector=projectors[-1] if projectors else None,
             )
         except msgspec.DecodeError as error:
             raise ManifestInvalid(f"the parameters of {model.name}: {error}") from error
@@ -322,6 +325,13 @@ class ModelStore(BlobStore):
             raise ManifestInvalid(f"a {media_type} of {len(data):,} bytes is too large")
         digest, _ = await self.put_bytes(data)
         return Descriptor(media_type, digest, len(data))
+
+    async def _paths(self, manifest: Manifest, media_type: str) -> tuple[Path, ...]:
+        """The files of the layers of that type, which must all be here."""
+        digests = [layer.digest for layer in manifest.layers if layer.media_type == media_type]
+        for digest in digests:
+            await self.blob_size(digest)
+        return tuple(self.blob_path(digest) for digest in digests)
 
     async def _text(self, manifest: Manifest, media_type: str) -> str | None:
         texts = await self._texts(manifest, media_type)

@@ -158,6 +158,15 @@ def test_only_jinja_templates_reach_the_runner(template: str | None, used: bool)
     assert ("--chat-template" in arguments) is used
 
 
+def test_adapters_and_the_projector_reach_the_runner():
+    spec = msgspec.structs.replace(SPEC, adapter_paths=("/a", "/b"), projector_path="/p")
+    arguments = runner_config(spec, Options(), SETTINGS).arguments()
+    assert arguments[-6:] == ["--adapter", "/a", "--adapter", "/b", "--projector", "/p"]
+    # The projector's tokens are of no use for embeddings of text; what adapts the weights is.
+    embedding = runner_config(spec, Options(), SETTINGS, embedding=True).arguments()
+    assert embedding[-4:] == ["--adapter", "/a", "--adapter", "/b"]
+
+
 def test_the_estimate_grows_with_slots_and_context():
     def size(**fields: int) -> int:
         return estimate_bytes(SPEC, runner_config(SPEC, Options(**fields), SETTINGS))

@@ -21,6 +21,7 @@ from ollamad.store.manifests import (
     MESSAGES_TYPE,
     MODEL_TYPE,
     PARAMS_TYPE,
+    PROJECTOR_TYPE,
     SYSTEM_TYPE,
     TEMPLATE_TYPE,
     Descriptor,
@@ -158,13 +159,17 @@ async def test_a_model_of_ollama_is_read_and_its_manifest_kept(store: ModelStore
     assert parts.licenses == ("caf\ufffd",)
 
 
-async def test_a_model_with_an_adapter_is_refused_rather_than_run_without(
+async def test_a_models_adapters_and_projector_are_files_that_the_runner_needs(
     store: ModelStore,
 ) -> None:
-    model = await store.model_of(
-        "a", await foreign_manifest(store, (MODEL_TYPE, GGUF), (ADAPTER_TYPE, b"x"))
-    )
-    with pytest.raises(ManifestInvalid, match="adapter"):
+    layers = [(ADAPTER_TYPE, b"x"), (ADAPTER_TYPE, b"y"), (PROJECTOR_TYPE, b"z")]
+    model = await store.model_of("a", await foreign_manifest(store, (MODEL_TYPE, GGUF), *layers))
+    parts = await store.runtime_parts(model)
+    assert [path.read_bytes() for path in parts.adapters] == [b"x", b"y"]
+    assert parts.projector is not None
+    assert parts.projector.read_bytes() == b"z"
+    await store.remove_blob(digest_of(b"y"))
+    with pytest.raises(BlobMissing):  # without it, it would be another model
         await store.runtime_parts(model)
 
 
