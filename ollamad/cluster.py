@@ -36,6 +36,7 @@ from ollamad.core.commands import (
     RemoveMember,
     SetDraining,
     UpdateMember,
+    level_of,
 )
 from ollamad.core.ids import NodeId, short
 from ollamad.core.presence import Beat, Presence
@@ -227,8 +228,18 @@ class Cluster:
         Raises:
           NoQuorum: it did not happen and will not.
           Unavailable: it may or may not have happened when this is raised.
+          ServiceError: 409 UPGRADE_FIRST, during an upgrade, and nothing happened.
         """
-        proposal = Proposal(uuid.uuid4().hex, time.time(), command)
+        level = level_of(command)
+        if level > 1 and (behind := self._members_below(level)):
+            raise ServiceError(
+                409,
+                "UPGRADE_FIRST",
+                f"{', '.join(behind)} would have to stop, because the version there does not know "
+                "this change; upgrade first",
+                {"nodes": behind},
+            )
+        proposal = Proposal(uuid.uuid4().hex, time.time(), command, level)
         try:
             return decode_outcome(await self._raft.propose(encode(proposal), PROPOSE_TIMEOUT_S))
         except RaftNoQuorum as error:
@@ -237,6 +248,15 @@ class Cluster:
             raise Unavailable(str(error), code="OUTCOME_UNKNOWN") from None
         except RaftError as error:
             raise Unavailable(str(error), code="CONSENSUS_FAILED") from None
+
+    def _members_below(self, level: int) -> list[str]:
+        """The names of the members that are online and do not know commands of that level."""
+        presences = {n: self.heartbeats.presence(n) for n in self.other_members()}
+        return [
+            self.state.members[node_id].name
+            for node_id, presence in presences.items()
+            if presence.online and presence.beat.level < level
+        ]
 
     async def require(self, command: AnyCommand) -> None:
         """Propose, and turn a rejection into the error that a client should see."""

@@ -39,6 +39,7 @@ from ollamad.api.serve import (
 from ollamad.api.services import Services
 from ollamad.build import build_info, engine_versions, platform_name
 from ollamad.cluster import Addresses, Cluster
+from ollamad.core.commands import LEVEL
 from ollamad.core.ids import NodeId, short
 from ollamad.core.names import node_name_of
 from ollamad.core.presence import Beat
@@ -334,6 +335,7 @@ class Daemon:
             active_requests=self._dispatcher.outstanding(),
             started_at=self._started_at,
             leaving=self._leaving,
+            level=LEVEL,
         )
 
     async def _unload(self, name: str) -> None:

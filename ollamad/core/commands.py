@@ -92,7 +92,7 @@ class DeleteModel(Command, frozen=True):
 
 
 class SetDesired(Command, frozen=True):
-    """Which nodes should hold a model."""
+    """Which nodes should hold a model. Of level 1; `PlaceReplicas` is what newer logs have."""
 
     name: str
     desired: tuple[NodeId, ...]
@@ -105,6 +105,37 @@ class ConfirmReplica(Command, frozen=True):
     digest: str
     node_id: NodeId
     present: bool = True
+
+
+class AskReplicas(Command, frozen=True):
+    """How many copies of a model somebody wants, and on which nodes in any case."""
+
+    name: str
+    replicas: int  # 0: the cluster's default
+    pinned: tuple[NodeId, ...] = ()
+
+
+class PlaceReplicas(Command, frozen=True):
+    """Which nodes should hold a model, decided on the view that the leader had.
+
+    Rejected as STALE if the model is another one or placed otherwise by now.
+    """
+
+    name: str
+    digest: str
+    was: tuple[NodeId, ...]  # what `desired` was when this was decided, sorted
+    desired: tuple[NodeId, ...]
+
+
+class ReleaseReplica(Command, frozen=True):
+    """A node gives up a copy that it need not have. Rejected if that is not so any more.
+
+    The node frees the blobs only after this was applied.
+    """
+
+    name: str
+    digest: str
+    node_id: NodeId
 
 
 class PutUser(Command, frozen=True):
@@ -138,6 +169,9 @@ AnyCommand = (
     | DeleteModel
     | SetDesired
     | ConfirmReplica
+    | AskReplicas
+    | PlaceReplicas
+    | ReleaseReplica
     | PutUser
     | DeleteUser
     | AddJoinToken
@@ -156,7 +190,16 @@ class Proposal(msgspec.Struct, frozen=True):
 
 # What this version's `apply` can do. Raise it with each command, or field of one, that an older
 # version would refuse or overlook: a node below a proposal's level must stop, not differ.
-LEVEL = 1
+LEVEL = 2
+
+_LEVELS: dict[type[Command], int] = {AskReplicas: 2, PlaceReplicas: 2, ReleaseReplica: 2}
+
+
+def level_of(command: AnyCommand) -> int:
+    """The least LEVEL that carries this command out as it is meant."""
+    if isinstance(command, PutModel) and (command.model.replicas or command.model.pinned):
+        return 2
+    return _LEVELS.get(type(command), 1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -224,6 +267,12 @@ def _apply_command(state: ClusterState, command: AnyCommand, now: float) -> Outc
             return _set_desired(state, name, desired)
         case ConfirmReplica():
             return _confirm(state, command)
+        case AskReplicas():
+            return _ask_replicas(state, command)
+        case PlaceReplicas():
+            return _place(state, command)
+        case ReleaseReplica():
+            return _release(state, command)
         case PutUser(user):
             if user.role not in ROLES:
                 return Rejected("INVALID_ROLE", f"{user.role!r} is not one of {', '.join(ROLES)}")
@@ -305,11 +354,13 @@ def _take_place(state: ClusterState, old: NodeId, new: NodeId, now: float) -> No
     del state.members[old]
     state.departed[old] = now
     for key, model in state.models.items():
-        desired, confirmed = (
+        desired, confirmed, pinned = (
             tuple(sorted(new if node_id == old else node_id for node_id in nodes))
-            for nodes in (model.desired, model.confirmed)
+            for nodes in (model.desired, model.confirmed, model.pinned)
         )
-        state.models[key] = msgspec.structs.replace(model, desired=desired, confirmed=confirmed)
+        state.models[key] = msgspec.structs.replace(
+            model, desired=desired, confirmed=confirmed, pinned=pinned
+        )
 
 
 def _update_member(state: ClusterState, command: UpdateMember) -> Outcome:
@@ -341,11 +392,12 @@ def _remove_member(state: ClusterState, node_id: NodeId, now: float) -> Outcome:
     del state.members[node_id]
     state.departed[node_id] = now
     for key, model in state.models.items():
-        if node_id in model.desired or node_id in model.confirmed:
+        if node_id in {*model.desired, *model.confirmed, *model.pinned}:
             state.models[key] = msgspec.structs.replace(
                 model,
                 desired=tuple(n for n in model.desired if n != node_id),
                 confirmed=tuple(n for n in model.confirmed if n != node_id),
+                pinned=tuple(n for n in model.pinned if n != node_id),
             )
     return APPLIED
 
@@ -360,6 +412,8 @@ def _put_model(state: ClusterState, model: Model) -> Outcome:
         model,
         desired=tuple(sorted(set(model.desired) & known)),
         confirmed=tuple(sorted(set(model.confirmed) & known)),
+        replicas=max(0, model.replicas),
+        pinned=tuple(sorted(set(model.pinned) & known)),
     )
     return APPLIED
 
@@ -387,6 +441,43 @@ def _confirm(state: ClusterState, command: ConfirmReplica) -> Outcome:
     if command.present:
         confirmed.add(command.node_id)
     _replace_model(state, msgspec.structs.replace(model, confirmed=tuple(sorted(confirmed))))
+    return APPLIED
+
+
+def _ask_replicas(state: ClusterState, command: AskReplicas) -> Outcome:
+    model = state.find_model(command.name)
+    if model is None:
+        return _unknown_model(command.name)
+    if command.replicas < 0:
+        return Rejected("INVALID_REPLICAS", "a model has 1 copy or more; 0 means the default")
+    for node_id in command.pinned:
+        if node_id not in state.members:
+            return _unknown_node(node_id)
+    pinned = tuple(sorted(set(command.pinned)))
+    _replace_model(state, msgspec.structs.replace(model, replicas=command.replicas, pinned=pinned))
+    return APPLIED
+
+
+def _place(state: ClusterState, command: PlaceReplicas) -> Outcome:
+    model = state.find_model(command.name)
+    if model is None:
+        return _unknown_model(command.name)
+    if (model.digest, model.desired) != (command.digest, command.was):
+        return Rejected("STALE", f"{command.name} was placed anew meanwhile")
+    return _set_desired(state, command.name, command.desired)
+
+
+def _release(state: ClusterState, command: ReleaseReplica) -> Outcome:
+    model = state.find_model(command.name)
+    if model is None:
+        return _unknown_model(command.name)
+    if model.digest != command.digest:
+        return Rejected("SUPERSEDED", f"{command.name} has another manifest by now")
+    rest = set(model.confirmed) - {command.node_id}
+    is_spare = command.node_id not in model.desired and set(model.desired) <= rest
+    if not rest or not is_spare:
+        return Rejected("NEEDED", f"the copy of {command.name} is needed")
+    _replace_model(state, msgspec.structs.replace(model, confirmed=tuple(sorted(rest))))
     return APPLIED
 
 

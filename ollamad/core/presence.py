@@ -48,6 +48,7 @@ class Beat(msgspec.Struct, frozen=True):
     active_requests: int = 0
     started_at: float = 0.0
     leaving: bool = False  # it stops now, do not wait for its silence
+    level: int = 1  # of the commands that it knows: see `core.commands.LEVEL`
 
 
 @dataclass(frozen=True, slots=True)

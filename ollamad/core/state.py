@@ -81,6 +81,8 @@ class Model(msgspec.Struct, frozen=True):
     modified_at: float  # Unix seconds
     desired: tuple[NodeId, ...] = ()  # nodes that should hold it, sorted
     confirmed: tuple[NodeId, ...] = ()  # nodes that hold it, verified, sorted
+    replicas: int = 0  # copies that somebody asked for; 0: the cluster's default
+    pinned: tuple[NodeId, ...] = ()  # nodes that somebody asked for by name, sorted
 
     @property
     def size(self) -> int:

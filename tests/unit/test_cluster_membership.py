@@ -28,6 +28,7 @@ from ollamad.cluster import (
 from ollamad.core.commands import (
     AddJoinToken,
     AdmitMember,
+    AskReplicas,
     DeleteUser,
     RecoverCluster,
     Rejected,
@@ -185,6 +186,18 @@ async def test_every_proposal_has_an_id_of_its_own(node: Node) -> None:
     for _ in range(2):
         await node.cluster.propose(SetDraining(node.id, False))
     assert len(set(node.raft.proposals)) == len(node.raft.proposals)
+
+
+async def test_what_an_older_member_cannot_carry_out_waits_for_its_upgrade(node: Node) -> None:
+    await node.let_in(B)
+    before = node.machine.state.fingerprint()
+    with pytest.raises(ServiceError, match="upgrade first") as caught:
+        await node.cluster.propose(AskReplicas("m", 2))
+    assert (caught.value.status, caught.value.code) == (409, "UPGRADE_FIRST")
+    assert caught.value.details == {"nodes": [f"n{B[:9]}"]}
+    assert node.machine.state.fingerprint() == before
+    node.offline = {B}  # it stops when it comes back, and says why
+    assert isinstance(await node.cluster.propose(AskReplicas("m", 2)), Rejected)
 
 
 async def test_a_join_token_pins_the_ca_and_is_kept_as_a_key_only(node: Node) -> None:

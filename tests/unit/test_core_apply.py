@@ -14,6 +14,7 @@ from ollamad.core.commands import (
     AddJoinToken,
     AdmitMember,
     AnyCommand,
+    AskReplicas,
     ChangeSettings,
     Command,
     ConfirmReplica,
@@ -21,17 +22,20 @@ from ollamad.core.commands import (
     DeleteUser,
     FoundCluster,
     Outcome,
+    PlaceReplicas,
     Proposal,
     PutModel,
     PutUser,
     RecoverCluster,
     Rejected,
+    ReleaseReplica,
     RemoveMember,
     Revoke,
     SetDesired,
     SetDraining,
     UpdateMember,
     apply,
+    level_of,
 )
 from ollamad.core.ids import NodeId
 from ollamad.core.state import (
@@ -60,6 +64,7 @@ ADMIN = User("admin", "hash", "admin", 1.0)
 FOUND = FoundCluster(
     "c1", CertificateAuthority(b"ca", b"key"), b"jwt", member(NODE_1, "one"), ADMIN
 )
+BOTH = tuple(sorted((NODE_1, NODE_2)))
 TOKEN = JoinToken("t1", b"key", NOW + 60)
 
 
@@ -108,7 +113,10 @@ EVERY_COMMAND: list[AnyCommand] = [
     PutModel(model()),
     DeleteModel("smollm2:135m"),
     SetDesired("smollm2:135m", (NODE_2,)),
-    ConfirmReplica("smollm2:135m", model().digest, NODE_2),
+    ConfirmReplica("smollm2:135m", model().digest, NODE_2, present=False),
+    AskReplicas("smollm2:135m", 2, (NODE_1,)),
+    PlaceReplicas("smollm2:135m", model().digest, (), (NODE_1,)),
+    ReleaseReplica("smollm2:135m", model().digest, NODE_2),
     PutUser(User("u", "h", "viewer", 1.0)),
     DeleteUser("admin"),
     AddJoinToken(JoinToken("t2", b"k", NOW + 1)),
@@ -127,7 +135,7 @@ def test_every_command_survives_the_wire_and_changes_the_state(command: AnyComma
         for number, before in enumerate([FOUND, AddJoinToken(TOKEN)]):
             machine.apply(encode(Proposal(f"b{number}", NOW, before)))
         machine.apply(encode(Proposal("b2", NOW, AdmitMember(member(NODE_2, "two"), "t1"))))
-        machine.apply(encode(Proposal("b3", NOW, PutModel(model(confirmed=(), desired=())))))
+        machine.apply(encode(Proposal("b3", NOW, PutModel(model(desired=())))))
     before_print = machine.state.fingerprint()
     assert decode_outcome(machine.apply(encode(Proposal("c", NOW, command)))) == APPLIED
     after_print = machine.state.fingerprint()
@@ -178,6 +186,18 @@ def test_a_cluster_is_founded_once() -> None:
         (ConfirmReplica("no-such", "", NODE_1), NOW, "MODEL_NOT_FOUND"),
         (ConfirmReplica("smollm2:135m", "sha256:other", NODE_1), NOW, "SUPERSEDED"),
         (ConfirmReplica("smollm2:135m", model().digest, STRANGER), NOW, "NODE_NOT_FOUND"),
+        (AskReplicas("smollm2:135m", 2, (NODE_2,)), NOW, ""),
+        (AskReplicas("no-such", 2), NOW, "MODEL_NOT_FOUND"),
+        (AskReplicas("smollm2:135m", -1), NOW, "INVALID_REPLICAS"),
+        (AskReplicas("smollm2:135m", 2, (STRANGER,)), NOW, "NODE_NOT_FOUND"),
+        (PlaceReplicas("smollm2:135m", model().digest, BOTH, (NODE_1,)), NOW, ""),
+        (PlaceReplicas("no-such", model().digest, BOTH, (NODE_1,)), NOW, "MODEL_NOT_FOUND"),
+        (PlaceReplicas("smollm2:135m", "sha256:other", BOTH, (NODE_1,)), NOW, "STALE"),
+        (PlaceReplicas("smollm2:135m", model().digest, (NODE_1,), (NODE_2,)), NOW, "STALE"),
+        (PlaceReplicas("smollm2:135m", model().digest, BOTH, (STRANGER,)), NOW, "NODE_NOT_FOUND"),
+        (ReleaseReplica("no-such", model().digest, NODE_1), NOW, "MODEL_NOT_FOUND"),
+        (ReleaseReplica("smollm2:135m", "sha256:other", NODE_1), NOW, "SUPERSEDED"),
+        (ReleaseReplica("smollm2:135m", model().digest, NODE_1), NOW, "NEEDED"),
         (PutUser(User("u", "h", "root", 1.0)), NOW, "INVALID_ROLE"),
         (DeleteUser("nobody"), NOW, "USER_NOT_FOUND"),
     ],
@@ -268,6 +288,48 @@ def test_replicas_are_confirmed_and_taken_back(replica: Replica) -> None:
     assert models["smollm2:135m"].confirmed == (NODE_2,)
     replica(SetDesired("SmolLM2:135m", (NODE_2, NODE_1, NODE_2)))
     assert models["smollm2:135m"].desired == tuple(sorted((NODE_1, NODE_2)))
+
+
+@pytest.mark.parametrize(
+    ("desired", "confirmed", "expected"),
+    [
+        ((NODE_2,), (NODE_1, NODE_2), ""),
+        ((NODE_1, NODE_2), (NODE_1, NODE_2), "NEEDED"),  # it is wanted again
+        ((NODE_2,), (NODE_1,), "NEEDED"),  # who should have it has not
+        ((), (NODE_1,), "NEEDED"),  # the last one
+        ((), (NODE_1, NODE_2), ""),
+        ((NODE_2,), (NODE_2,), ""),  # it was released before
+    ],
+)
+def test_a_copy_is_given_up_only_where_the_others_have_it(
+    replica: Replica,
+    desired: tuple[NodeId, ...],
+    confirmed: tuple[NodeId, ...],
+    expected: str,
+) -> None:
+    replica(PutModel(model(desired=desired, confirmed=confirmed)))
+    assert code(replica(ReleaseReplica("smollm2:135m", model().digest, NODE_1))) == expected
+    left = replica.state.models["smollm2:135m"].confirmed
+    assert left == (tuple(sorted(confirmed)) if expected else (NODE_2,))
+
+
+def test_who_leaves_is_not_asked_for_any_more_and_who_takes_its_place_is(replica: Replica) -> None:
+    replica(AskReplicas("smollm2:135m", 0, (NODE_2, NODE_1, NODE_2)))
+    replica(RecoverCluster(5, NODE_1))
+    replica(AdmitMember(member(NODE_3, "two"), "t1"))
+    assert replica.state.models["smollm2:135m"].pinned == tuple(sorted((NODE_1, NODE_3)))
+    replica(RemoveMember(NODE_3))
+    assert replica.state.models["smollm2:135m"].pinned == (NODE_1,)
+
+
+def test_what_the_first_version_does_not_know_is_of_a_higher_level() -> None:
+    """Of a model, too: that version would drop what somebody asked for, and differ."""
+    first = {command for command in EVERY_COMMAND if level_of(command) == 1}
+    later = {type(command).__name__ for command in EVERY_COMMAND if command not in first}
+    assert later == {"AskReplicas", "PlaceReplicas", "ReleaseReplica"}
+    assert level_of(PutModel(model(replicas=2))) == 2
+    assert level_of(PutModel(model(pinned=(NODE_1,)))) == 2
+    assert max(map(level_of, EVERY_COMMAND)) == LEVEL
 
 
 def test_a_token_is_spent_once_and_forgotten_when_it_would_have_expired() -> None:
@@ -374,6 +436,8 @@ MODELS = st.builds(
     modified_at=TIMES,
     desired=NODES,
     confirmed=NODES,
+    replicas=st.integers(-1, 9),
+    pinned=NODES,
 )
 USERS = st.builds(User, NAMES, NAMES, st.sampled_from(["viewer", "admin", "", "root"]), TIMES)
 KEYS = st.sampled_from(["t1", "t2", ""])
@@ -388,6 +452,9 @@ COMMANDS: st.SearchStrategy[AnyCommand] = st.one_of(
     st.builds(DeleteModel, NAMES),
     st.builds(SetDesired, NAMES, NODES),
     st.builds(ConfirmReplica, NAMES, st.sampled_from(["d1", "d2"]), IDS, st.booleans()),
+    st.builds(AskReplicas, NAMES, st.integers(-1, 9), NODES),
+    st.builds(PlaceReplicas, NAMES, st.sampled_from(["d1", "d2"]), NODES, NODES),
+    st.builds(ReleaseReplica, NAMES, st.sampled_from(["d1", "d2"]), IDS),
     st.builds(PutUser, USERS),
     st.builds(DeleteUser, NAMES),
     st.builds(AddJoinToken, st.builds(JoinToken, KEYS, st.just(b""), TIMES)),
@@ -407,7 +474,8 @@ def check_invariants(state: ClusterState) -> None:
     for key, found in state.models.items():
         assert state.find_model(found.name) is found
         assert state.find_model(key) is found
-        for nodes in (found.desired, found.confirmed):
+        assert found.replicas >= 0
+        for nodes in (found.desired, found.confirmed, found.pinned):
             assert list(nodes) == sorted(set(nodes))
             assert set(nodes) <= set(state.members)
     assert bool(state.members) == bool(state.cluster_id)
