@@ -11,9 +11,11 @@ import dataclasses
 import msgspec
 
 from ollamad.core.ids import NodeId, short
-from ollamad.core.names import InvalidName, check_node_name, parse_name
+from ollamad.core.names import InvalidName, check_node_name, check_username, parse_name
+from ollamad.core.quota import PERIODS, KeyCount, later
 from ollamad.core.state import (
     ROLES,
+    ApiKey,
     Capacity,
     CertificateAuthority,
     ClusterState,
@@ -142,8 +144,39 @@ class PutUser(Command, frozen=True):
     user: User
 
 
-class DeleteUser(Command, frozen=True):
+class AddUser(Command, frozen=True):
+    """Like PutUser, but a name that is taken is refused."""
+
+    user: User
+
+
+class SetPassword(Command, frozen=True):
+    """Change a password. The new generation ends every session of the user."""
+
     username: str
+    password_hash: str
+    generation: str
+
+
+class DeleteUser(Command, frozen=True):
+    """Refused for the last admin, after whom nobody could make another one."""
+
+    username: str
+
+
+class AddKey(Command, frozen=True):
+    key: ApiKey
+
+
+class DeleteKey(Command, frozen=True):
+    id: str
+
+
+class RecordUsage(Command, frozen=True):
+    """What a node has counted for API keys, so that it outlives the node. Never goes back."""
+
+    node_id: NodeId
+    counts: tuple[KeyCount, ...]
 
 
 class AddJoinToken(Command, frozen=True):
@@ -176,6 +209,11 @@ AnyCommand = (
     | DeleteUser
     | AddJoinToken
     | Revoke
+    | AddUser
+    | SetPassword
+    | AddKey
+    | DeleteKey
+    | RecordUsage
 )
 
 
@@ -192,7 +230,17 @@ class Proposal(msgspec.Struct, frozen=True):
 # version would refuse or overlook: a node below a proposal's level must stop, not differ.
 LEVEL = 2
 
-_LEVELS: dict[type[Command], int] = {AskReplicas: 2, PlaceReplicas: 2, ReleaseReplica: 2}
+_LEVELS: dict[type[Command], int] = {
+    AskReplicas: 2,
+    PlaceReplicas: 2,
+    ReleaseReplica: 2,
+    AddUser: 2,
+    SetPassword: 2,
+    DeleteUser: 2,
+    AddKey: 2,
+    DeleteKey: 2,
+    RecordUsage: 2,
+}
 
 
 def level_of(command: AnyCommand) -> int:
@@ -216,6 +264,9 @@ class Rejected:
 
 
 Outcome = Applied | Rejected
+# A state of these is some 10 MB; whoever needs more needs a directory service.
+MAX_USERS = 10_000
+MAX_KEYS = 10_000
 DEPARTED_NODE = "DEPARTED_NODE"  # code of the rejection of a node that has left
 
 APPLIED = Applied()
@@ -278,9 +329,30 @@ def _apply_command(state: ClusterState, command: AnyCommand, now: float) -> Outc
                 return Rejected("INVALID_ROLE", f"{user.role!r} is not one of {', '.join(ROLES)}")
             state.users[user.username] = user
             return APPLIED
+        case AddUser(user):
+            return _add_user(state, user)
+        case SetPassword():
+            known = state.users.get(command.username)
+            if known is None:
+                return _unknown_user(command.username)
+            state.users[known.username] = msgspec.structs.replace(
+                known, password_hash=command.password_hash, generation=command.generation
+            )
+            return APPLIED
         case DeleteUser(username):
-            if state.users.pop(username, None) is None:
-                return Rejected("USER_NOT_FOUND", f"there is no user {username!r}")
+            return _delete_user(state, username)
+        case AddKey(key):
+            return _add_key(state, key)
+        case DeleteKey(key_id):
+            if state.api_keys.pop(key_id, None) is None:
+                return Rejected("KEY_NOT_FOUND", f"there is no API key {key_id!r}")
+            state.key_usage.pop(key_id, None)
+            return APPLIED
+        case RecordUsage(node_id, counts):
+            for count in counts:
+                if count.key_id in state.api_keys:
+                    by_node = state.key_usage.setdefault(count.key_id, {})
+                    by_node[node_id] = later(by_node.get(node_id), count.used)
             return APPLIED
         case AddJoinToken(token):
             for expired in [t.id for t in state.join_tokens.values() if t.expires_at < now]:
@@ -491,6 +563,48 @@ def _name_problem(name: str) -> Rejected | None:
     except ValueError as error:
         return Rejected("INVALID_NAME", str(error))
     return None
+
+
+def _add_user(state: ClusterState, user: User) -> Outcome:
+    try:
+        check_username(user.username)
+    except ValueError as error:
+        return Rejected("INVALID_USERNAME", str(error))
+    if user.role not in ROLES:
+        return Rejected("INVALID_ROLE", f"{user.role!r} is not one of {', '.join(ROLES)}")
+    if user.username in state.users:
+        return Rejected("USER_EXISTS", f"there is a user {user.username!r} already")
+    if len(state.users) >= MAX_USERS:
+        return Rejected("TOO_MANY_USERS", f"there are {MAX_USERS} users already; delete some")
+    state.users[user.username] = user
+    return APPLIED
+
+
+def _delete_user(state: ClusterState, username: str) -> Outcome:
+    user = state.users.get(username)
+    if user is None:
+        return _unknown_user(username)
+    if user.role == "admin" and sum(u.role == "admin" for u in state.users.values()) == 1:
+        return Rejected("LAST_ADMIN", f"{username!r} is the only admin; make another one first")
+    del state.users[username]
+    return APPLIED
+
+
+def _add_key(state: ClusterState, key: ApiKey) -> Outcome:
+    if key.role not in ROLES:
+        return Rejected("INVALID_ROLE", f"{key.role!r} is not one of {', '.join(ROLES)}")
+    if key.period not in PERIODS:
+        return Rejected("INVALID_PERIOD", f"{key.period!r} is not one of {', '.join(PERIODS)}")
+    if key.id in state.api_keys:
+        return Rejected("KEY_EXISTS", f"there is an API key {key.id!r} already")
+    if len(state.api_keys) >= MAX_KEYS:
+        return Rejected("TOO_MANY_KEYS", f"there are {MAX_KEYS} API keys already; delete some")
+    state.api_keys[key.id] = key
+    return APPLIED
+
+
+def _unknown_user(username: str) -> Rejected:
+    return Rejected("USER_NOT_FOUND", f"there is no user {username!r}")
 
 
 def _unknown_node(node_id: NodeId) -> Rejected:

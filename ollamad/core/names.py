@@ -16,6 +16,8 @@ _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(:[0-9]{1,5})?")
 
 
 _NODE_NAME = re.compile(r"(?!Qm)[A-Za-z0-9][A-Za-z0-9._\-]{0,62}")
+_USERNAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+\-]{0,63}")
+RESERVED_USERNAMES = ("local",)  # what callers without a user of their own are shown as
 
 
 class InvalidName(ValueError):
@@ -92,6 +94,21 @@ def check_node_name(name: str) -> None:
             "a node's name has 1 to 63 letters, digits, '.', '_' and '-', begins with a letter "
             "or digit, and not with Qm as ids do"
         )
+
+
+def check_username(name: str) -> None:
+    """Whether a user may be called that.
+
+    Raises:
+      ValueError: it may not.
+    """
+    if not _USERNAME.fullmatch(name):
+        raise ValueError(
+            "a username has 1 to 64 letters, digits, '.', '_', '@', '+' and '-', and begins with "
+            "a letter or digit"
+        )
+    if name in RESERVED_USERNAMES:
+        raise ValueError(f"the username {name!r} is reserved")
 
 
 def node_name_of(host: str) -> str:

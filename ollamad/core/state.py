@@ -13,6 +13,7 @@ import msgspec
 
 from ollamad.core.ids import MIN_PREFIX_LENGTH, NodeId
 from ollamad.core.names import InvalidName, parse_name
+from ollamad.core.quota import Used
 
 Role = str  # one of ROLES, weakest first
 ROLES = ("viewer", "inference", "operator", "admin")
@@ -97,6 +98,24 @@ class User(msgspec.Struct, frozen=True):
     password_hash: str
     role: Role
     created_at: float
+    # Another one with each password: a token that names an older one, or that of a user of the
+    # same name who was deleted, is dead.
+    generation: str = ""
+
+
+class ApiKey(msgspec.Struct, frozen=True):
+    """A token for a program, without a session. Its secret is kept by nobody but its owner."""
+
+    id: str
+    name: str  # for people
+    secret_sha256: str  # hex; the secret is random and long, so a slow hash would add nothing
+    role: Role
+    created_at: float
+    created_by: str  # a username
+    expires_at: float | None = None  # Unix seconds
+    request_quota: int | None = None  # requests in a period
+    token_quota: int | None = None  # tokens in a period, of prompts and answers together
+    period: str = "total"  # one of core.quota.PERIODS
 
 
 class JoinToken(msgspec.Struct, frozen=True):
@@ -145,6 +164,9 @@ class ClusterState(msgspec.Struct):
     departed: dict[NodeId, float] = {}
     models: dict[str, Model] = {}  # by ModelName.key
     users: dict[str, User] = {}
+    api_keys: dict[str, ApiKey] = {}
+    # What was used of each key, by the node that counted it; some seconds old: see core.quota.
+    key_usage: dict[str, dict[NodeId, Used]] = {}
     join_tokens: dict[str, JoinToken] = {}
     revoked: dict[str, float] = {}  # token or session id -> when it would have expired anyway
     recent: dict[str, "Remembered"] = {}  # command id -> its outcome, oldest first

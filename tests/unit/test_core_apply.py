@@ -12,12 +12,15 @@ from ollamad.core.commands import (
     APPLIED,
     LEVEL,
     AddJoinToken,
+    AddKey,
+    AddUser,
     AdmitMember,
     AnyCommand,
     AskReplicas,
     ChangeSettings,
     Command,
     ConfirmReplica,
+    DeleteKey,
     DeleteModel,
     DeleteUser,
     FoundCluster,
@@ -26,6 +29,7 @@ from ollamad.core.commands import (
     Proposal,
     PutModel,
     PutUser,
+    RecordUsage,
     RecoverCluster,
     Rejected,
     ReleaseReplica,
@@ -33,14 +37,17 @@ from ollamad.core.commands import (
     Revoke,
     SetDesired,
     SetDraining,
+    SetPassword,
     UpdateMember,
     apply,
     level_of,
 )
 from ollamad.core.ids import NodeId
+from ollamad.core.quota import PERIODS, KeyCount, Used
 from ollamad.core.state import (
     MAX_RECENT_COMMANDS,
     RECENT_COMMANDS,
+    ApiKey,
     Capacity,
     CertificateAuthority,
     ClusterState,
@@ -66,6 +73,9 @@ FOUND = FoundCluster(
 )
 BOTH = tuple(sorted((NODE_1, NODE_2)))
 TOKEN = JoinToken("t1", b"key", NOW + 60)
+USER = User("u", "h", "viewer", 1.0)
+KEY = ApiKey("k1", "agent", "ab" * 32, "inference", NOW, "admin")
+COUNTS = (KeyCount("k1", Used(0, 3, 40)),)
 
 
 class Replica:
@@ -117,8 +127,13 @@ EVERY_COMMAND: list[AnyCommand] = [
     AskReplicas("smollm2:135m", 2, (NODE_1,)),
     PlaceReplicas("smollm2:135m", model().digest, (), (NODE_1,)),
     ReleaseReplica("smollm2:135m", model().digest, NODE_2),
-    PutUser(User("u", "h", "viewer", 1.0)),
-    DeleteUser("admin"),
+    PutUser(USER),
+    DeleteUser("u"),
+    AddUser(User("v", "h", "viewer", 1.0)),
+    SetPassword("admin", "other", "g1"),
+    AddKey(msgspec.structs.replace(KEY, id="k2")),
+    DeleteKey("k1"),
+    RecordUsage(NODE_1, COUNTS),
     AddJoinToken(JoinToken("t2", b"k", NOW + 1)),
     Revoke("x", NOW + 1),
 ]
@@ -136,6 +151,9 @@ def test_every_command_survives_the_wire_and_changes_the_state(command: AnyComma
             machine.apply(encode(Proposal(f"b{number}", NOW, before)))
         machine.apply(encode(Proposal("b2", NOW, AdmitMember(member(NODE_2, "two"), "t1"))))
         machine.apply(encode(Proposal("b3", NOW, PutModel(model(desired=())))))
+        if not isinstance(command, PutUser):
+            machine.apply(encode(Proposal("b4", NOW, AddUser(USER))))
+        machine.apply(encode(Proposal("b5", NOW, AddKey(KEY))))
     before_print = machine.state.fingerprint()
     assert decode_outcome(machine.apply(encode(Proposal("c", NOW, command)))) == APPLIED
     after_print = machine.state.fingerprint()
@@ -200,6 +218,18 @@ def test_a_cluster_is_founded_once() -> None:
         (ReleaseReplica("smollm2:135m", model().digest, NODE_1), NOW, "NEEDED"),
         (PutUser(User("u", "h", "root", 1.0)), NOW, "INVALID_ROLE"),
         (DeleteUser("nobody"), NOW, "USER_NOT_FOUND"),
+        (DeleteUser("admin"), NOW, "LAST_ADMIN"),
+        (AddUser(User("admin", "h", "admin", 1.0)), NOW, "USER_EXISTS"),
+        (AddUser(User("u", "h", "root", 1.0)), NOW, "INVALID_ROLE"),
+        (AddUser(User("local", "h", "viewer", 1.0)), NOW, "INVALID_USERNAME"),
+        (AddUser(User("a/b", "h", "viewer", 1.0)), NOW, "INVALID_USERNAME"),
+        (AddUser(User("", "h", "viewer", 1.0)), NOW, "INVALID_USERNAME"),
+        (AddUser(User("a" * 65, "h", "viewer", 1.0)), NOW, "INVALID_USERNAME"),
+        (AddUser(User("me@example.com", "h", "viewer", 1.0)), NOW, ""),
+        (SetPassword("nobody", "h", "g"), NOW, "USER_NOT_FOUND"),
+        (AddKey(msgspec.structs.replace(KEY, role="root")), NOW, "INVALID_ROLE"),
+        (AddKey(msgspec.structs.replace(KEY, period="week")), NOW, "INVALID_PERIOD"),
+        (DeleteKey("k1"), NOW, "KEY_NOT_FOUND"),
     ],
 )
 def test_outcomes(replica: Replica, command: AnyCommand, at: float, expected: str) -> None:
@@ -209,6 +239,44 @@ def test_outcomes(replica: Replica, command: AnyCommand, at: float, expected: st
         msgspec.structs.replace(replica.state, recent={}, recency=Recency()).fingerprint() != before
     )
     assert changed == (not expected), "a rejected command changes nothing"
+
+
+def test_of_two_admins_either_can_be_deleted_but_not_both(replica: Replica) -> None:
+    replica(AddUser(User("second", "h", "admin", 1.0)))
+    assert replica(DeleteUser("admin")) == APPLIED
+    assert code(replica(DeleteUser("second"))) == "LAST_ADMIN"
+    assert list(replica.state.users) == ["second"]
+
+
+def test_a_new_password_keeps_all_but_the_hash_and_the_generation(replica: Replica) -> None:
+    assert replica(SetPassword("admin", "new", "g1")) == APPLIED
+    assert replica.state.users["admin"] == User("admin", "new", "admin", 1.0, "g1")
+
+
+def test_users_and_keys_are_bounded(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ollamad.core.commands.MAX_USERS", 2)
+    monkeypatch.setattr("ollamad.core.commands.MAX_KEYS", 1)
+    assert replica(AddUser(USER)) == APPLIED
+    assert code(replica(AddUser(User("w", "h", "viewer", 1.0)))) == "TOO_MANY_USERS"
+    assert replica(AddKey(KEY)) == APPLIED
+    assert code(replica(AddKey(KEY))) == "KEY_EXISTS"
+    assert code(replica(AddKey(msgspec.structs.replace(KEY, id="k2")))) == "TOO_MANY_KEYS"
+
+
+def test_usage_is_kept_by_node_never_shrinks_and_goes_with_its_key(replica: Replica) -> None:
+    usage = replica.state.key_usage
+    assert replica(RecordUsage(NODE_1, COUNTS)) == APPLIED
+    assert usage == {}, "no such key"
+    replica(AddKey(KEY))
+    replica(RecordUsage(NODE_1, COUNTS))
+    replica(RecordUsage(NODE_2, (KeyCount("k1", Used(0, 1, 1)),)))
+    replica(RecordUsage(NODE_1, (KeyCount("k1", Used(0, 2, 50)),)))
+    assert usage == {"k1": {NODE_1: Used(0, 3, 50), NODE_2: Used(0, 1, 1)}}
+    replica(RecordUsage(NODE_1, (KeyCount("k1", Used(60, 1, 2)),)))
+    replica(RecordUsage(NODE_1, COUNTS))  # of a window that is over
+    assert usage["k1"][NODE_1] == Used(60, 1, 2)
+    replica(DeleteKey("k1"))
+    assert usage == {}
 
 
 def test_who_joins_again_stays_drained_and_keeps_its_seniority(replica: Replica) -> None:
@@ -326,7 +394,10 @@ def test_what_the_first_version_does_not_know_is_of_a_higher_level() -> None:
     """Of a model, too: that version would drop what somebody asked for, and differ."""
     first = {command for command in EVERY_COMMAND if level_of(command) == 1}
     later = {type(command).__name__ for command in EVERY_COMMAND if command not in first}
-    assert later == {"AskReplicas", "PlaceReplicas", "ReleaseReplica"}
+    assert later == {
+        *("AskReplicas", "PlaceReplicas", "ReleaseReplica"),
+        *("AddUser", "SetPassword", "DeleteUser", "AddKey", "DeleteKey", "RecordUsage"),
+    }
     assert level_of(PutModel(model(replicas=2))) == 2
     assert level_of(PutModel(model(pinned=(NODE_1,)))) == 2
     assert max(map(level_of, EVERY_COMMAND)) == LEVEL
@@ -441,6 +512,13 @@ MODELS = st.builds(
 )
 USERS = st.builds(User, NAMES, NAMES, st.sampled_from(["viewer", "admin", "", "root"]), TIMES)
 KEYS = st.sampled_from(["t1", "t2", ""])
+ROLES_AND_MORE = st.sampled_from(["viewer", "admin", "root"])
+PERIODS_AND_MORE = st.sampled_from([*PERIODS, "week"])
+API_KEYS = st.builds(
+    ApiKey, KEYS, NAMES, NAMES, ROLES_AND_MORE, TIMES, NAMES, period=PERIODS_AND_MORE
+)
+COUNTERS = st.integers(-1, 3)
+KEY_COUNTS = st.builds(KeyCount, KEYS, st.builds(Used, COUNTERS, COUNTERS, COUNTERS))
 COMMANDS: st.SearchStrategy[AnyCommand] = st.one_of(
     st.just(FOUND),
     st.builds(ChangeSettings, st.builds(Settings, st.booleans())),
@@ -457,6 +535,11 @@ COMMANDS: st.SearchStrategy[AnyCommand] = st.one_of(
     st.builds(ReleaseReplica, NAMES, st.sampled_from(["d1", "d2"]), IDS),
     st.builds(PutUser, USERS),
     st.builds(DeleteUser, NAMES),
+    st.builds(AddUser, USERS),
+    st.builds(SetPassword, NAMES, NAMES, NAMES),
+    st.builds(AddKey, API_KEYS),
+    st.builds(DeleteKey, KEYS),
+    st.builds(RecordUsage, IDS, st.lists(KEY_COUNTS, max_size=3).map(tuple)),
     st.builds(AddJoinToken, st.builds(JoinToken, KEYS, st.just(b""), TIMES)),
     st.builds(Revoke, KEYS, TIMES),
 )
@@ -479,6 +562,7 @@ def check_invariants(state: ClusterState) -> None:
             assert list(nodes) == sorted(set(nodes))
             assert set(nodes) <= set(state.members)
     assert bool(state.members) == bool(state.cluster_id)
+    assert set(state.key_usage) <= set(state.api_keys)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
