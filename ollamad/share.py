@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 GARBAGE_INTERVAL_S = 3600.0
 GARBAGE_AGE_S = 86400.0  # an upload may wait that long for the request that makes it a model
+PARTIAL_AGE_S = 7 * 86400.0  # a pull that was cancelled or failed can go on for so long
 RECHECK_S = 5.0  # how often a node compares what it holds with what it should hold
 FIRST_RETRY_S = 2.0  # after a failed fetch; doubles up to MAX_RETRY_S
 MAX_RETRY_S = 60.0
@@ -73,6 +74,7 @@ class Share:
         self._fetches: dict[str, _Fetch] = {}  # by name key
         # Name keys of models that are on the disk and on their way into the state: hands off.
         self._publishing: set[str] = set()
+        self._unfreed: set[str] = set()  # blobs to free once nobody holds them any more
         self._retry_at: dict[str, float] = {}
         self._retry_after: dict[str, float] = {}
         self._nursery: trio.Nursery | None = None
@@ -90,6 +92,8 @@ class Share:
                 changed = self._cluster.changes.next()
                 try:
                     await self._reconcile()
+                    if self._unfreed:
+                        await self._free(self._unfreed)
                 except ServiceError as error:
                     log.info("models: %s", error)  # no quorum; the next round tries again
                 except StoreError as error:
@@ -108,6 +112,10 @@ class Share:
         Raises:
           ServiceError: the cluster could not agree. StoreError: the disk refused.
         """
+        async with self._store.pins.hold(*(layer.digest for layer in model.layers)):
+            await self._publish(model, desired)
+
+    async def _publish(self, model: Model, desired: tuple[NodeId, ...]) -> None:
         key = parse_name(model.name).key
         before = await self._blobs_of(key)
         self._publishing.add(key)
@@ -184,12 +192,8 @@ class Share:
         key = parse_name(model.name).key
         try:
             with scope:
-                await self._fetch_layers(model, transfer_id)
-                before = await self._blobs_of(key)
-                await self._store.write_manifest(model.name, model.manifest)
-                self._remember(key, model.digest)
-                await self._confirm(model, present=True)
-                await self._free(before)
+                async with self._store.pins.hold(*(layer.digest for layer in model.layers)):
+                    await self._fetch_held(model, transfer_id)
                 self._table.complete(transfer_id)
                 self._retry_after.pop(key, None)
                 log.info("%s is here now", model.name)
@@ -205,6 +209,18 @@ class Share:
         finally:
             self._fetches.pop(key, None)
             self._cluster.changes.notify()
+
+    async def _fetch_held(self, model: Model, transfer_id: str) -> None:
+        """Have all blobs of a model here, for which there is room, and say so."""
+        key = parse_name(model.name).key
+        sizes = {layer.digest: layer.size for layer in model.layers}
+        with self._store.space.reserve(await self._store.missing_bytes(sizes)):
+            await self._fetch_layers(model, transfer_id)
+        before = await self._blobs_of(key)
+        await self._store.write_manifest(model.name, model.manifest)
+        self._remember(key, model.digest)
+        await self._confirm(model, present=True)
+        await self._free(before)
 
     async def _abandon(self, model: Model) -> None:
         """Free what came of a model that this node is not to have after all."""
@@ -279,12 +295,13 @@ class Share:
         return {blob.digest for blob in manifest.blobs}
 
     async def _free(self, digests: set[str]) -> int:
-        """Remove those of the blobs that no model here needs; the bytes that it freed."""
-        freed = 0
-        unreferenced = await self._store.unreferenced(self._wanted_here(), grace_s=0)
-        for digest in unreferenced & digests:
-            freed += await self._store.remove_blob(digest)
-        return freed
+        """Remove those of the blobs that no model here needs; the bytes that it freed.
+
+        Those that somebody holds now are tried again later.
+        """
+        freed = await self._store.free(self._wanted_here, among=digests, grace_s=0)
+        self._unfreed = (self._unfreed - digests) | freed.held
+        return freed.size
 
     def _wanted_here(self) -> set[str]:
         """The digests of all blobs of models that this node holds or should hold."""
@@ -302,11 +319,11 @@ class Share:
             await trio.sleep(GARBAGE_INTERVAL_S)
             wanted = self._wanted_here()
             try:
-                for digest in await self._store.unreferenced(wanted, grace_s=GARBAGE_AGE_S):
-                    log.info("freeing %s, which no model uses", digest)
-                    await self._store.remove_blob(digest)
-                for digest in set(await self._store.partials()) - wanted:
-                    await self._store.discard_partial(digest)
+                freed = await self._store.free(self._wanted_here, grace_s=GARBAGE_AGE_S)
+                if freed.size:
+                    log.info("freed %.1f MB, which no model uses", freed.size / 1e6)
+                for digest in await self._store.discard_old_partials(wanted, PARTIAL_AGE_S):
+                    log.info("threw away what had come of %s; nobody asked for the rest", digest)
             except StoreError as error:
                 log.warning("freeing unused blobs: %s", error)
 

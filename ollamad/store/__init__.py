@@ -4,17 +4,19 @@ Does not know the cluster, the network or the engines. Knows when bytes are dura
 
     from ollamad.store.models import ModelStore
 
-    store = ModelStore(root, keep_free_bytes=...)   # starts nothing
+    store = ModelStore(root, keep_free_bytes=..., shelves=...)   # starts nothing
     await store.prepare()                           # StoreUnusable with one clear line
 
 Blobs (`blobs.py`; digests are `sha256:<64 hex>`, everything else is InvalidDigest):
 
     await has_blob(digest) -> bool        await blob_size(digest) -> int
-    blob_path(digest) -> Path             await remove_blob(digest) -> freed bytes
+    await find_blob(digest) -> Path       await remove_blob(digest) -> freed bytes
     await import_file(path, progress=) -> (digest, PieceMap)
     await ingest(chunks, expected_digest=, size=, progress=) -> (digest, PieceMap)
     await put_bytes(data) -> (digest, PieceMap)
     await free_bytes() / total_bytes() -> int
+    space.reserve({digest: bytes})        # a context: room for blobs that will come
+    pins.hold(*digests)                   # an async context: nobody frees these; see `pins.py`
 
 Pieces, for the transfer between nodes (`pieces.py`, `partial.py`):
 
@@ -26,6 +28,8 @@ Pieces, for the transfer between nodes (`pieces.py`, `partial.py`):
         await .write_piece(i, data) -> whether it was new   # PieceCorrupt, StoreFull
         await .finish()                                     # DigestMismatch
         .close()                                            # keeps the verified pieces
+    await open_growing(digest, size, named=) -> PartialBlob     # from an origin: no map yet
+    await open_growing_source(digest) -> PieceSource            # also of one that grows
     await partials() -> [digest]          await discard_partial(digest)
 
 Models (`models.py`, `manifests.py`, `details.py`, `gguf.py`):
@@ -40,7 +44,7 @@ Models (`models.py`, `manifests.py`, `details.py`, `gguf.py`):
     manifest_digest(manifest_bytes) -> digest
     await write_manifest(name, bytes) / read_manifest(name) / delete_manifest(name)
     await list_manifests() -> [StoredManifest(name, data, modified_at)]
-    await unreferenced(keep, grace_s=) -> {digest}
+    await free(keep, among=, grace_s=) -> Freed(size, held)
 
 Errors are StoreError and its kinds (`errors.py`), GgufError for a bad model file, InvalidName
 for a bad name. Everything async may be cancelled; see each docstring for what then is there.

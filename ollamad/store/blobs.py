@@ -2,8 +2,11 @@
 
 `blobs/sha256-<hex>` is a blob: it appears under that name only when it is complete, verified
 and synced. Beside it: `.pieces` (its piece map, made again when missing), `.partial` and
-`.journal` (see `partial.py`), `.ollamad-*.tmp` (an import or upload under way). What is named
-otherwise is not ours and is left alone.
+`.journal` (see `partial.py`), `.rotten` (see `scrub.py`), `.ollamad-*.tmp` (an import or upload
+under way). What is named otherwise is not ours and is left alone.
+
+Blobs may also stand on *shelves*: directories of the same layout that are only read, such as an
+Ollama's. What is here wins over what is there; nothing is ever written to a shelf.
 """
 
 import contextlib
@@ -13,14 +16,21 @@ import logging
 import os
 import stat
 import time
-from collections.abc import AsyncIterable, Callable, Iterable
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
 import trio
 
-from ollamad.core.pieces import MIB, MIN_PIECE_SIZE, PieceMap
+from ollamad.core.pieces import (
+    HASH_SIZE,
+    MIB,
+    MIN_PIECE_SIZE,
+    PieceMap,
+    piece_count,
+    piece_size_for,
+)
 from ollamad.store.errors import (
     BlobMissing,
     DigestMismatch,
@@ -48,14 +58,17 @@ from ollamad.store.partial import (
     PartialBlob,
     PartialPaths,
     open_partial_files,
+    sizes_of_partial,
 )
 from ollamad.store.pieces import PieceSource
+from ollamad.store.pins import Hold, Pins
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Progress = Callable[[int, int | None], None]  # bytes done, bytes in all if known
 
 PIECES_SUFFIX: Final = ".pieces"
+ROTTEN_SUFFIX: Final = ".rotten"
 DISK_THREADS: Final = 4  # enough to keep a disk busy, few enough to leave the CPU to models
 KEEP_FREE_BYTES: Final = 256 * MIB  # never filled with models: the cluster's journal needs it
 GRACE_S: Final = 3600.0  # a blob without a manifest may be one whose model is being created
@@ -66,14 +79,20 @@ _BATCH_BYTES: Final = 1 * MIB  # arriving chunks are gathered to this before a t
 class BlobStore:
     """The blobs under `root/blobs`. Starts nothing; call `prepare` before anything else.
 
+    `shelves` are roots of more blobs, which are only read.
+
     All methods are safe to call from several tasks at once, and safe to cancel: what was being
     written is removed, except in a partial blob, which keeps its verified pieces.
     """
 
-    def __init__(self, root: Path, *, keep_free_bytes: int = KEEP_FREE_BYTES) -> None:
+    def __init__(
+        self, root: Path, *, keep_free_bytes: int = KEEP_FREE_BYTES, shelves: Sequence[Path] = ()
+    ) -> None:
         self.root = root
         self.blobs = root / "blobs"
+        self.shelves = tuple(shelves)
         self.space = Space(self.blobs, keep_free_bytes)
+        self.pins = Pins()
         self._limiter = trio.CapacityLimiter(DISK_THREADS)
         self._partials: dict[str, PartialBlob | None] = {}  # None while it is being opened
         self._mapping = trio.Lock()  # one blob is hashed for its piece map at a time
@@ -96,16 +115,27 @@ class BlobStore:
             ) from error
 
     def blob_path(self, digest: str) -> Path:
-        """Where that blob is or would be.
+        """Where that blob would be written; where it is, `find_blob` says.
 
         Raises:
           InvalidDigest: the text is no digest.
         """
         return self.blobs / blob_name(digest)
 
+    async def find_blob(self, digest: str) -> Path:
+        """The file of a blob, here or on a shelf.
+
+        Raises:
+          BlobMissing: it is not here.
+        """
+        path = await self.in_thread(functools.partial(self._find, digest))
+        if path is None:
+            raise BlobMissing(f"blob {digest} is not in the store")
+        return path
+
     async def has_blob(self, digest: str) -> bool:
         """Whether the blob is here, complete."""
-        return await self.in_thread(self.blob_path(digest).is_file)
+        return await self.in_thread(functools.partial(self._find, digest)) is not None
 
     async def blob_size(self, digest: str) -> int:
         """Bytes of the blob.
@@ -113,7 +143,7 @@ class BlobStore:
         Raises:
           BlobMissing: it is not here.
         """
-        path = self.blob_path(digest)
+        path = await self.find_blob(digest)
         try:
             return (await self.in_thread(path.stat)).st_size
         except FileNotFoundError:
@@ -121,8 +151,7 @@ class BlobStore:
 
     async def free_bytes(self) -> int:
         """Bytes that models may still take: free, not kept back and not promised."""
-        free, _ = await self.in_thread(functools.partial(free_bytes_of, self.blobs))
-        return max(0, free - self.space.keep_free_bytes - self.space.promised)
+        return max(0, await self.in_thread(self.space.free_bytes))
 
     async def total_bytes(self) -> int:
         """Bytes of the file system that the store is on."""
@@ -131,7 +160,7 @@ class BlobStore:
     # Blobs that come in whole.
 
     async def import_file(
-        self, path: Path, *, progress: Progress | None = None
+        self, path: Path, *, progress: Progress | None = None, hold: Hold | None = None
     ) -> tuple[str, PieceMap]:
         """Copy a file into the store; returns its digest and its piece map.
 
@@ -146,6 +175,8 @@ class BlobStore:
             size = os.fstat(source).st_size
             if await self.in_thread(functools.partial(self._has_blob_of_size, size)):
                 digest, piece_map = await hash_pieces(self, source, size)
+                if hold is not None:
+                    await hold.add(digest)
                 if await self._is_here(digest):
                     await self._keep_map(digest, piece_map)
                     return digest, piece_map
@@ -156,7 +187,7 @@ class BlobStore:
                     await incoming.add(await self.in_thread(read))
                     if progress is not None:
                         progress(incoming.received, size)
-                digest, piece_map = await incoming.commit(None)
+                digest, piece_map = await incoming.commit(None, hold)
             await self._keep_map(digest, piece_map)
             return digest, piece_map
         finally:
@@ -169,17 +200,21 @@ class BlobStore:
         expected_digest: str | None = None,
         size: int | None = None,
         progress: Progress | None = None,
+        hold: Hold | None = None,
     ) -> tuple[str, PieceMap]:
         """Take a blob from a stream of chunks of any length; returns its digest and piece map.
 
         Without `size` it is hashed once more at its end, for its pieces. If `expected_digest`
         is here already, nothing is taken from `chunks`. Closing `chunks` is the caller's part.
+        With a `hold` the blob is held from the moment that it can be found.
 
         Raises:
           DigestMismatch, SizeMismatch: the bytes are not those that were announced.
           StoreFull: there is no room (at once if `size` is given).
           whatever `chunks` raises. In each case nothing is left behind.
         """
+        if expected_digest is not None and hold is not None:
+            await hold.add(expected_digest)
         if expected_digest is not None and await self._is_here(expected_digest):
             return expected_digest, await self.piece_map(expected_digest)
         async with Incoming(self, self.blobs, size) as incoming:
@@ -197,17 +232,19 @@ class BlobStore:
                 await incoming.add(b"".join(batch))
                 if progress is not None:
                     progress(incoming.received, size)
-            digest, piece_map = await incoming.commit(expected_digest)
+            digest, piece_map = await incoming.commit(expected_digest, hold)
         await self._keep_map(digest, piece_map)
         return digest, piece_map
 
-    async def put_bytes(self, data: bytes) -> tuple[str, PieceMap]:
+    async def put_bytes(self, data: bytes, *, hold: Hold | None = None) -> tuple[str, PieceMap]:
         """Store a small blob, if it is not here already.
 
         Raises:
           StoreFull, StoreError: the disk refused.
         """
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        if hold is not None:
+            await hold.add(digest)
         if await self._is_here(digest):
             return digest, await self.piece_map(digest)
         async with Incoming(self, self.blobs, len(data)) as incoming:
@@ -230,8 +267,9 @@ class BlobStore:
             known = await self.in_thread(functools.partial(self._load_map, digest))
             if known is not None and known.size == size:
                 return known
+            path = await self.find_blob(digest)
             descriptor = await self.in_thread(
-                functools.partial(os.open, self.blob_path(digest), os.O_RDONLY | os.O_CLOEXEC)
+                functools.partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
             )
             try:
                 got, piece_map = await hash_pieces(self, descriptor, size)
@@ -249,14 +287,14 @@ class BlobStore:
           BlobMissing: it is neither.
         """
         partial = self._partials.get(digest)
-        if partial is not None:
+        if partial is not None and not partial.growing:
             path = PartialPaths(self.blob_path(digest)).data
             with contextlib.suppress(FileNotFoundError):  # it has just become complete
                 file = await self._open_shared(path)
                 return PieceSource(digest, partial.map, partial.have, file, self.in_thread)
         piece_map = await self.piece_map(digest)
         try:
-            file = await self._open_shared(self.blob_path(digest))
+            file = await self._open_shared(await self.find_blob(digest))
         except FileNotFoundError:
             raise BlobMissing(f"blob {digest} is not in the store") from None
         have = bytearray(b"\1" * len(piece_map))
@@ -270,22 +308,45 @@ class BlobStore:
           StoreFull: there is no room for what is to come.
           StoreError: the blob is complete here, or being received already.
         """
-        paths = PartialPaths(self.blob_path(digest))
         if (problem := piece_map.problem()) is not None:
             raise InvalidPieceMap(f"the piece map of {digest} is not usable: {problem}")
         if await self._is_here(digest):
             raise StoreError(f"{digest} is in the store already")
+        return await self._open_partial(digest, piece_map, growing=False, named=True)
+
+    async def open_growing(self, digest: str, size: int, *, named: bool = True) -> PartialBlob:
+        """Like `open_partial`, for a blob whose piece map is only made while it comes.
+
+        If not `named`, the digest is not the blob's but stands for where it comes from, until
+        `finish` finds out.
+
+        Raises:
+          StoreFull: there is no room for what is to come.
+          StoreError: the blob is complete here, or being received already.
+        """
+        piece_size = piece_size_for(size)
+        blank = PieceMap(size, piece_size, bytes(HASH_SIZE * piece_count(size, piece_size)))
+        if named and await self._is_here(digest):
+            raise StoreError(f"{digest} is in the store already")
+        return await self._open_partial(digest, blank, growing=True, named=named)
+
+    async def _open_partial(
+        self, digest: str, piece_map: PieceMap, *, growing: bool, named: bool
+    ) -> PartialBlob:
+        paths = PartialPaths(self.blob_path(digest))
         if digest in self._partials:
             raise StoreError(f"{digest} is being received already")
         self._partials[digest] = None
         try:
-            opening = functools.partial(open_partial_files, paths, piece_map)
+            opening = functools.partial(open_partial_files, paths, piece_map, growing=growing)
             opened = await self.in_thread(opening)
             try:
-                self.space.promise(opened.missing_bytes(piece_map))
+                self.space.promise(opened.missing_bytes(piece_map), digest)
             except StoreFull:
                 opened.close()
                 raise
+            if growing:
+                piece_map = PieceMap(piece_map.size, piece_map.piece_size, opened.hashes)
             partial = PartialBlob(
                 digest,
                 piece_map,
@@ -293,13 +354,30 @@ class BlobStore:
                 paths,
                 self,
                 on_end=functools.partial(self._partials.__delitem__, digest),
-                on_complete=functools.partial(self._keep_map, digest, piece_map),
+                on_complete=self._keep_map,
+                growing=growing,
+                named=named,
             )
         except BaseException:
             del self._partials[digest]
             raise
         self._partials[digest] = partial
         return partial
+
+    async def open_growing_source(self, digest: str) -> PieceSource:
+        """Like `open_piece_source`, also for a blob that grows: its pieces are not proved yet.
+
+        Raises:
+          BlobMissing: it is not here, and not on its way in this process.
+        """
+        partial = self._partials.get(digest)
+        if partial is None or not partial.growing:
+            return await self.open_piece_source(digest)
+        try:
+            file = await self._open_shared(PartialPaths(self.blob_path(digest)).data)
+        except FileNotFoundError:  # it has just become complete
+            return await self.open_piece_source(digest)
+        return PieceSource(digest, partial.map, partial.have, file, self.in_thread)
 
     async def partials(self) -> list[str]:
         """The digests of all partial blobs on the disk, whether somebody receives them or not."""
@@ -314,6 +392,25 @@ class BlobStore:
         if digest in self._partials:
             raise StoreError(f"{digest} is being received")
         await self.in_thread(PartialPaths(self.blob_path(digest)).remove)
+
+    async def discard_old_partials(self, keep: Iterable[str], age_s: float) -> list[str]:
+        """Throw away partial blobs that nobody receives and nothing came of for so long."""
+        discarded = []
+        for digest in set(await self.partials()) - set(keep):
+            paths = PartialPaths(self.blob_path(digest))
+            with contextlib.suppress(FileNotFoundError, StoreError):
+                touched = (await self.in_thread(paths.data.stat)).st_mtime
+                if time.time() - touched >= age_s:
+                    await self.discard_partial(digest)
+                    discarded.append(digest)
+        return discarded
+
+    async def missing_bytes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Of blobs and their sizes those that are not here, with the bytes that are to come.
+
+        What is here of a partial blob takes its place on the disk already.
+        """
+        return await self.in_thread(functools.partial(self._missing_bytes, dict(sizes)))
 
     # Freeing.
 
@@ -332,7 +429,8 @@ class BlobStore:
 
     async def _is_here(self, digest: str) -> bool:
         """Whether a blob is here; if so it counts as new, so that nobody frees it at once."""
-        return await self.in_thread(functools.partial(_touch, self.blob_path(digest)))
+        path = await self.in_thread(functools.partial(self._find, digest))
+        return path is not None and await self.in_thread(functools.partial(_touch, path))
 
     async def _open_shared(self, path: Path) -> SharedFile:
         opening = functools.partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
@@ -340,6 +438,30 @@ class BlobStore:
 
     async def _keep_map(self, digest: str, piece_map: PieceMap) -> None:
         await self.in_thread(functools.partial(self._save_map, digest, piece_map))
+
+    def _find(self, digest: str) -> Path | None:
+        name = blob_name(digest)
+        own = self.blobs / name
+        if own.is_file():
+            return own
+        for shelf in self.shelves:
+            path = shelf / "blobs" / name
+            # Where a shelf's blob proved rotten, a mark of ours says so: see `scrub.py`.
+            if path.is_file() and not own.with_name(name + ROTTEN_SUFFIX).exists():
+                return path
+        return None
+
+    def _missing_bytes(self, sizes: dict[str, int]) -> dict[str, int]:
+        missing = {}
+        for digest, size in sizes.items():
+            if self._find(digest) is None:
+                paths = PartialPaths(self.blob_path(digest))
+                written = 0
+                if sizes_of_partial(paths) == size:
+                    with contextlib.suppress(FileNotFoundError):
+                        written = paths.data.stat().st_blocks * 512  # the file has holes
+                missing[digest] = max(0, size - written)
+        return missing
 
     def _prepare(self) -> None:
         self.blobs.mkdir(parents=True, exist_ok=True)
@@ -350,7 +472,7 @@ class BlobStore:
         for name in names:
             stem, dot, suffix = name.partition(".")
             lost = digest_of_name(stem) is not None and (
-                (dot + suffix == PIECES_SUFFIX and stem not in names)
+                (dot + suffix == PIECES_SUFFIX and self._find(stem.replace("-", ":")) is None)
                 or (dot + suffix == PARTIAL_SUFFIX and stem + JOURNAL_SUFFIX not in names)
                 or (dot + suffix == JOURNAL_SUFFIX and stem + PARTIAL_SUFFIX not in names)
             )

@@ -15,7 +15,8 @@ class StoreFull(StoreError):
     def __init__(self, needed_bytes: int, free_bytes: int) -> None:
         super().__init__(
             f"not enough room in the model store: {needed_bytes:,} bytes are needed, "
-            f"{free_bytes:,} are free (after what is kept back and promised to running transfers)"
+            f"{free_bytes:,} are free (after what is kept back and promised to running "
+            "transfers); free some disk, delete a model, or choose another node"
         )
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes

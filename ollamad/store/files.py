@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -110,21 +110,49 @@ class Space:
         self._directory = directory
         self.keep_free_bytes = keep_free_bytes
         self.promised = 0
+        self._reserved: dict[str, int] = {}  # part of `promised`, by the digest that it is for
 
-    def promise(self, size: int) -> None:
-        """Set bytes aside.
+    def promise(self, size: int, digest: str = "") -> None:
+        """Set bytes aside, those first that are reserved for that blob.
 
         Raises:
           StoreFull: there are not as many.
         """
-        free = free_bytes_of(self._directory)[0] - self.keep_free_bytes - self.promised
+        reserved = self._reserved.get(digest, 0)
+        free = self.free_bytes() + reserved
         if size > free:
             raise StoreFull(size, max(0, free))
-        self.promised += size
+        self._reserved.pop(digest, None)
+        self.promised += size - reserved
 
     def release(self, size: int) -> None:
         """Give a promise back, because the bytes are written or will not be."""
         self.promised -= size
+
+    @contextlib.contextmanager
+    def reserve(self, sizes: Mapping[str, int]) -> Iterator[None]:
+        """Set bytes aside for several blobs that will come one after the other.
+
+        Each blob's promise takes its part out of it; the rest is given back at the end.
+
+        Raises:
+          StoreFull: they do not all fit.
+        """
+        mine = {d: n for d, n in sizes.items() if d not in self._reserved}
+        needed, free = sum(mine.values()), self.free_bytes()
+        if needed > free:
+            raise StoreFull(needed, max(0, free))
+        self._reserved |= mine
+        self.promised += needed
+        try:
+            yield
+        finally:
+            for digest in mine:
+                self.promised -= self._reserved.pop(digest, 0)
+
+    def free_bytes(self) -> int:
+        """Bytes that are neither used, kept back nor promised; negative if there are too few."""
+        return free_bytes_of(self._directory)[0] - self.keep_free_bytes - self.promised
 
 
 class SharedFile:

@@ -22,6 +22,7 @@ from ollamad.store.files import (
     temp_path,
     write_all,
 )
+from ollamad.store.pins import Hold
 
 T = TypeVar("T")
 SYNC_EVERY_BYTES: Final = 64 * MIB  # so that the last sync of a large file is short
@@ -89,8 +90,10 @@ class Incoming:
         self.received += len(data)
         self._release(len(data))
 
-    async def commit(self, expected_digest: str | None) -> tuple[str, PieceMap]:
-        """Check and publish the blob; returns its digest and piece map.
+    async def commit(
+        self, expected_digest: str | None, hold: Hold | None = None
+    ) -> tuple[str, PieceMap]:
+        """Check and publish the blob, held from then on; returns its digest and piece map.
 
         Raises:
           SizeMismatch, DigestMismatch, StoreError: it is not published.
@@ -105,6 +108,8 @@ class Incoming:
             raise DigestMismatch(expected_digest, got)
         if self._hasher is None:
             got, piece_map = await hash_pieces(self._disk, self._descriptor, self.received)
+        if hold is not None:
+            await hold.add(got)
         await self._disk.in_thread(functools.partial(self._publish, self._disk.blob_path(got)))
         return got, piece_map
 

@@ -7,7 +7,7 @@ not know the cluster: which models there should be is the daemon's business.
 import functools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +44,13 @@ class RuntimeParts(msgspec.Struct, frozen=True):
     projector: Path | None = None
 
 
+class Freed(msgspec.Struct, frozen=True):
+    """What freeing brought."""
+
+    size: int  # bytes
+    held: frozenset[str]  # not needed but held: to be tried again
+
+
 class _RootFs(msgspec.Struct, frozen=True):
     type: str
     diff_ids: tuple[str, ...]
@@ -65,8 +72,10 @@ class _Config(msgspec.Struct, frozen=True):
 class ModelStore(BlobStore):
     """All of a node's models under `root`. Starts nothing; call `prepare` first."""
 
-    def __init__(self, root: Path, *, keep_free_bytes: int = KEEP_FREE_BYTES) -> None:
-        super().__init__(root, keep_free_bytes=keep_free_bytes)
+    def __init__(
+        self, root: Path, *, keep_free_bytes: int = KEEP_FREE_BYTES, shelves: Sequence[Path] = ()
+    ) -> None:
+        super().__init__(root, keep_free_bytes=keep_free_bytes, shelves=shelves)
         self.manifests = root / "manifests"
 
     def _prepare(self) -> None:
@@ -103,6 +112,15 @@ class ModelStore(BlobStore):
     async def list_manifests(self) -> list[StoredManifest]:
         """All manifests on the disk, sorted by name."""
         return await self.in_thread(functools.partial(manifests.list_manifests, self.manifests))
+
+    async def shelved_manifests(self) -> list[StoredManifest]:
+        """All manifests on the shelves; of a name that is on several, the first shelf's."""
+        found: dict[str, StoredManifest] = {}
+        for shelf in self.shelves:
+            listing = functools.partial(manifests.list_manifests, shelf / "manifests")
+            for stored in await self.in_thread(listing):
+                found.setdefault(stored.name, stored)
+        return list(found.values())
 
     # Models.
 
@@ -255,7 +273,7 @@ class ModelStore(BlobStore):
           BlobMissing: it is not here.
           GgufError: it is not a GGUF file that can be used.
         """
-        path = self.blob_path(gguf_digest)
+        path = await self.find_blob(gguf_digest)
         try:
             return await self.in_thread(functools.partial(read_header, path))
         except FileNotFoundError:
@@ -270,14 +288,13 @@ class ModelStore(BlobStore):
         """
         manifest = describe(model.manifest)
         gguf = _gguf_of(manifest)
-        await self.blob_size(gguf.digest)
         adapters = await self._paths(manifest, manifests.ADAPTER_TYPE)
         projectors = await self._paths(manifest, manifests.PROJECTOR_TYPE)
         params = await self._text(manifest, manifests.PARAMS_TYPE)
         messages = await self._text(manifest, manifests.MESSAGES_TYPE)
         try:
             return RuntimeParts(
-                gguf=self.blob_path(gguf.digest),
+                gguf=await self.find_blob(gguf.digest),
                 template=await self._text(manifest, manifests.TEMPLATE_TYPE),
                 system=await self._text(manifest, manifests.SYSTEM_TYPE),
                 # Lenient: models carry parameters that were renamed or dropped since.
@@ -290,13 +307,35 @@ class ModelStore(BlobStore):
         except msgspec.DecodeError as error:
             raise ManifestInvalid(f"the parameters of {model.name}: {error}") from error
 
-    async def unreferenced(self, keep: Iterable[str], *, grace_s: float = GRACE_S) -> set[str]:
-        """Blobs that neither `keep` nor any manifest on the disk names, older than the grace.
+    async def free(
+        self,
+        keep: Callable[[], Iterable[str]],
+        *,
+        among: Iterable[str] | None = None,
+        grace_s: float = GRACE_S,
+    ) -> Freed:
+        """Remove blobs that neither `keep` nor a manifest here names, and nobody holds.
 
-        To free a deleted model's blobs: delete its manifest, ask with `grace_s=0`, and remove
-        those of its digests that are in the answer. If a manifest cannot be read, nothing
-        counts as unreferenced, for it may name any blob.
+        Args:
+          keep: digests that are wanted; asked once the sweep has begun, see `pins.py`.
+          among: free no others than these.
+          grace_s: leave younger ones alone.
+
+        If a manifest cannot be read nothing is freed, for it may name any blob.
         """
+        freed, held = 0, set[str]()
+        with self.pins.sweep() as sweep:
+            doomed = await self.unreferenced(keep(), grace_s=grace_s)
+            for digest in doomed if among is None else doomed & set(among):
+                with sweep.removing(digest) as allowed:
+                    if allowed:
+                        freed += await self.remove_blob(digest)
+                    else:
+                        held.add(digest)
+        return Freed(freed, frozenset(held))
+
+    async def unreferenced(self, keep: Iterable[str], *, grace_s: float = GRACE_S) -> set[str]:
+        """Blobs that neither `keep` nor any manifest on the disk names, older than the grace."""
         named = set(keep)
         try:
             for stored in await self.list_manifests():
@@ -329,9 +368,7 @@ class ModelStore(BlobStore):
     async def _paths(self, manifest: Manifest, media_type: str) -> tuple[Path, ...]:
         """The files of the layers of that type, which must all be here."""
         digests = [layer.digest for layer in manifest.layers if layer.media_type == media_type]
-        for digest in digests:
-            await self.blob_size(digest)
-        return tuple(self.blob_path(digest) for digest in digests)
+        return tuple([await self.find_blob(digest) for digest in digests])
 
     async def _text(self, manifest: Manifest, media_type: str) -> str | None:
         texts = await self._texts(manifest, media_type)
@@ -342,7 +379,7 @@ class ModelStore(BlobStore):
         return [await self._read_small(layer) for layer in wanted]
 
     async def _read_small(self, layer: Descriptor) -> str:
-        path = self.blob_path(layer.digest)
+        path = await self.find_blob(layer.digest)
 
         def read() -> bytes:
             with open(path, "rb") as file:

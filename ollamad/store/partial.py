@@ -1,9 +1,14 @@
-"""A blob that arrives in pieces from other nodes, and survives kill -9 and power cuts.
+"""A blob that arrives in pieces, and survives kill -9 and power cuts.
 
 Two files beside the blobs: `sha256-<hex>.partial` has the bytes at their final places,
-`sha256-<hex>.journal` the piece map and one record for each piece that is verified and synced.
+`sha256-<hex>.journal` the sizes, and one record for each piece that was synced, with its hash.
 A record is written after its piece was synced, so a record that can be read is true. The journal
 itself is not synced: a power cut then costs a few pieces that come again, never a wrong one.
+
+From peers a blob comes with its piece map (`piece_map`): each piece is checked before it is
+written. From an origin it comes without one (it is *growing*): what came is recorded with the
+hash that it had, and the whole blob's digest says at the end whether it was right. The journal
+is the same, so either goes on with what the other left: records count if the map agrees.
 """
 
 import contextlib
@@ -17,10 +22,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
-import msgspec
 import trio
 
-from ollamad.core.pieces import PieceMap
+from ollamad.core.pieces import HASH_SIZE, PieceMap
 from ollamad.store.errors import (
     DigestMismatch,
     PieceCorrupt,
@@ -31,6 +35,7 @@ from ollamad.store.files import (
     STEP_BYTES,
     SharedFile,
     Space,
+    blob_name,
     disk_error,
     fsync_directory,
     read_exactly,
@@ -43,11 +48,12 @@ T = TypeVar("T")
 PARTIAL_SUFFIX: Final = ".partial"
 JOURNAL_SUFFIX: Final = ".journal"
 
-_MAGIC: Final = b"ollamad partial 1\n"
-_HEAD: Final = struct.Struct(">II")  # length and crc32 of the piece map that follows
-_RECORD: Final = struct.Struct(">II")  # piece index + 1 (zeros are no record), crc32 of that
-MAX_JOURNAL_BYTES: Final = 64 << 20  # a map of 40 bytes a piece is this long at 100 TB
+_MAGIC: Final = b"ollamad partial 2\n"
+_HEAD: Final = struct.Struct(">QII")  # size of the blob, size of a piece, crc32 of these
+_RECORD: Final = struct.Struct(">I32sI")  # piece index + 1 (zeros are no record), sha256, crc32
+MAX_JOURNAL_BYTES: Final = 64 << 20  # far longer than any: 40 bytes a piece, each perhaps twice
 _CLEANUP_S: Final = 5.0  # for throwing away a file whose whole hash is wrong
+_ABSENT: Final = bytes(HASH_SIZE)  # stands for the hash of a piece that has not come
 
 
 class Disk(Protocol):
@@ -78,11 +84,12 @@ class PartialPaths:
 
 
 class PartialBlob(PieceSource):
-    """A blob in the making; made by `ModelStore.open_partial`.
+    """A blob in the making; made by `ModelStore.open_partial` or `open_growing`.
 
     `have[i]` is 1 when piece i is verified and synced; `have_count` and `have_bytes` add up.
     Pieces may be written and read by several tasks at once. Ends with `finish` or `close`;
     after `close` (or a crash) another `open_partial` goes on with the pieces that are here.
+    While it is `growing`, `map` has the hashes of what came so far, zeros for the rest.
     """
 
     def __init__(
@@ -93,9 +100,15 @@ class PartialBlob(PieceSource):
         paths: PartialPaths,
         disk: Disk,
         on_end: Callable[[], None],
-        on_complete: Callable[[], Awaitable[Any]],
+        on_complete: Callable[[str, PieceMap], Awaitable[Any]],
+        *,
+        growing: bool = False,
+        named: bool = True,
     ) -> None:
         super().__init__(digest, piece_map, opened.have, opened.data, disk.in_thread)
+        self.growing = growing
+        self._named = named
+        self._hashes = bytearray(piece_map.hashes)
         self._paths = paths
         self._disk = disk
         self._journal = opened.journal
@@ -131,9 +144,12 @@ class PartialBlob(PieceSource):
                 f"not {len(data):,}"
             )
         with self._file.use() as descriptor, self._journal.use() as journal:
-            await self._disk.in_thread(lambda: self._store(descriptor, journal, index, data))
+            got = await self._disk.in_thread(lambda: self._store(descriptor, journal, index, data))
         if self.have[index] or self._ended:  # another task brought the same piece meanwhile
             return False
+        if self.growing:
+            self._hashes[index * HASH_SIZE : (index + 1) * HASH_SIZE] = got
+            self.map = PieceMap(self.map.size, self.map.piece_size, bytes(self._hashes))
         self.have[index] = 1
         self.have_count += 1
         self.have_bytes += len(data)
@@ -141,10 +157,12 @@ class PartialBlob(PieceSource):
         self._disk.space.release(len(data))
         return True
 
-    async def finish(self) -> None:
+    async def finish(self, on_named: Callable[[str], Awaitable[None]] | None = None) -> str:
         """Check the whole blob's sha256 and make it a blob of the store; ends this object.
 
-        If cancelled, nothing has happened and it can be called again.
+        Returns its digest, which a blob without a name (`open_growing`) has only now; `on_named`
+        is told before it can be found under that. If cancelled, nothing has happened and it can
+        be called again.
 
         Raises:
           PieceMissing: there are pieces to come.
@@ -158,14 +176,18 @@ class PartialBlob(PieceSource):
             )
         with self._file.use() as descriptor:
             got = await self._hash_all(descriptor)
-            if got != self.digest:
+            if self._named and got != self.digest:
                 with trio.move_on_after(_CLEANUP_S, shield=True):
                     await self._throw_away()
                 raise DigestMismatch(self.digest, got)
-            await self._disk.in_thread(lambda: self._publish(descriptor))
+            if on_named is not None:
+                await on_named(got)
+            target = self._paths.blob.with_name(blob_name(got))
+            await self._disk.in_thread(lambda: self._publish(descriptor, target))
         self.close()
         with trio.move_on_after(_CLEANUP_S, shield=True):
-            await self._on_complete()
+            await self._on_complete(got, self.map)
+        return got
 
     def close(self) -> None:
         """Stop receiving and keep what is here for the next time. Idempotent, not async."""
@@ -194,21 +216,23 @@ class PartialBlob(PieceSource):
             await self._disk.in_thread(functools.partial(step, offset))
         return f"sha256:{whole.hexdigest()}"
 
-    def _store(self, descriptor: int, journal: int, index: int, data: bytes | bytearray) -> None:
-        if hashlib.sha256(data).digest() != self.map.hash_of(index):
+    def _store(self, descriptor: int, journal: int, index: int, data: bytes | bytearray) -> bytes:
+        got = hashlib.sha256(data).digest()
+        if not self.growing and got != self.map.hash_of(index):
             raise PieceCorrupt(f"piece {index} of {self.digest} has the wrong hash")
         try:
             write_all(descriptor, data, index * self.map.piece_size)
             os.fdatasync(descriptor)
-            os.write(journal, _record(index))  # O_APPEND and 8 bytes: whole or absent
+            os.write(journal, _record(index, got))  # O_APPEND and 40 bytes: whole or absent
         except OSError as error:
             raise disk_error(error, len(data), self._paths.blob.parent) from error
+        return got
 
-    def _publish(self, descriptor: int) -> None:
+    def _publish(self, descriptor: int, target: Path) -> None:
         try:
             os.fsync(descriptor)
-            self._paths.data.rename(self._paths.blob)
-            fsync_directory(self._paths.blob.parent)
+            self._paths.data.rename(target)
+            fsync_directory(target.parent)
             self._paths.journal.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"{self.digest} cannot be completed: {error}") from error
@@ -221,6 +245,7 @@ class OpenedPartial:
     data: SharedFile
     journal: SharedFile
     have: bytearray
+    hashes: bytes  # what the pieces that are here hash to, zeros for the rest
 
     def missing_bytes(self, piece_map: PieceMap) -> int:
         return sum(piece_map.length_of(i) for i, held in enumerate(self.have) if not held)
@@ -230,43 +255,67 @@ class OpenedPartial:
         self.journal.close()
 
 
-def open_partial_files(paths: PartialPaths, piece_map: PieceMap) -> OpenedPartial:
+def open_partial_files(
+    paths: PartialPaths, piece_map: PieceMap, *, growing: bool = False
+) -> OpenedPartial:
     """Open or begin a partial blob. Blocks on the disk: call it in a thread.
 
-    What another piece map left behind is thrown away.
+    What came in other sizes is thrown away; a piece that the map does not confirm is not here.
+    For a growing blob the map gives the sizes only, and every piece counts that was recorded.
 
     Raises:
       StoreError, StoreFull: the disk refused.
     """
     try:
-        have = _recover(paths, piece_map)
-        if have is None:
+        hashes = _recover(paths, piece_map)
+        if hashes is None:
             paths.remove()
-            have = bytearray(len(piece_map))
-            _begin(paths, piece_map)
+            hashes = {}
+            write_journal(paths, piece_map, {})
+            with open(paths.data, "xb"):
+                pass
+            fsync_directory(paths.blob.parent)
+        have = bytearray(len(piece_map))
+        for index, got in hashes.items():
+            have[index] = growing or got == piece_map.hash_of(index)
+        proved = b"".join(hashes[i] if have[i] else _ABSENT for i in range(len(piece_map)))
         with contextlib.ExitStack() as undo:
             data = os.open(paths.data, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             undo.callback(os.close, data)
             journal = os.open(paths.journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             undo.pop_all()
-        return OpenedPartial(SharedFile(data), SharedFile(journal), have)
+        return OpenedPartial(SharedFile(data), SharedFile(journal), have, proved)
     except OSError as error:
         raise disk_error(error, piece_map.size, paths.blob.parent) from error
 
 
-def _begin(paths: PartialPaths, piece_map: PieceMap) -> None:
-    body = msgspec.msgpack.encode(piece_map)
+def write_journal(paths: PartialPaths, sizes: PieceMap, hashes: dict[int, bytes]) -> None:
+    """Begin a journal that proves these pieces; synced. Blocks on the disk.
+
+    Raises:
+      OSError: the disk refused, or there is one.
+    """
     with open(paths.journal, "xb") as file:
-        file.write(_MAGIC + _HEAD.pack(len(body), zlib.crc32(body)) + body)
+        file.write(_head(sizes) + b"".join(_record(i, got) for i, got in hashes.items()))
         file.flush()
         os.fsync(file.fileno())
-    with open(paths.data, "xb"):
-        pass
-    fsync_directory(paths.blob.parent)
 
 
-def _recover(paths: PartialPaths, piece_map: PieceMap) -> bytearray | None:
-    """The pieces that the journal proves; None if there is nothing to go on with."""
+def sizes_of_partial(paths: PartialPaths) -> int | None:
+    """The size of the blob that a partial one is to become; None if it cannot be told."""
+    try:
+        with open(paths.journal, "rb") as file:
+            head = file.read(len(_MAGIC) + _HEAD.size)
+    except OSError:
+        return None
+    if len(head) < len(_MAGIC) + _HEAD.size or not head.startswith(_MAGIC):
+        return None
+    size: int = _HEAD.unpack_from(head, len(_MAGIC))[0]
+    return size
+
+
+def _recover(paths: PartialPaths, sizes: PieceMap) -> dict[int, bytes] | None:
+    """The pieces that the journal proves, and their hashes; None if there is nothing to go on."""
     try:
         if paths.journal.stat().st_size > MAX_JOURNAL_BYTES:
             return None
@@ -274,30 +323,31 @@ def _recover(paths: PartialPaths, piece_map: PieceMap) -> bytearray | None:
         data_size = paths.data.stat().st_size
     except FileNotFoundError:
         return None
-    start = len(_MAGIC) + _HEAD.size
-    if not journal.startswith(_MAGIC) or len(journal) < start:
+    head = _head(sizes)
+    if not journal.startswith(head):
         return None
-    length, check = _HEAD.unpack_from(journal, len(_MAGIC))
-    body = journal[start : start + length]
-    if zlib.crc32(body) != check or msgspec.msgpack.encode(piece_map) != body:
-        return None
-    have = bytearray(len(piece_map))
-    records = journal[start + length :]
-    proved = 0
-    while proved + _RECORD.size <= len(records):
-        index = _RECORD.unpack_from(records, proved)[0] - 1
-        if not 0 <= index < len(piece_map):
+    hashes: dict[int, bytes] = {}
+    proved = len(head)
+    while proved + _RECORD.size <= len(journal):
+        number, got, _ = _RECORD.unpack_from(journal, proved)
+        index = number - 1
+        if not 0 <= index < len(sizes):
             break
-        if records[proved : proved + _RECORD.size] != _record(index):
+        if journal[proved : proved + _RECORD.size] != _record(index, got):
             break
-        if index * piece_map.piece_size + piece_map.length_of(index) <= data_size:
-            have[index] = 1
+        if index * sizes.piece_size + sizes.length_of(index) <= data_size:
+            hashes[index] = got
         proved += _RECORD.size
-    if proved < len(records):  # torn by a power cut: what follows proves nothing
-        os.truncate(paths.journal, start + length + proved)
-    return have
+    if proved < len(journal):  # torn by a power cut: what follows proves nothing
+        os.truncate(paths.journal, proved)
+    return hashes
 
 
-def _record(index: int) -> bytes:
+def _head(sizes: PieceMap) -> bytes:
+    numbers = struct.pack(">QI", sizes.size, sizes.piece_size)
+    return _MAGIC + _HEAD.pack(sizes.size, sizes.piece_size, zlib.crc32(numbers))
+
+
+def _record(index: int, got: bytes) -> bytes:
     number = index + 1
-    return _RECORD.pack(number, zlib.crc32(number.to_bytes(4, "big")))
+    return _RECORD.pack(number, got, zlib.crc32(number.to_bytes(4, "big") + got))

@@ -48,7 +48,7 @@ class PartialBlob(PieceSource, Protocol):
     async def write_piece(self, index: int, data: bytes | bytearray) -> bool:
         """Verify, write and sync a piece; whether it was new."""
 
-    async def finish(self) -> None:
+    async def finish(self) -> object:
         """Check the whole blob's hash and publish it."""
 
 

@@ -17,6 +17,7 @@ from ollamad.core.pieces import MIB, PieceHasher, PieceMap
 from ollamad.store import files, partial
 from ollamad.store.blobs import BlobStore
 from ollamad.store.errors import (
+    BlobMissing,
     DigestMismatch,
     InvalidPieceMap,
     PieceCorrupt,
@@ -38,6 +39,7 @@ def map_of(data: bytes) -> PieceMap:
 
 
 MAP = map_of(DATA)
+RECORD = 40  # bytes of the journal for each piece
 
 
 @pytest.fixture
@@ -311,7 +313,7 @@ async def test_a_piece_is_recorded_only_after_it_is_synced(
     monkeypatch.setattr(os, "fdatasync", sync)
     await blob.write_piece(0, PIECES[0])
     assert sizes_at_sync == [0]
-    assert journal.stat().st_size - size == 8
+    assert journal.stat().st_size - size == RECORD
 
     def broken(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -332,13 +334,15 @@ async def test_a_journal_cut_or_changed_anywhere_proves_no_wrong_piece(store: Bl
     journal, data = store.blobs / f"{BLOB}.journal", store.blobs / f"{BLOB}.partial"
     good = journal.read_bytes()
     chance = random.Random(7)
-    cuts = [*range(0, len(good) - 24, 9), *range(len(good) - 24, len(good))]
+    records = 3 * RECORD
+    cuts = [*range(0, len(good) - records, 9), *range(len(good) - records, len(good))]
     variants = [good[:length] for length in cuts]
-    variants += [good + b"\0" * 8, good + b"\0" * 5, good + b"\xff" * 16]
-    flips = [(chance.randrange(len(good) - 24), chance.randrange(8)) for _ in range(20)]
-    # In each record: every bit of the piece's number, and one of its check.
-    flips += [(len(good) - 24 + at + 3, bit) for at in (0, 8, 16) for bit in range(8)]
-    flips += [(len(good) - 24 + at + 7, 0) for at in (0, 8, 16)]
+    variants += [good + b"\0" * RECORD, good + b"\0" * 5, good + b"\xff" * 2 * RECORD]
+    flips = [(chance.randrange(len(good) - records), chance.randrange(8)) for _ in range(20)]
+    # In each record: every bit of the piece's number, one of its hash, and one of its check.
+    starts = [len(good) - records + number * RECORD for number in range(3)]
+    flips += [(start + 3, bit) for start in starts for bit in range(8)]
+    flips += [(start + at, 0) for start in starts for at in (20, 39)]
     for at, bit in flips:
         flipped = bytearray(good)
         flipped[at] ^= 1 << bit
@@ -422,3 +426,105 @@ async def test_after_kill_9_the_pieces_that_were_reported_are_there(tmp_path: Pa
         else:
             await blob.write_piece(index, bytes([index]) * MIB)
     await blob.finish()
+
+
+# Growing: the map is made while the blob comes.
+
+
+async def test_a_growing_blob_gets_its_map_from_what_came(store: BlobStore) -> None:
+    blob = await store.open_growing(DIGEST, len(DATA))
+    await blob.write_piece(2, PIECES[2])
+    assert blob.map.hash_of(2) == MAP.hash_of(2)
+    assert blob.map.hash_of(0) == bytes(32)
+    blob.close()
+    blob = await (await reopened(store)).open_growing(DIGEST, len(DATA))
+    assert blob.have == b"\0\0\1\0"
+    assert blob.map.hash_of(2) == MAP.hash_of(2)
+    for index in (0, 1, 3):
+        await blob.write_piece(index, PIECES[index])
+    assert await blob.finish() == DIGEST
+    assert await store.piece_map(DIGEST) == MAP
+    assert names(store) == {BLOB, f"{BLOB}.pieces"}
+
+
+async def test_a_growing_blob_without_a_name_gets_it_at_its_end(store: BlobStore) -> None:
+    key = f"sha256:{hashlib.sha256(b'where it comes from').hexdigest()}"
+    blob = await store.open_growing(key, len(DATA), named=False)
+    for index, data in enumerate(PIECES):
+        await blob.write_piece(index, data)
+    told: list[str] = []
+
+    async def on_named(digest: str) -> None:
+        told.append(digest)
+        assert not await store.has_blob(digest)
+
+    assert await blob.finish(on_named) == DIGEST
+    assert told == [DIGEST]
+    assert store.blob_path(DIGEST).read_bytes() == DATA
+    assert not await store.has_blob(key)
+    assert await store.partials() == []
+    assert store.space.promised == 0
+
+
+async def test_what_grew_wrongly_never_becomes_the_blob(store: BlobStore) -> None:
+    blob = await store.open_growing(DIGEST, len(DATA))
+    for index in (0, 2, 3):
+        await blob.write_piece(index, PIECES[index])
+    await blob.write_piece(1, PIECES[0])
+    with pytest.raises(DigestMismatch):
+        await blob.finish()
+    assert names(store) == set()
+    assert store.space.promised == 0
+
+
+async def test_a_true_map_keeps_what_grew_rightly_and_nothing_else(store: BlobStore) -> None:
+    blob = await store.open_growing(DIGEST, len(DATA))
+    await blob.write_piece(0, PIECES[1])  # a lie, which without a map nobody sees
+    await blob.write_piece(2, PIECES[2])
+    blob.close()
+    blob = await store.open_partial(DIGEST, MAP)
+    assert blob.have == b"\0\0\1\0"
+    for index in (0, 1, 3):
+        await blob.write_piece(index, PIECES[index])
+    await blob.finish()
+    assert store.blob_path(DIGEST).read_bytes() == DATA
+
+
+async def test_what_grows_is_served_only_to_those_who_ask_for_it(store: BlobStore) -> None:
+    blob = await store.open_growing(DIGEST, len(DATA))
+    with pytest.raises(BlobMissing):
+        await store.open_piece_source(DIGEST)
+    source = await store.open_growing_source(DIGEST)
+    assert source.have == b"\0\0\0\0"
+    await blob.write_piece(1, PIECES[1])
+    assert source.have == b"\0\1\0\0"
+    assert await source.read_piece(1) == PIECES[1]
+    source.close()
+    blob.close()
+
+
+# Reservations.
+
+
+async def test_what_is_reserved_is_there_for_those_blobs_and_nobody_else(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "free_bytes_of", lambda directory: (len(DATA) + 10, 1 << 30))
+    with store.space.reserve({DIGEST: len(DATA), "other": 5}):
+        with pytest.raises(StoreFull, match="6 bytes are needed, 5 are free"):
+            store.space.promise(6)
+        with pytest.raises(StoreFull), store.space.reserve({"third": 6}):
+            pass
+        blob = await store.open_partial(DIGEST, MAP)
+        assert store.space.promised == len(DATA) + 5
+        blob.close()
+        assert store.space.promised == 5
+    assert store.space.promised == 0
+
+
+async def test_bytes_of_a_partial_blob_are_not_needed_twice(store: BlobStore) -> None:
+    blob = await store.open_growing(DIGEST, len(DATA))
+    await blob.write_piece(1, PIECES[1])
+    blob.close()
+    missing = await store.missing_bytes({DIGEST: len(DATA), "sha256:" + "0" * 64: 7})
+    assert missing == {DIGEST: len(DATA) - MIB, "sha256:" + "0" * 64: 7}
