@@ -26,12 +26,16 @@ from ollamad.api.services import (
 from ollamad.core.commands import (
     DEPARTED_NODE,
     AddJoinToken,
+    AddKey,
+    AddUser,
     AdmitMember,
     AnyCommand,
     Applied,
     FoundCluster,
     Outcome,
     Proposal,
+    PutModel,
+    PutUser,
     Rejected,
     RemoveMember,
     SetDraining,
@@ -80,7 +84,8 @@ ANNOUNCE_RETRY_S = 1.0
 REPAIR_AFTER_S = 30.0  # a voter is replaced when it has been away this long
 QUORUM_CHECK_INTERVAL_S = 0.5
 QUORUM_NOTICE_S = 10.0  # many elections: what ends by itself has ended by then
-
+# What makes the state larger for good. All else goes on when it is too large for a snapshot.
+GROWING = (PutModel, PutUser, AddUser, AddKey, AddJoinToken, AdmitMember)
 
 CONSENSUS_VIEW = "consensus.view"
 
@@ -195,7 +200,9 @@ class Cluster:
 
     def consensus(self) -> Consensus:
         raft = self._raft
-        return Consensus(raft.commit_index, raft.applied_index, raft.silence_s, raft.disk_full)
+        return Consensus(
+            raft.commit_index, raft.applied_index, raft.silence_s, raft.disk_full, raft.disk_hangs
+        )
 
     async def catch_up(self, timeout_s: float) -> None:
         """After a start: learn what happened meanwhile, or give that up for want of a quorum.
@@ -228,8 +235,15 @@ class Cluster:
         Raises:
           NoQuorum: it did not happen and will not.
           Unavailable: it may or may not have happened when this is raised.
-          ServiceError: 409 UPGRADE_FIRST, during an upgrade, and nothing happened.
+          ServiceError: 409 UPGRADE_FIRST, during an upgrade, or STATE_TOO_LARGE; nothing happened.
         """
+        if self._raft.state_too_large and isinstance(command, GROWING):
+            raise ServiceError(
+                409,
+                "STATE_TOO_LARGE",
+                "the cluster's state has reached its limit, so nothing new is taken in; delete "
+                "models, users or keys that nobody needs, and try again a minute later",
+            )
         level = level_of(command)
         if level > 1 and (behind := self._members_below(level)):
             raise ServiceError(

@@ -80,6 +80,7 @@ class Consensus(msgspec.Struct, frozen=True):
     applied_index: int
     silence_s: float  # since the leader, or a majority, was heard: how old the state may be
     disk_full: bool = False  # it writes nothing, and so votes and acknowledges nothing
+    disk_hangs: bool = False  # likewise
 
 
 class Cluster(Protocol):

@@ -100,6 +100,7 @@ async def consensus(call: Call) -> Reply:
             "state_hash": f"sha256:{cluster.state.fingerprint()}",
             "state_age_ms": state_age_ms(cluster),
             "disk_full": view.disk_full,
+            "disk_hangs": view.disk_hangs,
         }
     )
 

@@ -140,6 +140,8 @@ class Fence:
         self._leader_heard = float("-inf")
         self._majority_heard = float("-inf")  # while this node led
         self._votes: tuple[int, set[NodeId]] = (0, set())  # term, who voted for us in it
+        # Term, and who answered us in it, when. The library takes its voters for heard at once.
+        self._answers: tuple[int, dict[NodeId, float]] = (0, {})
         self._pre_votes: tuple[int, set[NodeId]] | None = None  # proposed term, who would
         self._won_pre_vote_for = 0  # the term in which a majority would vote for this node
         self._incoming: tuple[bytes, bytearray] | None = None  # sha256 and data of a snapshot
@@ -342,6 +344,9 @@ class Fence:
             return
         if not core.is_follower_of_mine(sender):
             return
+        if self._answers[0] != message.term:
+            self._answers = (message.term, {})
+        self._answers[1][sender] = core.clock()
         end = core.last_index() + 1
         if message.next_index < 2 or (message.success and message.next_index > end):
             raise MalformedMessage(f"{short(sender)} answers about entry {message.next_index}")
@@ -483,6 +488,12 @@ class Fence:
         # Ongaro's correction of single-server changes: first an entry of our own term.
         if core.commit_index() < max(journal.membership_index, core.term_start_index()):
             return False
+        # The entry itself is committed by the new voters: without a majority of them that is
+        # there, nothing could ever be agreed on again.
+        since = core.clock() - self._timing.election_max_s
+        answered = {node for node, at in self._answers[1].items() if at > since}
+        if not _is_majority(answered | {self._self_id}, voters):
+            return False
         return all(self.caught_up(added) for added in voters - journal.voters)
 
     def caught_up(self, node_id: NodeId) -> bool:
@@ -502,5 +513,8 @@ class Fence:
         return self._self_id in self._journal.voters
 
     def _is_majority(self, nodes: set[NodeId]) -> bool:
-        voters = self._journal.voters
-        return 2 * len(nodes & voters) > len(voters)
+        return _is_majority(nodes, self._journal.voters)
+
+
+def _is_majority(nodes: set[NodeId], voters: frozenset[NodeId]) -> bool:
+    return 2 * len(nodes & voters) > len(voters)

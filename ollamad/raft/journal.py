@@ -29,6 +29,10 @@ LogEntry = tuple[bytes, int, int]  # command with its kind, index, term: PySyncO
 
 COMPACTION_TAIL = 1024  # entries kept before a snapshot, for followers that are a little late,
 COMPACTION_TAIL_BYTES = 8 << 20  # but no more bytes of them; they are in memory
+JOIN_AGAIN = (
+    "take this node out of the cluster and let it join again with an empty data directory (the "
+    "other nodes have all of it); for a cluster of one, restore a backup of the whole directory"
+)
 SNAPSHOT_FORMAT = 1  # raise it when an older daemon could not read what this one writes
 
 
@@ -168,8 +172,7 @@ class Journal(StockJournal):  # type: ignore[misc]
         for position, (command, index, _) in enumerate(entries):
             if index != entries[0][1] + position:
                 raise JournalFailed(
-                    f"entry {entries[0][1] + position} is missing from the journal; restore the "
-                    "data directory, or remove it and let this node join again"
+                    f"entry {entries[0][1] + position} is missing from the journal; {JOIN_AGAIN}"
                 )
             self._note(command, index)
         if stored.snapshot is not None:

@@ -381,6 +381,16 @@ class RaftNode:
         return self._disk_full
 
     @property
+    def disk_hangs(self) -> bool:
+        """Whether the disk has not taken the journal for so long that this node stands aside."""
+        return self._is_open and self._journal.is_blocked and not self._disk_full
+
+    @property
+    def state_too_large(self) -> bool:
+        """Whether the state was beyond the limit of a snapshot when one was due last."""
+        return self._state_too_large
+
+    @property
     def applied_index(self) -> int:
         """Index of the last entry that the state machine includes."""
         return self._core.applied_index()
@@ -542,8 +552,8 @@ class RaftNode:
                         may_happen = not certain_before
                     if attempt.error == private.REQUEST_DENIED and refusal_is_final:
                         raise ChangeRefused(
-                            "another change of the voters is under way, or the node is not "
-                            "connected and up to date"
+                            "another change of the voters is under way, the node is not connected "
+                            "and up to date, or too few of the voters that remained are there"
                         )
                 self._require_running()
                 await trio.sleep(self._rng.uniform(RETRY_MIN_S, RETRY_MAX_S))

@@ -18,7 +18,7 @@ import msgspec
 
 from ollamad.core.ids import NodeId
 from ollamad.raft.errors import DiskFull, JournalFailed
-from ollamad.raft.journal import Batch, Blob, LogEntry, Stored
+from ollamad.raft.journal import JOIN_AGAIN, Batch, Blob, LogEntry, Stored
 from ollamad.raft.wal import read_wal
 from ollamad.raft.witness import ID_SIZE, Testimony, Witness
 from ollamad.raft.worker import Worker
@@ -28,11 +28,6 @@ CHECKPOINT_PAGES = 1000  # of WAL: a checkpoint syncs twice more, so not too oft
 WAL_SIZE = 4 << 20  # bytes that it has from the start: as many pages, with their headers
 SQLITE_MAGIC = b"SQLite format 3\0"  # at the start of page 1
 USER_VERSION = slice(60, 64)  # of page 1, big-endian
-
-JOIN_AGAIN = (
-    "take this node out of the cluster and let it join again with an empty data directory (the "
-    "other nodes have all of it); for a cluster of one, restore a backup of the whole directory"
-)
 
 _SCHEMA = """
 CREATE TABLE entries(idx INTEGER PRIMARY KEY, term INTEGER, crc INTEGER, command BLOB);

@@ -14,6 +14,7 @@ class FakeRaft:
         self.leader: NodeId | None = node_id
         self.is_leader = True
         self.has_quorum = True
+        self.state_too_large = False
         self.term = 1
         self.log_end = LogEnd(1, 3)
         self.applied_index = 3

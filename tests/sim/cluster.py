@@ -39,12 +39,12 @@ RESTART_S = 2.0  # until somebody starts a daemon again that stopped by itself
 class Host:
     """A machine: its disk and its clock outlive the processes."""
 
-    def __init__(self, world: World, number: int, sync_s: float) -> None:
-        self.id = NodeId(chr(ord("A") + number))
+    def __init__(self, world: World, number: int, scenario: Scenario, key: str = "") -> None:
+        self.id = NodeId(chr(ord("A") + number) + key)
         self.number = number
         self.rng = world.rng(f"host {self.id}")
-        self.disk = SimDisk(world, self.id, sync_s)
-        self.clock = Clock(world, self.rng.uniform(0, 1000))
+        self.disk = SimDisk(world, self.id, scenario.sync_s)
+        self.clock = Clock(world, self.rng.uniform(0, 1000), scenario.creep_s)
         self.pauses = 0  # how many of the faults that stop it are not over
         # What reaches a process that is stopped, in order.
         self.inbox: deque[tuple[Life, Callable[..., object], tuple[object, ...]]] = deque()
@@ -66,7 +66,7 @@ class Cluster:
         self.counts: Counter[str] = Counter()
         self.checker = Checker(world.fail)
         self.paths = Paths()
-        self.hosts = [Host(world, n, scenario.sync_s) for n in range(scenario.hosts)]
+        self.hosts = [Host(world, n, scenario) for n in range(scenario.hosts)]
         self.by_id = {host.id: host for host in self.hosts}
         self.network = Datagrams(world, scenario.network, self.paths, self._deliver, self.counts)
         self.connections = Connections(
@@ -77,6 +77,8 @@ class Cluster:
         self.client_numbers = itertools.count()
         self._is_healed = False
         self.write_at: Callable[[Host], Awaitable[None]] = _nobody_writes
+        self._first_ids = frozenset(self.by_id)
+        self._lost: Host | None = None  # the host whose disk is gone, and with it its id
         self._founder_voters = frozenset(host.id for host in self.hosts[: scenario.voters])
         if not scenario.grows:
             self._preform()
@@ -139,6 +141,10 @@ class Cluster:
             life.end("has ended")
 
     def _voters_for(self, host: Host) -> frozenset[NodeId]:
+        if host.id not in self._first_ids:
+            leader = self.leader()
+            if leader is not None and leader.life is not None:
+                return leader.life.node.voters
         known = frozenset({self.hosts[0].id}) if self.scenario.grows else self._founder_voters
         return known - {host.id} or frozenset({self.hosts[0].id})
 
@@ -171,7 +177,6 @@ class Cluster:
     # The network.
 
     async def _connect(self, life: Life) -> None:
-        others = [other for other in self.hosts if other is not life.host]
         if self.scenario.network.streams:
             assert life.nursery is not None
 
@@ -180,11 +185,15 @@ class Cluster:
 
             life.links = Links(dial, rng=random.Random(life.host.rng.getrandbits(64)))
             await life.nursery.start(life.links.run, life.node)
-            life.links.set_peers(frozenset(other.id for other in others))
+            self._set_peers(life)
             return
-        for other in others:
+        for other in [other for other in self.hosts if other is not life.host]:
             self.world.after(self.rng.uniform(0, 0.1), self._tell, life.host, other)
             self.world.after(self.rng.uniform(0, 0.1), self._tell, other, life.host)
+
+    def _set_peers(self, life: Life) -> None:
+        if life.links is not None:
+            life.links.set_peers(frozenset(h.id for h in self.hosts if h is not life.host))
 
     def _tell(self, host: Host, other: Host) -> None:
         """Let a node know whether its link to another one is up, if that is news."""
@@ -280,6 +289,8 @@ class Cluster:
         self.counts[f"fault: {fault.kind}"] += 1
         life = host.life
         match fault.kind, fault.args:
+            case Kind.WIPE, (float(down_s),):
+                self._wipe(host, down_s)
             case Kind.CRASH, (Crash() as how, int(count), float(down_s)):
                 if life is not None:
                     self._crash(life, how, count, down_s)
@@ -355,6 +366,33 @@ class Cluster:
                 life.frames_to_death = count
             case Crash.BEFORE_WRITE | Crash.AFTER_WRITE:
                 life.disk.crash = (how, count)
+
+    def _wipe(self, host: Host, down_s: float) -> None:
+        """The machine comes back without its disk: as a new node, to the others a stranger."""
+        if self._lost is not None:
+            return
+        if host.life is not None:
+            host.life.crash("with its disk")
+        host.downs += 1  # for ever
+        self._lost = host
+        new = Host(self.world, host.number, self.scenario, key="2")
+        new.downs += 1
+        self.hosts[host.number] = self.by_id[new.id] = new
+        for other in self.hosts:
+            if other.life is not None:
+                self._set_peers(other.life)
+        self.lasting(down_s, self._up, new)
+        self.nursery.start_soon(self._replace, host.id, new.id)
+
+    async def _replace(self, lost: NodeId, new: NodeId) -> None:
+        """What the daemons' supervisor does: the voter that is gone makes room for the new one."""
+        for node_id, adding in ((lost, False), (new, True)):
+            while (leader := self.leader()) is None or (
+                leader.life is not None and (node_id in leader.life.node.voters) != adding
+            ):
+                if leader is not None:
+                    await self._change(leader, node_id, adding)
+                await trio.sleep(self.rng.uniform(0.2, 1.0))
 
     def _down(self, host: Host, seconds: float) -> None:
         host.downs += 1
@@ -438,10 +476,30 @@ class Cluster:
 
     # The end.
 
-    async def settle(self) -> float:
-        """Wait until all hosts have applied the same; returns how many seconds it took."""
+    def limp(self) -> Host | None:
+        """Let something go on being wrong with one host, if the others can do without it."""
+        lame = self.scenario.lame
+        if lame is None:
+            return None
+        host = self._host(lame.who, lame.seconds)
+        absent = {host.id} if self._lost is None else {host.id, self._lost.id}
+        for other in self.hosts:
+            voters = other.life.node.voters if other.life else frozenset()
+            if 2 * len(voters - absent) <= len(voters):
+                return None
+        self.counts[f"limps: {lame.kind}"] += 1
+        self._is_healed = False
+        self.strike(Fault(0.0, lame.kind, host.number, lame.args))
+        self._is_healed = True
+        return host
+
+    async def settle(self, limping: Host | None = None) -> float:
+        """Wait until all hosts have applied the same; returns how many seconds it took.
+
+        If one is still limping, the others must not wait for it.
+        """
         begun_at = self.world.now
-        while (difference := self._difference()) is not None:
+        while (difference := self._difference(limping)) is not None:
             if self.world.now > begun_at + PROGRESS_BOUND_S:
                 self.checker.violated(
                     "progress", f"{PROGRESS_BOUND_S:g} s after all was healed: {difference}"
@@ -450,10 +508,11 @@ class Cluster:
             await trio.sleep(SETTLED_CHECK_S)
         return self.world.now - begun_at
 
-    def _difference(self) -> str | None:
-        lives = [host.life for host in self.hosts if host.life is not None]
+    def _difference(self, limping: Host | None) -> str | None:
+        hosts = [host for host in self.hosts if host is not limping]
+        lives = [host.life for host in hosts if host.life is not None]
         running = [life for life in lives if life.is_running]
-        if len(running) < len(self.hosts):
+        if len(running) < len(hosts):
             return "not all hosts run"
         leader = self.leader()
         if leader is None or any(life.node.leader != leader.id for life in running):

@@ -173,6 +173,36 @@ MUTANTS = (
         "if core.commit_index() < core.term_start_index():",
     ),
     Mutant(
+        "a voter goes though the majority that remains is not there",
+        "raft/fence.py",
+        "if not _is_majority(answered | {self._self_id}, voters):",
+        "if False:",
+    ),
+    Mutant(
+        "who was heard is who was elected by",
+        "raft/fence.py",
+        "answered = {node for node, at in self._answers[1].items() if at > since}",
+        "answered = {node for node in voters if core.last_heard(node) > since}",
+    ),
+    Mutant(
+        "the clock moves within a step",
+        "raft/private.py",
+        "return self._clock() if self._now is None else self._now",
+        "return self._clock()",
+    ),
+    Mutant(
+        "a disk that hangs keeps its leader",
+        "raft/node.py",
+        "if hanging_s > self._timing.election_max_s and not self._journal.is_blocked:",
+        "if False:",
+    ),
+    Mutant(
+        "a leader leads on without space for its journal",
+        "raft/node.py",
+        'self._stand_aside(f"{error}", "there is; free some, it need not be restarted")',
+        "pass",
+    ),
+    Mutant(
         "a membership without voters",
         "raft/node.py",
         "            if not wanted:\n",

@@ -1,21 +1,24 @@
 """From a seed to a scenario: what the cluster is like and what will befall it, as plain values.
 
 A scenario is complete before the run begins, so a failing run can be made smaller by leaving
-faults out. Each fault ends by itself: without it, its end is gone as well.
+faults out. Each fault ends by itself, but for a wiped disk: without it, its end is gone as well.
 """
 
+import dataclasses
 import random
 from dataclasses import dataclass
 from enum import StrEnum
 
 from ollamad.raft.private import Timing
 
+CALM_S = 8.0  # after a wiped disk: by then every frame of the host that is gone has come
 LEADER = -1  # in the place of a host's number: whoever leads when the fault comes
 
 
 class Kind(StrEnum):
     """What can happen. The comments name the values of `Fault.args`."""
 
+    WIPE = "wipe"  # the disk is lost, and with it the node's key: seconds until a new node starts
     CRASH = "crash"  # how (see Crash), frames or writes before it, seconds until the restart
     BLACKOUT = "blackout"  # all crash at once: seconds until the last one is back
     STOP = "stop"  # in good order: seconds until the restart
@@ -70,6 +73,16 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
+class Lame:
+    """What goes on being wrong with one host after the rest is healed: `kind` of `Fault`."""
+
+    kind: Kind
+    who: int
+    args: tuple[object, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Network:
     """What the network is like when nothing in particular is wrong with it."""
 
@@ -110,6 +123,8 @@ class Scenario:
     clients: int
     think_s: float  # mean pause of a client between two operations
     faults: tuple[Fault, ...]
+    lame: Lame | None  # what is healed last
+    creep_s: float  # what each look at a host's clock takes
 
     @property
     def hosts(self) -> int:
@@ -119,10 +134,13 @@ class Scenario:
 def scenario(seed: int) -> Scenario:
     """The scenario of that seed."""
     rng = random.Random(f"{seed} plan")
+    late = random.Random(
+        f"{seed} late"
+    )  # of its own: what came later leaves older seeds as they are
     voters = rng.choices((3, 5, 7, 2, 1), (3, 10, 1, 0.5, 0.5))[0]
     spares = rng.choices((0, 1, 2), (3, 4, 2))[0] if voters < 7 else 0
     duration_s = rng.uniform(15, 30)
-    return Scenario(
+    drawn = Scenario(
         seed,
         voters,
         spares,
@@ -142,7 +160,39 @@ def scenario(seed: int) -> Scenario:
         clients=rng.randint(2, 4),
         think_s=rng.choice((0.2, 0.5, 1.0)),
         faults=_faults(rng, voters + spares, duration_s),
+        lame=_lame(late, voters + spares) if late.random() < 0.4 else None,
+        creep_s=late.choice((0.0, 0.0, 1e-6, 1e-4)),
     )
+    if voters >= 3 and not drawn.grows and late.random() < 0.25:
+        return dataclasses.replace(drawn, faults=_with_a_wipe(late, drawn))
+    return drawn
+
+
+def _with_a_wipe(rng: random.Random, drawn: Scenario) -> tuple[Fault, ...]:
+    """One host loses its disk for good, and a new node comes in its place.
+
+    Where a voter is gone for ever while a change of the voters is under way, the majority may be
+    lost with it, as in any Raft; so nobody asks for one before.
+    """
+    at = rng.uniform(2.0, 12.0)
+    who = LEADER if rng.random() < 0.5 else rng.randrange(drawn.voters)
+    wipe = Fault(at, Kind.WIPE, who, (rng.uniform(0.1, 5.0),))
+    changes = (Kind.ADD, Kind.REMOVE)
+    rest = [f for f in drawn.faults if f.kind not in changes or f.at > at + CALM_S]
+    return tuple(sorted([wipe, *rest], key=lambda fault: fault.at))
+
+
+def _lame(rng: random.Random, hosts: int) -> Lame:
+    seconds = rng.uniform(5.0, 30.0)
+    who = LEADER if rng.random() < 0.5 else rng.randrange(hosts)
+    kind = rng.choice((Kind.STALLED_DISK, Kind.FULL_DISK, Kind.PAUSE, Kind.SLOW_DISK, Kind.ISOLATE))
+    match kind:
+        case Kind.ISOLATE:
+            return Lame(kind, who, (rng.choice(list(Way)), seconds), seconds)
+        case Kind.SLOW_DISK:
+            return Lame(kind, who, (0.6, seconds), seconds)
+        case _:
+            return Lame(kind, who, (seconds,), seconds)
 
 
 def _network(rng: random.Random) -> Network:
@@ -202,7 +252,8 @@ _CUTS = (Kind.CUT, Kind.ISOLATE, Kind.PARTITION)
 
 
 def _faults(rng: random.Random, hosts: int, duration_s: float) -> tuple[Fault, ...]:
-    kinds = [kind for kind in Kind if rng.random() < 0.7] or list(Kind)
+    drawn = list(_WEIGHTS)
+    kinds = [kind for kind in drawn if rng.random() < 0.7] or drawn
     mean_pause_s = rng.choice((0.4, 1.0, 2.0, 4.0))
     leader_share = rng.choice((0.1, 0.4, 0.8))
     if rng.random() < 0.3:

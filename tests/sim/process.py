@@ -177,15 +177,17 @@ class WatchedNode(RaftNode):
 
 
 class Clock:
-    """A host's clock, which may be fast or slow."""
+    """A host's clock, which may be fast or slow, and moves on while it is being read."""
 
-    def __init__(self, world: World, offset_s: float) -> None:
+    def __init__(self, world: World, offset_s: float, creep_s: float) -> None:
         self._world = world
+        self._creep_s = creep_s
         self._since = world.now
         self._then = world.now + offset_s
         self.rate = 1.0
 
     def __call__(self) -> float:
+        self._then += self._creep_s
         return self._then + (self._world.now - self._since) * self.rate
 
     def set_rate(self, rate: float) -> None:

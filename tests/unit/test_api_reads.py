@@ -107,6 +107,7 @@ async def test_the_consensus_route_tells_place_and_hash() -> None:
         "state_hash": f"sha256:{cluster.state.fingerprint()}",
         "state_age_ms": 42,
         "disk_full": False,
+        "disk_hangs": False,
     }
     changed = msgspec.structs.replace(cluster.state.members[NODE_2], joined_at=NOW)
     cluster.state.members[NODE_2] = changed

@@ -28,8 +28,10 @@ from ollamad.cluster import (
 from ollamad.core.commands import (
     AddJoinToken,
     AdmitMember,
+    Applied,
     AskReplicas,
     DeleteUser,
+    PutUser,
     RecoverCluster,
     Rejected,
     SetDraining,
@@ -180,6 +182,16 @@ async def test_rejections_become_errors(node: Node) -> None:
     with pytest.raises(ServiceError) as caught:
         await node.cluster.require(DeleteUser("x"))
     assert (caught.value.status, caught.value.code) == (404, "USER_NOT_FOUND")
+
+
+async def test_a_state_that_is_too_large_takes_in_nothing_new(node: Node) -> None:
+    node.raft.state_too_large = True
+    before = node.machine.state.fingerprint()
+    with pytest.raises(ServiceError, match="delete models, users or keys") as caught:
+        await node.cluster.propose(PutUser(User("new", "h", "viewer", 1.0)))
+    assert (caught.value.status, caught.value.code) == (409, "STATE_TOO_LARGE")
+    assert node.machine.state.fingerprint() == before
+    assert isinstance(await node.cluster.propose(SetDraining(node.id, True)), Applied)
 
 
 async def test_every_proposal_has_an_id_of_its_own(node: Node) -> None:

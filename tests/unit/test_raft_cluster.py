@@ -964,6 +964,7 @@ async def test_a_state_that_is_too_large_for_a_snapshot_stops_nobody(
         return snapshot()
 
     monkeypatch.setattr(host.ledger, "snapshot", counted)
+    assert host.raft.state_too_large
     await trio.sleep(300)
     assert 4 <= attempts <= 5
     assert journal.snapshot_index == first
@@ -972,6 +973,7 @@ async def test_a_state_that_is_too_large_for_a_snapshot_stops_nobody(
     host.ledger.commands = [b"little"]
     await trio.sleep(61)
     assert journal.snapshot_index > 400
+    assert not host.raft.state_too_large
     await c.stop("a")
     host = await c.start("a")
     assert host.ledger.commands[0] == b"little"

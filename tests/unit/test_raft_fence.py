@@ -413,6 +413,20 @@ def test_one_voter_at_a_time(voters: str, accepted: bool) -> None:
     assert solo.may_change_voters(frozenset(map(NodeId, voters))) == accepted
 
 
+def test_no_removal_that_leaves_too_few_voters_that_are_there() -> None:
+    solo = Solo("abc", log="1")
+    solo.lead()
+    for node in "bc":
+        solo.receive(node, Ack(2, 5, True, False))
+    solo.tick()
+    solo.now += 1
+    solo.receive("b", Ack(2, 5, True, False))  # c is silent
+    assert not solo.may_change_voters(ids("ac")), "it would need c for its own commit"
+    assert solo.may_change_voters(ids("ab"))
+    solo.receive("c", Ack(2, 5, True, False))
+    assert solo.may_change_voters(ids("ac"))
+
+
 def ids(names: str) -> frozenset[NodeId]:
     return frozenset(map(NodeId, names))
 

@@ -94,12 +94,13 @@ async def test_a_leader_whose_disk_hangs_makes_way(
     assert not any(status.is_leader for status in old.history[seen:])
     assert promised == []
     assert old.raft._transport._held == []
+    assert old.raft.disk_hangs
     assert not old.raft.disk_full  # there may be space, after all
     (line,) = [line for line in caplog.messages if "disk" in line]
     assert "the disk has not written the journal for" in line
     go_on(old)
     await trio.sleep(1)
-    assert not old.raft._journal.is_blocked
+    assert not old.raft.disk_hangs
     lines = [line for line in caplog.messages if "disk" in line]
     assert [line.startswith("the disk writes the journal again") for line in lines] == [False, True]
     await cluster.settled()

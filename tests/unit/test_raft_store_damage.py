@@ -22,8 +22,8 @@ import trio
 from ollamad.core.ids import NodeId
 from ollamad.raft import sqlite_store
 from ollamad.raft.errors import JournalFailed
-from ollamad.raft.journal import Batch, Journal, Snapshot, pack_snapshot
-from ollamad.raft.sqlite_store import JOIN_AGAIN, WAL_SIZE, SqliteStore
+from ollamad.raft.journal import JOIN_AGAIN, Batch, Journal, Snapshot, pack_snapshot
+from ollamad.raft.sqlite_store import WAL_SIZE, SqliteStore
 from ollamad.raft.wal import FRAME_HEADER_SIZE, HEADER_SIZE, read_wal
 from tests.fakes.raft_solo import command
 
