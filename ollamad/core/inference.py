@@ -60,6 +60,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     tool_calls: tuple[ToolCall, ...] = ()  # of an assistant
     tool_name: str = ""  # whose result this is, of role tool
     tool_call_id: str = ""
+    images: tuple[bytes, ...] = ()  # files such as PNG or JPEG
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -82,6 +83,16 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     tools: str = ""  # functions that the model may call, as JSON text in OpenAI's form
     tool_choice: str = ""  # auto, none or required; empty: auto
     think: str = ""  # on, off, low, medium or high; empty: the model has no such choice
+    images: tuple[bytes, ...] = ()  # with `prompt`: files such as PNG or JPEG
+    suffix: str = ""  # what comes behind the answer: the model fills in between
+    template: str = ""  # in Ollama's language, instead of the model's own (generate only)
+    logprobs: int = -1  # tell of each token how likely it and so many others were; -1: do not
+    logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these token ids
+    shift: bool = True  # an answer that fills the context goes on without the oldest tokens
+
+    @property
+    def has_images(self) -> bool:
+        return bool(self.images) or any(message.images for message in self.messages or ())
 
     @property
     def only_loads(self) -> bool:
@@ -93,7 +104,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     def is_parsed(self) -> bool:
         """Whether thoughts and calls are to be told apart from the text. Token ids are not known
         then."""
-        return bool(self.tools or self.think) and not self.raw and not self.context
+        is_plain = self.raw or self.context or self.template or self.suffix
+        return bool(self.tools or self.think) and not is_plain
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -106,11 +118,20 @@ class EmbedRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     truncate: bool = True
 
 
+class Likelihood(msgspec.Struct, frozen=True, array_like=True):
+    """How likely a token was (the natural logarithm), and what else could have stood there."""
+
+    token: bytes  # its own text, which may be a part of a character
+    logprob: float
+    others: tuple["Likelihood", ...] = ()  # the likeliest first, itself among them
+
+
 class Chunk(msgspec.Struct, frozen=True, tag="c", array_like=True):
     """A bit of generated text, and the ids of exactly the tokens that made it."""
 
     text: str
     tokens: tuple[int, ...] = ()
+    logprobs: tuple[Likelihood, ...] = ()  # of those tokens, where they were asked for
 
 
 class Thought(msgspec.Struct, frozen=True, tag="t", array_like=True):
