@@ -170,12 +170,10 @@ def require_capability(model: Model, capability: str) -> None:
       ServiceError: 400.
     """
     if capability not in model.details.capabilities:
-        name = parse_name(model.name)
-        full = f"{name.host}/{name.namespace}/{name.model}:{name.tag}"
         raise ServiceError(
             400,
             "NOT_SUPPORTED",
-            f"{full} does not support {capability}",
+            f"{parse_name(model.name).full} does not support {capability}",
             {"model": model.name, "capability": capability},
         )
 

@@ -42,6 +42,11 @@ class ModelName(msgspec.Struct, frozen=True, order=True):
         return text
 
     @property
+    def full(self) -> str:
+        """All parts, the defaults too: `registry.ollama.ai/library/llama2:7b`."""
+        return f"{self.host}/{self.namespace}/{self.model}:{self.tag}"
+
+    @property
     def key(self) -> str:
         """What two spellings of the same name have in common."""
         return str(self).lower()

@@ -9,15 +9,20 @@ import secrets
 import msgspec
 
 from ollamad.core.inference import Chunk, Output, Thought, ToolCall
+from ollamad.engine.assembly import likelihoods
 from ollamad.engine.llama_client import CallDelta, ChatEvent, Timings, Usage
 
 CALL_ID_BYTES = 4  # `call_` and 8 characters, as in Ollama
 
 
 class ChatAssembler:
-    """Eats the events of one chat; `reason`, `usage` and `timings` are known at the end."""
+    """Eats the events of one chat; `reason`, `usage` and `timings` are known at the end.
 
-    def __init__(self) -> None:
+    `candidates` is how many tokens are told that could have stood where one was written.
+    """
+
+    def __init__(self, candidates: int = 0) -> None:
+        self._candidates = candidates
         self.reason = ""
         self.usage = Usage()
         self.timings = Timings()
@@ -34,7 +39,9 @@ class ChatAssembler:
             if delta.reasoning_content:
                 outputs.append(Thought(delta.reasoning_content))
             if delta.content:
-                outputs.append(Chunk(delta.content))
+                told = choice.logprobs.content if choice.logprobs else None
+                likely = likelihoods(told or (), self._candidates)
+                outputs.append(Chunk(delta.content, logprobs=tuple(likely)))
             for piece in delta.tool_calls:
                 if self._call is None or piece.index != self._call.index:
                     outputs += self._end_call()

@@ -167,20 +167,21 @@ class Engine:
             async with self._resident(spec, config, request.keep_alive_s) as resident:
                 load_duration = time.perf_counter_ns() - started
                 async with _slot(resident, self._settings.max_queue):
-                    limit = config.context_length - 1  # room for a token of the answer
-                    prompt = await read_prompt(resident.runner, request, spec, limit)
+                    prompt = await read_prompt(resident.runner, request, spec, config)
                     schema = json_schema(request.format)
                     await _check_schema(resident.runner, schema)
+                    limit = token_limit(options, config.context_length)
+                    if not request.shift:
+                        limit = min(limit, config.context_length - len(prompt.ids))
                     if request.is_parsed:
                         body = chat_body(
                             template_arguments(request, prompt.messages),
+                            request,
                             options,
-                            config.context_length,
+                            limit,
                             schema,
-                            default_seed=request.default_seed,
-                            tool_choice=request.tool_choice,
                         )
-                        chat = ChatAssembler()
+                        chat = ChatAssembler(request.logprobs)
                         async with contextlib.aclosing(
                             _chat(resident.runner, body, chat)
                         ) as outputs:
@@ -189,27 +190,23 @@ class Engine:
                         self._pool.finished_well(resident)
                         yield _chat_finished(chat, started, load_duration)
                         return
-                    ids = prompt.ids
-                    ids += request.resume
-                    if request.resume and (
-                        len(ids) > limit
-                        or len(request.resume) >= token_limit(options, config.context_length)
-                    ):
+                    ids = [*prompt.ids, *request.resume]
+                    limit -= len(request.resume)
+                    if request.resume and (len(ids) >= config.context_length or limit <= 0):
                         # The answer was complete but for the word that it is.
                         yield Finished("length", context=_context(request, ids))
                         return
                     body = completion_body(
-                        ids,
+                        await prompt.asked(resident.runner, request.resume),
+                        request,
                         options,
-                        config.context_length,
+                        limit,
                         schema,
-                        spent=len(request.resume),
-                        default_seed=request.default_seed,
                     )
                     emitted: list[int] = []
                     stream = await resident.runner.client.open_completion(body)
                     try:
-                        assembler = Assembler()
+                        assembler = Assembler(request.logprobs)
                         while not (event := await stream.receive()).stop:
                             for piece in assembler.feed(event):
                                 chunk = await _complete(resident.runner, piece)
@@ -220,7 +217,7 @@ class Engine:
                     pieces, kept = assembler.finish(event.stop_type)
                     if kept:
                         text = await resident.runner.client.detokenize(kept)
-                        pieces.append(Chunk(text, tuple(kept)))
+                        pieces.append(Chunk(text, tuple(kept), assembler.likely))
                     for piece in pieces:
                         chunk = await _complete(resident.runner, piece)
                         emitted += chunk.tokens
@@ -314,7 +311,7 @@ async def _complete(runner: Runner, piece: Piece) -> Chunk:
         while len(runner.spellings) >= MAX_SPELLINGS:
             del runner.spellings[next(iter(runner.spellings))]
         runner.spellings[piece] = ids
-    return Chunk(piece.text, ids)
+    return Chunk(piece.text, ids, piece.logprobs)
 
 
 async def _spell(runner: Runner, gap: Gap) -> tuple[int, ...]:
@@ -381,7 +378,9 @@ def _chat_finished(chat: ChatAssembler, started: int, load_duration: int) -> Fin
 
 
 def _context(request: GenerateRequest, ids: list[int]) -> tuple[int, ...]:
-    return tuple(ids) if request.messages is None and not request.raw else ()
+    """What a later request can go on from: token ids cannot tell an image."""
+    can_go_on = request.messages is None and not request.raw and not request.images
+    return tuple(ids) if can_go_on else ()
 
 
 def _finished(

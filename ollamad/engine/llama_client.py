@@ -68,6 +68,22 @@ class Progress(msgspec.Struct, gc=False):
     processed: int = 0
 
 
+class Candidate(msgspec.Struct):
+    """A token that could have been written."""
+
+    bytes: list[int] = []
+    logprob: float = 0.0
+
+
+class Probability(msgspec.Struct):
+    """How likely a token was; `top_logprobs` has the likeliest ones."""
+
+    id: int = 0
+    bytes: list[int] = []
+    logprob: float = 0.0
+    top_logprobs: list[Candidate] = []
+
+
 class CompletionEvent(msgspec.Struct):
     """One line of a streamed `/completion`; the one with `stop` is the last."""
 
@@ -80,6 +96,11 @@ class CompletionEvent(msgspec.Struct):
     timings: Timings | None = None
     error: ErrorBody | None = None
     prompt_progress: Progress | None = None  # then the rest says nothing
+    completion_probabilities: list[Probability] = []
+
+
+class _Props(msgspec.Struct):
+    media_marker: str = ""
 
 
 class _Tokens(msgspec.Struct):
@@ -128,9 +149,14 @@ class Delta(msgspec.Struct):
     tool_calls: list[CallDelta] = []
 
 
+class Logprobs(msgspec.Struct):
+    content: list[Probability] | None = None
+
+
 class Choice(msgspec.Struct):
     delta: Delta = msgspec.field(default_factory=Delta)
     finish_reason: str | None = None  # stop, length or tool_calls
+    logprobs: Logprobs | None = None
 
 
 class Usage(msgspec.Struct):
@@ -183,6 +209,11 @@ class LlamaClient:
     async def apply_template(self, arguments: Mapping[str, Any]) -> str:
         """The prompt that the model's chat template makes of `messages` and what else it gets."""
         return (await self._ask("/apply-template", arguments, _Prompt)).prompt
+
+    async def media_marker(self) -> str:
+        """What stands in a prompt for an image; nobody can guess it."""
+        status, body = await self._request("GET", "/props")
+        return _answer(status, body, _Props).media_marker
 
     async def embed(self, inputs: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
         """One vector, L2-normalised, for each input of token ids, in their order."""

@@ -1,11 +1,11 @@
-"""How Ollama's options become the body of a `/completion` request."""
+"""How a request's options become the body of what the runner is asked."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from ollamad.core.inference import Failed, InferenceError, Options
+from ollamad.core.inference import Failed, GenerateRequest, InferenceError, Options
 
 # Where neither the request nor the model says anything: Ollama's defaults.
 DEFAULTS = Options(
@@ -35,45 +35,47 @@ _ANY_JSON_OBJECT = msgspec.Raw(b'{"type":"object"}')
 
 
 def completion_body(
-    prompt: Sequence[int],
+    prompt: Sequence[int] | dict[str, Any],
+    request: GenerateRequest,
     options: Options,
-    context_length: int,
+    limit: int,
     schema: msgspec.Raw | None,
-    *,
-    spent: int = 0,
-    default_seed: int = -1,
 ) -> bytes:
-    """The JSON body that asks the runner for a streamed completion of these token ids.
+    """The JSON body that asks the runner for a streamed completion of at most `limit` tokens.
 
-    `spent` tokens of the answer are at the prompt's end already; fewer than it may have.
+    The prompt is token ids, or text with images.
     """
-    limit = token_limit(options, context_length) - spent
-    body = _sampling(options, limit, schema, default_seed)
-    return msgspec.json.encode(body | {"prompt": prompt, "return_tokens": True})
+    body = _sampling(request, options, limit, schema)
+    body |= {"prompt": prompt, "return_tokens": True}
+    if request.logprobs >= 0:
+        # The token itself is told with at least one candidate.
+        body["n_probs"] = max(1, request.logprobs)
+    return msgspec.json.encode(body)
 
 
 def chat_body(
     arguments: dict[str, Any],
+    request: GenerateRequest,
     options: Options,
-    context_length: int,
+    limit: int,
     schema: msgspec.Raw | None,
-    *,
-    default_seed: int = -1,
-    tool_choice: str = "",
 ) -> bytes:
     """The JSON body that asks the runner for a streamed chat; `arguments` are the template's."""
-    body = _sampling(options, token_limit(options, context_length), schema, default_seed)
+    body = _sampling(request, options, limit, schema)
     body |= arguments | {"reasoning_format": "deepseek"}
     body["stream_options"] = {"include_usage": True}
     if "tools" in arguments:
-        body |= {"tool_choice": tool_choice or "auto", "parallel_tool_calls": True}
+        body |= {"tool_choice": request.tool_choice or "auto", "parallel_tool_calls": True}
+    if request.logprobs >= 0:
+        body |= {"logprobs": True, "top_logprobs": max(1, request.logprobs)}
     return msgspec.json.encode(body)
 
 
 def _sampling(
-    options: Options, limit: int, schema: msgspec.Raw | None, default_seed: int
+    request: GenerateRequest, options: Options, limit: int, schema: msgspec.Raw | None
 ) -> dict[str, Any]:
     chosen = options.over(DEFAULTS)
+    any_seed = chosen.seed is None or chosen.seed < 0
     body: dict[str, Any] = {
         "stream": True,
         "cache_prompt": True,
@@ -82,7 +84,7 @@ def _sampling(
         "return_progress": True,
         "n_predict": limit,
         "n_keep": chosen.num_keep,
-        "seed": default_seed if chosen.seed is None or chosen.seed < 0 else chosen.seed,
+        "seed": request.default_seed if any_seed else chosen.seed,
         "temperature": chosen.temperature,
         "top_k": chosen.top_k,
         "top_p": chosen.top_p,
@@ -99,6 +101,8 @@ def _sampling(
     }
     if schema is not None:
         body["json_schema"] = schema
+    if request.logit_bias:
+        body["logit_bias"] = request.logit_bias
     return body
 
 

@@ -40,8 +40,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     gguf_path: str
     size: int  # bytes of the weights
     details: ModelDetails = ModelDetails()
-    # A chat template in Jinja that replaces the file's own. A Go template (Ollama's) is not
-    # Jinja and is left aside: the template in the file is used then.
+    # A chat template that replaces the file's own, in Jinja or in Ollama's language. For tools and
+    # thoughts only one in Jinja will do, since llama.cpp has to know it: else the file's is used.
     template: str | None = None
     system: str | None = None  # system prompt for requests that bring none
     messages: tuple[Message, ...] = ()  # said before every conversation

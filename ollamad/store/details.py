@@ -155,6 +155,8 @@ def capabilities_of(architecture: str, pooling_type: int | None, template: str) 
         can.append("tools")
     if any(mark in template for mark in THINKING_MARKS):
         can.append("thinking")
+    if ".Suffix" in template:  # of Ollama's templates; others do not know it
+        can.append("insert")
     return tuple(can)
 
 

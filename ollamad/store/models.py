@@ -257,6 +257,9 @@ class ModelStore(BlobStore):
         if template is not None:
             capabilities = capabilities_of(facts.architecture, facts.pooling_type, template)
             details = msgspec.structs.replace(details, capabilities=capabilities)
+        if any(layer.media_type == manifests.PROJECTOR_TYPE for layer in parsed.layers):
+            capabilities = (*details.capabilities, "vision")
+            details = msgspec.structs.replace(details, capabilities=capabilities)
         return Model(
             name=str(parse_name(name)),
             digest=manifests.manifest_digest(manifest),

@@ -133,8 +133,10 @@ GPT_OSS = """\
 Reasoning: {{ if .IsThinkSet }}{{ if .ThinkLevel }}{{ .ThinkLevel }}{{ else }}medium{{ end }}\
 {{ else }}low{{ end }}<|end|>
 {{- $hasTools := false }}
-{{- range .Tools }}{{ if not $hasTools }}{{ $hasTools = true }}<|start|>developer<|message|>{{ end }}
+{{- range .Tools }}{{ if not $hasTools }}{{ $hasTools = true }}<|start|>developer<|message|>\
+{{ end }}
 type {{ .Function.Name }} = (_: {
 {{ template "property" .Function.Parameters.Properties }}}) => any;
 {{- end }}{{ if $hasTools }}<|end|>{{ end }}
-{{- range .Messages }}<|start|>{{ .Role }}<|message|>{{ .Content }}<|end|>{{ end }}<|start|>assistant"""
+{{- range .Messages }}<|start|>{{ .Role }}<|message|>{{ .Content }}<|end|>\
+{{ end }}<|start|>assistant"""

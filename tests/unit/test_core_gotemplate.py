@@ -188,9 +188,9 @@ def test_a_template_is_rendered_many_times() -> None:
 
 
 WORDS = st.sampled_from(
-    ["{{", "}}", "{{-", "-}}", " ", ".", ".A", "$x", ":=", "=", "if", "range", "end", "else", "with",
-     "(", ")", "|", "len", '"', "`", "'a'", "1", "-", ",", "define", '"T"', "template", "/*", "*/",
-     "\n", "and", "é"]
+    ["{{", "}}", "{{-", "-}}", " ", ".", ".A", "$x", ":=", "=", "if", "range", "end", "else",
+     "with", "(", ")", "|", "len", '"', "`", "'a'", "1", "-", ",", "define", '"T"', "template",
+     "/*", "*/", "\n", "and", "é"]
 )  # fmt: skip
 
 

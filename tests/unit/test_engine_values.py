@@ -6,9 +6,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from ollamad.core.inference import InferenceError, Options
+from ollamad.core.inference import GenerateRequest, InferenceError, Options
 from ollamad.core.state import ModelDetails
-from ollamad.engine.sampling import completion_body, json_schema
+from ollamad.engine.sampling import completion_body, json_schema, token_limit
 from ollamad.engine.spec import (
     EngineSettings,
     ModelSpec,
@@ -24,10 +24,22 @@ SPEC = ModelSpec(
 )
 
 
-def body_of(options: Options, format_: str = "") -> dict[str, Any]:
-    body = msgspec.json.decode(completion_body([1, 2], options, 100, json_schema(format_)))
-    assert isinstance(body, dict)
-    return body
+def body_of(options: Options, format_: str = "", **fields: Any) -> dict[str, Any]:
+    request = GenerateRequest("m", **fields)
+    limit = token_limit(options, 100)
+    body = completion_body([1, 2], request, options, limit, json_schema(format_))
+    decoded = msgspec.json.decode(body)
+    assert isinstance(decoded, dict)
+    return decoded
+
+
+def test_what_a_request_itself_asks_of_the_sampling():
+    assert body_of(Options(), logprobs=3)["n_probs"] == 3
+    assert body_of(Options(), logprobs=0)["n_probs"] == 1
+    assert "n_probs" not in body_of(Options())
+    assert body_of(Options(), logit_bias=((5, -100.0),))["logit_bias"] == [[5, -100.0]]
+    assert body_of(Options(), default_seed=7)["seed"] == 7
+    assert body_of(Options(seed=8), default_seed=7)["seed"] == 8
 
 
 def test_ollamas_defaults():

@@ -6,6 +6,7 @@
 import json
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 from ollamad.core.gotemplate.errors import TemplateError
@@ -74,8 +75,8 @@ def _float(value: float) -> str:
     text = repr(value)
     if "e" in text:
         digits, _, exponent = text.partition("e")
-        if -5 <= int(exponent) < 21:
-            return f"{value:.0f}" if value == int(value) else f"{value:.20f}".rstrip("0")
+        if 0 < int(exponent) < 21:
+            return format(Decimal(text), "f")
         return f"{digits.removesuffix('.0')}e{int(exponent):+03d}"
     return text.removesuffix(".0")
 
