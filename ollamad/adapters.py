@@ -18,7 +18,8 @@ from ollamad.core.state import Model
 from ollamad.engine.engine import Engine
 from ollamad.engine.spec import ModelSpec
 from ollamad.host import HostMonitor
-from ollamad.scheduler.dispatch import Dispatcher, EventSource
+from ollamad.scheduler.dispatch import Dispatcher
+from ollamad.scheduler.exchange import EventSource
 from ollamad.store.errors import StoreError
 from ollamad.store.models import ModelStore
 

@@ -43,9 +43,11 @@ from ollamad.core.commands import LEVEL
 from ollamad.core.ids import NodeId, short
 from ollamad.core.names import node_name_of
 from ollamad.core.presence import Beat
+from ollamad.core.routing import parse_policy
 from ollamad.core.state import User
 from ollamad.datadir import DataDir
 from ollamad.engine.engine import Engine
+from ollamad.engine.runner import PROMPT_CACHE_MIB
 from ollamad.engine.spec import EngineSettings
 from ollamad.host import HostMonitor
 from ollamad.library import Library
@@ -58,7 +60,8 @@ from ollamad.raft.errors import RaftError
 from ollamad.raft.links import Links
 from ollamad.raft.node import RaftNode
 from ollamad.raft.sqlite_store import SqliteStore
-from ollamad.scheduler.dispatch import EMBED, GENERATE, Dispatcher
+from ollamad.scheduler.dispatch import Dispatcher
+from ollamad.scheduler.exchange import EMBED, GENERATE, TRANSCRIPT
 from ollamad.settings import Settings, parse_duration, parse_listen
 from ollamad.sources.pypi import PypiSource
 from ollamad.store.errors import BlobMissing, PieceCorrupt
@@ -186,9 +189,17 @@ class Daemon:
             presence=self._cluster.presence,
             engine=LocalEngine(self._engine, self._store),
             peers=self._mesh,
+            version=self._cluster.changes.next,
             failover=settings.scheduler.failover,
+            policy=parse_policy(settings.scheduler.policy),
+            prefix_bound_s=parse_duration(settings.scheduler.prefix_bound),
+            slots=settings.engine.num_parallel,
+            cache_bytes=PROMPT_CACHE_MIB << 20,
+            max_waiting=settings.engine.max_queue,
         )
+        self._cluster.heartbeats.on_beat = self._dispatcher.hear
         self._mesh.handle(GENERATE, self._dispatcher.serve_generate)
+        self._mesh.handle(TRANSCRIPT, self._dispatcher.serve_transcript)
         self._mesh.handle(EMBED, self._dispatcher.serve_embed)
         self._mesh.handle(PIECES, PieceServer(self._store, missing=BlobMissing).handle)
 
@@ -238,6 +249,7 @@ class Daemon:
                 await nursery.start(self._cluster.heartbeats.run)
                 await nursery.start(self._cluster.run)
                 await nursery.start(self._library.run)
+                await nursery.start(self._dispatcher.run)
                 nursery.start_soon(self._sample_host)
                 nursery.start_soon(self._renew_certificate)
                 nursery.start_soon(self._track_members)
@@ -327,15 +339,19 @@ class Daemon:
     # What others ask of this node.
 
     def _beat(self) -> Beat:
+        loaded = self._engine.loaded()
         return Beat(
             sent_at=time.time(),
             usage=self._host.usage,
-            loaded=self._engine.loaded(),
+            loaded=loaded,
             gpus=self._host.gpus,
             active_requests=self._dispatcher.outstanding(),
             started_at=self._started_at,
             leaving=self._leaving,
             level=LEVEL,
+            speeds=self._dispatcher.router.speeds(),
+            prefixes=self._dispatcher.router.news(loaded),
+            waiting=self._dispatcher.admission.waiting,
         )
 
     async def _unload(self, name: str) -> None:

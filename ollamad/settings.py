@@ -22,6 +22,7 @@ import yaml
 from ollamad.api.origins import parse_origins
 from ollamad.core.failover import MODES
 from ollamad.core.names import check_node_name
+from ollamad.core.routing import POLICIES
 
 MIN_SECRET_BYTES = 32  # RFC 7518: an HS256 key is at least as long as its hash
 MIN_TOKEN_TTL_S, MAX_TOKEN_TTL_S = 900.0, 3600.0  # short, since a stolen token works so long
@@ -70,12 +71,15 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_alive: str = "5m"  # how long an idle model stays loaded; negative: for ever
     num_parallel: int = 4  # requests that one loaded model serves at once
     max_loaded_models: int = 3
-    max_queue: int = 512  # requests that wait for a slot, per model
+    max_queue: int = 512  # requests that wait: in the whole cluster, and for one runner
     context_length: int = 4096  # tokens a request, unless it or the model says otherwise
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     failover: str = "continue"  # how answers go on when their node is lost: see core.failover
+    policy: str = "prefix"  # how a node is chosen for a request: see core.routing
+    # How much longer a request may wait for a node that has most of its prompt in its cache.
+    prefix_bound: str = "2s"
 
 
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -372,6 +376,11 @@ def _check_node_name(value: str) -> None:
         check_node_name(value)
 
 
+def _check_bound(value: str) -> None:
+    if parse_duration(value) < 0:
+        raise ValueError("it must be 0s or more")
+
+
 def _check_ollama_listen(value: str) -> None:
     if value not in ("auto", "off"):
         parse_listen(value)
@@ -406,6 +415,8 @@ _CHECKS: dict[str, Any] = {
     "log.level": _one_of("debug", "info", "warning", "error"),
     "log.format": _one_of("text", "json"),
     "scheduler.failover": _one_of(*MODES),
+    "scheduler.policy": _one_of(*POLICIES),
+    "scheduler.prefix_bound": _check_bound,
 }
 
 

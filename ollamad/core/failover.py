@@ -53,6 +53,16 @@ class _Said:
         """Nothing is owed: the next text is new."""
         self._owed, self._repeated = "", 0
 
+    def have(self, text: str) -> None:
+        """The client has this already; all of it is owed."""
+        self._parts = [text]
+        self.rewind()
+
+    @property
+    def text(self) -> str:
+        """All that was sent."""
+        return "".join(self._parts)
+
     @property
     def is_owed(self) -> bool:
         return self._repeated < len(self._owed)
@@ -96,6 +106,11 @@ class Answer:
         """Tokens that the client has, as far as they are known."""
         return len(self._tokens)
 
+    def have(self, text: str) -> None:
+        """The client has this text from before; of which tokens it is made is not known."""
+        self._text.have(text)
+        self.begun, self._all_told = True, False
+
     def resume(self) -> GenerateRequest:
         """The request for the next node; the whole one if nothing was sent yet."""
         self._resumed = 0
@@ -108,7 +123,8 @@ class Answer:
             return self._request
         self._text.settle()
         self._resumed = len(self._tokens)
-        return msgspec.structs.replace(self._request, resume=tuple(self._tokens))
+        text = self._text.text if self._request.request_id else ""
+        return msgspec.structs.replace(self._request, resume=tuple(self._tokens), resumed_text=text)
 
     def take(self, event: Event) -> Event | None:
         """What of that event the client gets; None if it has it already."""
@@ -148,7 +164,7 @@ class Answer:
     def _finish(self, event: Finished) -> Event:
         if self._text.is_owed or self._thought.is_owed or self._calls_owed:
             return _diverged()
-        if not self.failovers:
+        if not self.failovers and not self._resumed:
             return event
         count = event.eval_count + self._resumed
         return msgspec.structs.replace(event, eval_count=count, failovers=self.failovers)

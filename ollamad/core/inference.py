@@ -89,6 +89,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int = -1  # tell of each token how likely it and so many others were; -1: do not
     logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these token ids
     shift: bool = True  # an answer that fills the context goes on without the oldest tokens
+    request_id: str = ""  # the client's own name for it; with one, the answer can be resumed
+    resumed_text: str = ""  # what the tokens of `resume` say, if there is a `request_id`
+    fingerprint: str = ""  # of who asked for what under the `request_id`, see core.transcripts
 
     @property
     def has_images(self) -> bool:

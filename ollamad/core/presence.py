@@ -10,6 +10,8 @@ import msgspec
 
 from ollamad.core.ids import NodeId
 from ollamad.core.inference import LoadedModel
+from ollamad.core.prefix import PrefixNews
+from ollamad.core.speeds import Speed
 
 BEAT_INTERVAL_S = 1.0
 # Three missed beats: a pause of the garbage collector or a busy disk is shorter.
@@ -49,6 +51,9 @@ class Beat(msgspec.Struct, frozen=True):
     started_at: float = 0.0
     leaving: bool = False  # it stops now, do not wait for its silence
     level: int = 1  # of the commands that it knows: see `core.commands.LEVEL`
+    speeds: tuple[Speed, ...] = ()  # measured, of the models used last
+    prefixes: PrefixNews = PrefixNews()  # which prompts its caches hold
+    waiting: int = 0  # requests that wait there to be admitted
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ class Heartbeats:
         self._peers = peers
         self._own_beat = own_beat
         self._on_change = on_change
+        self.on_beat: Callable[[NodeId, Beat], None] = lambda node_id, beat: None
         self._table = PresenceTable()
         self._senders: dict[NodeId, trio.CancelScope] = {}
         mesh.answer(METHOD, Beat, self._hear)
@@ -84,6 +85,7 @@ class Heartbeats:
         elif beat.leaving:
             log.info("node %s stops", short(peer))
             self._on_change(peer, False)
+        self.on_beat(peer, beat)
         return True
 
     async def _send_beats(self, node_id: NodeId) -> None:

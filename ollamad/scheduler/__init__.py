@@ -1,1 +1,9 @@
-"""One request's life: find who can answer, run it here or forward it, relay the stream."""
+"""One request's life: admitted, routed, run here or forwarded, relayed, gone on with elsewhere.
+
+dispatch.py   the way of a request, as entry node and as serving node
+admission.py  lets requests in as there is room, in a fair order (decided by core.admission)
+router.py     what is known of every node, for core.routing to decide with
+relay.py      one answer, whichever nodes give it (decided by core.failover)
+resume.py     an answer whose entry node died
+exchange.py   how requests and events travel between nodes
+"""

@@ -1,69 +1,66 @@
-"""Finds the node for a request and relays its answer; serves what other nodes forward.
+"""One request's life: admitted, routed, run here or forwarded, relayed; and what others forward.
 
 A request that fails on one node (which is gone, has no memory, is draining) goes to the next one,
-also in the middle of its answer: see `core.failover` for how it goes on there.
+also in the middle of its answer (`scheduler.relay`).
 """
 
 import logging
 import random
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
-from typing import Any, Protocol, TypeGuard
+from typing import Protocol
 
 import msgspec
 import trio
 
+from ollamad.core.explanation import Explanation
 from ollamad.core.failover import Answer, parse_mode
-from ollamad.core.ids import NodeId, short
+from ollamad.core.ids import NodeId
 from ollamad.core.inference import (
     Embeddings,
     EmbedRequest,
     Event,
     Failed,
-    Failover,
     GenerateRequest,
     InferenceError,
-    LoadedModel,
-    Options,
 )
 from ollamad.core.names import nearest
-from ollamad.core.presence import Presence
-from ollamad.core.routing import NodeView, route
+from ollamad.core.prefix import Prompt
+from ollamad.core.presence import Beat, Presence
+from ollamad.core.routing import STICKY_BOUND_S, Choice, Policy
 from ollamad.core.state import ClusterState, Model
+from ollamad.core.transcripts import Transcript, fingerprint_of, seed_of
+from ollamad.scheduler.admission import ANYBODY, AdmissionControl, Admitted, Asker
+from ollamad.scheduler.exchange import (
+    EMBED,
+    GENERATE,
+    LOSSES,
+    EmbedAnswer,
+    EventSource,
+    Peers,
+    PeerStream,
+    RemoteEvents,
+    ask,
+    lost,
+    receive_whole,
+    send_events,
+    send_whole,
+)
+from ollamad.scheduler.relay import TRY_ELSEWHERE, Relay, nobody
+from ollamad.scheduler.resume import Keeper, Resume
+from ollamad.scheduler.router import Router, Sending, Serving
 from ollamad.wire.codec import MalformedMessage, decode, encode
 
 log = logging.getLogger(__name__)
 
-GENERATE = "infer.generate"
-EMBED = "infer.embed"
-
-# Failures of one node that another node may not share.
-TRY_ELSEWHERE = {
-    "INSUFFICIENT_MEMORY",
-    "LOAD_FAILED",
-    "RUNNER_DIED",
-    "QUEUE_FULL",
-    "NOT_HERE",
-    "DRAINING",
-    "NODE_LOST",
-}
-LOADED_MARGIN = 64 << 20  # bytes a runner takes beside weights and cache
-# An answer that finds no node to go on waits so long for one: a daemon restarts in a second or
-# two, a node that was only cut off is back after its links are dialled again.
-WAIT_FOR_NODE_S = 10.0
-WAIT_STEP_S = 0.25
-MAX_BARREN_FAILURES = 3  # of nodes in a row that added nothing: then it may be the request
 UNLOAD_TIMEOUT_S = 5.0  # a runner that is idle ends in a moment
-PART_SIZE = 512 << 10  # bytes; longer requests and answers travel in parts of this size
-MAX_WHOLE = 64 << 20  # bytes of all parts: 2000 embeddings of 3000 numbers
+WATCH_INTERVAL_S = 0.25
+# Without an event from another node for so long, it is asked whether it lives. A model that reads
+# a long prompt is silent too, so that it is silent says nothing.
+SILENCE_S = 1.0
+USUAL_MAX_WAITING = 512  # Ollama's default
 
-
-class EventSource(Protocol):
-    """The events of a generation, up to Finished or Failed."""
-
-    async def receive(self) -> Event: ...
-    def receive_nowait(self) -> Event: ...
+Probe = Callable[[NodeId], Awaitable[None]]
 
 
 class Engine(Protocol):
@@ -75,21 +72,19 @@ class Engine(Protocol):
     async def embed(self, model: Model, request: EmbedRequest) -> Embeddings: ...
 
 
-class PeerStream(Protocol):
-    async def send(self, data: bytes) -> None: ...
-    async def send_eof(self) -> None: ...
-    async def receive(self) -> bytes | None: ...
-    def receive_nowait(self) -> bytes | None: ...
-
-
-class Peers(Protocol):
-    def open(
-        self, node_id: NodeId, method: str, request: bytes
-    ) -> AbstractAsyncContextManager[PeerStream]: ...
+async def _no_probe(node_id: NodeId) -> None:
+    await trio.lowlevel.checkpoint()
 
 
 class Dispatcher:
-    """Answers requests for any model of the cluster, on whatever node that is best."""
+    """Answers requests for any model of the cluster, on whatever node that is best.
+
+    Args:
+      version: gives another object whenever state or presence changed.
+      probe: finds out whether a node lives, and breaks what waits for it if not.
+      slots: requests that a runner of this cluster usually serves at once.
+      max_waiting: requests that may wait in the whole cluster.
+    """
 
     def __init__(
         self,
@@ -99,7 +94,14 @@ class Dispatcher:
         presence: Callable[[NodeId], Presence],
         engine: Engine,
         peers: Peers,
+        version: Callable[[], object] = object,
+        probe: Probe = _no_probe,
         failover: str = "continue",
+        policy: Policy = "prefix",
+        prefix_bound_s: float = STICKY_BOUND_S,
+        slots: int = 4,
+        cache_bytes: int = 128 << 20,
+        max_waiting: int = USUAL_MAX_WAITING,
         rng: random.Random | None = None,
     ) -> None:
         self._node_id = node_id
@@ -107,16 +109,45 @@ class Dispatcher:
         self._presence = presence
         self._engine = engine
         self._peers = peers
+        self._probe = probe
         self._failover = failover
         self._rng = rng or random.Random()
-        self._outstanding: Counter[tuple[NodeId, str]] = Counter()
+        self._outstanding = 0
+        self._relays: set[Relay] = set()
+        self.router = Router(
+            node_id,
+            state=state,
+            presence=presence,
+            version=version,
+            pick=self._rng.randrange,
+            now=trio.current_time,
+            policy=policy,
+            bound_s=prefix_bound_s,
+            slots=slots,
+            cache_bytes=cache_bytes,
+        )
+        self.admission = AdmissionControl(
+            room=self.router.room,
+            max_waiting=max_waiting,
+            waiting_elsewhere=self._waiting_elsewhere,
+        )
+        self._keeper = Keeper(trio.current_time)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Look after the queue and after silent nodes, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.admission.run)
+            nursery.start_soon(self._watch)
+            task_status.started()
 
     def outstanding(self) -> int:
-        """Requests that came in here and are not answered yet."""
-        return self._outstanding.total()
+        """Requests that came in here and are not answered yet; those that wait count too."""
+        return self._outstanding + self.admission.waiting
 
     @asynccontextmanager
-    async def generate(self, request: GenerateRequest) -> AsyncIterator["Relay"]:
+    async def generate(
+        self, request: GenerateRequest, asker: Asker = ANYBODY, resume: Resume | None = None
+    ) -> AsyncIterator[Relay]:
         """Run a generation; leaving the context ends it, on whatever node it runs.
 
         Raises:
@@ -126,51 +157,108 @@ class Dispatcher:
             await self._unload_everywhere(request)
         if request.default_seed < 0:
             # Known here, so that the request can be run again and say the same.
-            request = msgspec.structs.replace(request, default_seed=self._rng.getrandbits(31))
+            seed = seed_of(request.request_id) if request.request_id else self._rng.getrandbits(31)
+            request = msgspec.structs.replace(request, default_seed=seed)
         model = self._find(request.model)
         request = msgspec.structs.replace(request, digest=model.digest)
-        answer = Answer(request, parse_mode(request.failover or self._failover))
-        relay = Relay(self, model, answer, request.options)
-        try:
-            await relay.begin()
-            yield relay
-        finally:
-            await relay.aclose()
+        if request.request_id:
+            fingerprint = fingerprint_of(request, asker.identity)
+            request = msgspec.structs.replace(request, fingerprint=fingerprint)
+        prompt = self.router.prompt(request, model)
+        tokens = self.router.tokens(prompt, model)
+        async with self._admitted(model, request, asker, tokens) as admitted:
+            answer = Answer(request, parse_mode(request.failover or self._failover))
 
-    async def embed(self, request: EmbedRequest) -> tuple[NodeId, Embeddings]:
+            def explain(choice: Choice) -> None:
+                if asker.wants_scores and relay.explanation is None:
+                    relay.explanation = self.router.explain(model, prompt, choice)
+
+            relay = Relay(
+                self,
+                model,
+                answer,
+                prompt,
+                on_choice=explain,
+                on_placed=admitted.placed if admitted else lambda: None,
+                on_end=self.router.answered,
+            )
+            if admitted is not None:
+                relay.first_place, relay.waited_s = admitted.first_place, admitted.waited_s
+            self._outstanding += 1
+            self._relays.add(relay)
+            try:
+                if not await self._resume(relay, answer, model, request, resume):
+                    await relay.begin()
+                yield relay
+            finally:
+                self._outstanding -= 1
+                self._relays.discard(relay)
+                await relay.aclose()
+                if admitted is not None and relay.spent_tokens:
+                    admitted.spent(tokens, relay.spent_tokens)
+
+    async def embed(
+        self, request: EmbedRequest, asker: Asker = ANYBODY
+    ) -> tuple[NodeId, Embeddings]:
         """Embeddings, and the node that made them.
 
         Raises:
           InferenceError: no node can answer.
         """
         model = self._find(request.model)
-        tried: list[str] = []
-        failure: Failed | None = None
-        for node_id in self.candidates(model, request.options):
-            with self.counted(node_id, model):
-                try:
-                    return node_id, await self._embed_on(node_id, model, request)
-                except _LOSSES as error:
-                    failure = _lost(node_id, error)
-                except InferenceError as error:
-                    failure = error.failure
-            if failure.code not in TRY_ELSEWHERE:
-                raise InferenceError(failure)
-            tried.append(node_id)
-        raise InferenceError(_nobody(model, failure, tried))
+        prompt = Prompt(sum(map(len, request.inputs)))
+        tokens = self.router.tokens(prompt, model)
+        async with self.admission.admitted(model, asker, tokens, 0) as admitted:
+            tried: list[NodeId] = []
+            failure: Failed | None = None
+            self._outstanding += 1
+            try:
+                while (found := self.pick(model, prompt, tried)) is not None:
+                    node_id, _ = found
+                    with self.sending(node_id, model, prompt, 0.0):
+                        admitted.placed()
+                        try:
+                            embeddings = await self._embed_on(node_id, model, request)
+                        except LOSSES as error:
+                            failure = lost(node_id, error)
+                        except InferenceError as error:
+                            failure = error.failure
+                        else:
+                            admitted.spent(tokens, 0)
+                            return node_id, embeddings
+                    if failure.code not in TRY_ELSEWHERE:
+                        raise InferenceError(failure)
+                    tried.append(node_id)
+                raise InferenceError(nobody(model, failure, tried))
+            finally:
+                self._outstanding -= 1
+
+    def explain(self, request: GenerateRequest) -> Explanation:
+        """Where such a request would go now, and why; nothing is run.
+
+        Raises:
+          InferenceError: there is no such model.
+        """
+        model = self._find(request.model)
+        return self.router.explain(model, self.router.prompt(request, model))
+
+    def hear(self, node_id: NodeId, beat: Beat) -> None:
+        """A beat of another node has come."""
+        self.router.hear(node_id, beat)
+        self.admission.poke()
 
     # What other nodes forward to this one.
 
     async def serve_generate(self, peer: NodeId, request: bytes, stream: PeerStream) -> None:
         """Handle a forwarded generation: events go back in batches, as they come."""
         try:
-            asked = decode(request or await _receive_whole(stream), GenerateRequest)
+            asked = decode(request or await receive_whole(stream), GenerateRequest)
             model = self._local(asked.model)
             if asked.digest not in ("", model.digest):
                 # Replaced meanwhile; who asks, or this node, does not know yet.
                 raise InferenceError(_not_here(asked.model))
-            async with self._engine.generate(model, asked) as events:
-                await _relay(events, stream)
+            async with self._serve(model, asked) as events:
+                await send_events(events, stream)
         except InferenceError as error:
             await stream.send(encode([error.failure]))
         except MalformedMessage as error:
@@ -180,19 +268,127 @@ class Dispatcher:
         """Handle a forwarded embedding request."""
         answer: Embeddings | Failed
         try:
-            asked = decode(request or await _receive_whole(stream), EmbedRequest)
+            asked = decode(request or await receive_whole(stream), EmbedRequest)
             answer = await self._engine.embed(self._local(asked.model), asked)
         except InferenceError as error:
             answer = error.failure
         except MalformedMessage as error:
             answer = Failed("MALFORMED", str(error), 400)
-        await _send_whole(stream, encode(_EmbedAnswer.of(answer)))
+        await send_whole(stream, encode(EmbedAnswer.of(answer)))
 
-    # Inside.
+    async def serve_transcript(self, peer: NodeId, request: bytes, stream: PeerStream) -> None:
+        """Handle the question what this node has said to a request."""
+        await self._keeper.serve(request, stream)
+
+    # What a relay needs.
 
     def find_model(self, name: str) -> Model | None:
         """The model of that name as the cluster knows it now."""
         return self._state().find_model(name)
+
+    def pick(
+        self, model: Model, prompt: Prompt, without: Sequence[NodeId]
+    ) -> tuple[NodeId, Choice] | None:
+        """The best node but for some."""
+        choice = self.router.choose(model, prompt, without=without)
+        return None if choice is None else (self.router.node(choice), choice)
+
+    def sending(self, node_id: NodeId, model: Model, prompt: Prompt, covered: float) -> Sending:
+        """Counts a request at a node while its context is open."""
+        return self.router.sending(node_id, model, prompt, covered)
+
+    async def open(
+        self, stack: AsyncExitStack, node_id: NodeId, model: Model, request: GenerateRequest
+    ) -> EventSource:
+        """Have a node answer; the stack ends it."""
+        if node_id == self._node_id:
+            return await stack.enter_async_context(self._serve(model, request))
+        stream = await stack.enter_async_context(
+            ask(self._peers, node_id, GENERATE, encode(request))
+        )
+        return RemoteEvents(stream)
+
+    # Inside.
+
+    @asynccontextmanager
+    async def _admitted(
+        self, model: Model, request: GenerateRequest, asker: Asker, tokens: float
+    ) -> AsyncIterator[Admitted | None]:
+        if request.only_loads:  # nothing is generated, and nobody is to wait for that
+            yield None
+            return
+        limit = request.options.num_predict
+        async with self.admission.admitted(model, asker, tokens, limit) as admitted:
+            yield admitted
+
+    async def _resume(
+        self,
+        relay: Relay,
+        answer: Answer,
+        model: Model,
+        request: GenerateRequest,
+        resume: Resume | None,
+    ) -> bool:
+        """Begin with what is known of the answer, if it was asked for before; whether it was."""
+        if not request.request_id:
+            return False
+        found = await self._keeper.find(
+            request, model.confirmed, self._node_id, self._is_online, self._peers
+        )
+        if found is not None:
+            node_id, events = found
+            await relay.begin_behind(node_id, events, resume.known(events) if resume else 0)
+            return True
+        if resume is not None and resume.from_token:
+            # It is made again from the beginning, with the same seed.
+            if resume.received is None:
+                relay.skip = resume.from_token
+            else:
+                answer.have(resume.received)
+        return False
+
+    def _is_online(self, node_id: NodeId) -> bool:
+        return self._presence(node_id).online
+
+    @asynccontextmanager
+    async def _serve(self, model: Model, request: GenerateRequest) -> AsyncIterator[EventSource]:
+        """Have this node's engine answer, measured, and kept for who may ask again."""
+        with self.router.serving(model, request) as serving:
+            if not request.request_id:
+                async with self._engine.generate(model, request) as events:
+                    yield _Measured(events, serving)
+                return
+            with self._keeper.keeping(request) as transcript:
+                async with self._engine.generate(model, request) as events:
+                    yield _Kept(events, serving, self._keeper, transcript)
+
+    def _waiting_elsewhere(self) -> int:
+        return sum(
+            presence.beat.waiting
+            for node_id in self._state().members
+            if node_id != self._node_id and (presence := self._presence(node_id)).online
+        )
+
+    async def _watch(self) -> None:
+        """Ask nodes that say nothing for long whether they live."""
+        asked = set[NodeId]()
+
+        async def find_out(node_id: NodeId) -> None:
+            try:
+                await self._probe(node_id)
+            finally:
+                asked.discard(node_id)
+
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.sleep(WATCH_INTERVAL_S)
+                now = trio.current_time()
+                for relay in self._relays:
+                    node_id = relay.node_id
+                    is_silent = now - relay.heard_at > SILENCE_S
+                    if is_silent and node_id not in (self._node_id, "") and node_id not in asked:
+                        asked.add(node_id)
+                        nursery.start_soon(find_out, node_id)
 
     def _find(self, name: str) -> Model:
         state = self._state()
@@ -220,31 +416,6 @@ class Dispatcher:
             raise InferenceError(Failed("DRAINING", "this node is draining", 503))
         return model
 
-    def candidates(self, model: Model, options: Options) -> Sequence[NodeId]:
-        state = self._state()
-        views = []
-        for node_id in model.confirmed:
-            member = state.members.get(node_id)
-            if member is None:
-                continue
-            presence = self._presence(node_id)
-            loaded = presence.beat.loaded
-            idle = sum(other.size for other in loaded if not other.busy and not other.queued)
-            views.append(
-                NodeView(
-                    node_id=node_id,
-                    is_self=node_id == self._node_id,
-                    online=presence.online,
-                    draining=member.draining,
-                    loaded=_find_loaded(loaded, model),
-                    outstanding=self._outstanding[node_id, model.name],
-                    memory_free=presence.beat.usage.memory_available + idle,
-                )
-            )
-        context = options.num_ctx or 4096
-        needed = model.size + context * model.details.kv_bytes_per_token + LOADED_MARGIN
-        return route(views, needed)
-
     async def _unload_everywhere(self, request: GenerateRequest) -> None:
         """Have every node drop the model from memory; those that cannot be asked are left out."""
         model = self._find(request.model)
@@ -252,7 +423,7 @@ class Dispatcher:
         async def tell(node_id: NodeId) -> None:
             with (
                 trio.move_on_after(UNLOAD_TIMEOUT_S),
-                suppress(InferenceError, trio.EndOfChannel, *_LOSSES),
+                suppress(InferenceError, trio.EndOfChannel, *LOSSES),
             ):
                 async with AsyncExitStack() as stack:
                     await (await self.open(stack, node_id, model, request)).receive()
@@ -262,334 +433,56 @@ class Dispatcher:
                 if self._presence(node_id).online:
                     nursery.start_soon(tell, node_id)
 
-    async def open(
-        self, stack: AsyncExitStack, node_id: NodeId, model: Model, request: GenerateRequest
-    ) -> EventSource:
-        if node_id == self._node_id:
-            return await stack.enter_async_context(self._engine.generate(model, request))
-        stream = await stack.enter_async_context(self._ask(node_id, GENERATE, encode(request)))
-        return _RemoteEvents(stream)
-
     async def _embed_on(self, node_id: NodeId, model: Model, request: EmbedRequest) -> Embeddings:
         if node_id == self._node_id:
             return await self._engine.embed(model, request)
-        async with self._ask(node_id, EMBED, encode(request)) as stream:
-            answer = decode(await _receive_whole(stream), _EmbedAnswer)
+        async with ask(self._peers, node_id, EMBED, encode(request)) as stream:
+            answer = decode(await receive_whole(stream), EmbedAnswer)
         if answer.failed is not None:
             raise InferenceError(answer.failed)
         if answer.embeddings is None:
             raise MalformedMessage("an answer has one of both")
         return answer.embeddings
 
-    @asynccontextmanager
-    async def _ask(self, node_id: NodeId, method: str, request: bytes) -> AsyncIterator[PeerStream]:
-        """An exchange with a whole request; a long one goes in parts behind the opening."""
-        if len(request) > MAX_WHOLE:
-            raise InferenceError(
-                Failed("REQUEST_TOO_LARGE", f"the request is over {MAX_WHOLE >> 20} MiB", 413)
-            )
-        head, rest = (request, b"") if len(request) <= PART_SIZE else (b"", request)
-        async with self._peers.open(node_id, method, head) as stream:
-            await _send_whole(stream, rest)
-            await stream.send_eof()
-            yield stream
 
-    def counted(self, node_id: NodeId, model: Model) -> "_Counted":
-        return _Counted(self._outstanding, (node_id, model.name))
+class _Measured:
+    """The events of this node's engine, as they pass."""
 
+    def __init__(self, events: EventSource, serving: Serving) -> None:
+        self._events = events
+        self._serving = serving
 
-class _Counted:
-    """Counts a request as outstanding while its context is open."""
+    async def receive(self) -> Event:
+        event = await self._events.receive()
+        self._serving.take(event)
+        return event
 
-    def __init__(self, counter: Counter[tuple[NodeId, str]], key: tuple[NodeId, str]) -> None:
-        self._counter = counter
-        self._key = key
-
-    def __enter__(self) -> None:
-        self._counter[self._key] += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._counter[self._key] -= 1
-        if not self._counter[self._key]:
-            del self._counter[self._key]
+    def receive_nowait(self) -> Event:
+        event = self._events.receive_nowait()
+        self._serving.take(event)
+        return event
 
 
-class Relay:
-    """The events of one generation, whichever nodes they come from. One task may receive."""
+class _Kept:
+    """The same, and each is noted for who may ask again."""
 
     def __init__(
-        self, dispatcher: Dispatcher, model: Model, answer: Answer, options: Options
+        self, events: EventSource, serving: Serving, keeper: Keeper, transcript: Transcript
     ) -> None:
-        self.node_id = NodeId("")  # the node that serves now
-        self._dispatcher = dispatcher
-        self._model = model
-        self._answer = answer
-        self._options = options
-        self._attempt = AsyncExitStack()
-        self._events: EventSource | None = None
-        self._first: Event | None = None  # of the attempt; taken to see that there is one
-        self._loss: Failed | None = None  # how the attempt ended, found where nothing can wait
-        self._lost: set[NodeId] = set()
-        self._barren = 0
-        self._heard_at = trio.current_time()
-
-    async def begin(self) -> None:
-        """Find a node that begins to answer.
-
-        Raises:
-          InferenceError: none does; or the request is wrong.
-        """
-        failure, tried = None, list[str]()
-        for node_id in self._dispatcher.candidates(self._model, self._options):
-            failure = await self._try(node_id)
-            if failure is None:
-                return
-            if failure.code not in TRY_ELSEWHERE:
-                raise InferenceError(failure)
-            tried.append(node_id)
-        raise InferenceError(_nobody(self._model, failure, tried))
+        self._measured = _Measured(events, serving)
+        self._keeper = keeper
+        self._transcript = transcript
 
     async def receive(self) -> Event:
-        while True:
-            event = await self._next()
-            if self._is_loss(event):
-                self._loss = None
-                if (failure := await self._go_on(event)) is not None:
-                    return failure
-                continue
-            if (new := self._take(event)) is not None:
-                return new
+        event = await self._measured.receive()
+        self._keeper.note(self._transcript, event)
+        return event
 
     def receive_nowait(self) -> Event:
-        """Raises trio.WouldBlock also where the answer has to go on elsewhere first."""
-        while True:
-            if self._loss is not None or self._events is None:
-                raise trio.WouldBlock
-            if self._first is not None:
-                event, self._first = self._first, None
-            else:
-                try:
-                    event = self._events.receive_nowait()
-                except InferenceError as error:
-                    event = error.failure
-                except (*_LOSSES, trio.EndOfChannel) as error:
-                    event = _lost(self.node_id, error)
-            if self._is_loss(event):
-                self._loss = event
-                raise trio.WouldBlock
-            if (new := self._take(event)) is not None:
-                return new
-
-    async def aclose(self) -> None:
-        """End the generation wherever it runs."""
-        self._events = None
-        await self._attempt.aclose()
-
-    def _is_loss(self, event: Event) -> TypeGuard[Failed]:
-        return (
-            isinstance(event, Failed) and event.code in TRY_ELSEWHERE and self._answer.mode != "off"
-        )
-
-    def _take(self, event: Event) -> Event | None:
-        self._heard_at = trio.current_time()
-        new = self._answer.take(event)
-        if new is not None:
-            self._barren = 0
-        return new
-
-    async def _next(self) -> Event:
-        if self._loss is not None:
-            return self._loss
-        if self._first is not None:
-            event, self._first = self._first, None
-            return event
-        assert self._events is not None
-        try:
-            return await self._events.receive()
-        except InferenceError as error:
-            return error.failure
-        except (*_LOSSES, trio.EndOfChannel) as error:
-            return _lost(self.node_id, error)
-
-    async def _try(self, node_id: NodeId) -> Failed | None:
-        """Have that node answer, from where the answer is. Returns why it does not."""
-        await self._attempt.aclose()
-        self._attempt = attempt = AsyncExitStack()
-        attempt.enter_context(self._dispatcher.counted(node_id, self._model))
-        request = self._answer.resume()
-        try:
-            self._events = await self._dispatcher.open(attempt, node_id, self._model, request)
-            first = await self._events.receive()
-        except (*_LOSSES, trio.EndOfChannel) as error:
-            first = _lost(node_id, error)
-        except InferenceError as error:
-            first = error.failure
-        if isinstance(first, Failed):
-            log.info("%s on %s: %s", self._model.name, short(node_id), first.message)
-            await attempt.aclose()
-            return first
-        self.node_id, self._first = node_id, first
-        return None
-
-    async def _go_on(self, failure: Failed) -> Failed | None:
-        """Find a node for the rest of the answer. Returns the failure if there is none."""
-        lost_at, lost_on = self._heard_at, self.node_id
-        self._lost.add(lost_on)
-        self._barren += 1
-        if self._barren > MAX_BARREN_FAILURES:
-            return failure
-        after_tokens, mode = self._answer.token_count, self._answer.mode
-        give_up_at = trio.current_time() + WAIT_FOR_NODE_S
-        while self._is_the_same_model():
-            for node_id in self._still_possible():
-                refusal = await self._try(node_id)
-                if refusal is None:
-                    self._moved(lost_on, failure, mode, after_tokens, lost_at)
-                    return None
-                if refusal.code not in TRY_ELSEWHERE:
-                    return refusal
-                self._lost.add(node_id)
-            if trio.current_time() >= give_up_at:
-                return failure
-            await trio.sleep(WAIT_STEP_S)
-            # Nobody else is there: a node that was lost may be back.
-            self._lost.clear()
-        return failure
-
-    def _is_the_same_model(self) -> bool:
-        """Look the model up again (its holders may have changed); false: deleted or replaced."""
-        model = self._dispatcher.find_model(self._model.name)
-        if model is None or model.digest != self._model.digest:
-            return False
-        self._model = model
-        return True
-
-    def _still_possible(self) -> list[NodeId]:
-        """The nodes to go on at, best first; those that failed this answer are left out."""
-        nodes = self._dispatcher.candidates(self._model, self._options)
-        return [node_id for node_id in nodes if node_id not in self._lost]
-
-    def _moved(
-        self, lost_on: NodeId, failure: Failed, mode: str, after_tokens: int, lost_at: float
-    ) -> None:
-        silence_ms = round(1000 * (trio.current_time() - lost_at))
-        move = Failover(lost_on, self.node_id, failure.code, mode, after_tokens, silence_ms)
-        self._answer.failovers += (move,)
-        log.warning(
-            "%s: %s was lost after %d tokens (%s); %s goes on (%s, %d ms of silence)",
-            self._model.name,
-            short(lost_on),
-            after_tokens,
-            failure.message,
-            short(self.node_id),
-            mode,
-            silence_ms,
-        )
-
-
-class _EmbedAnswer(msgspec.Struct, frozen=True):
-    embeddings: Embeddings | None = None
-    failed: Failed | None = None
-
-    @classmethod
-    def of(cls, answer: Embeddings | Failed) -> "_EmbedAnswer":
-        if isinstance(answer, Failed):
-            return cls(failed=answer)
-        return cls(embeddings=answer)
-
-
-class _RemoteEvents:
-    """The events of a generation on another node: each message is a batch of them."""
-
-    def __init__(self, stream: PeerStream) -> None:
-        self._stream = stream
-        self._batch: list[Event] = []  # reversed
-
-    async def receive(self) -> Event:
-        while not self._batch:
-            data = await self._stream.receive()
-            if data is None:
-                raise trio.EndOfChannel
-            self._fill(data)
-        return self._batch.pop()
-
-    def receive_nowait(self) -> Event:
-        while not self._batch:
-            data = self._stream.receive_nowait()
-            if data is None:
-                raise trio.WouldBlock
-            self._fill(data)
-        return self._batch.pop()
-
-    def _fill(self, data: bytes) -> None:
-        self._batch = decode(data, _BATCH)
-        self._batch.reverse()
-
-
-_BATCH: Any = list[Event]
-# How a node that is lost, or talks nonsense, shows.
-_LOSSES = (OSError, trio.BrokenResourceError, MalformedMessage)
-
-
-async def _relay(events: EventSource, stream: PeerStream) -> None:
-    """Send events as they come, those that are there already in one message."""
-    while True:
-        try:
-            batch = [await events.receive()]
-        except trio.EndOfChannel:
-            return
-        with suppress(trio.WouldBlock, trio.EndOfChannel):
-            while len(batch) < 64:
-                batch.append(events.receive_nowait())
-        await stream.send(encode(batch))
-
-
-async def _send_whole(stream: PeerStream, data: bytes) -> None:
-    for start in range(0, len(data), PART_SIZE):
-        await stream.send(data[start : start + PART_SIZE])
-
-
-async def _receive_whole(stream: PeerStream) -> bytes:
-    """All messages up to the end, as one."""
-    whole = bytearray()
-    while (part := await stream.receive()) is not None:
-        whole += part
-        if len(whole) > MAX_WHOLE:
-            raise MalformedMessage(f"more than {MAX_WHOLE} bytes")
-    return bytes(whole)
-
-
-def _find_loaded(loaded: Sequence[LoadedModel], model: Model) -> LoadedModel | None:
-    return next((one for one in loaded if one.digest == model.digest), None)
+        event = self._measured.receive_nowait()
+        self._keeper.note(self._transcript, event)
+        return event
 
 
 def _not_here(name: str) -> Failed:
     return Failed("NOT_HERE", f"{name} is not on this node", 503)
-
-
-def _lost(node_id: NodeId, error: BaseException) -> Failed:
-    return Failed(
-        "NODE_LOST",
-        f"node {short(node_id)}… was lost: {str(error) or type(error).__name__}",
-        503,
-        {"node_id": node_id},
-    )
-
-
-def _nobody(model: Model, failure: Failed | None, tried: list[str]) -> Failed:
-    if failure is not None:
-        details = {**failure.details, "nodes_tried": tried}
-        return msgspec.structs.replace(failure, details=details)
-    if not model.confirmed:
-        return Failed(
-            "NO_REPLICA",
-            f"no node holds {model.name} completely yet; see `ollama-dist transfers list`",
-            503,
-            {"model": model.name},
-        )
-    return Failed(
-        "NO_REPLICA",
-        f"every node that holds {model.name} is offline or draining",
-        503,
-        {"model": model.name, "holders": list(model.confirmed)},
-    )

@@ -1,12 +1,10 @@
-"""Placement, routing and presence as tables."""
+"""Placement and presence as tables."""
 
 import pytest
 
 from ollamad.core.ids import NodeId
-from ollamad.core.inference import LoadedModel
 from ollamad.core.placement import KEEP_FREE_BYTES, Site, fits, place
 from ollamad.core.presence import OFFLINE_AFTER_S, Beat, PresenceTable, Usage
-from ollamad.core.routing import NodeView, route
 
 A, B, C, D = (NodeId(name) for name in "ABCD")
 GB = 1 << 30
@@ -47,61 +45,6 @@ def test_the_reserve_of_the_disk_is_kept() -> None:
     assert fits(site(A, KEEP_FREE_BYTES + 10), 10)
     assert not fits(site(A, KEEP_FREE_BYTES + 10), 11)
     assert not fits(site(A, 99 * GB, usable=False), 1)
-
-
-def loaded(*, slots: int = 1, busy: int = 0, queued: int = 0) -> LoadedModel:
-    return LoadedModel("m:latest", "sha256:m", 1, 0, 4096, 0, slots, busy, queued)
-
-
-def view(
-    node_id: NodeId,
-    *,
-    is_self: bool = False,
-    online: bool = True,
-    draining: bool = False,
-    has: LoadedModel | None = None,
-    outstanding: int = 0,
-    free: int = 10,
-) -> NodeView:
-    return NodeView(node_id, is_self, online, draining, has, outstanding, free)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "expected"),
-    [
-        ([], []),
-        ([view(A, online=False), view(B, draining=True)], []),
-        # Loaded before not loaded, even where that has more memory.
-        ([view(A, free=99), view(B, has=loaded(), free=0)], [B, A]),
-        # Of equals this node; it need not hop.
-        ([view(A, has=loaded()), view(B, has=loaded(), is_self=True)], [B, A]),
-        # Fewer that wait, before this node.
-        (
-            [view(A, has=loaded(busy=1), is_self=True), view(B, has=loaded())],
-            [B, A],
-        ),
-        # A free slot is as good as an idle model: this node stays.
-        (
-            [view(A, has=loaded(slots=4, busy=3), is_self=True), view(B, has=loaded(slots=4))],
-            [A, B],
-        ),
-        ([view(A, has=loaded(busy=1, queued=3)), view(B, has=loaded(busy=1, queued=1))], [B, A]),
-        # What was sent there since its last beat counts.
-        ([view(A, has=loaded(), outstanding=2), view(B, has=loaded(), outstanding=1)], [B, A]),
-        ([view(A, has=loaded(slots=4, busy=2)), view(B, has=loaded(slots=4, busy=1))], [B, A]),
-        # Nothing loaded: where it fits, the one that loads it already, this node, the roomiest.
-        ([view(A, free=9), view(B, free=10)], [B, A]),
-        ([view(A, free=99), view(B, free=10, outstanding=1)], [B, A]),
-        ([view(A, free=99), view(B, free=10, is_self=True)], [B, A]),
-        ([view(A, free=20), view(B, free=30)], [B, A]),
-        ([view(B, free=20), view(A, free=20)], [A, B]),
-        # It fits nowhere: still tried, the roomiest first.
-        ([view(A, free=1), view(B, free=5)], [B, A]),
-    ],
-)
-def test_routing(nodes: list[NodeView], expected: list[NodeId]) -> None:
-    assert route(nodes, 10) == expected
-    assert route(reversed(nodes), 10) == expected
 
 
 def beat(*, leaving: bool = False) -> Beat:

@@ -23,8 +23,10 @@ from ollamad.core.inference import (
 from ollamad.core.presence import Beat, Presence, Usage
 from ollamad.core.state import ClusterState, Model
 from ollamad.peers.link import Stream
-from ollamad.scheduler import dispatch
-from ollamad.scheduler.dispatch import EMBED, GENERATE, TRY_ELSEWHERE, Dispatcher
+from ollamad.scheduler import exchange
+from ollamad.scheduler.dispatch import Dispatcher
+from ollamad.scheduler.exchange import EMBED, GENERATE, TRANSCRIPT
+from ollamad.scheduler.relay import TRY_ELSEWHERE
 from ollamad.wire.codec import encode
 from tests.fakes.api_services import member, model
 from tests.fakes.engines import ScriptedEngine, drain, refusal
@@ -52,6 +54,7 @@ class Node:
         )
         mesh.handle(GENERATE, self.dispatcher.serve_generate)
         mesh.handle(EMBED, self.dispatcher.serve_embed)
+        mesh.handle(TRANSCRIPT, self.dispatcher.serve_transcript)
 
 
 class World:
@@ -420,7 +423,7 @@ async def flood(stream: Stream) -> None:
 
 
 async def test_a_request_beyond_all_bounds(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "MAX_WHOLE", 1_000_000)
+    monkeypatch.setattr(exchange, "MAX_WHOLE", 1_000_000)
     failure = await world.fails(GenerateRequest(NAME, "x" * 2_000_000))
     assert (failure.code, failure.status) == ("REQUEST_TOO_LARGE", 413)
     assert world.b.engine.requests == []

@@ -1,0 +1,173 @@
+"""Who is served next when there is not room for all: a bounded queue with fair shares. Pure.
+
+Fairness is that of the Virtual Token Counter (Sheng et al., "Fairness in Serving Large Language
+Models", OSDI 2024): each identity has a counter of what it got, in weighted tokens; the next
+request is of the identity with the least. Who comes back after a pause is lifted to the others,
+so that idling saves nothing up. A request is charged when it starts with what it will probably
+cost, and the difference when it ends, so that many long answers at once are no way around it.
+
+Priorities are strict, but who waits long is lifted by one class, so that nobody starves. Within
+an identity and a class the earliest deadline is first, then who came first.
+"""
+
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+PRIORITIES = {"low": -1, "normal": 0, "high": 1}
+HIGHEST = max(PRIORITIES.values())
+LIFTED_AFTER_S = 30.0  # a class, for each such time of waiting
+OUTPUT_WEIGHT = 2.0  # a token of an answer costs about twice one of a prompt (as in the paper)
+MAX_IDLE_COUNTERS = 1024  # identities that are remembered though nothing of theirs waits
+USUAL_OUTPUT = 256  # tokens, until an identity's answers have told
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A request that waits. Times are on the caller's monotonic clock."""
+
+    identity: str
+    model: str  # what it needs room for
+    cost: float  # weighted tokens that it will probably take
+    priority: int = 0
+    deadline: float = math.inf  # when it must have begun
+    entered_at: float = 0.0
+    number: int = 0  # in the order of arrival
+    counted: float = 0.0  # charged so far
+
+    def class_at(self, now: float) -> int:
+        """Its priority, with what waiting has added."""
+        return min(HIGHEST, self.priority + int((now - self.entered_at) / LIFTED_AFTER_S))
+
+
+@dataclass(slots=True)
+class _Account:
+    counter: float = 0.0
+    waiting: list[Ticket] = field(default_factory=list)
+    usual_output: float = USUAL_OUTPUT
+
+
+class FairQueue:
+    """Requests that wait, and what each identity has got."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, _Account] = {}
+        self._numbers = 0
+        self._level = 0.0  # the counter of whoever was served last
+
+    def __len__(self) -> int:
+        return sum(len(account.waiting) for account in self._accounts.values())
+
+    def expected_cost(self, identity: str, prompt_tokens: float, limit: int | None) -> float:
+        """What a request will probably take; `limit` is its own bound on the answer's tokens."""
+        account = self._accounts.get(identity)
+        output = account.usual_output if account is not None else float(USUAL_OUTPUT)
+        if limit is not None and limit >= 0:
+            output = min(output, limit)
+        return prompt_tokens + OUTPUT_WEIGHT * output
+
+    def enter(self, ticket: Ticket, now: float) -> None:
+        """Begin to wait."""
+        account = self._account(ticket.identity)
+        if not account.waiting:
+            active = [other.counter for other in self._accounts.values() if other.waiting]
+            account.counter = max(account.counter, min(active, default=self._level))
+        ticket.entered_at = now
+        ticket.number = self._numbers
+        self._numbers += 1
+        account.waiting.append(ticket)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Wait no longer: the client went away, or the deadline passed."""
+        account = self._accounts.get(ticket.identity)
+        if account is not None and ticket in account.waiting:
+            account.waiting.remove(ticket)
+
+    def next(self, now: float, has_room: Callable[[Ticket], bool]) -> Ticket | None:
+        """Whose turn it is, among those that there is room for; it waits no longer."""
+        for ticket in self._in_turn(now, lambda ticket: not has_room(ticket)):
+            self.leave(ticket)
+            self.start(ticket)
+            return ticket
+        return None
+
+    def start(self, ticket: Ticket) -> None:
+        """Charge a request that begins."""
+        account = self._account(ticket.identity)
+        self._level = max(self._level, account.counter)
+        account.counter += ticket.cost
+        ticket.counted = ticket.cost
+        if len(self._accounts) > MAX_IDLE_COUNTERS:
+            self._forget_idle()
+
+    def settle(self, ticket: Ticket, cost: float, output_tokens: int) -> None:
+        """A request has ended, and this is what it took."""
+        account = self._account(ticket.identity)
+        account.counter += cost - ticket.counted
+        ticket.counted = cost
+        account.usual_output += 0.1 * (output_tokens - account.usual_output)
+
+    def refund(self, ticket: Ticket) -> None:
+        """A request came to nothing."""
+        self._account(ticket.identity).counter -= ticket.counted
+        ticket.counted = 0.0
+
+    def order(self, now: float) -> list[Ticket]:
+        """All that wait, in the order in which they would be served if nobody else came."""
+        return list(self._in_turn(now, lambda ticket: False))
+
+    def counter(self, identity: str) -> float:
+        """What that identity got, in weighted tokens."""
+        account = self._accounts.get(identity)
+        return account.counter if account is not None else self._level
+
+    def _in_turn(self, now: float, passes: Callable[[Ticket], bool]) -> Iterator[Ticket]:
+        """The waiting in turn, but for those of which `passes` is true; they cost nothing."""
+        heap: list[tuple[int, float, int, str, int]] = []
+        queues: dict[str, list[Ticket]] = {}
+        for identity, account in self._accounts.items():
+            if account.waiting:
+                queues[identity] = queue = sorted(
+                    account.waiting, key=lambda t: (-t.class_at(now), t.deadline, t.number)
+                )
+                head = queue[0]
+                heap.append((-head.class_at(now), account.counter, head.number, identity, 0))
+        heapq.heapify(heap)
+        while heap:
+            _, counter, _, identity, place = heapq.heappop(heap)
+            queue = queues[identity]
+            ticket = queue[place]
+            if not passes(ticket):
+                yield ticket
+                counter += ticket.cost
+            if place + 1 < len(queue):
+                head = queue[place + 1]
+                heapq.heappush(
+                    heap, (-head.class_at(now), counter, head.number, identity, place + 1)
+                )
+
+    def _account(self, identity: str) -> _Account:
+        account = self._accounts.get(identity)
+        if account is None:
+            account = self._accounts[identity] = _Account(self._level)
+        return account
+
+    def _forget_idle(self) -> None:
+        """Drop identities that would be lifted anyway when they come back."""
+        for identity in [
+            identity
+            for identity, account in self._accounts.items()
+            if not account.waiting and account.counter <= self._level
+        ]:
+            del self._accounts[identity]
+
+
+def estimate_s(position: int, slots: int, service_s: float) -> float:
+    """How long the request at that place (1 is the next) waits for one of so many slots."""
+    return position * service_s / max(1, slots)
+
+
+def retry_after_s(waiting: int, slots: int, service_s: float) -> int:
+    """When somebody who is refused now may find room: when half of the queue has gone."""
+    return max(1, min(600, math.ceil(estimate_s(waiting // 2 + 1, slots, service_s))))

@@ -1,0 +1,133 @@
+"""What was answered a moment ago, so that a client whose entry node died can go on. Pure.
+
+A client that names its request (`request_id`) can ask any node for the rest of the answer. The
+node that served keeps what it said for KEPT_S after its end, within bounds; the node that the
+client asks now fetches that. Only who asked the same before gets it: the fingerprint is of the
+request and of the identity.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ollamad.core.inference import Chunk, Event, Failed, Finished, GenerateRequest, Output
+
+KEPT_S = 60.0  # after its end: a client that is alive asks within seconds
+MAX_TRANSCRIPTS = 512
+MAX_BYTES = 32 << 20  # of all answers together
+EVENT_BYTES = 120  # that an event takes beside its text
+MAX_ID_CHARS = 128
+MAX_SEED = 1 << 31
+
+
+def seed_of(request_id: str) -> int:
+    """The seed of a request with that id, on whatever node it runs: so it can be run again."""
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % MAX_SEED
+
+
+def fingerprint_of(request: GenerateRequest, identity: str) -> str:
+    """What must be the same for two requests to be one."""
+    same = msgspec.structs.replace(
+        request,
+        failover="",
+        resume=(),
+        resumed_text="",
+        fingerprint="",
+        keep_alive_s=None,
+        default_seed=-1,
+    )
+    data = msgspec.msgpack.encode((identity, same))
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+@dataclass(eq=False, slots=True)
+class Transcript:
+    """One answer as far as it is known."""
+
+    fingerprint: str
+    events: list[Event] = field(default_factory=list)
+    size: int = 0  # bytes, about
+    ended_at: float | None = None  # None while it runs
+    is_taken: bool = False  # somebody goes on with it: the generation is to end
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is missing."""
+        return bool(self.events) and isinstance(self.events[-1], Finished)
+
+
+class Transcripts:
+    """The answers that this node gave last, by the ids of their requests."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Transcript] = {}  # the oldest first
+        self._size = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def begin(self, request: GenerateRequest, now: float) -> Transcript:
+        """An answer that begins, or goes on behind `request.resume`."""
+        self._sweep(now)
+        self._drop(request.request_id)
+        transcript = Transcript(request.fingerprint)
+        self._kept[request.request_id] = transcript
+        if request.resume:
+            self.add(transcript, Chunk(request.resumed_text, request.resume))
+        return transcript
+
+    def add(self, transcript: Transcript, event: Event) -> None:
+        """The next event of an answer."""
+        if isinstance(event, Failed):
+            return  # the rest may come from elsewhere
+        size = EVENT_BYTES + (len(event.text) if isinstance(event, Chunk) else 0)
+        transcript.events.append(event)
+        transcript.size += size
+        self._size += size
+
+    def end(self, transcript: Transcript, now: float) -> None:
+        """It runs no more, whole or not."""
+        transcript.ended_at = now
+        self._sweep(now)
+
+    def find(self, request_id: str, now: float) -> Transcript | None:
+        """What is known of the answer to that request."""
+        self._sweep(now)
+        return self._kept.get(request_id)
+
+    def _sweep(self, now: float) -> None:
+        for request_id, transcript in list(self._kept.items()):
+            is_old = transcript.ended_at is not None and now - transcript.ended_at > KEPT_S
+            too_many = len(self._kept) > MAX_TRANSCRIPTS or self._size > MAX_BYTES
+            if is_old or (too_many and transcript.ended_at is not None):
+                self._drop(request_id)
+
+    def _drop(self, request_id: str) -> None:
+        transcript = self._kept.pop(request_id, None)
+        if transcript is not None:
+            self._size -= transcript.size
+
+
+class ResumeMismatch(ValueError):
+    """What the client says that it has is not what was said; tells how."""
+
+
+def split(events: list[Event], position: int) -> int:
+    """How many events are the first `position` tokens of an answer.
+
+    Raises:
+      ResumeMismatch: no event ends there.
+    """
+    tokens = 0
+    for count, event in enumerate(events):
+        if tokens == position:
+            return count
+        if isinstance(event, Chunk):
+            tokens += len(event.tokens)
+        elif isinstance(event, Output):
+            raise ResumeMismatch("an answer with thoughts or tool calls is resumed from 0 only")
+    if tokens == position:
+        return len(events)
+    raise ResumeMismatch(f"no part of the answer ends after {position} tokens; resume from 0")

@@ -1,0 +1,266 @@
+"""Lets requests in as there is room for them, in a fair order; the others wait here.
+
+Every node is an entry and has a queue of its own. Together they hold `max_waiting`: each knows
+from the beats how many wait at the others, and refuses when all are as many. Beats are a second
+old, so a burst at several nodes at once may exceed the bound by what came within that second; each
+queue by itself never does.
+"""
+
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from ollamad.core.admission import OUTPUT_WEIGHT, FairQueue, Ticket, estimate_s, retry_after_s
+from ollamad.core.inference import Failed, InferenceError
+from ollamad.core.state import Model
+
+NOTICE_INTERVAL_S = 1.0  # how often who waits is told its place
+POLL_S = 0.25  # room that other entry nodes gave back shows in beats only
+
+# Of requests for a model that its nodes have room for, their slots, seconds that one takes.
+Room = Callable[[Model], tuple[int, int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a request stands in the queue. `position` 1 is the next one for its model."""
+
+    position: int
+    waiting: int  # for any model, at this node
+    estimate_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks, and on what terms."""
+
+    identity: str = ""
+    priority: int = 0  # one of core.admission.PRIORITIES
+    deadline_s: float | None = None  # within which the answer must begin; None: whenever
+    wants_scores: bool = False  # the table of routing, with the answer
+    # Told when it has to wait, and then every second.
+    on_wait: Callable[[Place], Awaitable[None]] | None = None
+
+
+ANYBODY = Asker()
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    ticket: Ticket
+    model: Model
+    asker: Asker
+    place: Place
+    woken: trio.Event
+    admitted: bool = False
+    told: bool = False
+
+
+class Admitted:
+    """A request that was let in. `first_place` is where it stood, None if it did not wait."""
+
+    def __init__(self, control: "AdmissionControl", ticket: Ticket, model: Model) -> None:
+        self.first_place: Place | None = None
+        self.waited_s = 0.0
+        self._control = control
+        self._ticket = ticket
+        self._model = model
+        self._is_placed = False
+        self._is_settled = False
+
+    def close(self) -> None:
+        """It is over, however it ended; what it was charged for and did not get is given back."""
+        self.placed()
+        if not self._is_settled:
+            self._control.queue.refund(self._ticket)
+
+    def placed(self) -> None:
+        """It was sent to a node, and counts there from now on."""
+        if not self._is_placed:
+            self._is_placed = True
+            self._control.give_back(self._model)
+
+    def spent(self, prompt_tokens: float, output_tokens: int) -> None:
+        """What it took in the end."""
+        self._is_settled = True
+        cost = prompt_tokens + OUTPUT_WEIGHT * output_tokens
+        self._control.queue.settle(self._ticket, cost, output_tokens)
+
+
+class AdmissionControl:
+    """The queue of this entry node."""
+
+    def __init__(
+        self,
+        *,
+        room: Room,
+        max_waiting: int,
+        waiting_elsewhere: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.queue = FairQueue()
+        self._room = room
+        self._max_waiting = max_waiting
+        self._waiting_elsewhere = waiting_elsewhere
+        self._waiters: dict[Ticket, _Waiter] = {}
+        self._waiting_for: Counter[str] = Counter()  # by digest
+        self._reserved: Counter[str] = Counter()  # let in, but not sent anywhere yet
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait at this node."""
+        return len(self._waiters)
+
+    def places(self) -> list[tuple[Ticket, Place]]:
+        """Everybody who waits at this node, first to last."""
+        self._update_places()
+        order = self.queue.order(trio.current_time())
+        return [(ticket, self._waiters[ticket].place) for ticket in order]
+
+    @asynccontextmanager
+    async def admitted(
+        self, model: Model, asker: Asker, prompt_tokens: float, limit: int | None
+    ) -> AsyncIterator[Admitted]:
+        """Wait for room; leaving the context gives it back. Cancelled, it leaves the queue.
+
+        Raises:
+          InferenceError: QUEUE_FULL (503), or the deadline passed before there was room (408).
+        """
+        now = trio.current_time()
+        ticket = Ticket(
+            identity=asker.identity,
+            model=model.digest,
+            cost=self.queue.expected_cost(asker.identity, prompt_tokens, limit),
+            priority=asker.priority,
+            deadline=math.inf if asker.deadline_s is None else now + asker.deadline_s,
+            entered_at=now,
+        )
+        admitted = Admitted(self, ticket, model)
+        if not self._waiting_for[model.digest] and self._has_room(model):
+            self._reserved[model.digest] += 1
+            self.queue.start(ticket)
+        else:
+            admitted.first_place = await self._wait(ticket, model, asker)
+            admitted.waited_s = trio.current_time() - now
+        try:
+            yield admitted
+        finally:
+            admitted.close()
+            self.poke()
+
+    def give_back(self, model: Model) -> None:
+        """A request that was let in counts elsewhere now, or is over."""
+        self._reserved[model.digest] -= 1
+        if not self._reserved[model.digest]:
+            del self._reserved[model.digest]
+
+    def poke(self) -> None:
+        """There may be room: let in whoever's turn it is."""
+        now = trio.current_time()
+        while self._waiters:
+            ticket = self.queue.next(now, lambda t: self._has_room(self._waiters[t].model))
+            if ticket is None:
+                return
+            waiter = self._waiters[ticket]
+            self._forget(waiter)
+            self._reserved[ticket.model] += 1
+            waiter.admitted = True
+            waiter.woken.set()
+
+    async def run(self) -> None:
+        """Look for room that others gave back, and tell who waits its place. Until cancelled."""
+        told_at = -math.inf
+        while True:
+            await trio.sleep(POLL_S)
+            if not self._waiters:
+                continue
+            self.poke()
+            if trio.current_time() - told_at >= NOTICE_INTERVAL_S:
+                told_at = trio.current_time()
+                self._update_places()
+                for waiter in self._waiters.values():
+                    waiter.told = False
+                    waiter.woken.set()
+
+    async def _wait(self, ticket: Ticket, model: Model, asker: Asker) -> Place:
+        _, slots, service_s = self._room(model)
+        elsewhere = self._waiting_elsewhere()
+        if self.waiting + elsewhere >= self._max_waiting:
+            raise InferenceError(
+                _queue_full(retry_after_s(self.waiting + elsewhere, slots, service_s))
+            )
+        now = trio.current_time()
+        self.queue.enter(ticket, now)
+        waiter = _Waiter(ticket, model, asker, Place(0, 0, 0.0), trio.Event())
+        self._waiters[ticket] = waiter
+        self._waiting_for[model.digest] += 1
+        self._update_places()
+        first = waiter.place
+        try:
+            with trio.move_on_at(ticket.deadline):
+                while not waiter.admitted:
+                    if asker.on_wait is not None and not waiter.told:
+                        waiter.told = True
+                        await asker.on_wait(waiter.place)
+                        continue  # it took a while
+                    await waiter.woken.wait()
+                    waiter.woken = trio.Event()
+        except BaseException:
+            if waiter.admitted:  # in the same moment
+                self.give_back(model)
+                self.queue.refund(ticket)
+                self.poke()
+            raise
+        finally:
+            self._forget(waiter)
+            if not waiter.admitted:
+                self.queue.leave(ticket)
+                self.poke()
+        if not waiter.admitted:
+            raise InferenceError(
+                Failed(
+                    "DEADLINE_PASSED",
+                    f"there was no room for the request within {asker.deadline_s:g} s; "
+                    "give it more time, or try again later",
+                    408,
+                )
+            )
+        return first
+
+    def _has_room(self, model: Model) -> bool:
+        room, _, _ = self._room(model)
+        return room > self._reserved[model.digest]
+
+    def _forget(self, waiter: _Waiter) -> None:
+        if self._waiters.pop(waiter.ticket, None) is not None:
+            digest = waiter.model.digest
+            self._waiting_for[digest] -= 1
+            if not self._waiting_for[digest]:
+                del self._waiting_for[digest]
+
+    def _update_places(self) -> None:
+        position: Counter[str] = Counter()
+        terms: dict[str, tuple[int, float]] = {}
+        for ticket in self.queue.order(trio.current_time()):
+            waiter = self._waiters[ticket]
+            if ticket.model not in terms:
+                _, slots, service_s = self._room(waiter.model)
+                terms[ticket.model] = slots, service_s
+            position[ticket.model] += 1
+            place = position[ticket.model]
+            waiter.place = Place(
+                place, len(self._waiters), round(estimate_s(place, *terms[ticket.model]), 1)
+            )
+
+
+def _queue_full(retry_s: int) -> Failed:
+    """In Ollama's words."""
+    return Failed(
+        "QUEUE_FULL",
+        "server busy, please try again.  maximum pending requests exceeded",
+        503,
+        {"retry_after_s": retry_s},
+    )

@@ -1,0 +1,335 @@
+"""The events of one generation, whichever nodes they come from.
+
+It begins at the best node that answers, and when that node is lost in the middle it goes on at
+another: see `core.failover` for how. It can also begin in the middle, with what another entry node
+had of the answer before that died.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack
+from typing import Protocol, TypeGuard
+
+import msgspec
+import trio
+
+from ollamad.core.explanation import Explanation
+from ollamad.core.failover import Answer
+from ollamad.core.ids import NodeId, short
+from ollamad.core.inference import (
+    Chunk,
+    Event,
+    Failed,
+    Failover,
+    Finished,
+    GenerateRequest,
+    InferenceError,
+)
+from ollamad.core.prefix import Prompt
+from ollamad.core.routing import Choice
+from ollamad.core.state import Model
+from ollamad.scheduler.admission import Place
+from ollamad.scheduler.exchange import LOSSES, EventSource, lost
+
+log = logging.getLogger(__name__)
+
+# Failures of one node that another node may not share.
+TRY_ELSEWHERE = {
+    "INSUFFICIENT_MEMORY",
+    "LOAD_FAILED",
+    "RUNNER_DIED",
+    "QUEUE_FULL",
+    "NOT_HERE",
+    "DRAINING",
+    "NODE_LOST",
+}
+# An answer that finds no node to go on waits so long for one: a daemon restarts in a second or
+# two, a node that was only cut off is back after its links are dialled again.
+WAIT_FOR_NODE_S = 10.0
+WAIT_STEP_S = 0.25
+MAX_BARREN_FAILURES = 3  # of nodes in a row that added nothing: then it may be the request
+
+
+class Sending(Protocol):
+    """A request that counts at a node while it is with it."""
+
+    def begun(self) -> None: ...
+
+
+class Nodes(Protocol):
+    """What a relay needs of the dispatcher."""
+
+    def find_model(self, name: str) -> Model | None: ...
+    def pick(
+        self, model: Model, prompt: Prompt, without: Sequence[NodeId]
+    ) -> tuple[NodeId, Choice] | None: ...
+    def sending(
+        self, node_id: NodeId, model: Model, prompt: Prompt, covered: float
+    ) -> AbstractContextManager[Sending]: ...
+    async def open(
+        self, stack: AsyncExitStack, node_id: NodeId, model: Model, request: GenerateRequest
+    ) -> EventSource: ...
+
+
+class Relay:
+    """One task may receive. `node_id` is the node that serves now."""
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        model: Model,
+        answer: Answer,
+        prompt: Prompt,
+        *,
+        on_choice: Callable[[Choice], None] = lambda choice: None,
+        on_placed: Callable[[], None] = lambda: None,
+        on_end: Callable[[Finished], None] = lambda end: None,
+    ) -> None:
+        self.node_id = NodeId("")
+        self.explanation: Explanation | None = None  # of the first decision, if it was asked for
+        self.first_place: Place | None = None  # in the queue, if it waited
+        self.waited_s = 0.0
+        self.heard_at = trio.current_time()
+        self.output_tokens = 0  # known at the end
+        self.skip = 0  # tokens that the client has already, and that are generated once more
+        self._nodes = nodes
+        self._model = model
+        self._answer = answer
+        self._prompt = prompt
+        self._on_choice = on_choice
+        self._on_placed = on_placed
+        self._on_end = on_end
+        self._attempt = AsyncExitStack()
+        self._events: EventSource | None = None
+        self._first: Event | None = None  # of the attempt; taken to see that there is one
+        self._known = deque[Event]()  # what an earlier entry node had, and the client lacks
+        self._loss: Failed | None = None  # how the attempt ended, found where nothing can wait
+        self._lost: set[NodeId] = set()
+        self._barren = 0
+
+    @property
+    def spent_tokens(self) -> int:
+        """Tokens of the answer, so far or in all."""
+        return self.output_tokens or self._answer.token_count
+
+    async def begin(self) -> None:
+        """Find a node that begins to answer.
+
+        Raises:
+          InferenceError: none does; or the request is wrong.
+        """
+        failure, tried = None, list[NodeId]()
+        while (found := self._nodes.pick(self._model, self._prompt, tried)) is not None:
+            node_id, choice = found
+            self._on_choice(choice)
+            failure = await self._try(node_id, choice)
+            if failure is None:
+                return
+            if failure.code not in TRY_ELSEWHERE:
+                raise InferenceError(failure)
+            tried.append(node_id)
+        raise InferenceError(nobody(self._model, failure, tried))
+
+    async def begin_behind(
+        self, node_id: NodeId, events: Sequence[Event], known_to_client: int
+    ) -> None:
+        """Begin with what that node had said; the client has the first of these events already.
+
+        Raises:
+          InferenceError: the answer is not whole, and nobody goes on with it.
+        """
+        self.node_id = node_id
+        for place, event in enumerate(events):
+            if not isinstance(event, Finished):
+                self._answer.take(event)
+            if place >= known_to_client:
+                self._known.append(event)
+        if events and isinstance(events[-1], Finished):
+            self._on_placed()
+            return
+        heard = Failed("ENTRY_LOST", "the node that the client talked to was lost", 503)
+        if (failure := await self._go_on(heard)) is not None:
+            raise InferenceError(failure)
+
+    async def receive(self) -> Event:
+        if self._known:
+            return self._known.popleft()
+        while True:
+            event = await self._next()
+            if self._is_loss(event):
+                self._loss = None
+                if (failure := await self._go_on(event)) is not None:
+                    return failure
+                continue
+            if (new := self._take(event)) is not None:
+                return new
+
+    def receive_nowait(self) -> Event:
+        """Raises trio.WouldBlock also where the answer has to go on elsewhere first."""
+        if self._known:
+            return self._known.popleft()
+        while True:
+            if self._loss is not None or self._events is None:
+                raise trio.WouldBlock
+            if self._first is not None:
+                event, self._first = self._first, None
+            else:
+                try:
+                    event = self._events.receive_nowait()
+                except InferenceError as error:
+                    event = error.failure
+                except (*LOSSES, trio.EndOfChannel) as error:
+                    event = lost(self.node_id, error)
+            if self._is_loss(event):
+                self._loss = event
+                raise trio.WouldBlock
+            if (new := self._take(event)) is not None:
+                return new
+
+    async def aclose(self) -> None:
+        """End the generation wherever it runs."""
+        self._events = None
+        await self._attempt.aclose()
+
+    def _is_loss(self, event: Event) -> TypeGuard[Failed]:
+        return (
+            isinstance(event, Failed) and event.code in TRY_ELSEWHERE and self._answer.mode != "off"
+        )
+
+    def _take(self, event: Event) -> Event | None:
+        self.heard_at = trio.current_time()
+        new = self._answer.take(event)
+        if new is not None:
+            self._barren = 0
+            if self.skip:
+                return self._skipped(new)
+            if isinstance(new, Finished):
+                self.output_tokens = new.eval_count
+                self._on_end(new)
+        return new
+
+    def _skipped(self, event: Event) -> Event | None:
+        """What is left of an event of which the client has the first `skip` tokens."""
+        if isinstance(event, Chunk) and 0 < len(event.tokens) <= self.skip:
+            self.skip -= len(event.tokens)
+            return None
+        return Failed(
+            "RESUME_MISMATCH",
+            "the answer was made again and has no part that ends where the client stands; "
+            "ask again from token 0",
+            409,
+        )
+
+    async def _next(self) -> Event:
+        if self._loss is not None:
+            return self._loss
+        if self._first is not None:
+            event, self._first = self._first, None
+            return event
+        assert self._events is not None
+        try:
+            return await self._events.receive()
+        except InferenceError as error:
+            return error.failure
+        except (*LOSSES, trio.EndOfChannel) as error:
+            return lost(self.node_id, error)
+
+    async def _try(self, node_id: NodeId, choice: Choice) -> Failed | None:
+        """Have that node answer, from where the answer is. Returns why it does not."""
+        await self._attempt.aclose()
+        self._attempt = attempt = AsyncExitStack()
+        sending = attempt.enter_context(
+            self._nodes.sending(node_id, self._model, self._prompt, choice.score.covered)
+        )
+        self._on_placed()
+        self.node_id, self.heard_at = node_id, trio.current_time()
+        request = self._answer.resume()
+        try:
+            self._events = await self._nodes.open(attempt, node_id, self._model, request)
+            first = await self._events.receive()
+        except (*LOSSES, trio.EndOfChannel) as error:
+            first = lost(node_id, error)
+        except InferenceError as error:
+            first = error.failure
+        if isinstance(first, Failed):
+            log.info("%s on %s: %s", self._model.name, short(node_id), first.message)
+            await attempt.aclose()
+            return first
+        sending.begun()
+        self._first = first
+        return None
+
+    async def _go_on(self, failure: Failed) -> Failed | None:
+        """Find a node for the rest of the answer. Returns the failure if there is none."""
+        lost_at, lost_on = self.heard_at, self.node_id
+        self._lost.add(lost_on)
+        self._barren += 1
+        if self._barren > MAX_BARREN_FAILURES:
+            return failure
+        after_tokens, mode = self._answer.token_count, self._answer.mode
+        give_up_at = trio.current_time() + WAIT_FOR_NODE_S
+        while self._is_the_same_model():
+            # The holders may have changed; those that failed this answer are left out.
+            while (
+                found := self._nodes.pick(self._model, self._prompt, tuple(self._lost))
+            ) is not None:
+                node_id, choice = found
+                refusal = await self._try(node_id, choice)
+                if refusal is None:
+                    self._moved(lost_on, failure, mode, after_tokens, lost_at)
+                    return None
+                if refusal.code not in TRY_ELSEWHERE:
+                    return refusal
+                self._lost.add(node_id)
+            if trio.current_time() >= give_up_at:
+                return failure
+            await trio.sleep(WAIT_STEP_S)
+            # Nobody else is there: a node that was lost may be back.
+            self._lost.clear()
+        return failure
+
+    def _is_the_same_model(self) -> bool:
+        """Look the model up again (its holders may have changed); false: deleted or replaced."""
+        model = self._nodes.find_model(self._model.name)
+        if model is None or model.digest != self._model.digest:
+            return False
+        self._model = model
+        return True
+
+    def _moved(
+        self, lost_on: NodeId, failure: Failed, mode: str, after_tokens: int, lost_at: float
+    ) -> None:
+        silence_ms = round(1000 * (trio.current_time() - lost_at))
+        move = Failover(lost_on, self.node_id, failure.code, mode, after_tokens, silence_ms)
+        self._answer.failovers += (move,)
+        log.warning(
+            "%s: %s was lost after %d tokens (%s); %s goes on (%s, %d ms of silence)",
+            self._model.name,
+            short(lost_on),
+            after_tokens,
+            failure.message,
+            short(self.node_id),
+            mode,
+            silence_ms,
+        )
+
+
+def nobody(model: Model, failure: Failed | None, tried: Sequence[str]) -> Failed:
+    """Why no node answers."""
+    if failure is not None:
+        details = {**failure.details, "nodes_tried": list(tried)}
+        return msgspec.structs.replace(failure, details=details)
+    if not model.confirmed:
+        return Failed(
+            "NO_REPLICA",
+            f"no node holds {model.name} completely yet; see `ollama-dist transfers list`",
+            503,
+            {"model": model.name},
+        )
+    return Failed(
+        "NO_REPLICA",
+        f"every node that holds {model.name} is offline or draining",
+        503,
+        {"model": model.name, "holders": list(model.confirmed)},
+    )
