@@ -54,7 +54,7 @@ class FairQueue:
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
         self._numbers = 0
-        self._level = 0.0  # the counter of whoever was served last
+        self._level = 0.0  # whoever comes when nobody waits begins here
 
     def __len__(self) -> int:
         return sum(len(account.waiting) for account in self._accounts.values())
@@ -95,8 +95,8 @@ class FairQueue:
     def start(self, ticket: Ticket) -> None:
         """Charge a request that begins."""
         account = self._account(ticket.identity)
-        self._level = max(self._level, account.counter)
         account.counter += ticket.cost
+        self._level = max(self._level, account.counter)
         ticket.counted = ticket.cost
         if len(self._accounts) > MAX_IDLE_COUNTERS:
             self._forget_idle()

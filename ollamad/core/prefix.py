@@ -31,7 +31,7 @@ from ollamad.core.inference import GenerateRequest, Message
 
 FIRST_BLOCK = 128  # bytes: some thirty tokens, about the least that is worth a way to another node
 BLOCKS_PER_SIZE = 32  # then the size doubles: a block is at most a 32nd of what is before it
-MAX_BLOCKS = 448  # 67 MB of prompt, more than a request may have
+MAX_BLOCKS = 480  # 134 MB of prompt, more than a request may have
 
 # A beat tells this many names at most, four bytes each: those that are new, and some of the others
 # in turn, for nodes that missed a beat or came later.

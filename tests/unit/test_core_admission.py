@@ -72,8 +72,8 @@ def test_what_a_request_took_in_the_end_counts() -> None:
     assert served(queue) == "ab"
     queue.settle(first, 1000.0, 450)
     for _ in range(3):
-        enter(queue, "a")
         enter(queue, "b")
+        enter(queue, "a")
     assert served(queue) == "bbbaaa"
     assert queue.expected_cost("a", 10, None) > queue.expected_cost("b", 10, None)
 
