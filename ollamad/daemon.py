@@ -29,6 +29,7 @@ from ollamad.admission import Admission, Invitation
 from ollamad.api.app import build_app
 from ollamad.api.auth import AuthSettings, hash_password, mint_local_token
 from ollamad.api.calls import ApiSettings
+from ollamad.api.limits import RateLimits
 from ollamad.api.origins import parse_origins
 from ollamad.api.serve import (
     CannotListen,
@@ -69,6 +70,7 @@ from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher
 from ollamad.transfer.server import PieceServer
 from ollamad.transfer.transfers import TransferTable
+from ollamad.usage import KeyUsage
 from ollamad.wire.mux import Departed, farewell
 from ollamad.wire.pieces import METHOD as PIECES
 
@@ -169,6 +171,7 @@ class Daemon:
             machine=self._machine,
             own_beat=self._beat,
         )
+        self._usage = KeyUsage(self._cluster, self._mesh)
         self._table = TransferTable(
             identity.node_id, secrets.token_hex(2), wall=time.time, steady=time.monotonic
         )
@@ -248,6 +251,7 @@ class Daemon:
                 await nursery.start(self._raft.run)
                 await nursery.start(self._cluster.heartbeats.run)
                 await nursery.start(self._cluster.run)
+                await nursery.start(self._usage.run)
                 await nursery.start(self._library.run)
                 await nursery.start(self._dispatcher.run)
                 nursery.start_soon(self._sample_host)
@@ -280,6 +284,7 @@ class Daemon:
         """Stop in order: no new requests, running answers end, leadership moves, peers know."""
         self._api_down.set()
         await self._api_ended.wait()
+        await self._usage.record()
         self._leaving = True
         await self._cluster.heartbeats.farewell(self._beat())
         if self._raft.is_leader and len(self._raft.voters) > 1:
@@ -420,6 +425,7 @@ class Daemon:
             library=self._library,
             inference=ApiInference(self._dispatcher, self._engine),
             host=ApiHost(self._host),
+            keys=self._usage,
             build_time=info.build_time,
             git_commit=info.git_commit,
             platform=platform_name(),
@@ -427,7 +433,13 @@ class Daemon:
             p2p_port=self._addresses.p2p[1],
         )
         origins = parse_origins(self._settings.api.origins)
-        app = build_app(services, ApiSettings(auth=auth, origins=origins))
+        limits = self._settings.rate_limits
+        api = ApiSettings(
+            auth=auth,
+            origins=origins,
+            rate_limits=RateLimits(limits.general, limits.model_ops, limits.websocket),
+        )
+        app = build_app(services, api)
         try:
             await serve_api(app, self._api_sockets, self._api_down, task_status=task_status)
         finally:

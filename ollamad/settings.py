@@ -67,6 +67,14 @@ class AuthSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token_ttl: str = "30m"  # lifetime of access tokens
 
 
+class RateLimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of `/api/v1`, for each caller and node; 0 switches one off."""
+
+    general: int = 100  # requests a minute
+    model_ops: int = 10  # downloads, deletions, copies, … a minute
+    websocket: int = 5  # connections of one address
+
+
 class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_alive: str = "5m"  # how long an idle model stays loaded; negative: for ever
     num_parallel: int = 4  # requests that one loaded model serves at once
@@ -101,6 +109,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     raft: RaftSettings = RaftSettings()
     node: NodeSettings = NodeSettings()
     auth: AuthSettings = AuthSettings()
+    rate_limits: RateLimitSettings = RateLimitSettings()
     engine: EngineSection = EngineSection()
     scheduler: SchedulerSettings = SchedulerSettings()
     models: ModelSettings = ModelSettings()
@@ -411,6 +420,9 @@ _CHECKS: dict[str, Any] = {
     "engine.max_queue": _at_least(0),
     "engine.context_length": _at_least(8),
     "models.replicas": _at_least(1),
+    "rate_limits.general": _at_least(0),
+    "rate_limits.model_ops": _at_least(0),
+    "rate_limits.websocket": _at_least(0),
     "node.name": _check_node_name,
     "log.level": _one_of("debug", "info", "warning", "error"),
     "log.format": _one_of("text", "json"),

@@ -13,13 +13,31 @@ from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import MethodNotAllowed
 
-from ollamad.api import inference, models, nodes, ollama, ollama_models, openai, sessions, status
+from ollamad.api import (
+    inference,
+    keys,
+    models,
+    nodes,
+    ollama,
+    ollama_models,
+    openai,
+    sessions,
+    status,
+    users,
+)
 from ollamad.api.asgi import Connection, Reply, Request
 from ollamad.api.auth import Auth, Identity
 from ollamad.api.bodies import invalid
-from ollamad.api.calls import Api, ApiSettings, Call, Handler, error_reply
+from ollamad.api.calls import Api, ApiSettings, Call, Handler, error_reply, peer_of
 from ollamad.api.dialects import error_body_for
 from ollamad.api.errors import as_service_error
+from ollamad.api.limits import (
+    LoginGuard,
+    Throttle,
+    address_group,
+    headers_of,
+    rate_limited,
+)
 from ollamad.api.metrics import RequestStats
 from ollamad.api.origins import Origins, preflight_headers
 from ollamad.api.services import ServiceError, Services, Unavailable
@@ -34,13 +52,15 @@ View = Callable[..., Awaitable[Reply | None]]  # takes the request and the path'
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Route:
-    """One row of the table. `bounded`: the general deadline holds for it."""
+    """One row of the table. `bounded`: the general deadline holds for it. `model_op`: the stricter
+    rate limit does, too."""
 
     method: str
     path: str
     role: Role | None
     handler: Handler
     bounded: bool = True
+    model_op: bool = False
 
 
 ROUTES = (
@@ -51,6 +71,14 @@ ROUTES = (
     Route("POST", f"{BASE}/auth/refresh", PUBLIC, sessions.refresh),
     Route("POST", f"{BASE}/auth/logout", "viewer", sessions.logout),
     Route("GET", f"{BASE}/auth/me", "viewer", sessions.me),
+    Route("GET", f"{BASE}/users", "admin", users.list_users),
+    Route("POST", f"{BASE}/users", "admin", users.create_user),
+    Route("DELETE", f"{BASE}/users/<username>", "admin", users.delete_user),
+    # One's own; an admin may set anybody's.
+    Route("POST", f"{BASE}/users/<username>/password", "viewer", users.set_password),
+    Route("GET", f"{BASE}/keys", "admin", keys.list_keys),
+    Route("POST", f"{BASE}/keys", "admin", keys.create_key),
+    Route("DELETE", f"{BASE}/keys/<key_id>", "admin", keys.delete_key),
     Route("GET", f"{BASE}/cluster/status", "viewer", status.cluster_status),
     Route("GET", f"{BASE}/cluster/leader", "viewer", status.cluster_leader),
     Route("GET", f"{BASE}/cluster/consensus", "viewer", status.consensus),
@@ -64,10 +92,16 @@ ROUTES = (
     Route("POST", f"{BASE}/nodes/<reference>/undrain", "operator", nodes.undrain),
     # Names may hold slashes, written as %2F or as they are.
     Route("GET", f"{BASE}/models", "viewer", models.list_models),
-    Route("POST", f"{BASE}/models", "operator", models.create_model),
+    Route("POST", f"{BASE}/models", "operator", models.create_model, model_op=True),
     Route("GET", f"{BASE}/models/<path:name>", "viewer", models.show_model),
-    Route("DELETE", f"{BASE}/models/<path:name>", "operator", models.delete_model),
-    Route("POST", f"{BASE}/models/<path:name>/download", "operator", models.download_model),
+    Route("DELETE", f"{BASE}/models/<path:name>", "operator", models.delete_model, model_op=True),
+    Route(
+        "POST",
+        f"{BASE}/models/<path:name>/download",
+        "operator",
+        models.download_model,
+        model_op=True,
+    ),
     Route("HEAD", f"{BASE}/blobs/<digest>", "operator", models.has_blob),
     Route("POST", f"{BASE}/blobs/<digest>", "operator", models.upload_blob, bounded=False),
     Route("GET", f"{BASE}/transfers", "viewer", models.list_transfers),
@@ -130,12 +164,22 @@ class ApiApp(QuartTrio):
             endpoint, arguments = self.routes.match(request.path, request.method)
             return await self.views[endpoint](request, **arguments)
         except Exception as error:
-            return _error_reply(error, request.id, request.path)
+            return _error_reply(self._limited(request, error), request.id, request.path)
         except BaseExceptionGroup as error:
             _, rest = error.split(trio.Cancelled)
             if rest is None:
                 raise  # the client went away
             return _error_reply(rest, request.id, request.path)
+
+    def _limited(self, request: Request, error: Exception) -> Exception:
+        """Count what was refused before anybody was known: by its address."""
+        if request.limit_headers or not _has_limits(request.path):
+            return error
+        try:
+            _take(self.api, request, address_group(peer_of(request)), model_op=False)
+        except ServiceError as refusal:
+            return refusal
+        return error
 
 
 def build_app(services: Services, settings: ApiSettings) -> ApiApp:
@@ -145,6 +189,8 @@ def build_app(services: Services, settings: ApiSettings) -> ApiApp:
         settings=settings,
         services=services,
         auth=Auth(services.cluster, settings.auth, services.wall, origins),
+        throttle=Throttle(settings.rate_limits, services.monotonic),
+        logins=LoginGuard(services.monotonic),
         http_stats=RequestStats(services.monotonic),
         inference_stats=RequestStats(services.monotonic),
         started=services.monotonic(),
@@ -162,8 +208,11 @@ def build_app(services: Services, settings: ApiSettings) -> ApiApp:
 
 
 def _view(api: Api, route: Route) -> View:
+    limited = _has_limits(route.path)
+
     async def view(request: Request, **arguments: str) -> Reply | None:
         caller = None
+        peer = peer_of(request)
         if route.role is not None:
             if not api.services.cluster.is_caught_up:
                 raise Unavailable(
@@ -171,8 +220,14 @@ def _view(api: Api, route: Route) -> View:
                     code="NOT_READY",
                     retry_after_s=1,
                 )
-            peer = (request.scope.get("client") or ("", 0))[0]
-            caller = _authorize(api.auth.identify(request.headers, peer), route.role)
+            caller = api.auth.identify(request.headers, peer)
+        if limited:
+            identity = caller.token_id if caller else ""
+            _take(api, request, identity or address_group(peer), model_op=route.model_op)
+        if route.role is not None:
+            caller = _authorize(caller, route.role)
+            if caller.key is not None:
+                keys.spend_request(api.services, caller.key)
         call = Call(api, request, caller)
         if not route.bounded:
             return await route.handler(call, **arguments)
@@ -199,6 +254,23 @@ async def _read(call: Call, handler: Handler, arguments: dict[str, str]) -> Repl
     if reply is not None and (age_ms := status.state_age_ms(cluster)) is not None:
         reply.headers["X-State-Age-Ms"] = str(age_ms)
     return reply
+
+
+def _has_limits(path: str) -> bool:
+    return path.startswith(f"{BASE}/")
+
+
+def _take(api: Api, request: Request, identity: str, *, model_op: bool) -> None:
+    """Count a request, and tell what is left.
+
+    Raises:
+      ServiceError: 429.
+    """
+    allowance = api.throttle.take(identity, model_op=model_op)
+    if allowance is not None:
+        request.limit_headers = headers_of(allowance)
+        if allowance.wait_s > 0:
+            raise rate_limited(allowance)
 
 
 def _authorize(caller: Identity | None, role: Role) -> Identity:

@@ -97,6 +97,7 @@ class Request(TrioRequest):
     status_sent = 0
     ending = False  # the last bytes are being sent
     cors_headers: tuple[tuple[bytes, bytes], ...] = ()
+    limit_headers: tuple[tuple[bytes, bytes], ...] = ()
 
     async def send_head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Send status and headers; the request's id and the fixed headers are added."""
@@ -111,6 +112,7 @@ class Request(TrioRequest):
                     *headers,
                     (b"x-request-id", self.id.encode()),
                     *self.cors_headers,
+                    *self.limit_headers,
                     *FIXED_HEADERS,
                 ],
             }

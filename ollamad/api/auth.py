@@ -1,10 +1,14 @@
-"""Who calls, and what they may do: JSON Web Tokens, sessions, the loopback rule, passwords.
+"""Who calls, and what they may do: JSON Web Tokens, API keys, sessions, the loopback rule.
 
 A session begins with a login and carries an id (`sid`). Its access tokens are short-lived;
 its refresh token is spent by use and replaced (rotation, RFC 9700): a second use of a spent
 one means that two parties hold it, and ends the session. Ended sessions and spent tokens are
 in the replicated state, so they are dead on every node. A user's role is read from the state
-at every request, so a changed or deleted user needs no new token to lose a right.
+at every request, so a changed or deleted user needs no new token to lose a right; a token
+names the user's generation, which is another one after a new password.
+
+An API key is a token without a session: `apikeys.py` says how it is made, and the state holds
+its hash.
 
 Algorithms are fixed to HS256; issuer, audience (the cluster), expiry, id and purpose of every
 token are checked, the time with the daemon's own clock.
@@ -24,10 +28,11 @@ import jwt
 import msgspec
 import trio
 
+from ollamad.api.apikeys import find_key
 from ollamad.api.origins import Origins
 from ollamad.api.services import Cluster, ServiceError, Unavailable
 from ollamad.core.commands import Rejected, Revoke
-from ollamad.core.state import ROLES, ClusterState, Role, User
+from ollamad.core.state import ROLES, ApiKey, ClusterState, Role, User
 
 ALGORITHM = "HS256"
 ISSUER = "ollamad"
@@ -38,6 +43,7 @@ LOCAL_TOKEN_TTL_S = 365 * 86400.0  # the file is renewed at each start of the da
 CLOCK_SKEW_S = 30.0
 # One argon2id check takes 64 MiB and a core for some 50 ms.
 PASSWORD_THREADS = 2
+MAX_PASSWORDS_WAITING = 64  # checks that wait for a thread; more would wait for seconds
 
 _DEFAULT_ORIGINS = Origins()
 
@@ -82,7 +88,9 @@ class Identity:
     username: str
     role: Role
     session: str = ""
-    expires_at: float = 0.0  # Unix seconds; 0 without a token
+    expires_at: float = 0.0  # Unix seconds; 0 if it does not expire
+    key: ApiKey | None = None
+    token_id: str = ""  # what its requests are counted by; empty without a token
 
     def may(self, role: Role) -> bool:
         return ROLES.index(self.role) >= ROLES.index(role)
@@ -106,6 +114,7 @@ class Claims(msgspec.Struct, frozen=True):
     typ: Purpose
     iat: int
     exp: int
+    gen: str = ""  # the user's generation
     # Of a local token only; another's role stands in the state.
     role: Literal["", "viewer", "inference", "operator", "admin"] = ""
     node: str = ""
@@ -154,12 +163,22 @@ class Auth:
 
     async def check_password(self, username: str, password: str) -> User | None:
         """The user if the password is right. Takes as long when there is no such user."""
+        self._refuse_crowd()
         user = self._cluster.state.users.get(username)
         known = user.password_hash if user else self._nobody
         right = await trio.to_thread.run_sync(
             _verify, self._hasher, known, password, limiter=self._threads
         )
         return user if right else None
+
+    async def hash_password(self, password: str) -> str:
+        """The argon2id hash of a new password."""
+        self._refuse_crowd()
+        return await trio.to_thread.run_sync(self._hasher.hash, password, limiter=self._threads)
+
+    def _refuse_crowd(self) -> None:
+        if self._threads.statistics().tasks_waiting >= MAX_PASSWORDS_WAITING:
+            raise Unavailable("too many sign-ins at once; try again", code="BUSY")
 
     def open_session(self, user: User) -> TokenPair:
         """The first tokens of a new session."""
@@ -193,20 +212,32 @@ class Auth:
         await self._cluster.propose(Revoke(session, end))
 
     def _identity_of(self, token: str) -> Identity:
+        if (key := find_key(self._cluster.state, token)) is not None:
+            if key.expires_at is not None and key.expires_at <= self._wall():
+                raise ServiceError(401, "TOKEN_EXPIRED", "this API key has expired; make another")
+            return Identity(
+                f"key:{key.name or key.id}",
+                key.role,
+                expires_at=key.expires_at or 0.0,
+                key=key,
+                token_id=f"key:{key.id}",
+            )
         claims = self._read(token, "access", "local")
         if claims.jti in self._cluster.state.revoked:
             raise _unauthorized("this token was revoked")
         if claims.typ == "local":
             if claims.node != self._cluster.node_id or not claims.role:
                 raise _unauthorized("this token belongs to another node")
-            return Identity(claims.sub, claims.role, expires_at=claims.exp)
+            return Identity(claims.sub, claims.role, expires_at=claims.exp, token_id=claims.sid)
         user = self._user(claims)
-        return Identity(user.username, user.role, claims.sid, claims.exp)
+        return Identity(user.username, user.role, claims.sid, claims.exp, token_id=claims.sid)
 
     def _user(self, claims: Claims) -> User:
         user = self._cluster.state.users.get(claims.sub)
         if user is None:
             raise _unauthorized("this user does not exist any more")
+        if claims.gen != user.generation:
+            raise _unauthorized("the password was changed since; log in again")
         return user
 
     def _read(self, token: str, *purposes: Purpose) -> Claims:
@@ -220,7 +251,7 @@ class Auth:
     def _mint_pair(self, user: User, session: str) -> TokenPair:
         now = self._wall()
         expires_at = now + self._settings.access_ttl_s
-        shared = {"sub": user.username, "sid": session}
+        shared = {"sub": user.username, "sid": session, "gen": user.generation}
         state = self._cluster.state
         return TokenPair(
             access=_mint(state, self._settings, shared, "access", now, expires_at),

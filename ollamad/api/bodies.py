@@ -65,6 +65,34 @@ class LoginBody(msgspec.Struct, frozen=True):
     password: Annotated[str, msgspec.Meta(max_length=1024)]
 
 
+MIN_PASSWORD_LENGTH = 8  # NIST SP 800-63B; the rate of guesses is bounded too
+NewPassword = Annotated[str, msgspec.Meta(max_length=1024)]
+
+
+class UserBody(msgspec.Struct, frozen=True):
+    username: Text
+    password: NewPassword
+    role: str
+
+
+class PasswordBody(msgspec.Struct, frozen=True):
+    password: NewPassword
+    current_password: Annotated[str, msgspec.Meta(max_length=1024)] | None = None
+
+
+Quota = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+
+
+class KeyBody(msgspec.Struct, frozen=True):
+    name: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    role: str = "inference"
+    ttl_seconds: Annotated[float, msgspec.Meta(ge=1, le=100 * 365 * 86400)] | None = None
+    expires_at: str | None = None  # RFC 3339
+    request_quota: Quota | None = None  # in a period
+    token_quota: Quota | None = None  # in a period, of prompts and answers together
+    quota_period: str = "total"
+
+
 class RefreshBody(msgspec.Struct, frozen=True):
     refresh_token: Text
 

@@ -14,6 +14,7 @@ from ollamad.api.asgi import Reply, Request
 from ollamad.api.auth import Auth, AuthSettings, Identity
 from ollamad.api.bodies import decode_body
 from ollamad.api.dialects import ErrorBody
+from ollamad.api.limits import LoginGuard, RateLimits, Throttle, address_group
 from ollamad.api.metrics import RequestStats
 from ollamad.api.services import NoQuorum, ServiceError, Services
 from ollamad.core.commands import AnyCommand, Rejected
@@ -34,7 +35,9 @@ _REJECTION_STATUS = {
     "NODE_NOT_FOUND": 404,
     "MODEL_NOT_FOUND": 404,
     "USER_NOT_FOUND": 404,
+    "KEY_NOT_FOUND": 404,
     "INVALID_MODEL_NAME": 400,
+    "INVALID_USERNAME": 400,
     "INVALID_ROLE": 400,
     "NO_CLUSTER": 503,
 }
@@ -45,6 +48,7 @@ class ApiSettings:
     """The settings of the API, as the daemon's configuration gives them."""
 
     auth: AuthSettings = dataclasses.field(default_factory=AuthSettings)
+    rate_limits: RateLimits = dataclasses.field(default_factory=RateLimits)
     deadline_s: float = 60.0  # for everything but inference and uploads
     inference_deadline_s: float | None = None  # None: a generation may take as long as it takes
     origins: tuple[str, ...] = ()  # of web pages that may call, beside those of this host
@@ -59,6 +63,8 @@ class Api:
     settings: ApiSettings
     services: Services
     auth: Auth
+    throttle: Throttle
+    logins: LoginGuard
     http_stats: RequestStats
     inference_stats: RequestStats
     started: float  # on the monotonic clock
@@ -75,6 +81,16 @@ class Call:
     @property
     def services(self) -> Services:
         return self.api.services
+
+    @property
+    def address(self) -> str:
+        """Where the request comes from, as limits count it."""
+        return address_group(peer_of(self.request))
+
+    def spend_tokens(self, count: int) -> None:
+        """Count tokens that the caller's key used, if it is one."""
+        if self.caller is not None and self.caller.key is not None and count > 0:
+            self.services.keys.count(self.caller.key, tokens=count)
 
     async def body(
         self, kind: type[Body], *, optional: bool = False, any_type: bool = False
@@ -177,6 +193,11 @@ class Call:
 
 
 Handler = Callable[..., Awaitable[Reply | None]]
+
+
+def peer_of(request: Request) -> str:
+    """The address at the other end of the connection; empty if there is none."""
+    return str((request.scope.get("client") or ("", 0))[0])
 
 
 def read_name(text: str, field: str = "model") -> ModelName:

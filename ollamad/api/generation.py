@@ -32,6 +32,7 @@ from ollamad.core.inference import (
 
 # Lines sent at once when a client is slower than the model; more adds no speed, only memory.
 MAX_COALESCED = 64
+CHARACTERS_PER_TOKEN = 4  # roughly, for English and most tokenizers
 FAILOVER_HEADER = "X-Ollamad-Failover"
 
 encode = msgspec.json.Encoder().encode
@@ -66,6 +67,38 @@ class Layout(Protocol):
     def whole(self, said: Whole, end: Finished) -> Any:
         """The body of an answer that is not streamed."""
         ...
+
+
+class Meter:
+    """Passes events on and counts the tokens that they cost.
+
+    The engine says at the end how many there were. Of an answer that ended early, because the
+    client went away or its node was lost, the prompt's are estimated.
+    """
+
+    def __init__(self, request: GenerateRequest, events: EventChannel) -> None:
+        self._events = events
+        messages = request.messages or ()
+        characters = len(request.prompt) + sum(len(message.content) for message in messages)
+        self.tokens = characters // CHARACTERS_PER_TOKEN + len(request.context)
+
+    async def receive(self) -> Event:
+        return self._seen(await self._events.receive())
+
+    def receive_nowait(self) -> Event:
+        return self._seen(self._events.receive_nowait())
+
+    def _seen(self, event: Event) -> Event:
+        match event:
+            case Finished():
+                self.tokens = event.prompt_eval_count + event.eval_count
+            case Chunk(tokens=tokens):
+                self.tokens += max(1, len(tokens))
+            case Thought() | ToolCall():
+                self.tokens += 1
+            case Failed():
+                pass
+        return event
 
 
 class Timestamps:
@@ -164,16 +197,19 @@ async def answer(
     begun = stats.begin()
     outcome: Finished | ServiceError | None = None
     node_id = ""
+    meter: Meter | None = None
     outputs: list[Output] = []
     try:
         try:
             with _deadline(call):
                 async with call.services.inference.generate(request) as generation:
                     node_id = generation.node_id
+                    meter = Meter(request, generation.events)
+                    metered = dataclasses.replace(generation, events=meter)
                     if stream:
-                        outcome = await _stream(call, generation, layout)
+                        outcome = await _stream(call, metered, layout)
                     else:
-                        outcome = await _collect(generation.events, outputs)
+                        outcome = await _collect(meter, outputs)
             if outcome is None:
                 outcome = _too_late()
         except Exception as error:  # also a group of them, from a generation with a nursery
@@ -181,6 +217,8 @@ async def answer(
     finally:
         # No outcome: the client went away, which is no failure.
         failed = isinstance(outcome, ServiceError)
+        if meter is not None:
+            call.spend_tokens(meter.tokens)
         stats.end(call.services.monotonic() - begun, failed=failed)
     if call.request.head_sent_at is not None:
         last = (
@@ -209,6 +247,7 @@ async def embed(call: Call, request: EmbedRequest) -> Embedded:
     try:
         with _deadline(call) as scope:
             embedded = await call.services.inference.embed(request)
+            call.spend_tokens(embedded.embeddings.prompt_eval_count)
             failed = False
         if scope.cancelled_caught:
             raise _too_late()

@@ -18,7 +18,8 @@ from ollamad.core.description import NO_CHANGES, Changes, Description
 from ollamad.core.ids import NodeId
 from ollamad.core.inference import Embeddings, EmbedRequest, Event, GenerateRequest
 from ollamad.core.presence import Presence
-from ollamad.core.state import ClusterState, Model
+from ollamad.core.quota import Used
+from ollamad.core.state import ApiKey, ClusterState, Model
 from ollamad.core.transfers import Transfer
 
 Detail = str | int | float | bool | None | Sequence[str] | Mapping[str, str]
@@ -266,6 +267,16 @@ class Inference(Protocol):
         ...
 
 
+class KeyUsage(Protocol):
+    """What API keys have used, in the whole cluster as far as this node knows."""
+
+    def used(self, key: ApiKey) -> Used:
+        """Of the key's period that runs now."""
+        ...
+
+    def count(self, key: ApiKey, *, requests: int = 0, tokens: int = 0) -> None: ...
+
+
 class HostUsage(Protocol):
     """This host's load now, in percent 0-100."""
 
@@ -282,6 +293,7 @@ class Services:
     library: Library
     inference: Inference
     host: HostUsage
+    keys: KeyUsage
     build_time: str = "unknown"  # RFC 3339
     git_commit: str = "unknown"
     platform: str = "unknown"  # such as linux/amd64

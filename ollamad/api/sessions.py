@@ -12,9 +12,11 @@ from ollamad.core.state import User
 
 async def login(call: Call) -> Reply:
     body = await call.body(LoginBody)
+    call.api.logins.attempt(body.username, call.address)
     user = await call.api.auth.check_password(body.username, body.password)
     if user is None:
         raise ServiceError(401, "INVALID_CREDENTIALS", "the username or the password is wrong")
+    call.api.logins.success(body.username, call.address)
     return reply(_pair(user, call.api.auth.open_session(user)))
 
 

@@ -117,7 +117,7 @@ class Ledger:
         for node_id in self._counts.pop(key_id, {}):
             del self._versions[key_id, node_id]
 
-    def keys(self) -> list[str]:
+    def key_ids(self) -> list[str]:
         return list(self._counts)
 
     def _put(self, key_id: str, node_id: NodeId, used: Used) -> None:

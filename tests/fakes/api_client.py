@@ -9,6 +9,7 @@ import trio
 
 from ollamad.api.app import ApiApp, ApiSettings, build_app
 from ollamad.api.auth import AuthSettings
+from ollamad.api.limits import RateLimits
 from tests.fakes.api_services import World, make_world
 
 REMOTE = ("192.0.2.7", 4711)
@@ -43,6 +44,7 @@ class ApiClient:
         self.world = world or make_world()
         self.role = role
         auth = settings.pop("auth", AuthSettings())
+        settings.setdefault("rate_limits", RateLimits(0, 0, 0))  # time stands still here
         self.app: ApiApp = build_app(self.world.services, ApiSettings(auth=auth, **settings))
 
     @classmethod

@@ -32,7 +32,9 @@ from ollamad.core.inference import (
     Message,
 )
 from ollamad.core.presence import Beat, Presence, Usage
+from ollamad.core.quota import Ledger, Used
 from ollamad.core.state import (
+    ApiKey,
     Capacity,
     CertificateAuthority,
     ClusterState,
@@ -369,6 +371,21 @@ FINISHED = Finished("stop", 1500, 500, 25, 200, 3, 800, context=(1, 2, 3), promp
 HELLO: list[Event] = [Chunk("Hel", (1,)), Chunk("lo", (2,)), Chunk(' "ü"\n', (3,)), FINISHED]
 
 
+class FakeKeyUsage:
+    """Counts of this node alone."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self._ledger = Ledger(NODE_1)
+
+    def used(self, key: ApiKey) -> Used:
+        return self._ledger.used(key.id, key.period, self._clock.wall())
+
+    def count(self, key: ApiKey, *, requests: int = 0, tokens: int = 0) -> None:
+        now = self._clock.wall()
+        self._ledger.add(key.id, key.period, now, requests=requests, tokens=tokens)
+
+
 @dataclasses.dataclass
 class World:
     """All fakes together, and the `Services` made of them."""
@@ -390,6 +407,7 @@ def make_world() -> World:
         library=library,
         inference=inference,
         host=FakeHost(),
+        keys=FakeKeyUsage(clock),
         build_time="2024-01-15T10:00:00Z",
         git_commit="abc123def456",
         platform="linux/amd64",

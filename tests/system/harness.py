@@ -201,6 +201,9 @@ class Node:
             "NODE_ID": self.name,
             # The one port that daemons of the same host would all want.
             "OLLAMAD_API__OLLAMA_LISTEN": "off",
+            # Tests ask more often than people; those of the limits set them.
+            "OLLAMAD_RATE_LIMITS__GENERAL": "0",
+            "OLLAMAD_RATE_LIMITS__MODEL_OPS": "0",
             "NOTIFY_SOCKET": self._ready.address,
         }
         with open(self.log_path, "ab") as log:

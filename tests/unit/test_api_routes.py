@@ -358,7 +358,7 @@ async def test_framework_errors_have_the_shape() -> None:
     assert (wrong.status, wrong.code) == (405, "METHOD_NOT_ALLOWED")
     assert "GET" in wrong.headers["allow"]
     assert (await client.call("OPTIONS", "/nodes")).status == 405
-    for later in ("/users", "/keys", "/distribution/auto-configure", "/ws"):
+    for later in ("/distribution/auto-configure", "/ws"):
         assert (await client.call("POST", later)).status == 404
 
 

@@ -73,7 +73,7 @@ def test_what_changed_is_told_once() -> None:
     ledger.add("k", "total", NOW, tokens=1)
     assert ledger.changes(seen, own=True) == [NodeCount(A, "k", Used(0, 1, 1))]
     ledger.forget("k")
-    assert (ledger.changes(0, own=False), ledger.keys()) == ([], [])
+    assert (ledger.changes(0, own=False), ledger.key_ids()) == ([], [])
 
 
 def test_a_node_that_lost_its_counts_learns_them_from_others_and_counts_on() -> None:

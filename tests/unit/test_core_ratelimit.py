@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollamad.core.ratelimit import MAX_IDENTITIES, RateLimit
+from ollamad.core.ratelimit import MAX_IDENTITIES, Allowance, RateLimit
 
 
 @pytest.mark.parametrize("now", [0.0, 12345.678, 1e6 + 0.1, 99_999.9])
@@ -66,3 +66,35 @@ def test_memory_is_bounded_and_forgets_the_oldest() -> None:
     assert limit.allow(0, 0.0)  # the oldest was forgiven
     assert not limit.allow("first", 0.0)
     assert len(limit._arrival) == MAX_IDENTITIES
+
+
+def test_looking_tells_what_is_left_and_costs_nothing() -> None:
+    limit = RateLimit(4, 8.0)
+    assert limit.look("x", 100.0) == Allowance(4, 4, 0.0, 0.0)
+    for left in (3, 2, 1, 0):
+        assert limit.allow("x", 100.0)
+        for _ in range(3):
+            assert limit.look("x", 100.0).remaining == left
+    full = limit.look("x", 100.0)
+    assert full.reset_s == 8.0
+    assert full.wait_s == pytest.approx(2.0, abs=1e-5)
+    assert limit.look("x", 101.0).wait_s == pytest.approx(1.0, abs=1e-5)
+    assert limit.look("x", 102.0).remaining == 1
+    assert limit.look("x", 200.0) == Allowance(4, 4, 0.0, 0.0)
+
+
+@given(st.lists(st.floats(0, 3), max_size=30), st.integers(1, 7))
+def test_looking_says_whether_the_next_is_allowed(gaps: list[float], burst: int) -> None:
+    limit, now = RateLimit(burst, 10.0), 0.0
+    for gap in gaps:
+        now += gap
+        seen = limit.look("x", now)
+        assert limit.allow("x", now) == (seen.remaining > 0) == (seen.wait_s == 0)
+
+
+def test_what_is_forgiven_is_forgotten() -> None:
+    limit = RateLimit(1, 60.0)
+    assert limit.allow("x", 0.0)
+    limit.forgive("x")
+    assert limit.allow("x", 0.0)
+    limit.forgive("nobody")
