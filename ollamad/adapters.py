@@ -6,6 +6,8 @@ from contextlib import asynccontextmanager
 import trio
 
 from ollamad.api.services import Embedded, Generation
+from ollamad.core.admission import ANYBODY, Asker
+from ollamad.core.explanation import Explanation
 from ollamad.core.inference import (
     Embeddings,
     EmbedRequest,
@@ -15,6 +17,7 @@ from ollamad.core.inference import (
     InferenceError,
 )
 from ollamad.core.state import Model
+from ollamad.core.transcripts import Resume
 from ollamad.engine.engine import Engine
 from ollamad.engine.spec import ModelSpec
 from ollamad.host import HostMonitor
@@ -79,15 +82,23 @@ class ApiInference:
         self._engine = engine
 
     @asynccontextmanager
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Generation]:
-        async with self._dispatcher.generate(request) as relay:
-            yield Generation(relay.node_id, relay)
+    async def generate(
+        self, request: GenerateRequest, asker: Asker = ANYBODY, resume: Resume | None = None
+    ) -> AsyncIterator[Generation]:
+        async with self._dispatcher.generate(request, asker, resume) as relay:
+            yield Generation(
+                relay.node_id, relay, relay.explanation, relay.first_place, relay.waited_s
+            )
 
-    async def embed(self, request: EmbedRequest) -> Embedded:
-        return Embedded(*await self._dispatcher.embed(request))
+    async def embed(self, request: EmbedRequest, asker: Asker = ANYBODY) -> Embedded:
+        return Embedded(*await self._dispatcher.embed(request, asker))
+
+    def explain(self, request: GenerateRequest) -> Explanation:
+        return self._dispatcher.explain(request)
 
     def queued(self) -> int:
-        return sum(model.queued for model in self._engine.loaded())
+        in_runners = sum(model.queued for model in self._engine.loaded())
+        return in_runners + self._dispatcher.admission.waiting
 
 
 class ApiHost:

@@ -110,6 +110,7 @@ ROUTES = (
     Route("POST", f"{BASE}/generate", "inference", inference.generate, bounded=False),
     Route("POST", f"{BASE}/chat", "inference", inference.chat, bounded=False),
     Route("POST", f"{BASE}/embeddings", "inference", inference.embeddings, bounded=False),
+    Route("POST", f"{BASE}/explain", "viewer", inference.explain),
     # What Ollama's clients speak. (A route for GET answers HEAD, too.)
     Route("GET", "/api/version", PUBLIC, ollama_models.version),
     Route("GET", "/api/tags", "viewer", ollama_models.tags),

@@ -14,6 +14,7 @@ from ollamad.api.conversation import ChatMessage, read_messages, read_tools
 from ollamad.api.services import ServiceError
 from ollamad.core.failover import MODES
 from ollamad.core.inference import EmbedRequest, GenerateRequest, Options
+from ollamad.core.transcripts import MAX_ID_CHARS, Resume
 
 Body = TypeVar("Body")
 
@@ -107,12 +108,29 @@ class _Inference(msgspec.Struct, frozen=True):
     truncate: bool | None = None
     think: bool | str | None = None
     failover: str = ""  # continue, replay or off; empty: the node's setting
+    request_id: str | None = None  # the client's own name for it, to resume it by
+    resume_from: Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)] = 0  # tokens that it has
+    received: str | None = None  # their text
     # Not there yet; see `unsupported`.
     suffix: Any = None
     template: Any = None
     images: Any = None
     logprobs: Any = None
     top_logprobs: Any = None
+
+    def resume(self) -> Resume | None:
+        """Where the client stands, if it asks for the rest of an answer.
+
+        Raises:
+          ServiceError: 400 naming the field.
+        """
+        if self.request_id is None:
+            if self.resume_from or self.received is not None:
+                raise invalid("request_id", "to resume an answer, name it with request_id")
+            return None
+        if not 0 < len(self.request_id) <= MAX_ID_CHARS:
+            raise invalid("request_id", f"request_id must have 1 to {MAX_ID_CHARS} characters")
+        return Resume(self.resume_from, self.received)
 
 
 class GenerateBody(_Inference, frozen=True):
@@ -140,6 +158,7 @@ class GenerateBody(_Inference, frozen=True):
             keep_alive_s=keep_alive_s(self.keep_alive),
             truncate=self.truncate is not False,
             failover=failover_mode(self.failover, "failover"),
+            request_id=self.request_id or "",
         )
 
 
@@ -167,7 +186,21 @@ class ChatBody(_Inference, frozen=True, kw_only=True):
             keep_alive_s=keep_alive_s(self.keep_alive),
             truncate=self.truncate is not False,
             failover=failover_mode(self.failover, "failover"),
+            request_id=self.request_id or "",
         )
+
+
+class ExplainBody(msgspec.Struct, frozen=True):
+    """A prompt or a chat, to see where it would go."""
+
+    model: str
+    prompt: str = ""
+    messages: tuple[ChatMessage, ...] | None = None
+    system: str | None = None
+    context: tuple[TokenId, ...] | None = None
+
+    def generate(self) -> GenerateBody:
+        return GenerateBody(self.model, prompt=self.prompt, context=self.context)
 
 
 class EmbedBody(msgspec.Struct, frozen=True):

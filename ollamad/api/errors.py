@@ -8,6 +8,8 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from ollamad.api.services import ServiceError
 from ollamad.core.inference import InferenceError
 
+USUAL_RETRY_S = 2  # where nothing tells better: an election, a restart
+
 log = logging.getLogger(__name__)
 
 
@@ -33,7 +35,10 @@ def _known(error: BaseException) -> ServiceError | None:
         case ServiceError():
             return error
         case InferenceError(failure=failure):
-            retry_after_s = 2 if failure.status in (429, 503) else None
+            retry_after_s = None
+            if failure.status in (429, 503):
+                known = failure.details.get("retry_after_s", USUAL_RETRY_S)
+                retry_after_s = int(known) if isinstance(known, int | float) else USUAL_RETRY_S
             return ServiceError(
                 failure.status,
                 failure.code,

@@ -13,11 +13,13 @@ import msgspec
 import trio
 
 from ollamad.api.asgi import Reply
+from ollamad.api.asking import asker_of, routing_headers
 from ollamad.api.bodies import failover_mode
 from ollamad.api.calls import Call, reply
 from ollamad.api.dialects import native_error
 from ollamad.api.errors import as_service_error
 from ollamad.api.services import Embedded, EventChannel, Generation, ServiceError
+from ollamad.core.admission import Place
 from ollamad.core.inference import (
     Chunk,
     EmbedRequest,
@@ -29,6 +31,7 @@ from ollamad.core.inference import (
     Thought,
     ToolCall,
 )
+from ollamad.core.transcripts import Resume
 
 # Lines sent at once when a client is slower than the model; more adds no speed, only memory.
 MAX_COALESCED = 64
@@ -184,30 +187,51 @@ def durations(end: Finished) -> dict[str, int]:
 
 
 async def answer(
-    call: Call, request: GenerateRequest, layout: Layout, *, stream: bool
+    call: Call,
+    request: GenerateRequest,
+    layout: Layout,
+    *,
+    stream: bool,
+    resume: Resume | None = None,
+    waiting: Callable[[Place], bytes] | None = None,
+    on_begin: Callable[[Generation], None] | None = None,
 ) -> Reply | None:
     """Run a generation and answer with it; None when the answer was streamed.
+
+    Args:
+      waiting: how a stream tells that the request has to wait; without it, it does not.
+      on_begin: told when it waits no more.
 
     Raises:
       ServiceError: it failed before the first byte was sent.
     """
     if header := call.request.headers.get(FAILOVER_HEADER):
         request = msgspec.structs.replace(request, failover=failover_mode(header, FAILOVER_HEADER))
+
+    async def tell(place: Place) -> None:
+        if stream and waiting is not None:
+            if call.request.head_sent_at is None:
+                await call.request.send_head(200, ((b"content-type", layout.content_type),))
+            await call.request.send_body(waiting(place), more=True)
+
+    asker = asker_of(call, tell)
     stats = call.api.inference_stats
     begun = stats.begin()
+    headers: dict[str, str] = {}
     outcome: Finished | ServiceError | None = None
-    node_id = ""
     meter: Meter | None = None
     outputs: list[Output] = []
     try:
         try:
             with _deadline(call):
-                async with call.services.inference.generate(request) as generation:
-                    node_id = generation.node_id
+                async with call.services.inference.generate(request, asker, resume) as generation:
+                    headers = routing_headers(generation)
+                    if on_begin is not None:
+                        on_begin(generation)
                     meter = Meter(request, generation.events)
                     metered = dataclasses.replace(generation, events=meter)
                     if stream:
-                        outcome = await _stream(call, metered, layout)
+                        outcome = await _stream(call, metered, layout, headers)
                     else:
                         outcome = await _collect(meter, outputs)
             if outcome is None:
@@ -228,7 +252,6 @@ async def answer(
         return None
     if isinstance(outcome, ServiceError):
         raise outcome
-    headers = {"X-Ollamad-Node": node_id}
     if outcome.failovers:
         headers["X-Ollamad-Node"] = outcome.failovers[-1].to_node
         headers["X-Ollamad-Failovers"] = str(len(outcome.failovers))
@@ -246,7 +269,7 @@ async def embed(call: Call, request: EmbedRequest) -> Embedded:
     failed = True
     try:
         with _deadline(call) as scope:
-            embedded = await call.services.inference.embed(request)
+            embedded = await call.services.inference.embed(request, asker_of(call))
             call.spend_tokens(embedded.embeddings.prompt_eval_count)
             failed = False
         if scope.cancelled_caught:
@@ -267,7 +290,9 @@ async def _collect(events: EventChannel, outputs: list[Output]) -> Finished | Se
         outputs.append(event)
 
 
-async def _stream(call: Call, generation: Generation, layout: Layout) -> Finished | ServiceError:
+async def _stream(
+    call: Call, generation: Generation, layout: Layout, headers: dict[str, str]
+) -> Finished | ServiceError:
     """Send the parts. An error before the first byte leaves the status to the caller."""
     request = call.request
     events = generation.events
@@ -275,11 +300,14 @@ async def _stream(call: Call, generation: Generation, layout: Layout) -> Finishe
         event: Event = await events.receive()
         if isinstance(event, Failed):
             return _end(event)
-        headers = (
-            (b"content-type", layout.content_type),
-            (b"x-ollamad-node", generation.node_id.encode()),
-        )
-        await request.send_head(200, headers)
+        if request.head_sent_at is None:  # else it had to wait
+            await request.send_head(
+                200,
+                (
+                    (b"content-type", layout.content_type),
+                    *((name.lower().encode(), value.encode()) for name, value in headers.items()),
+                ),
+            )
         while not isinstance(event, Finished | Failed):
             # Parts that wait already go out together; each stays a line of its own.
             lines = [layout.part(event)]

@@ -1,15 +1,18 @@
 """Handlers of `/api/v1`: generate, chat and embeddings, whole and streamed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from ollamad.api.asgi import Reply
-from ollamad.api.bodies import ChatBody, EmbedBody, GenerateBody
+from ollamad.api.bodies import ChatBody, EmbedBody, ExplainBody, GenerateBody
 from ollamad.api.calls import Call, reply
-from ollamad.api.generation import LineLayout, answer, embed
+from ollamad.api.generation import LineLayout, Whole, answer, embed, encode
 from ollamad.api.ollama import read_think, require_capability
-from ollamad.core.inference import GenerateRequest
+from ollamad.api.services import Generation
+from ollamad.core.admission import Place
+from ollamad.core.inference import Chunk, Finished, GenerateRequest, Output
 
 
 async def generate(call: Call) -> Reply | None:
@@ -39,6 +42,64 @@ async def embeddings(call: Call) -> Reply:
     return reply(shown, headers={"X-Ollamad-Node": embedded.node_id})
 
 
+async def explain(call: Call) -> Reply:
+    """Where such a request would go now, and why; nothing is run."""
+    body = await call.body(ExplainBody)
+    asked = ChatBody(body.model, messages=body.messages) if body.messages is not None else None
+    request = asked.request() if asked is not None else body.generate().request()
+    request = msgspec.structs.replace(
+        request, model=(await call.find_model(request.model)).name, system=body.system
+    )
+    return reply(call.services.inference.explain(request))
+
+
+class NativeLayout(LineLayout):
+    """The lines of `/api/v1`: with what its clients may ask for beside the answer.
+
+    `token` counts the tokens up to the end of a line, for who names the request to resume it.
+    """
+
+    def __init__(
+        self, model: str, *, chat: bool, wall: Callable[[], float], first_token: int | None
+    ) -> None:
+        super().__init__(model, chat=chat, wall=wall)
+        self._token = first_token  # None: they are not counted, or not known
+        self._routing: dict[str, Any] = {}
+        self._waited = False
+
+    def begin(self, generation: Generation) -> None:
+        """The request waits no more."""
+        if generation.explanation is not None:
+            self._routing["routing"] = generation.explanation
+        if self._waited:  # its headers went out before that was known
+            self._routing["node_id"] = generation.node_id
+
+    def waiting(self, place: Place) -> bytes:
+        """Where it stands in the queue."""
+        self._waited = True
+        status = {
+            "status": "queued",
+            "position": place.position,
+            "waiting": place.waiting,
+            "estimate_seconds": place.estimate_s,
+            "done": False,
+        }
+        return encode(self.opening(Whole()) | status) + b"\n"
+
+    def part(self, output: Output) -> bytes:
+        line = super().part(output)
+        if self._token is None:
+            return line
+        if not isinstance(output, Chunk) or not output.tokens:
+            self._token = None  # from here on a number would be wrong
+            return line
+        self._token += len(output.tokens)
+        return line[:-2] + b',"token":%d}\n' % self._token
+
+    def whole(self, said: Whole, end: Finished) -> dict[str, Any]:
+        return super().whole(said, end) | self._routing
+
+
 async def _answer(
     call: Call, body: GenerateBody | ChatBody, request: GenerateRequest
 ) -> Reply | None:
@@ -48,5 +109,19 @@ async def _answer(
     think = read_think(model, body.model, body.think)
     request = msgspec.structs.replace(request, model=model.name, think=think)
     chat = request.messages is not None
-    layout = LineLayout(request.model, chat=chat, wall=call.services.wall)
-    return await answer(call, request, layout, stream=body.stream)
+    resume = body.resume()
+    layout = NativeLayout(
+        request.model,
+        chat=chat,
+        wall=call.services.wall,
+        first_token=None if resume is None else resume.from_token,
+    )
+    return await answer(
+        call,
+        request,
+        layout,
+        stream=body.stream,
+        resume=resume,
+        waiting=layout.waiting,
+        on_begin=layout.begin,
+    )

@@ -23,6 +23,7 @@ from ollamad.api.openai_bodies import (
     read_messages,
 )
 from ollamad.api.services import ServiceError
+from ollamad.core.admission import Place
 from ollamad.core.inference import (
     Chunk,
     EmbedRequest,
@@ -36,6 +37,11 @@ from ollamad.core.names import parse_name
 from ollamad.core.state import Model
 
 DONE = b"data: [DONE]\n\n"
+
+
+def waiting(place: Place) -> bytes:
+    """Where a request stands in the queue, as a comment, which clients leave out."""
+    return b": queued, position %d, about %d s\n\n" % (place.position, round(place.estimate_s))
 
 
 class _EventLayout:
@@ -170,7 +176,7 @@ async def chat(call: Call) -> Reply | None:
         options=body.options(body.max_completion_tokens or body.max_tokens),
     )
     layout = ChatLayout(call, body.model, includes_usage=body.includes_usage)
-    return await answer(call, request, layout, stream=body.stream is True)
+    return await answer(call, request, layout, stream=body.stream is True, waiting=waiting)
 
 
 async def complete(call: Call) -> Reply | None:
@@ -190,7 +196,7 @@ async def complete(call: Call) -> Reply | None:
         includes_usage=body.includes_usage,
         echo=body.text if body.echo else "",
     )
-    return await answer(call, request, layout, stream=body.stream is True)
+    return await answer(call, request, layout, stream=body.stream is True, waiting=waiting)
 
 
 async def embeddings(call: Call) -> Reply:

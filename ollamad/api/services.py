@@ -13,13 +13,16 @@ from typing import Protocol
 
 import msgspec
 
+from ollamad.core.admission import ANYBODY, Asker, Place
 from ollamad.core.commands import AnyCommand, Outcome
 from ollamad.core.description import NO_CHANGES, Changes, Description
+from ollamad.core.explanation import Explanation
 from ollamad.core.ids import NodeId
 from ollamad.core.inference import Embeddings, EmbedRequest, Event, GenerateRequest
 from ollamad.core.presence import Presence
 from ollamad.core.quota import Used
 from ollamad.core.state import ApiKey, ClusterState, Model
+from ollamad.core.transcripts import Resume
 from ollamad.core.transfers import Transfer
 
 Detail = str | int | float | bool | None | Sequence[str] | Mapping[str, str]
@@ -239,6 +242,9 @@ class Generation:
 
     node_id: NodeId
     events: EventChannel
+    explanation: Explanation | None = None  # of routing, if it was asked for
+    first_place: Place | None = None  # in the queue, if it waited
+    waited_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -256,14 +262,20 @@ class Inference(Protocol):
       core.inference.InferenceError: with the status that the client should see.
     """
 
-    def generate(self, request: GenerateRequest) -> AbstractAsyncContextManager[Generation]:
+    def generate(
+        self, request: GenerateRequest, asker: Asker = ANYBODY, resume: Resume | None = None
+    ) -> AbstractAsyncContextManager[Generation]:
         """Leaving the context ends the generation, on whatever node it runs."""
         ...
 
-    async def embed(self, request: EmbedRequest) -> Embedded: ...
+    async def embed(self, request: EmbedRequest, asker: Asker = ANYBODY) -> Embedded: ...
+
+    def explain(self, request: GenerateRequest) -> Explanation:
+        """Where such a request would go now, and why."""
+        ...
 
     def queued(self) -> int:
-        """Requests that wait for a slot of one of this node's runners."""
+        """Requests that wait at this node, to be let in or for a slot of a runner."""
         ...
 
 

@@ -12,7 +12,7 @@ an identity and a class the earliest deadline is first, then who came first.
 
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 PRIORITIES = {"low": -1, "normal": 0, "high": 1}
@@ -21,6 +21,30 @@ LIFTED_AFTER_S = 30.0  # a class, for each such time of waiting
 OUTPUT_WEIGHT = 2.0  # a token of an answer costs about twice one of a prompt (as in the paper)
 MAX_IDLE_COUNTERS = 1024  # identities that are remembered though nothing of theirs waits
 USUAL_OUTPUT = 256  # tokens, until an identity's answers have told
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a request stands in the queue. `position` 1 is the next one for its model."""
+
+    position: int
+    waiting: int  # for any model, at this node
+    estimate_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks, and on what terms."""
+
+    identity: str = ""
+    priority: int = 0  # one of PRIORITIES
+    deadline_s: float | None = None  # within which the answer must begin; None: whenever
+    wants_scores: bool = False  # the table of routing, with the answer
+    # Told when it has to wait, and then every second.
+    on_wait: Callable[[Place], Awaitable[None]] | None = None
+
+
+ANYBODY = Asker()
 
 
 @dataclass(eq=False, slots=True)

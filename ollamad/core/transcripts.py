@@ -7,11 +7,20 @@ request and of the identity.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
-from ollamad.core.inference import Chunk, Event, Failed, Finished, GenerateRequest, Output
+from ollamad.core.inference import (
+    Chunk,
+    Event,
+    Failed,
+    Finished,
+    GenerateRequest,
+    InferenceError,
+    Output,
+)
 
 KEPT_S = 60.0  # after its end: a client that is alive asks within seconds
 MAX_TRANSCRIPTS = 512
@@ -110,24 +119,30 @@ class Transcripts:
             self._size -= transcript.size
 
 
-class ResumeMismatch(ValueError):
-    """What the client says that it has is not what was said; tells how."""
+class Resume(msgspec.Struct, frozen=True):
+    """Where a client stands that asks for the rest of an answer."""
+
+    from_token: int = 0  # tokens that it has
+    received: str | None = None  # their text; without it, what was made again is not compared
+
+    def known(self, events: Sequence[Event]) -> int:
+        """How many of these events, which are the answer, it has.
+
+        Raises:
+          InferenceError: none ends where it stands.
+        """
+        tokens = 0
+        for count, event in enumerate(events):
+            if tokens == self.from_token:
+                return count
+            if isinstance(event, Chunk):
+                tokens += len(event.tokens)
+            elif isinstance(event, Output):
+                raise _mismatch("an answer with thoughts or tool calls can be resumed from 0 only")
+        if tokens == self.from_token:
+            return len(events)
+        raise _mismatch(f"no part of the answer ends after {self.from_token} tokens; resume from 0")
 
 
-def split(events: list[Event], position: int) -> int:
-    """How many events are the first `position` tokens of an answer.
-
-    Raises:
-      ResumeMismatch: no event ends there.
-    """
-    tokens = 0
-    for count, event in enumerate(events):
-        if tokens == position:
-            return count
-        if isinstance(event, Chunk):
-            tokens += len(event.tokens)
-        elif isinstance(event, Output):
-            raise ResumeMismatch("an answer with thoughts or tool calls is resumed from 0 only")
-    if tokens == position:
-        return len(events)
-    raise ResumeMismatch(f"no part of the answer ends after {position} tokens; resume from 0")
+def _mismatch(message: str) -> InferenceError:
+    return InferenceError(Failed("RESUME_MISMATCH", message, 409))

@@ -8,13 +8,21 @@ queue by itself never does.
 
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
 
-from ollamad.core.admission import OUTPUT_WEIGHT, FairQueue, Ticket, estimate_s, retry_after_s
+from ollamad.core.admission import (
+    OUTPUT_WEIGHT,
+    Asker,
+    FairQueue,
+    Place,
+    Ticket,
+    estimate_s,
+    retry_after_s,
+)
 from ollamad.core.inference import Failed, InferenceError
 from ollamad.core.state import Model
 
@@ -23,30 +31,6 @@ POLL_S = 0.25  # room that other entry nodes gave back shows in beats only
 
 # Of requests for a model that its nodes have room for, their slots, seconds that one takes.
 Room = Callable[[Model], tuple[int, int, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a request stands in the queue. `position` 1 is the next one for its model."""
-
-    position: int
-    waiting: int  # for any model, at this node
-    estimate_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Asker:
-    """Who asks, and on what terms."""
-
-    identity: str = ""
-    priority: int = 0  # one of core.admission.PRIORITIES
-    deadline_s: float | None = None  # within which the answer must begin; None: whenever
-    wants_scores: bool = False  # the table of routing, with the answer
-    # Told when it has to wait, and then every second.
-    on_wait: Callable[[Place], Awaitable[None]] | None = None
-
-
-ANYBODY = Asker()
 
 
 @dataclass(eq=False, slots=True)

@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 import trio
 
+from ollamad.core.admission import ANYBODY, Asker
 from ollamad.core.explanation import Explanation
 from ollamad.core.failover import Answer, parse_mode
 from ollamad.core.ids import NodeId
@@ -29,8 +30,8 @@ from ollamad.core.prefix import Prompt
 from ollamad.core.presence import Beat, Presence
 from ollamad.core.routing import STICKY_BOUND_S, Choice, Policy
 from ollamad.core.state import ClusterState, Model
-from ollamad.core.transcripts import Transcript, fingerprint_of, seed_of
-from ollamad.scheduler.admission import ANYBODY, AdmissionControl, Admitted, Asker
+from ollamad.core.transcripts import Resume, Transcript, fingerprint_of, seed_of
+from ollamad.scheduler.admission import AdmissionControl, Admitted
 from ollamad.scheduler.exchange import (
     EMBED,
     GENERATE,
@@ -47,7 +48,7 @@ from ollamad.scheduler.exchange import (
     send_whole,
 )
 from ollamad.scheduler.relay import TRY_ELSEWHERE, Relay, nobody
-from ollamad.scheduler.resume import Keeper, Resume
+from ollamad.scheduler.resume import Keeper
 from ollamad.scheduler.router import Router, Sending, Serving
 from ollamad.wire.codec import MalformedMessage, decode, encode
 

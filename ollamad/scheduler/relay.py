@@ -14,6 +14,7 @@ from typing import Protocol, TypeGuard
 import msgspec
 import trio
 
+from ollamad.core.admission import Place
 from ollamad.core.explanation import Explanation
 from ollamad.core.failover import Answer
 from ollamad.core.ids import NodeId, short
@@ -29,7 +30,6 @@ from ollamad.core.inference import (
 from ollamad.core.prefix import Prompt
 from ollamad.core.routing import Choice
 from ollamad.core.state import Model
-from ollamad.scheduler.admission import Place
 from ollamad.scheduler.exchange import LOSSES, EventSource, lost
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import trio
 
 from ollamad.core.ids import NodeId
 from ollamad.core.inference import Event, Failed, GenerateRequest, InferenceError
-from ollamad.core.transcripts import ResumeMismatch, Transcript, Transcripts, split
+from ollamad.core.transcripts import Transcript, Transcripts
 from ollamad.scheduler.exchange import (
     LOSSES,
     TRANSCRIPT,
@@ -27,24 +27,6 @@ from ollamad.wire.codec import MalformedMessage, decode, encode
 # A node that does not answer that soon is most likely the one that died; the answer is then made
 # again on another one.
 ASK_TIMEOUT_S = 1.5
-
-
-class Resume(msgspec.Struct, frozen=True):
-    """Where a client stands that asks for the rest of an answer."""
-
-    from_token: int = 0  # tokens that it has
-    received: str | None = None  # their text; without it, what was made again is not compared
-
-    def known(self, events: list[Event]) -> int:
-        """How many of these events it has.
-
-        Raises:
-          InferenceError: none ends where it stands.
-        """
-        try:
-            return split(events, self.from_token)
-        except ResumeMismatch as error:
-            raise InferenceError(Failed("RESUME_MISMATCH", str(error), 409)) from None
 
 
 class _Asked(msgspec.Struct, frozen=True):

@@ -18,8 +18,10 @@ from ollamad.api.services import (
     ServiceError,
     Services,
 )
+from ollamad.core.admission import ANYBODY, Asker, Place
 from ollamad.core.commands import AnyCommand, FoundCluster, Outcome, Proposal, SetDraining, apply
 from ollamad.core.description import NO_CHANGES, Changes, Description
+from ollamad.core.explanation import Explanation
 from ollamad.core.ids import NodeId, node_id_of
 from ollamad.core.inference import (
     Chunk,
@@ -44,6 +46,7 @@ from ollamad.core.state import (
     ModelDetails,
     User,
 )
+from ollamad.core.transcripts import Resume
 from ollamad.core.transfers import Transfer
 
 NOW = 1_705_312_800.0  # 2024-01-15T10:00:00Z
@@ -304,6 +307,9 @@ class FakeLibrary:
             raise self.error
 
 
+EXPLANATION = Explanation("prefix", "its cache has most of the prompt", 12)
+
+
 @dataclasses.dataclass
 class FakeInference:
     """Plays `script`; an exception in it is raised, an Event of trio is waited for."""
@@ -315,10 +321,21 @@ class FakeInference:
     left: trio.Event = dataclasses.field(default_factory=trio.Event)
     buffer: int = 8
     waiting: int = 0
+    askers: list[Asker] = dataclasses.field(default_factory=list)
+    resumes: list[Resume | None] = dataclasses.field(default_factory=list)
+    places: tuple[Place, ...] = ()  # where it stands while it waits
+    explanation: Explanation = EXPLANATION
 
     @asynccontextmanager
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Generation]:
+    async def generate(
+        self, request: GenerateRequest, asker: Asker = ANYBODY, resume: Resume | None = None
+    ) -> AsyncIterator[Generation]:
         self.requests.append(request)
+        self.askers.append(asker)
+        self.resumes.append(resume)
+        for place in self.places:
+            if asker.on_wait is not None:
+                await asker.on_wait(place)
         if self.refusal is not None:
             raise self.refusal
         send, receive = trio.open_memory_channel[Event](self.buffer)
@@ -327,13 +344,20 @@ class FakeInference:
             # A nursery, as a real one has: errors of the reader come out in a group.
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._play, send)
-                yield Generation(NODE_2, receive)
+                explanation = self.explanation if asker.wants_scores else None
+                first = self.places[0] if self.places else None
+                yield Generation(NODE_2, receive, explanation, first, 1.5 if first else 0.0)
                 nursery.cancel_scope.cancel()
         finally:
             self.left.set()
 
-    async def embed(self, request: EmbedRequest) -> Embedded:
+    def explain(self, request: GenerateRequest) -> Explanation:
         self.requests.append(request)
+        return self.explanation
+
+    async def embed(self, request: EmbedRequest, asker: Asker = ANYBODY) -> Embedded:
+        self.requests.append(request)
+        self.askers.append(asker)
         if self.refusal is not None:
             raise self.refusal
         vectors = tuple((float(i), 0.5, -0.25) for i, _ in enumerate(request.inputs))
