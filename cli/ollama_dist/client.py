@@ -316,7 +316,10 @@ class Api:
         elif wait_s:
             hint = f"Try again in {wait_s} s."
         code = one_line(answer.get("code", ""))
-        return ApiError(message, status=status, code=code, hint=hint, retry_after_s=wait_s)
+        field = str(details.get("field", ""))
+        return ApiError(
+            message, status=status, code=code, hint=hint, retry_after_s=wait_s, field=field
+        )
 
     def _object(self, response: httpx.Response) -> Json:
         return self._decode(response.content)

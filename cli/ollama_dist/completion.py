@@ -20,6 +20,28 @@ def node_names(ctx: typer.Context, incomplete: str) -> list[str]:
     return list(_names(ctx, "nodes", ("name", "id"), incomplete))
 
 
+def user_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The usernames that start with `incomplete`, for who may see them."""
+    return list(_names(ctx, "users", ("username",), incomplete))
+
+
+def key_ids(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The ids of the API keys, for who may see them."""
+    return list(_names(ctx, "keys", ("id",), incomplete))
+
+
+def role_names(incomplete: str) -> list[str]:
+    """The roles that start with `incomplete`."""
+    roles = ("viewer", "inference", "operator", "admin")
+    return [role for role in roles if role.startswith(incomplete)]
+
+
+def period_names(incomplete: str) -> list[str]:
+    """The periods of quotas that start with `incomplete`."""
+    periods = ("minute", "hour", "day", "month", "total")
+    return [period for period in periods if period.startswith(incomplete)]
+
+
 def _names(
     ctx: typer.Context, collection: str, keys: tuple[str, ...], incomplete: str
 ) -> Iterator[str]:

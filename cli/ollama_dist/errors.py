@@ -39,10 +39,17 @@ class NoConnection(CliError):
 
 
 class ApiError(CliError):
-    """The daemon said no. `status` is HTTP's, `code` the API's own."""
+    """The daemon said no. `status` is HTTP's, `code` the API's own, `field` what it is about."""
 
     def __init__(
-        self, message: str, *, status: int, code: str = "", hint: str = "", retry_after_s: int = 0
+        self,
+        message: str,
+        *,
+        status: int,
+        code: str = "",
+        hint: str = "",
+        retry_after_s: int = 0,
+        field: str = "",
     ) -> None:
         if status in (401, 403):
             exit_code = NOT_ALLOWED
@@ -54,3 +61,4 @@ class ApiError(CliError):
         self.status = status
         self.code = code
         self.retry_after_s = retry_after_s
+        self.field = field

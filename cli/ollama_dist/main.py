@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from ollama_dist.commands import auth, cluster, models, nodes, transfers
+from ollama_dist.commands import auth, cluster, keys, models, nodes, transfers, users
 from ollama_dist.commands.chat import run
 from ollama_dist.commands.inference import embed, generate
 from ollama_dist.session import root_callback
@@ -32,6 +32,8 @@ app.add_typer(transfers.app, name="transfers")
 app.add_typer(nodes.app, name="nodes")
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(auth.app, name="auth")
+app.add_typer(users.app, name="users")
+app.add_typer(keys.app, name="keys")
 app.command("version")(cluster.version)
 
 

@@ -116,6 +116,13 @@ class Session:
             text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         sys.stdout.write(text)
 
+    def done(self, answer: dict[str, Any]) -> None:
+        """Show an answer that is a message."""
+        if self.wants_data:
+            self.data(answer)
+        else:
+            self.say(answer.get("message") or "done")
+
     def say(self, text: object) -> None:
         """Write a line of the result, safe for a terminal, in no style."""
         typer.echo(printable(text))

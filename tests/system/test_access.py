@@ -10,7 +10,7 @@ import pytest
 
 import ollamad
 from tests.system.conftest import open_cluster
-from tests.system.harness import Cluster, Node, ok, refused
+from tests.system.harness import Cluster, Node, ok, refused, run_cli, wait_until
 
 PASSWORD = "correct horse battery staple"
 
@@ -139,6 +139,115 @@ def test_a_proxy_or_a_foreign_page_is_not_loopback(two: Cluster, headers: dict[s
 
 def test_a_bad_token_is_refused_also_from_loopback(two: Cluster) -> None:
     refused(two.nodes[0].request("GET", "/nodes", token="nonsense"), 401, "UNAUTHORIZED")
+
+
+def sign_in(node: Node, username: str, password: str) -> dict[str, str]:
+    body = {"username": username, "password": password}
+    pair: dict[str, str] = node.post("/auth/login", body, token="")
+    return pair
+
+
+def dies(node: Node, token: str) -> None:
+    """Another node's changes are here in a moment."""
+    wait_until("the token is dead", lambda: who(node, token) == 401, 3)
+
+
+def test_users_are_the_clusters_and_what_they_hold_dies_with_them(two: Cluster) -> None:
+    first, second = two.nodes
+    added = run_cli(
+        first,
+        "users",
+        "add",
+        "eve",
+        "--role",
+        "operator",
+        "--password-stdin",
+        input=f"{PASSWORD}\n",
+    )
+    assert added.returncode == 0, added.stderr
+    pair = wait_until("eve is known", lambda: sign_in(second, "eve", PASSWORD))
+    assert who(first, pair["token"]) == who(second, pair["token"]) == 200
+    refused(second.request("GET", "/users", token=pair["token"]), 403, "FORBIDDEN")
+
+    # Her own password: the current one first.
+    home = two.directory / "eve"
+    for words, stdin in (
+        (("auth", "login", "-u", "eve", "--password-stdin"), f"{PASSWORD}\n"),
+        (("users", "passwd", "eve", "--password-stdin"), f"another horse\n{PASSWORD}\n"),
+    ):
+        done = run_cli(second, *words, input=stdin, home=home)
+        assert done.returncode == 0, done.stderr
+    assert who(second, pair["token"]) == 401
+    dies(first, pair["token"])
+    spent = first.request(
+        "POST", "/auth/refresh", json={"refresh_token": pair["refresh_token"]}, token=""
+    )
+    refused(spent, 401, "UNAUTHORIZED")
+
+    fresh = sign_in(first, "eve", "another horse")
+    second.delete("/users/eve")
+    assert who(second, fresh["token"]) == 401
+    dies(first, fresh["token"])
+    names = [user["username"] for user in second.get("/users")["users"]]
+    assert names == ["admin"]
+    refused(second.request("DELETE", "/users/admin"), 409, "LAST_ADMIN")
+
+
+def test_a_keys_quota_is_the_whole_clusters_and_survives_a_kill(two: Cluster) -> None:
+    first, second = two.nodes
+    made = first.post("/keys", {"name": "agent", "request_quota": 30})
+    wait_until("the key is known", lambda: who(second, made["key"]) == 200)
+    served: list[float] = []
+    for number in range(400):
+        node = two.nodes[number % 2]
+        answer = node.request("GET", "/models", token=made["key"])
+        if answer.status_code == 200:
+            served.append(time.monotonic())
+        elif len(served) > 30 and time.monotonic() - served[-1] > 1.5:
+            break
+        else:
+            assert answer.status_code == 429
+        time.sleep(0.02)
+    used = 1 + len(served)  # with the one above
+    assert used >= 30, "nobody is refused early"
+    assert served[-1] - served[28] < 3, "the nodes tell each other within about a second"
+    for node in two.nodes:
+        details = refused(node.request("GET", "/models", token=made["key"]), 429, "QUOTA_EXCEEDED")
+        assert details["limit"] == 30
+        shown = next(k for k in node.get("/keys")["keys"] if k["id"] == made["id"])
+        assert shown["used"]["requests"] == used
+    second.kill()
+    second.start()
+    wait_until(
+        "the counts are back",
+        lambda: second.request("GET", "/models", token=made["key"]).status_code == 429,
+        5,
+    )
+    first.delete(f"/keys/{made['id']}")
+    assert who(first, made["key"]) == 401
+    dies(second, made["key"])
+
+
+def test_limits_count_each_caller_for_itself(cluster: Cluster) -> None:
+    cluster.environment |= {
+        "OLLAMAD_RATE_LIMITS__GENERAL": "40",
+        "OLLAMAD_RATE_LIMITS__MODEL_OPS": "3",
+        "OLLAMAD_ADMIN_PASSWORD": PASSWORD,
+    }
+    node = cluster.found()
+    token = login(node)["access"]
+    operations = [node.request("DELETE", "/models/none", token=token) for _ in range(4)]
+    assert [each.status_code for each in operations] == [404, 404, 404, 429]
+    assert operations[0].headers["RateLimit-Limit"] == "3"
+    assert 1 <= int(operations[3].headers["Retry-After"]) <= 20
+    answers = [node.request("GET", "/nodes", token=token) for _ in range(60)]
+    assert {each.status_code for each in answers} == {200, 429}
+    assert all("RateLimit-Remaining" in each.headers for each in answers)
+    assert answers[-1].json()["code"] == "RATE_LIMITED"
+    assert who(node, node.admin_token()) == 200, "another caller"
+    # Programs of Ollama are bounded by other means.
+    with httpx.Client(base_url=node.url) as client:
+        assert all(client.get("/api/tags").status_code == 200 for _ in range(60))
 
 
 def test_a_secret_of_ones_own_signs_the_tokens(cluster: Cluster) -> None:
