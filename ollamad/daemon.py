@@ -63,8 +63,9 @@ from ollamad.raft.node import RaftNode
 from ollamad.raft.sqlite_store import SqliteStore
 from ollamad.scheduler.dispatch import Dispatcher
 from ollamad.scheduler.exchange import EMBED, GENERATE, TRANSCRIPT
-from ollamad.settings import Settings, parse_duration, parse_listen
-from ollamad.sources.pypi import PypiSource
+from ollamad.settings import Settings, SourceSettings, parse_duration, parse_listen
+from ollamad.sources.origins import Origins, OriginSettings
+from ollamad.sources.policy import Policy, parse_hosts
 from ollamad.store.errors import BlobMissing, PieceCorrupt
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher
@@ -180,9 +181,10 @@ class Daemon:
             store=self._store,
             fetcher=Fetcher(self._mesh, self._store, corrupt=PieceCorrupt),
             table=self._table,
-            source=PypiSource(),
+            source=Origins(_origin_settings(settings.sources)),
             unload=self._unload,
             held_path=directory.replicas,
+            pulls_path=directory.pulls,
             default_replicas=settings.models.replicas,
             owns_store=not settings.models.path,
         )
@@ -532,6 +534,24 @@ def _runtime_dir(directory: DataDir) -> Path:
     path = tempfile.mkdtemp(prefix="ollamad-")
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return Path(path)
+
+
+def _origin_settings(section: SourceSettings) -> OriginSettings:
+    folders = [part.strip() for part in section.local_files.split(":")]
+    return OriginSettings(
+        policy=Policy(
+            allow_http=parse_hosts(section.allow_http),
+            allow_private=parse_hosts(section.allow_private),
+            any_redirects=section.redirects == "any",
+        ),
+        mirror=section.registry,
+        token_hosts=parse_hosts(section.token_hosts),
+        ca_file=section.ca_file,
+        connections=section.connections,
+        local_files=tuple(folder for folder in folders if folder),
+        hf_endpoint=section.hf_endpoint,
+        hf_token=section.hf_token,
+    )
 
 
 def _bound(text: str, port: int) -> tuple[str, int]:

@@ -79,6 +79,11 @@ class DataDir:
         return self.path / "models"
 
     @property
+    def pulls(self) -> Path:
+        """The pulls of this node that are not over."""
+        return self.path / "pulls"
+
+    @property
     def replicas(self) -> Path:
         return self.path / "replicas"
 

@@ -20,16 +20,16 @@ from ollamad.core.commands import (
 )
 from ollamad.core.description import NO_CHANGES, Changes, Description
 from ollamad.core.ids import NodeId, short
-from ollamad.core.names import parse_name
+from ollamad.core.names import is_reference, parse_name
 from ollamad.core.placement import Site, place
 from ollamad.core.state import Model
 from ollamad.core.transfers import Transfer
 from ollamad.peers.link import HandlerError, RemoteFailure
 from ollamad.peers.tls import PeerUnreachable
+from ollamad.pulls import PullRequest, Pulls
 from ollamad.share import Share
 from ollamad.sources.base import Source, SourceError
-from ollamad.sources.catalogue import Wanted, resolve_source
-from ollamad.sources.pypi import SCHEME
+from ollamad.sources.references import Wanted, resolve_source
 from ollamad.store.errors import BlobMissing, DigestMismatch, SizeMismatch, StoreError, StoreFull
 from ollamad.store.gguf import GgufError
 from ollamad.store.models import ModelStore
@@ -40,7 +40,6 @@ from ollamad.wire.codec import encode
 log = logging.getLogger(__name__)
 
 PEER_TIMEOUT_S = 2.0  # for questions that a peer answers from memory
-PULL_TIMEOUT_S = 30.0  # for the begin of a pull on another node (it asks the origin first)
 DERIVE_TIMEOUT_S = 30.0  # some small files and a command through the log, on a busy node
 MAX_MESSAGE_BYTES = 1_000_000  # of a question or an answer between nodes, with room for its head
 
@@ -48,15 +47,6 @@ T = TypeVar("T")
 
 # What another node refused with, as the status that a client of that node would have seen.
 _REMOTE_STATUS = {"UNKNOWN_SOURCE": 404, "INVALID_SOURCE": 400, "MODEL_NOT_FOUND": 404}
-
-
-class PullRequest(msgspec.Struct, frozen=True):
-    """Asks another node to bring in a model."""
-
-    name: str
-    source: str | None
-    replicas: int
-    nodes: tuple[NodeId, ...]
 
 
 class DeriveRequest(msgspec.Struct, frozen=True):
@@ -72,6 +62,7 @@ class Library:
 
     Args:
       source: where models come from that the cluster does not have.
+      pulls_path: see `Pulls`.
       unload, held_path, owns_store: see `Share`, which looks after this node's own copies.
     """
 
@@ -85,13 +76,13 @@ class Library:
         source: Source,
         unload: Callable[[str], Awaitable[None]],
         held_path: Path,
+        pulls_path: Path,
         default_replicas: int,
         owns_store: bool = True,
     ) -> None:
         self._cluster = cluster
         self._store = store
         self._table = table
-        self._source = source
         self._default_replicas = default_replicas
         self._share = Share(
             cluster=cluster,
@@ -102,11 +93,20 @@ class Library:
             held_path=held_path,
             owns_store=owns_store,
         )
-        self._pulls: dict[str, str] = {}  # name key -> transfer id
-        self._nursery: trio.Nursery | None = None
+        self._pulls = Pulls(
+            cluster=cluster,
+            store=store,
+            source=source,
+            table=table,
+            publish=self._publish,
+            announce=lambda request, files: None,
+            running=self._running_pull,
+            transfer=self.transfer,
+            cancel=self.cancel,
+            pulls_path=pulls_path,
+        )
         cluster.hand_over = self.hand_over
         mesh = cluster.mesh
-        mesh.answer("library.pull", PullRequest, self._on_pull)
         mesh.answer("library.want", str, self._on_want)
         mesh.answer("library.derive", DeriveRequest, self._on_derive)
         mesh.answer("library.describe", str, self._on_describe)
@@ -128,19 +128,14 @@ class Library:
 
         A model that is here already is copied to more nodes; a running transfer is joined.
         """
-        if source is None and name.startswith(SCHEME):
+        if source is None and is_reference(name):
             source, name = name, _wanted(name).model_name
         model = self._cluster.state.find_model(name)
         if model is not None and source is None:
             return await self._spread(model, nodes, replicas)
-        running = await self._running_pull(name)
-        if running is not None:
-            return running
-        request = PullRequest(name, source, replicas or self._default_replicas, tuple(nodes))
-        puller = nodes[0] if nodes else self._best_puller()
-        if puller == self._cluster.node_id:
-            return await self._start_pull(request)
-        return await self._ask(puller, "library.pull", request, PULL_TIMEOUT_S)
+        count = replicas or self._default_replicas
+        request = PullRequest(name, source, count, tuple(nodes), self._cluster.node_id)
+        return (await self._pulls.begin(request)).transfer_id
 
     async def create(
         self,
@@ -290,66 +285,19 @@ class Library:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run pulls, and this node's share of the models; until cancelled."""
         async with trio.open_nursery() as nursery:
-            self._nursery = nursery
             await nursery.start(self._share.run)
+            await nursery.start(self._pulls.run)
             task_status.started()
 
     # Bringing in.
 
-    def _best_puller(self) -> NodeId:
-        """This node, unless it drains; then the one with the most free disk."""
-        me = self._cluster.node_id
-        if not self._cluster.state.members[me].draining:
-            return me
-        usable = [site for site in self._sites() if site.usable]
-        return max(usable, key=lambda site: site.disk_free).node_id if usable else me
-
-    async def _running_pull(self, name: str) -> str | None:
-        key = parse_name(name).key
+    async def _running_pull(self, key: str) -> Transfer | None:
+        """The pull of that name that runs anywhere."""
         for transfer in await self.transfers():
             runs = transfer.type == "download" and transfer.status in ("pending", "active")
             if runs and parse_name(transfer.model_name).key == key:
-                return transfer.id
+                return transfer
         return None
-
-    async def _start_pull(self, request: PullRequest) -> str:
-        key = parse_name(request.name).key
-        if key in self._pulls:
-            return self._pulls[key]
-        if self._nursery is None:
-            raise ServiceError(503, "STARTING", "this node is starting; try again", {})
-        wanted = _wanted(request.source or request.name)
-        scope = trio.CancelScope()
-        transfer_id = self._table.begin(request.name, "download", cancel=scope.cancel)
-        self._pulls[key] = transfer_id
-        self._nursery.start_soon(self._pull, request, wanted, transfer_id, scope)
-        return transfer_id
-
-    async def _pull(
-        self, request: PullRequest, wanted: Wanted, transfer_id: str, scope: trio.CancelScope
-    ) -> None:
-        def progress(done: int, total: int | None) -> None:
-            self._table.update(transfer_id, bytes_done=done, bytes_total=total)
-
-        key = parse_name(request.name).key
-        try:
-            with scope:
-                self._table.update(transfer_id, bytes_done=0, peer_id=wanted.reference)
-                offer = await self._source.resolve(wanted.reference)
-                self._table.update(transfer_id, bytes_done=0, digest=offer.digest)
-                digest, _ = await self._source.fetch(offer, self._store.ingest, progress=progress)
-                licence = wanted.licence or offer.licence
-                model = await self._store.build_model(request.name, digest, license=licence or None)
-                await self._publish(model, request.nodes, request.replicas)
-                self._table.complete(transfer_id)
-                log.info("%s is in the cluster, from %s", request.name, wanted.reference)
-            if scope.cancelled_caught:
-                self._table.cancelled(transfer_id)
-        except (SourceError, ServiceError, StoreError, GgufError, OSError) as error:
-            log.warning("pulling %s failed: %s", request.name, error)
-            self._table.fail(transfer_id, str(error))
-        finally:
-            self._pulls.pop(key, None)
 
     async def _publish(self, model: Model, nodes: Sequence[NodeId], replicas: int) -> None:
         """Make a model that this node holds known to the cluster, and place its copies."""
@@ -506,12 +454,6 @@ class Library:
             ) from None
 
     # What other nodes ask.
-
-    async def _on_pull(self, peer: NodeId, request: PullRequest) -> str:
-        try:
-            return await self._start_pull(request)
-        except ServiceError as error:
-            raise HandlerError(error.code, error.message) from None
 
     async def _on_want(self, peer: NodeId, name: str) -> str:
         try:

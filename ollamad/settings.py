@@ -23,6 +23,7 @@ from ollamad.api.origins import parse_origins
 from ollamad.core.failover import MODES
 from ollamad.core.names import check_node_name
 from ollamad.core.routing import POLICIES
+from ollamad.sources.policy import parse_hosts
 
 MIN_SECRET_BYTES = 32  # RFC 7518: an HS256 key is at least as long as its hash
 MIN_TOKEN_TTL_S, MAX_TOKEN_TTL_S = 900.0, 3600.0  # short, since a stolen token works so long
@@ -95,6 +96,21 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replicas: int = 2  # copies of a pulled model, if there are that many nodes
 
 
+class SourceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where models come from, and what of that this node may ask. Lists have commas between."""
+
+    registry: str = ""  # stands in for registry.ollama.ai: host, host:port or URL
+    allow_http: str = ""  # hosts that are asked without TLS
+    allow_private: str = ""  # hosts and networks that are not public, and asked all the same
+    redirects: str = "safe"  # to other hosts: safe (where a digest says what is right) or any
+    token_hosts: str = ""  # hosts that registries may send to for a token, with the password
+    ca_file: str = ""  # PEM file of CAs that are trusted, too
+    connections: int = 8  # at once, of one download
+    local_files: str = ""  # directories that models may be taken from, with colons between
+    hf_endpoint: str = ""  # a mirror of Hugging Face
+    hf_token: str = ""
+
+
 class LogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     level: str = "info"  # debug, info, warning, error
     format: str = "text"  # text or json
@@ -113,10 +129,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engine: EngineSection = EngineSection()
     scheduler: SchedulerSettings = SchedulerSettings()
     models: ModelSettings = ModelSettings()
+    sources: SourceSettings = SourceSettings()
     log: LogSettings = LogSettings()
 
 
-SECRETS = {"auth.jwt_secret"}  # masked when settings are shown
+SECRETS = {"auth.jwt_secret", "sources.hf_token"}  # masked when settings are shown
 
 # The user's document and Ollama name these; every other key is OLLAMAD_<SECTION>__<KEY>.
 ENVIRONMENT = {
@@ -130,6 +147,8 @@ ENVIRONMENT = {
     "BOOTSTRAP": "node.bootstrap",
     "OLLAMAD_DATA_DIR": "data_dir",
     "OLLAMA_MODELS": "models.path",
+    "HF_ENDPOINT": "sources.hf_endpoint",
+    "HF_TOKEN": "sources.hf_token",
     "OLLAMA_KEEP_ALIVE": "engine.keep_alive",
     "OLLAMA_NUM_PARALLEL": "engine.num_parallel",
     "OLLAMA_MAX_LOADED_MODELS": "engine.max_loaded_models",
@@ -380,6 +399,26 @@ def _at_least(least: int) -> Any:
     return check
 
 
+def _between(least: int, most: int) -> Any:
+    def check(value: int) -> None:
+        if not least <= value <= most:
+            raise ValueError(f"it must be {least} to {most}")
+
+    return check
+
+
+def _check_registry(value: str) -> None:
+    if value and "://" in value:
+        _check_url(value)
+    elif value and not re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]{1,5})?", value):
+        raise ValueError("use host, host:port or a URL")
+
+
+def _check_url(value: str) -> None:
+    if value and not re.fullmatch(r"https?://[^/\s@]+(/\S*)?", value):
+        raise ValueError("use a URL such as https://host")
+
+
 def _check_node_name(value: str) -> None:
     if value:
         check_node_name(value)
@@ -423,6 +462,13 @@ _CHECKS: dict[str, Any] = {
     "rate_limits.general": _at_least(0),
     "rate_limits.model_ops": _at_least(0),
     "rate_limits.websocket": _at_least(0),
+    "sources.registry": _check_registry,
+    "sources.allow_http": parse_hosts,
+    "sources.allow_private": parse_hosts,
+    "sources.redirects": _one_of("safe", "any"),
+    "sources.token_hosts": parse_hosts,
+    "sources.connections": _between(1, 64),
+    "sources.hf_endpoint": _check_url,
     "node.name": _check_node_name,
     "log.level": _one_of("debug", "info", "warning", "error"),
     "log.format": _one_of("text", "json"),

@@ -11,10 +11,10 @@ from ollamad.api.bodies import CreateBody, DownloadBody, invalid
 from ollamad.api.calls import Call, read_name, reply, rfc3339
 from ollamad.api.services import ServiceError
 from ollamad.core.ids import NodeId
+from ollamad.core.names import is_reference
 from ollamad.core.state import Model
 from ollamad.core.transfers import Transfer
 
-REFERENCE_SCHEMES = ("pypi:",)
 _DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
 
 
@@ -55,8 +55,8 @@ async def delete_model(call: Call, name: str) -> Reply:
 async def download_model(call: Call, name: str) -> Reply:
     body = await call.body(DownloadBody, optional=True)
     # A reference such as pypi:NAME==1.0 is no model name; the library finds its name.
-    is_reference = body.source is None and name.startswith(REFERENCE_SCHEMES)
-    model = name if is_reference else str(read_name(name))
+    is_whole = body.source is None and is_reference(name)
+    model = name if is_whole else str(read_name(name))
     nodes: Sequence[NodeId] = [(await call.find_member(reference)).id for reference in body.nodes]
     transfer_id = await call.services.library.download(
         model, source=body.source, nodes=nodes, replicas=body.replicas

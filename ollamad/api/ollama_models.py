@@ -18,7 +18,7 @@ from ollamad.api.conversation import read_messages
 from ollamad.api.dialects import ollama_error
 from ollamad.api.errors import as_service_error
 from ollamad.api.generation import LineLayout, encode
-from ollamad.api.models import REFERENCE_SCHEMES, has_blob, read_digest, upload_blob
+from ollamad.api.models import has_blob, read_digest, upload_blob
 from ollamad.api.ollama import find
 from ollamad.api.ollama_bodies import (
     CopyBody,
@@ -29,7 +29,7 @@ from ollamad.api.ollama_bodies import (
 from ollamad.api.services import ServiceError
 from ollamad.core.description import Changes, Description
 from ollamad.core.inference import LoadedModel
-from ollamad.core.names import InvalidName, ModelName, parse_name
+from ollamad.core.names import InvalidName, ModelName, is_reference, parse_name
 from ollamad.core.state import Model
 from ollamad.core.transfers import Transfer
 
@@ -131,7 +131,7 @@ async def pull(call: Call) -> Reply | None:
     body = await call.body(NamedBody, any_type=True)
     wanted = body.wanted
     # A reference such as pypi:NAME==1.0 is no model name; the library finds its name.
-    if not wanted.startswith(REFERENCE_SCHEMES):
+    if not is_reference(wanted):
         wanted = str(_name(wanted, "invalid model name"))
 
     async def work(tell: Tell) -> None:

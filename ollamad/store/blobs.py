@@ -32,6 +32,7 @@ from ollamad.core.pieces import (
     piece_size_for,
 )
 from ollamad.store.errors import (
+    BeingReceived,
     BlobMissing,
     DigestMismatch,
     InvalidPieceMap,
@@ -335,7 +336,7 @@ class BlobStore:
     ) -> PartialBlob:
         paths = PartialPaths(self.blob_path(digest))
         if digest in self._partials:
-            raise StoreError(f"{digest} is being received already")
+            raise BeingReceived(f"{digest} is being received already")
         self._partials[digest] = None
         try:
             opening = functools.partial(open_partial_files, paths, piece_map, growing=growing)

@@ -22,6 +22,10 @@ class StoreFull(StoreError):
         self.free_bytes = free_bytes
 
 
+class BeingReceived(StoreError):
+    """Another task of this process is receiving that blob."""
+
+
 class DigestMismatch(StoreError):
     """The bytes are not those that were announced; they have been thrown away."""
 

@@ -133,8 +133,11 @@ class ModelStore(BlobStore):
         system: str | None = None,
         params: Options | None = None,
         license: str | Sequence[str] | None = None,
+        projectors: Sequence[str] = (),
     ) -> Model:
         """Make a model of a GGUF blob that is here: writes its small blobs, not the manifest.
+
+        `projectors` are digests of more GGUF blobs, which let it see or hear.
 
         The same parts always give the same manifest, on whatever node.
 
@@ -155,6 +158,10 @@ class ModelStore(BlobStore):
         if params is not None and params != Options():
             parts.append((manifests.PARAMS_TYPE, msgspec.json.encode(params).decode()))
         layers = [gguf]
+        for digest in projectors:
+            await self.read_header(digest)
+            size = await self.blob_size(digest)
+            layers.append(Descriptor(manifests.PROJECTOR_TYPE, digest, size))
         for media_type, text in parts:
             layers.append(await self._put_part(media_type, text.encode()))
         config = _Config(

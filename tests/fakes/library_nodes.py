@@ -3,9 +3,11 @@
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 
 from ollamad.api.services import NoQuorum, ServiceError
@@ -17,7 +19,7 @@ from ollamad.core.state import ClusterState
 from ollamad.core.transfers import Transfer
 from ollamad.library import Library
 from ollamad.peers.mesh import Mesh
-from ollamad.sources.base import Offer, Progress, Sink, SourceError
+from ollamad.sources.base import Offer, Progress, RemoteFile, Sink, SourceError, Target
 from ollamad.store.errors import BlobMissing, PieceCorrupt
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher
@@ -87,6 +89,12 @@ class LibraryCluster:
         if isinstance(outcome, Rejected):
             raise ServiceError(409, outcome.code, outcome.message)
 
+    def leader(self) -> NodeId | None:
+        """The first of those who are there."""
+        return next(
+            (node_id for node_id in sorted(self.state.members) if self.is_online(node_id)), None
+        )
+
     def other_members(self) -> list[NodeId]:
         return [node_id for node_id in self.state.members if node_id != self.node_id]
 
@@ -99,35 +107,45 @@ class LibraryCluster:
 
 
 class ScriptedSource:
-    """One model file behind every reference."""
+    """One model file behind every reference: a `Source`, and what it opens."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
         self.failure: SourceError | None = None
-        self.gate: trio.Event | None = None  # the second half waits for it
+        self.gate: trio.Event | None = None  # the file waits for it
+        self.digest = ""  # what the origin promises for it
         self.fetches = 0
 
-    async def resolve(self, reference: str) -> Offer:
+    @asynccontextmanager
+    async def open(self, reference: str) -> AsyncIterator["ScriptedSource"]:
+        self.reference = reference
+        yield self
+
+    async def resolve(self) -> Offer:
         await trio.lowlevel.checkpoint()
         if self.failure is not None:
             raise self.failure
-        return Offer(reference, "tiny", "tiny.whl", "https://x", "sha256:x", licence="MIT")
+        file = RemoteFile("https://x/tiny.gguf", None, self.digest)
+        return Offer(self.reference, "tiny", weights=file, licence="MIT")
 
-    async def fetch(
-        self, offer: Offer, sink: Sink[Any], *, progress: Progress | None = None
-    ) -> Any:
+    def blob(self, digest: str, size: int) -> RemoteFile:
+        raise NotImplementedError
+
+    async def unpack(self, path: Path, sink: Sink[Any]) -> Any:
+        raise NotImplementedError
+
+    async def stat(self, file: RemoteFile) -> RemoteFile:
+        return msgspec.structs.replace(file, size=len(self.content))
+
+    async def download(self, file: RemoteFile, target: Target, progress: Progress) -> None:
         self.fetches += 1
-
-        async def chunks() -> AsyncIterator[bytes]:
-            half = len(self.content) // 2
-            yield self.content[:half]
-            if progress is not None:
-                progress(half, len(self.content))
-            if self.gate is not None:
+        size = target.map.piece_size
+        for index in range(len(target.map)):
+            progress(len(self.content) * (index + 1) // (len(target.map) + 1))
+            if self.gate is not None and index == len(target.map) - 1:
                 await self.gate.wait()
-            yield self.content[half:]
-
-        return await sink(chunks(), size=len(self.content))
+            if not target.have[index]:
+                await target.write_piece(index, self.content[index * size : (index + 1) * size])
 
 
 class LibraryNode:
@@ -161,6 +179,7 @@ class LibraryNode:
             source=self.source,
             unload=self._unload,
             held_path=self.root / "held",
+            pulls_path=self.root / "pulls",
             default_replicas=2,
         )
         mesh.handle(METHOD, PieceServer(self.store, missing=BlobMissing).handle)

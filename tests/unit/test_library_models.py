@@ -137,7 +137,7 @@ async def test_a_source_that_nobody_knows(world: World, from_other: bool) -> Non
     await world.start(B)
     nodes = [B] if from_other else []
     with pytest.raises(ServiceError) as caught:
-        await world.nodes[A].library.download("no-such-model", nodes=nodes)
+        await world.nodes[A].library.download("x", source="ftp://x/y", nodes=nodes)
     assert (caught.value.status, caught.value.code) == (404, "UNKNOWN_SOURCE")
 
 

