@@ -198,6 +198,9 @@ class Cluster:
     def is_online(self, node_id: NodeId) -> bool:
         return node_id == self.node_id or self.heartbeats.presence(node_id).online
 
+    def changed(self) -> trio.Event:
+        return self.changes.next()
+
     def consensus(self) -> Consensus:
         raft = self._raft
         return Consensus(

@@ -29,10 +29,12 @@ from ollamad.admission import Admission, Invitation
 from ollamad.api.app import build_app
 from ollamad.api.auth import AuthSettings, hash_password, mint_local_token
 from ollamad.api.calls import ApiSettings
+from ollamad.api.http import ConnectionLimits
 from ollamad.api.limits import RateLimits
 from ollamad.api.origins import parse_origins
 from ollamad.api.serve import (
     CannotListen,
+    connections_allowed,
     open_listeners,
     open_ollama_listeners,
     serve_api,
@@ -442,8 +444,23 @@ class Daemon:
             rate_limits=RateLimits(limits.general, limits.model_ops, limits.websocket),
         )
         app = build_app(services, api)
+        section = self._settings.api
+        connections = ConnectionLimits(
+            connections_allowed(section.max_connections), section.max_connections_per_address
+        )
         try:
-            await serve_api(app, self._api_sockets, self._api_down, task_status=task_status)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(app.hub.run)
+                await nursery.start(app.feed.run)
+                await serve_api(
+                    app,
+                    self._api_sockets,
+                    self._api_down,
+                    limits=connections,
+                    websockets=app.websockets,
+                    task_status=task_status,
+                )
+                nursery.cancel_scope.cancel()
         finally:
             self._api_ended.set()
 

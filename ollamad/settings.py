@@ -42,6 +42,9 @@ class ApiSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Where programs written for Ollama look. auto: 127.0.0.1:11434, unless an Ollama has it.
     ollama_listen: str = "auto"
     origins: str = ""  # of web pages that may call, with commas between; this host's always may
+    # Connections, in all and from one address; 0 for any number. A connection takes some 50 kB.
+    max_connections: int = 4096
+    max_connections_per_address: int = 512
 
 
 class P2pSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -448,6 +451,8 @@ _CHECKS: dict[str, Any] = {
     "api.listen": parse_listen,
     "api.ollama_listen": _check_ollama_listen,
     "api.origins": parse_origins,
+    "api.max_connections": _at_least(0),
+    "api.max_connections_per_address": _at_least(0),
     "p2p.listen": parse_listen,
     "raft.listen": parse_listen,
     "auth.loopback_role": _one_of("none", "viewer", "inference", "operator", "admin"),

@@ -5,12 +5,10 @@ known), and the handler. What is not in the table does not exist.
 """
 
 import dataclasses
-import secrets
 from collections.abc import Awaitable, Callable
 
 import trio
 from quart_trio import QuartTrio
-from quart_trio.wrappers import TrioResponse
 from werkzeug.exceptions import MethodNotAllowed
 
 from ollamad.api import (
@@ -31,6 +29,8 @@ from ollamad.api.bodies import invalid
 from ollamad.api.calls import Api, ApiSettings, Call, Handler, error_reply, peer_of
 from ollamad.api.dialects import error_body_for
 from ollamad.api.errors import as_service_error
+from ollamad.api.feed import Feed
+from ollamad.api.hub import Hub
 from ollamad.api.limits import (
     LoginGuard,
     Throttle,
@@ -41,6 +41,7 @@ from ollamad.api.limits import (
 from ollamad.api.metrics import RequestStats
 from ollamad.api.origins import Origins, preflight_headers
 from ollamad.api.services import ServiceError, Services, Unavailable
+from ollamad.api.websocket import Sockets
 from ollamad.core.state import Role
 
 BASE = "/api/v1"
@@ -139,6 +140,9 @@ ROUTES = (
 class ApiApp(QuartTrio):
     """Quart with this API's connection and request; `stats` counts every request.
 
+    `websockets` is the part of it that connections go to which ask for a WebSocket (see http.py);
+    `hub.run` and `feed.run` are the tasks that it needs.
+
     A request takes one explicit way: routed, checked, handled. Quart's request context, hooks,
     signals and sessions are left out of it, because they would cost a third of a small
     request and hide what happens to it.
@@ -155,6 +159,9 @@ class ApiApp(QuartTrio):
         self.clock = api.services.monotonic
         self.views: dict[str, View] = {}
         self.routes = self.url_map.bind("")  # no route depends on the Host
+        self.hub = Hub(api.settings.rate_limits.websocket)
+        self.feed = Feed(api, self.hub)
+        self.websockets = Sockets(self.hub, self.feed, api.auth, api.services.cluster)
 
     async def reply_to(self, request: Request) -> Reply | None:
         """Answer one request; whatever goes wrong is an error answer. None: it was streamed."""
@@ -200,7 +207,6 @@ def build_app(services: Services, settings: ApiSettings) -> ApiApp:
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.config["RESPONSE_TIMEOUT"] = None  # Quart's 60 s would cut a long answer
     app.url_map.merge_slashes = False  # a redirect is no answer to a mistyped path
-    app.register_error_handler(Exception, _refuse_socket)
     for route in ROUTES:
         endpoint = f"{route.method} {route.path}"
         app.add_url_rule(route.path, endpoint, methods=[route.method])
@@ -292,13 +298,6 @@ def _error_reply(error: BaseException, request_id: str, path: str) -> Reply:
     if isinstance(error, MethodNotAllowed) and error.valid_methods:
         response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
     return response
-
-
-async def _refuse_socket(error: Exception) -> TrioResponse:
-    """The answer to a WebSocket that is not accepted; requests do not come by here."""
-    reply = _error_reply(error, secrets.token_hex(8), BASE)
-    content_type = reply.content_type.decode()
-    return TrioResponse(reply.body, reply.status, reply.headers, content_type=content_type)
 
 
 __all__ = ["BASE", "ROUTES", "ApiApp", "ApiSettings", "Route", "build_app"]

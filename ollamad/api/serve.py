@@ -1,39 +1,44 @@
-"""Listening sockets, and hypercorn on top of them.
+"""Listening sockets, and the server on top of them.
 
 The sockets are bound here, before anything else of the daemon starts: a port in use is one
-clear error, port 0 works, and the daemon knows its addresses. hypercorn gets them by file
-descriptor.
+clear error, port 0 works, and the daemon knows its addresses. What happens on an accepted
+connection is in `http.py`.
 """
 
 import errno
 import logging
-import os
+import resource
 import socket
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
-import hypercorn.trio
 import trio
 from hypercorn.config import Config
-from quart_trio import QuartTrio
+from hypercorn.typing import ASGIFramework
+from hypercorn.utils import repr_socket_addr, wrap_app
+
+from ollamad.api.http import ConnectionLimits, Connections, SocketHandler
 
 BACKLOG = 512  # connections that wait for accept; a burst of clients after a leader change
 GRACEFUL_TIMEOUT_S = 3.0  # for open answers at shutdown; the whole daemon has 10 s
 # What an answer that was cancelled may take to unwind before its connection is cut under it.
 ABORT_AFTER_S = 1.0
-# Idle connections of well-behaved clients live this long; it also bounds how long a client may
-# take to send its headers.
-KEEP_ALIVE_S = 75.0
 MAX_HEADER_BYTES = 32 << 10  # a token and some cookies fit several times
 # hypercorn asks for some limit; this one is no nuisance to a busy proxy.
 MAX_REQUESTS_PER_CONNECTION = 1_000_000
-# Unacknowledged bytes for so long mean that the client stopped reading or is gone without a
-# word; only then does a generation end whose output waits in hypercorn's shielded send.
+# The kernel's part of the buffers: what a client leaves unread of a stream of tokens.
+SEND_BUFFER = 256 << 10
+# Files that are not connections of the API: models, the journal, links to other nodes, runners.
+RESERVED_FILES = 512
+MIN_CONNECTIONS = 64
+# Unacknowledged bytes for so long mean that the client is gone without a word.
 USER_TIMEOUT_MS = 20_000
 # A client that waits silently for a long prompt is asked whether it is still there.
 KEEPALIVE_IDLE_S = 30
 KEEPALIVE_INTERVAL_S = 10
 KEEPALIVE_PROBES = 3
+
+NO_LIMITS = ConnectionLimits()
 
 OLLAMA_ADDRESS = "127.0.0.1:11434"  # Ollama's default, which its clients use unless told otherwise
 AUTO, OFF = "auto", "off"
@@ -94,10 +99,12 @@ async def open_ollama_listeners(setting: str) -> list[socket.socket]:
 
 
 async def serve_api(
-    app: QuartTrio,
+    app: ASGIFramework,
     sockets: Sequence[socket.socket],
     shutdown: trio.Event,
     *,
+    limits: ConnectionLimits = NO_LIMITS,
+    websockets: SocketHandler | None = None,
     graceful_timeout_s: float = GRACEFUL_TIMEOUT_S,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -108,35 +115,61 @@ async def serve_api(
     end, are cancelled then, and ABORT_AFTER_S later what is left is cut off.
 
     Cancellation: the answers are cancelled at once. A client that has stopped reading can hold
-    it up for USER_TIMEOUT_MS; prefer `shutdown`.
+    it up for `http.UNREAD_TIMEOUT_S`; prefer `shutdown`.
     """
-    ports = {each.getsockname()[1] for each in sockets}
     config = Config()
-    config.bind = [f"fd://{each.detach()}" for each in sockets]
-    config.backlog = BACKLOG
-    config.graceful_timeout = graceful_timeout_s
-    config.keep_alive_timeout = KEEP_ALIVE_S
     config.keep_alive_max_requests = MAX_REQUESTS_PER_CONNECTION
     config.h11_max_incomplete_size = MAX_HEADER_BYTES
     config.include_server_header = False
     config.accesslog = None
     config.errorlog = _server_log
+    connections = Connections(wrap_app(app, 0, "asgi"), config, limits, websockets)
+    listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in sockets]
+    urls = [f"http://{repr_socket_addr(one.family, one.getsockname())}" for one in sockets]
+    async with trio.open_nursery() as aborting:
+        async with trio.open_nursery() as serving:
+            async with trio.open_nursery() as accepting:
+                accepting.start_soon(
+                    partial(
+                        trio.serve_listeners,
+                        connections.serve,
+                        listeners,
+                        handler_nursery=serving,
+                    )
+                )
+                task_status.started(urls)
+                await shutdown.wait()
+                accepting.cancel_scope.cancel()
+            await connections.close_idle()
+            serving.cancel_scope.deadline = trio.current_time() + graceful_timeout_s
 
-    async def abort_late() -> None:
-        await shutdown.wait()
-        await trio.sleep(graceful_timeout_s + ABORT_AFTER_S)
-        _abort_connections(ports)
+            async def abort_late() -> None:
+                await trio.sleep(graceful_timeout_s + ABORT_AFTER_S)
+                connections.abort()
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(abort_late)
-        await hypercorn.trio.serve(
-            app,
-            config,
-            shutdown_trigger=shutdown.wait,
-            task_status=task_status,
-            mode="asgi",
+            aborting.start_soon(abort_late)
+        aborting.cancel_scope.cancel()
+
+
+def connections_allowed(wanted: int) -> int:
+    """How many connections there may be of those wanted (0: any number), by the limit of files.
+
+    Raises that limit as far as the system lets it: the usual one of 1,024 stands for programs
+    that wait with select(2), which this is none of.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    most = max(MIN_CONNECTIONS, hard - RESERVED_FILES)
+    if wanted > most:
+        log.warning(
+            "api.max_connections is %d, but this process may open %d files: it takes %d "
+            "connections. Raise LimitNOFILE of the service, or `ulimit -Hn`",
+            wanted,
+            hard,
+            most,
         )
-        nursery.cancel_scope.cancel()
+    return min(wanted or most, most)
 
 
 async def _bind_all(bind: str) -> list[socket.socket]:
@@ -157,6 +190,7 @@ def _tune(bound: trio.socket.SocketType) -> socket.socket:
     tcp = socket.IPPROTO_TCP
     plain.setsockopt(tcp, socket.TCP_NODELAY, 1)  # a token must not wait for the next one
     plain.setsockopt(tcp, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     plain.setsockopt(tcp, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     plain.setsockopt(tcp, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
@@ -174,27 +208,3 @@ def _reason(error: OSError) -> str:
             return "not allowed; ports below 1024 need a privilege"
         case _:
             return error.strerror or str(error)
-
-
-def _abort_connections(ports: set[int]) -> None:
-    """Shut down every connection that was accepted on these ports.
-
-    hypercorn shields its sends from cancellation, so one client that stopped reading would
-    hold up the shutdown; it does not show its connections either. The kernel does.
-    """
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            descriptor = os.dup(int(entry.name))
-        except OSError:
-            continue  # closed since the listing
-        try:
-            connection = socket.socket(fileno=descriptor)
-        except OSError:
-            os.close(descriptor)  # a file, a pipe
-            continue
-        with connection:
-            try:
-                if connection.family != socket.AF_UNIX and connection.getsockname()[1] in ports:
-                    connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue  # gone already, or a listener

@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import msgspec
+import trio
 
 from ollamad.core.admission import ANYBODY, Asker, Place
 from ollamad.core.commands import AnyCommand, Outcome
@@ -109,6 +110,9 @@ class Cluster(Protocol):
     def voters(self) -> Sequence[NodeId]: ...
     def presence(self, node_id: NodeId) -> Presence: ...
     def consensus(self) -> Consensus: ...
+    def changed(self) -> trio.Event:
+        """Set when the state, or who is there, changes the next time."""
+        ...
 
     @property
     def is_caught_up(self) -> bool:

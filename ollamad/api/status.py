@@ -2,11 +2,12 @@
 
 import math
 import platform
+from typing import Any
 
 import ollamad
 from ollamad.api.asgi import Reply
 from ollamad.api.bodies import JoinBody, JoinTokenBody, LeaveBody, invalid
-from ollamad.api.calls import Call, is_host_port, reply, rfc3339
+from ollamad.api.calls import Api, Call, is_host_port, reply, rfc3339
 from ollamad.api.services import Cluster, NoQuorum, ServiceError
 from ollamad.core.ids import NodeId, is_node_id, short
 
@@ -19,7 +20,7 @@ async def root(call: Call) -> Reply:
 
 async def health(call: Call) -> Reply:
     services = call.services
-    trouble = _trouble(call)
+    trouble = _trouble(call.api)
     body = {
         "status": "unhealthy" if trouble else "healthy",
         "timestamp": rfc3339(services.wall()),
@@ -48,32 +49,35 @@ async def version(call: Call) -> Reply:
 
 
 async def cluster_status(call: Call) -> Reply:
-    cluster = call.services.cluster
+    return reply(describe_cluster(call.api))
+
+
+def describe_cluster(api: Api) -> dict[str, Any]:
+    """What `/cluster/status` says, also to WebSockets."""
+    cluster = api.services.cluster
     state = cluster.state
     online = sum(cluster.presence(node_id).online for node_id in state.members)
-    if _trouble(call):
+    if _trouble(api):
         status = "unhealthy"
     elif online < len(state.members):
         status = "degraded"
     else:
         status = "healthy"
     leader = cluster.leader()
-    return reply(
-        {
-            "node_id": cluster.node_id,
-            "is_leader": cluster.is_leader,
-            "leader": leader or "",
-            "peers": connected_peers(cluster),
-            "status": status,
-            "cluster_id": state.cluster_id,
-            "cluster_size": len(state.members),
-            "nodes_online": online,
-            "has_quorum": cluster.has_quorum,
-            "term": cluster.term,
-            "voters": list(cluster.voters()),
-            "leader_name": state.members[leader].name if leader in state.members else "",
-        }
-    )
+    return {
+        "node_id": cluster.node_id,
+        "is_leader": cluster.is_leader,
+        "leader": leader or "",
+        "peers": connected_peers(cluster),
+        "status": status,
+        "cluster_id": state.cluster_id,
+        "cluster_size": len(state.members),
+        "nodes_online": online,
+        "has_quorum": cluster.has_quorum,
+        "term": cluster.term,
+        "voters": list(cluster.voters()),
+        "leader_name": state.members[leader].name if leader in state.members else "",
+    }
 
 
 async def cluster_leader(call: Call) -> Reply:
@@ -168,7 +172,7 @@ async def metrics(call: Call) -> Reply:
                 "average_latency": round(inference.average_latency_ms, 3),
             },
             "uptime": "running",
-            "status": "unhealthy" if _trouble(call) else "healthy",
+            "status": "unhealthy" if _trouble(call.api) else "healthy",
             "cpu_usage": round(services.host.cpu_percent(), 2),
             "memory_usage": round(services.host.memory_percent(), 2),
             "network_usage": round(services.host.network_percent(), 2),
@@ -197,13 +201,13 @@ def format_uptime(seconds: float) -> str:
     return f"{hours}h {minutes}m {rest}s"
 
 
-def _trouble(call: Call) -> str | None:
+def _trouble(api: Api) -> str | None:
     """Why this node cannot serve, or None."""
-    cluster = call.services.cluster
+    cluster = api.services.cluster
     if not cluster.state.cluster_id:
         return "this node is not part of a cluster yet"
     lost_s = cluster.quorum_lost_for_s
-    if cluster.has_quorum or lost_s <= call.api.settings.election_timeout_s:
+    if cluster.has_quorum or lost_s <= api.settings.election_timeout_s:
         return None
     voters, members = cluster.voters(), cluster.state.members
     missing = sorted(

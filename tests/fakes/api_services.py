@@ -129,6 +129,7 @@ class FakeCluster:
         self.is_caught_up = True
         self.barriers = 0
         self.on_barrier: Callable[[], None] = lambda: None
+        self.change = trio.Event()
         admin = User("admin", PASSWORD_HASH, "admin", NOW)
         authority = CertificateAuthority(b"", b"")
         founder = member(NODE_1, "node_001")
@@ -161,6 +162,14 @@ class FakeCluster:
     def consensus(self) -> Consensus:
         return Consensus(commit_index=17, applied_index=17, silence_s=self.silence_s)
 
+    def changed(self) -> trio.Event:
+        return self.change
+
+    def notify(self) -> None:
+        """Something was changed by hand."""
+        self.change.set()
+        self.change = trio.Event()
+
     async def read_barrier(self, timeout_s: float) -> None:
         await trio.lowlevel.checkpoint()
         if not self.has_quorum:
@@ -184,7 +193,9 @@ class FakeCluster:
 
     def _apply(self, command: AnyCommand) -> Outcome:
         proposal = Proposal(f"p{len(self.proposed)}-{id(command)}", self._clock.wall(), command)
-        return apply(self.state, proposal)
+        outcome = apply(self.state, proposal)
+        self.notify()
+        return outcome
 
 
 DESCRIPTION = Description(

@@ -15,7 +15,14 @@ import trio.testing
 
 from ollamad.api import calls, serve
 from ollamad.api.asgi import BODY_HIGH_WATER
-from ollamad.api.serve import CannotListen, open_listeners, open_ollama_listeners, serve_api
+from ollamad.api.http import ConnectionLimits
+from ollamad.api.serve import (
+    NO_LIMITS,
+    CannotListen,
+    open_listeners,
+    open_ollama_listeners,
+    serve_api,
+)
 from ollamad.core.inference import Chunk
 from tests.fakes.api_client import ApiClient
 from tests.fakes.api_services import FINISHED, World, model
@@ -100,7 +107,9 @@ class Wire:
 
 
 @asynccontextmanager
-async def serving(graceful_timeout_s: float = 3.0) -> AsyncIterator[Server]:
+async def serving(
+    graceful_timeout_s: float = 3.0, limits: ConnectionLimits = NO_LIMITS
+) -> AsyncIterator[Server]:
     client = ApiClient()
     sockets = await open_listeners(["127.0.0.1:0"])
     port = sockets[0].getsockname()[1]
@@ -111,6 +120,8 @@ async def serving(graceful_timeout_s: float = 3.0) -> AsyncIterator[Server]:
             client.app,
             sockets,
             server.shutdown,
+            limits=limits,
+            websockets=client.app.websockets,
             graceful_timeout_s=graceful_timeout_s,
             task_status=task_status,
         )
@@ -418,22 +429,6 @@ async def test_odd_but_valid_requests_get_json_errors() -> None:
             await wire.send_head("GET", "/api/v1/nodes", Host="a b@[")
             await wire.end()
             assert (await wire.answer())[0] == 401
-
-
-async def test_a_web_socket_that_does_not_exist_is_404() -> None:
-    async with serving() as server, await server.connect() as wire:
-        await wire.send_head(
-            "GET",
-            "/ws",
-            Connection="Upgrade",
-            Upgrade="websocket",
-            Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZQ==",
-            Sec_WebSocket_Version="13",
-        )
-        await wire.end()
-        status, headers, body = await wire.answer()
-        assert (status, json.loads(body)["code"]) == (404, "NOT_FOUND")
-        assert headers["content-type"] == "application/json; charset=utf-8"
 
 
 async def test_a_port_in_use_is_told_clearly() -> None:
