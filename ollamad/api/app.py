@@ -12,6 +12,7 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import MethodNotAllowed
 
 from ollamad.api import (
+    anthropic,
     inference,
     keys,
     models,
@@ -19,6 +20,7 @@ from ollamad.api import (
     ollama,
     ollama_models,
     openai,
+    responses,
     sessions,
     status,
     users,
@@ -134,6 +136,10 @@ ROUTES = (
     Route("POST", "/v1/chat/completions", "inference", openai.chat, bounded=False),
     Route("POST", "/v1/completions", "inference", openai.complete, bounded=False),
     Route("POST", "/v1/embeddings", "inference", openai.embeddings, bounded=False),
+    Route("POST", "/v1/responses", "inference", responses.respond, bounded=False),
+    # What Anthropic's clients speak.
+    Route("POST", "/v1/messages", "inference", anthropic.create_message, bounded=False),
+    Route("POST", "/v1/messages/count_tokens", "inference", anthropic.count_tokens, bounded=False),
 )
 
 

@@ -156,6 +156,8 @@ class Auth:
             if scheme.lower() != "bearer" or not token.strip():
                 raise _unauthorized("send the token as `Authorization: Bearer TOKEN`")
             return self._identity_of(token.strip())
+        if (key := headers.get("X-Api-Key")) is not None:  # as Anthropic's clients send it
+            return self._identity_of(key.strip())
         role = self._settings.loopback_role
         if role != "none" and is_local_request(headers, peer, self._origins):
             return Identity("local", role)

@@ -1,7 +1,7 @@
 """JSON bodies of requests, decoded strictly, with errors that name the field.
 
-Unknown fields are ignored, as Ollama does. Fields whose feature this version does not have are
-refused when they would change the answer: silence would be a wrong answer.
+Unknown fields are ignored, as Ollama does. What would change the answer and cannot be done is
+refused: silence would be a wrong answer.
 """
 
 import re
@@ -10,16 +10,19 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from ollamad.api.conversation import ChatMessage, read_messages, read_tools
+from ollamad.api.conversation import ChatMessage, read_images, read_messages, read_tools
 from ollamad.api.services import ServiceError
 from ollamad.core.failover import MODES
+from ollamad.core.gotemplate import TemplateError
 from ollamad.core.inference import EmbedRequest, GenerateRequest, Options
+from ollamad.core.ollama_template import ChatTemplate
 from ollamad.core.transcripts import MAX_ID_CHARS, Resume
 
 Body = TypeVar("Body")
 
 FOR_EVER_S = -1.0
 MAX_KEEP_ALIVE_S = 10 * 365 * 86400.0  # more is for ever, and would not fit a date
+MAX_TOP_LOGPROBS = 20  # as in Ollama
 INT32_MAX = (1 << 31) - 1  # the engine's integers; a seed may use 32 bits
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
@@ -111,12 +114,9 @@ class _Inference(msgspec.Struct, frozen=True):
     request_id: str | None = None  # the client's own name for it, to resume it by
     resume_from: Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)] = 0  # tokens that it has
     received: str | None = None  # their text
-    # Not there yet; see `unsupported`.
-    suffix: Any = None
-    template: Any = None
-    images: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    shift: bool | None = None
 
     def resume(self) -> Resume | None:
         """Where the client stands, if it asks for the rest of an answer.
@@ -137,6 +137,9 @@ class GenerateBody(_Inference, frozen=True):
     prompt: str = ""
     context: tuple[TokenId, ...] | None = None
     raw: bool = False
+    suffix: str | None = None
+    template: str | None = None
+    images: tuple[str, ...] | None = None
 
     def request(self) -> GenerateRequest:
         """The request as the scheduler takes it.
@@ -144,21 +147,25 @@ class GenerateBody(_Inference, frozen=True):
         Raises:
           ServiceError: 400 naming the field.
         """
-        _refuse_unsupported(self)
-        if self.raw and (self.system or self.context):
-            raise invalid("raw", "raw mode does not support system or context")
+        if self.raw and (self.template or self.system or self.context):
+            raise invalid("raw", "raw mode does not support template, system, or context")
         return GenerateRequest(
             model=self.model,
             prompt=self.prompt,
             system=self.system,
             context=self.context or (),
             raw=self.raw,
+            suffix="" if self.raw else self.suffix or "",
+            template=checked_template(self.template),
+            images=read_images(self.images),
             format=format_text(self.format),
             options=_options(self.options),
             keep_alive_s=keep_alive_s(self.keep_alive),
             truncate=self.truncate is not False,
             failover=failover_mode(self.failover, "failover"),
             request_id=self.request_id or "",
+            shift=self.shift is not False,
+            logprobs=read_logprobs(self.logprobs, self.top_logprobs),
         )
 
 
@@ -172,10 +179,6 @@ class ChatBody(_Inference, frozen=True, kw_only=True):
         Raises:
           ServiceError: 400 naming the field.
         """
-        _refuse_unsupported(self)
-        for index, message in enumerate(self.messages):
-            if message.images:
-                raise unsupported(f"messages[{index}].images")
         return GenerateRequest(
             model=self.model,
             messages=read_messages(self.messages),
@@ -187,6 +190,8 @@ class ChatBody(_Inference, frozen=True, kw_only=True):
             truncate=self.truncate is not False,
             failover=failover_mode(self.failover, "failover"),
             request_id=self.request_id or "",
+            shift=self.shift is not False,
+            logprobs=read_logprobs(self.logprobs, self.top_logprobs),
         )
 
 
@@ -210,7 +215,7 @@ class EmbedBody(msgspec.Struct, frozen=True):
     options: Options | None = None
     keep_alive: KeepAlive = None
     truncate: bool | None = None
-    dimensions: Any = None
+    dimensions: int | None = None
 
     def request(self) -> EmbedRequest:
         """The request as the scheduler takes it.
@@ -218,8 +223,8 @@ class EmbedBody(msgspec.Struct, frozen=True):
         Raises:
           ServiceError: 400 naming the field.
         """
-        if self.dimensions:
-            raise unsupported("dimensions")
+        if self.dimensions is not None and self.dimensions < 0:
+            raise invalid("dimensions", "dimensions must not be negative", expected="integer")
         field = "prompt" if self.input is None else "input"
         given = self.prompt if self.input is None else self.input
         inputs = (given,) if isinstance(given, str) else given
@@ -291,12 +296,31 @@ def _validation_error(text: str) -> ServiceError:
     return invalid(name, f"{name} must be {expected}{found}", expected=expected)
 
 
-def _refuse_unsupported(body: _Inference) -> None:
-    for name in (
-        "suffix", "template", "images", "logprobs", "top_logprobs",
-    ):  # fmt: skip
-        if getattr(body, name):
-            raise unsupported(name)
+def checked_template(text: str | None) -> str:
+    """A request's own template; empty if there is none.
+
+    Raises:
+      ServiceError: 400, it is none in Ollama's language.
+    """
+    if text:
+        try:
+            ChatTemplate(text)
+        except TemplateError as error:
+            message = f"the template cannot be used: {error}"
+            raise invalid("template", message, expected="a template in Go's language") from None
+    return text or ""
+
+
+def read_logprobs(wanted: bool | None, candidates: int | None) -> int:
+    """How many likely tokens are to be told for each; -1 if nothing is.
+
+    Raises:
+      ServiceError: 400.
+    """
+    if candidates is not None and not 0 <= candidates <= MAX_TOP_LOGPROBS:
+        message = f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}"
+        raise invalid("top_logprobs", message, expected="integer")
+    return (candidates or 0) if wanted else -1
 
 
 def failover_mode(text: str, field: str) -> str:

@@ -1,5 +1,8 @@
 """What Ollama's API and `/api/v1` have in common in a chat: messages, tools, and thinking."""
 
+import base64
+import binascii
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -45,10 +48,36 @@ def read_messages(given: tuple[ChatMessage, ...] | None) -> tuple[Message, ...]:
                 f"invalid role: {message.role[:40]!r}, must be one of {', '.join(ROLES)}",
                 {"field": f"messages[{index}].role", "expected": " | ".join(ROLES)},
             )
-    return tuple(_message(message) for message in given or ())
+    return tuple(
+        _message(message, f"messages[{index}].images") for index, message in enumerate(given or ())
+    )
 
 
-def read_tools(given: tuple[dict[str, Any], ...] | None) -> str:
+def read_images(given: Sequence[str] | None, field: str = "images") -> tuple[bytes, ...]:
+    """Pictures that were sent as base64.
+
+    Raises:
+      ServiceError: 400, one is not.
+    """
+    images = []
+    for index, text in enumerate(given or ()):
+        try:
+            image = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            image = b""
+        if not image:
+            where = f"{field}[{index}]"
+            raise ServiceError(
+                400,
+                "INVALID_REQUEST",
+                f"{where} must be a picture as base64, without `data:` before it",
+                {"field": where, "expected": "base64"},
+            )
+        images.append(image)
+    return tuple(images)
+
+
+def read_tools(given: Sequence[dict[str, Any]] | None) -> str:
     """The tools as the scheduler takes them."""
     return msgspec.json.encode(given).decode() if given else ""
 
@@ -72,7 +101,7 @@ def think_mode(think: bool | str | None, *, thinks: bool) -> str:
     return think if isinstance(think, str) else "off" if think is False else "on"
 
 
-def _message(message: ChatMessage) -> Message:
+def _message(message: ChatMessage, images_field: str) -> Message:
     return Message(
         message.role,
         message.content or "",
@@ -88,4 +117,5 @@ def _message(message: ChatMessage) -> Message:
         ),
         tool_name=message.tool_name or "",
         tool_call_id=message.tool_call_id or "",
+        images=read_images(message.images, images_field),
     )

@@ -35,9 +35,28 @@ def openai_error(error: ServiceError) -> dict[str, Any]:
     }
 
 
+def anthropic_error(error: ServiceError) -> dict[str, Any]:
+    """`/v1/messages`: Anthropic's shape and types; the code is ours in lower case."""
+    kinds = {
+        400: "invalid_request_error",
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        415: "invalid_request_error",
+        429: "rate_limit_error",
+        503: "overloaded_error",
+    }
+    kind = kinds.get(error.status, "api_error")
+    described = {"type": kind, "message": error.message, "code": error.code.lower()}
+    return {"type": "error", "error": described}
+
+
 def error_body_for(path: str) -> ErrorBody:
     """The wording of errors for requests of that path."""
     match path.split("/", 3):
+        case ["", "v1", "messages", *_]:
+            return anthropic_error
         case ["", "v1", *_]:
             return openai_error
         case ["", "api", part, *_] if part != "v1":

@@ -5,7 +5,7 @@ handler is cancelled, the context is left, and the generation ends wherever it r
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Protocol
 
@@ -27,6 +27,7 @@ from ollamad.core.inference import (
     Failed,
     Finished,
     GenerateRequest,
+    Likelihood,
     Output,
     Thought,
     ToolCall,
@@ -48,6 +49,21 @@ class Whole:
     text: str = ""
     thinking: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[Likelihood, ...] = ()
+
+    @classmethod
+    def of(cls, outputs: Sequence[Output]) -> "Whole":
+        return cls(
+            text="".join(output.text for output in outputs if isinstance(output, Chunk)),
+            thinking="".join(output.text for output in outputs if isinstance(output, Thought)),
+            tool_calls=tuple(output for output in outputs if isinstance(output, ToolCall)),
+            logprobs=tuple(
+                likely
+                for output in outputs
+                if isinstance(output, Chunk)
+                for likely in output.logprobs
+            ),
+        )
 
 
 class Layout(Protocol):
@@ -139,15 +155,10 @@ class LineLayout:
             self._tail = b',"done":false}\n'
 
     def part(self, output: Output) -> bytes:
-        if isinstance(output, Chunk):
+        if isinstance(output, Chunk) and not output.logprobs:
             stamp = self._timestamps.now().encode()
             return b"".join((self._head, stamp, self._middle, encode(output.text), self._tail))
-        said = (
-            Whole(thinking=output.text)
-            if isinstance(output, Thought)
-            else Whole(tool_calls=(output,))
-        )
-        return encode(self.opening(said) | {"done": False}) + b"\n"
+        return encode(self.opening(Whole.of([output])) | {"done": False}) + b"\n"
 
     def last(self, end: Finished) -> bytes:
         return encode(self.whole(Whole(), end)) + b"\n"
@@ -166,12 +177,26 @@ class LineLayout:
         """The beginning of a line, up to what the model said."""
         opening: dict[str, Any] = {"model": self._model, "created_at": self._timestamps.now()}
         thinking = {"thinking": said.thinking} if said.thinking else {}
+        likely = {"logprobs": [shown_likelihood(each) for each in said.logprobs]}
+        logprobs = likely if said.logprobs else {}
         if not self._chat:
-            return opening | {"response": said.text} | thinking
+            return opening | {"response": said.text} | thinking | logprobs
         message: dict[str, Any] = {"role": "assistant", "content": said.text} | thinking
         if said.tool_calls:
             message["tool_calls"] = [_tool_call(call) for call in said.tool_calls]
-        return opening | {"message": message}
+        return opening | {"message": message} | logprobs
+
+
+def shown_likelihood(likely: Likelihood) -> dict[str, Any]:
+    """A token and its logprob as Ollama and OpenAI show them."""
+    shown: dict[str, Any] = {
+        "token": likely.token.decode(errors="replace"),
+        "logprob": likely.logprob,
+        "bytes": list(likely.token),
+    }
+    if likely.others:
+        shown["top_logprobs"] = [shown_likelihood(other) for other in likely.others]
+    return shown
 
 
 def durations(end: Finished) -> dict[str, int]:
@@ -184,6 +209,18 @@ def durations(end: Finished) -> dict[str, int]:
         "eval_count": end.eval_count,
         "eval_duration": end.eval_duration,
     }
+
+
+def with_failover(call: Call, request: GenerateRequest) -> GenerateRequest:
+    """The request with the mode of failover that the header asks for.
+
+    Raises:
+      ServiceError: 400, there is no such mode.
+    """
+    if header := call.request.headers.get(FAILOVER_HEADER):
+        mode = failover_mode(header, FAILOVER_HEADER)
+        return msgspec.structs.replace(request, failover=mode)
+    return request
 
 
 async def answer(
@@ -205,8 +242,7 @@ async def answer(
     Raises:
       ServiceError: it failed before the first byte was sent.
     """
-    if header := call.request.headers.get(FAILOVER_HEADER):
-        request = msgspec.structs.replace(request, failover=failover_mode(header, FAILOVER_HEADER))
+    request = with_failover(call, request)
 
     async def tell(place: Place) -> None:
         if stream and waiting is not None:
@@ -223,7 +259,7 @@ async def answer(
     outputs: list[Output] = []
     try:
         try:
-            with _deadline(call):
+            with with_deadline(call):
                 async with call.services.inference.generate(request, asker, resume) as generation:
                     headers = routing_headers(generation)
                     if on_begin is not None:
@@ -235,7 +271,7 @@ async def answer(
                     else:
                         outcome = await _collect(meter, outputs)
             if outcome is None:
-                outcome = _too_late()
+                outcome = too_late()
         except Exception as error:  # also a group of them, from a generation with a nursery
             outcome = as_service_error(error, call.request.id)
     finally:
@@ -255,7 +291,7 @@ async def answer(
     if outcome.failovers:
         headers["X-Ollamad-Node"] = outcome.failovers[-1].to_node
         headers["X-Ollamad-Failovers"] = str(len(outcome.failovers))
-    return reply(layout.whole(_whole(outputs), outcome), headers=headers)
+    return reply(layout.whole(Whole.of(outputs), outcome), headers=headers)
 
 
 async def embed(call: Call, request: EmbedRequest) -> Embedded:
@@ -268,12 +304,12 @@ async def embed(call: Call, request: EmbedRequest) -> Embedded:
     begun = stats.begin()
     failed = True
     try:
-        with _deadline(call) as scope:
+        with with_deadline(call) as scope:
             embedded = await call.services.inference.embed(request, asker_of(call))
             call.spend_tokens(embedded.embeddings.prompt_eval_count)
             failed = False
         if scope.cancelled_caught:
-            raise _too_late()
+            raise too_late()
     finally:
         stats.end(call.services.monotonic() - begun, failed=failed)
     return embedded
@@ -284,7 +320,7 @@ async def _collect(events: EventChannel, outputs: list[Output]) -> Finished | Se
         try:
             event = await events.receive()
         except trio.EndOfChannel:
-            return _lost()
+            return lost()
         if isinstance(event, Finished | Failed):
             return _end(event)
         outputs.append(event)
@@ -326,16 +362,8 @@ async def _stream(
             await request.send_body(b"".join(lines), more=True)
             event = await events.receive() if waiting is None else waiting
     except trio.EndOfChannel:
-        return _lost()
+        return lost()
     return _end(event)
-
-
-def _whole(outputs: list[Output]) -> Whole:
-    return Whole(
-        text="".join(output.text for output in outputs if isinstance(output, Chunk)),
-        thinking="".join(output.text for output in outputs if isinstance(output, Thought)),
-        tool_calls=tuple(output for output in outputs if isinstance(output, ToolCall)),
-    )
 
 
 def _tool_call(call: ToolCall) -> dict[str, Any]:
@@ -354,14 +382,17 @@ def _end(event: Finished | Failed) -> Finished | ServiceError:
     return ServiceError(event.status, event.code, event.message, event.details)
 
 
-def _deadline(call: Call) -> trio.CancelScope:
+def with_deadline(call: Call) -> trio.CancelScope:
+    """A scope that ends when the answer takes longer than it may."""
     seconds = call.api.settings.inference_deadline_s
     return trio.CancelScope() if seconds is None else trio.move_on_after(seconds)
 
 
-def _too_late() -> ServiceError:
+def too_late() -> ServiceError:
+    """The error of an answer that took longer than it may."""
     return ServiceError(408, "REQUEST_TIMEOUT", "the answer took longer than its deadline allows")
 
 
-def _lost() -> ServiceError:
+def lost() -> ServiceError:
+    """The error of a generation without an end."""
     return ServiceError(500, "GENERATION_LOST", "the generation ended without saying why")

@@ -1,6 +1,6 @@
 """Handlers of `/api/v1`: generate, chat and embeddings, whole and streamed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -9,7 +9,7 @@ from ollamad.api.asgi import Reply
 from ollamad.api.bodies import ChatBody, EmbedBody, ExplainBody, GenerateBody
 from ollamad.api.calls import Call, reply
 from ollamad.api.generation import LineLayout, Whole, answer, embed, encode
-from ollamad.api.ollama import read_think, require_capability
+from ollamad.api.ollama import read_think, require_capability, shortened
 from ollamad.api.services import Generation
 from ollamad.core.admission import Place
 from ollamad.core.inference import Chunk, Finished, GenerateRequest, Output
@@ -31,9 +31,12 @@ async def embeddings(call: Call) -> Reply:
     request = msgspec.structs.replace(request, model=(await call.find_model(request.model)).name)
     embedded = await embed(call, request)
     result = embedded.embeddings
-    shown: dict[str, Any] = {"model": request.model, "embedding": result.vectors[0]}
+    vectors: Sequence[Sequence[float]] = result.vectors
+    if body.dimensions:
+        vectors = [shortened(vector, body.dimensions) for vector in vectors]
+    shown: dict[str, Any] = {"model": request.model, "embedding": vectors[0]}
     if body.input is not None:
-        shown["embeddings"] = result.vectors
+        shown["embeddings"] = vectors
     shown |= {
         "total_duration": result.total_duration,
         "load_duration": result.load_duration,
@@ -106,6 +109,8 @@ async def _answer(
     model = await call.find_model(request.model)
     if request.tools:
         require_capability(model, "tools")
+    if request.has_images:
+        require_capability(model, "vision")
     think = read_think(model, body.model, body.think)
     request = msgspec.structs.replace(request, model=model.name, think=think)
     chat = request.messages is not None

@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from ollamad.api.asgi import Reply
-from ollamad.api.bodies import format_text, invalid, keep_alive_s, unsupported
+from ollamad.api.bodies import (
+    checked_template,
+    format_text,
+    invalid,
+    keep_alive_s,
+    read_logprobs,
+)
 from ollamad.api.calls import Call, reply
-from ollamad.api.conversation import read_messages, read_tools, think_mode
+from ollamad.api.conversation import read_images, read_messages, read_tools, think_mode
 from ollamad.api.dialects import ollama_error
 from ollamad.api.generation import LineLayout, Whole, answer, durations, embed, encode
 from ollamad.api.ollama_bodies import (
-    MAX_TOP_LOGPROBS,
     ChatBody,
     EmbedBody,
     EmbeddingsBody,
@@ -43,20 +48,19 @@ class OllamaLayout(LineLayout):
 async def generate(call: Call) -> Reply | None:
     body = await call.body(GenerateBody, any_type=True)
     model = await find(call, body.model, f"model '{body.model or ''}' not found")
-    _check_logprobs(body)
     if body.raw and (body.template or body.system or body.context):
         raise invalid("raw", "raw mode does not support template, system, or context")
     _require(model, body.model, "completion", "generate")
     think = read_think(model, body.model, body.think)
-    if body.suffix:
-        require_capability(model, "insert")
     if body.images:
         require_capability(model, "vision")
-    if body.template:
-        raise unsupported("template")
     request = GenerateRequest(
         model=model.name,
         prompt=body.prompt or "",
+        # Whether the model can fill in shows in its vocabulary, which its runner knows.
+        suffix="" if body.raw else body.suffix or "",
+        template=checked_template(body.template),
+        images=read_images(body.images),
         system=body.system,
         context=body.context or (),
         raw=body.raw is True,
@@ -65,6 +69,8 @@ async def generate(call: Call) -> Reply | None:
         options=read_options(body.options),
         keep_alive_s=keep_alive_s(body.keep_alive),
         truncate=body.truncate is not False,
+        shift=body.shift is not False,
+        logprobs=read_logprobs(body.logprobs, body.top_logprobs),
     )
     layout = OllamaLayout(body.model or model.name, chat=False, wall=call.services.wall)
     # Loading and unloading is answered with one object, streamed or not.
@@ -77,7 +83,6 @@ async def chat(call: Call) -> Reply | None:
     if not body.model:
         raise invalid("model", "model is required")
     model = await find(call, body.model, f"model '{body.model}' not found")
-    _check_logprobs(body)
     _require(model, body.model, "completion", "chat")
     think = read_think(model, body.model, body.think)
     if body.tools:
@@ -93,6 +98,8 @@ async def chat(call: Call) -> Reply | None:
         options=read_options(body.options),
         keep_alive_s=keep_alive_s(body.keep_alive),
         truncate=body.truncate is not False,
+        shift=body.shift is not False,
+        logprobs=read_logprobs(body.logprobs, body.top_logprobs),
     )
     layout = OllamaLayout(body.model, chat=True, wall=call.services.wall)
     stream = body.stream is not False and not request.only_loads
@@ -208,13 +215,6 @@ def _require(model: Model, asked: str | None, capability: str, word: str) -> Non
         raise ServiceError(
             400, "NOT_SUPPORTED", f'"{asked}" does not support {word}', {"model": model.name}
         )
-
-
-def _check_logprobs(body: GenerateBody | ChatBody) -> None:
-    if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_TOP_LOGPROBS:
-        raise invalid("top_logprobs", f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}")
-    if body.logprobs:
-        raise unsupported("logprobs")
 
 
 def shortened(vector: Sequence[float], width: int) -> Sequence[float]:

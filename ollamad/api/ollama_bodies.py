@@ -12,7 +12,6 @@ from ollamad.core.inference import Options
 
 log = logging.getLogger(__name__)
 
-MAX_TOP_LOGPROBS = 20
 UINT32_MAX = 2 * INT32_MAX + 1  # a seed may use all 32 bits
 
 _INTEGERS = {

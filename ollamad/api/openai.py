@@ -7,153 +7,40 @@ another base URL. A completion's prompt is read as it is, without the model's te
 import base64
 import struct
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
+
+import msgspec
 
 from ollamad.api.asgi import Reply
-from ollamad.api.bodies import invalid, unsupported
-from ollamad.api.calls import Call, reply
-from ollamad.api.conversation import read_tools
-from ollamad.api.dialects import openai_error
-from ollamad.api.generation import Whole, answer, embed, encode
+from ollamad.api.bodies import invalid
+from ollamad.api.calls import Call, reply, rfc3339
+from ollamad.api.choices import answer_all
+from ollamad.api.generation import answer, embed
 from ollamad.api.ollama import find, require_capability, shortened
 from ollamad.api.openai_bodies import (
     ChatBody,
     CompletionBody,
     EmbeddingBody,
+    offered_tools,
     read_messages,
 )
-from ollamad.api.services import ServiceError
-from ollamad.core.admission import Place
-from ollamad.core.inference import (
-    Chunk,
-    EmbedRequest,
-    Finished,
-    GenerateRequest,
-    Output,
-    Thought,
-    ToolCall,
-)
+from ollamad.api.openai_layouts import ChatLayout, CompletionLayout, waiting
+from ollamad.core.inference import EmbedRequest, GenerateRequest
 from ollamad.core.names import parse_name
 from ollamad.core.state import Model
-
-DONE = b"data: [DONE]\n\n"
-
-
-def waiting(place: Place) -> bytes:
-    """Where a request stands in the queue, as a comment, which clients leave out."""
-    return b": queued, position %d, about %d s\n\n" % (place.position, round(place.estimate_s))
-
-
-class _EventLayout:
-    """Server-sent events: what chats and completions share."""
-
-    content_type: ClassVar[bytes] = b"text/event-stream"
-    object: ClassVar[str]
-    stream_object: ClassVar[str]
-
-    def __init__(self, call: Call, model: str, *, prefix: str, includes_usage: bool) -> None:
-        self._model = model
-        self._includes_usage = includes_usage
-        self._head = {
-            "id": f"{prefix}-{call.request.id}",
-            "created": int(call.services.wall()),
-            "model": model,
-            "system_fingerprint": "fp_ollamad",
-        }
-
-    def last(self, end: Finished) -> bytes:
-        events = [self._event([self._closing(end)])]
-        if self._includes_usage:
-            events.append(self._event([], usage=_usage(end)))
-        return b"".join((*events, DONE))
-
-    def failure(self, error: ServiceError) -> bytes:
-        return _event(openai_error(error))
-
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        if self._includes_usage:
-            more = {"usage": None} | more  # as OpenAI has it, on all but the last
-        return _event({**self._head, "object": self.stream_object, "choices": choices, **more})
-
-    def _closing(self, end: Finished) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _body(self, choice: dict[str, Any], end: Finished) -> dict[str, Any]:
-        body = {**self._head, "object": self.object, "choices": [choice], "usage": _usage(end)}
-        return body | {"failovers": end.failovers} if end.failovers else body
-
-
-class ChatLayout(_EventLayout):
-    """`chat.completion`, and its chunks: the role in the first delta only."""
-
-    object = "chat.completion"
-    stream_object = "chat.completion.chunk"
-
-    def __init__(self, call: Call, model: str, *, includes_usage: bool) -> None:
-        super().__init__(call, model, prefix="chatcmpl", includes_usage=includes_usage)
-        self._calls = 0
-        self._opening: dict[str, Any] = {"role": "assistant"}
-        # All but the text of a plain part is the same each time.
-        empty = self._event([{"index": 0, "delta": {"content": ""}, "finish_reason": None}])
-        self._before, self._after = empty.split(b'"content":""')
-        self._before += b'"content":'
-
-    def part(self, output: Output) -> bytes:
-        if isinstance(output, Chunk) and not self._opening:
-            return b"".join((self._before, encode(output.text), self._after))
-        delta, self._opening = self._opening | self._delta(output), {}
-        return self._event([{"index": 0, "delta": delta, "finish_reason": None}])
-
-    def whole(self, said: Whole, end: Finished) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": said.text}
-        if said.thinking:
-            message["reasoning"] = said.thinking
-        if said.tool_calls:
-            message["content"] = said.text or None
-            message["tool_calls"] = [_tool_call(call) for call in said.tool_calls]
-        reason = _finish_reason(end, bool(said.tool_calls))
-        return self._body({"index": 0, "message": message, "finish_reason": reason}, end)
-
-    def _delta(self, output: Output) -> dict[str, Any]:
-        match output:
-            case Chunk(text):
-                return {"content": text}
-            case Thought(text):
-                return {"reasoning": text}
-            case ToolCall():
-                self._calls += 1
-                return {"tool_calls": [{"index": output.index} | _tool_call(output)]}
-
-    def _closing(self, end: Finished) -> dict[str, Any]:
-        reason = _finish_reason(end, bool(self._calls))
-        return {"index": 0, "delta": self._opening, "finish_reason": reason}
-
-
-class CompletionLayout(_EventLayout):
-    """`text_completion`, in parts of the same name."""
-
-    object = stream_object = "text_completion"
-
-    def __init__(self, call: Call, model: str, *, includes_usage: bool, echo: str) -> None:
-        super().__init__(call, model, prefix="cmpl", includes_usage=includes_usage)
-        self._echo = echo  # before the first text
-
-    def part(self, output: Output) -> bytes:
-        text = self._echo + output.text if isinstance(output, Chunk) else ""
-        self._echo = ""
-        return self._event([_choice(text, None)])
-
-    def whole(self, said: Whole, end: Finished) -> dict[str, Any]:
-        return self._body(_choice(self._echo + said.text, _finish_reason(end, False)), end)
-
-    def _closing(self, end: Finished) -> dict[str, Any]:
-        return _choice("", _finish_reason(end, False))
 
 
 async def list_models(call: Call) -> Reply:
     models = call.services.cluster.state.models.values()
     newest_first = sorted(models, key=lambda model: (-model.modified_at, model.name))
-    return reply({"object": "list", "data": [_describe(model) for model in newest_first]})
+    rows = [_describe(model) for model in newest_first]
+    # What follows `data` is Anthropic's, whose clients ask here as well.
+    pages = {
+        "has_more": False,
+        "first_id": rows[0]["id"] if rows else None,
+        "last_id": rows[-1]["id"] if rows else None,
+    }
+    return reply({"object": "list", "data": rows} | pages)
 
 
 async def show_model(call: Call, name: str) -> Reply:
@@ -165,38 +52,89 @@ async def chat(call: Call) -> Reply | None:
     model = await _find(call, body.model)
     if body.tools:
         require_capability(model, "tools")
-    choice = body.chosen
+    tools, choice = offered_tools(body.tools or (), body.tool_choice)
     request = GenerateRequest(
         model=model.name,
         messages=read_messages(body.messages),
-        tools=read_tools(body.tools),
-        tool_choice=choice if body.tools else "",
+        tools=tools,
+        tool_choice=choice,
+        parallel_calls=body.parallel_tool_calls is not False,
         think=body.think(thinks="thinking" in model.details.capabilities),
         format=body.response_format.as_text if body.response_format else "",
         options=body.options(body.max_completion_tokens or body.max_tokens),
+        logprobs=body.candidates,
+        logit_bias=body.biases,
     )
-    layout = ChatLayout(call, body.model, includes_usage=body.includes_usage)
-    return await answer(call, request, layout, stream=body.stream is True, waiting=waiting)
+    if request.has_images:
+        require_capability(model, "vision")
+
+    def layout(index: int) -> ChatLayout:
+        return ChatLayout(call, body.model, index=index, includes_usage=body.includes_usage)
+
+    stream = body.stream is True
+    if body.count == 1:
+        return await answer(call, request, layout(0), stream=stream, waiting=waiting)
+    return await answer_all(
+        call,
+        _tries(request, body.count),
+        layout,
+        prompts=1,
+        keep=body.count,
+        tells_logprobs=True,
+        stream=stream,
+    )
 
 
 async def complete(call: Call) -> Reply | None:
     body = await call.body(CompletionBody, any_type=True)
     model = await _find(call, body.model)
-    if body.suffix:
-        require_capability(model, "insert")
-        raise unsupported("suffix")
-    if body.best_of not in (None, 1):
-        raise unsupported("best_of")
+    prompts, tries = body.prompts, body.tries
     request = GenerateRequest(
-        model=model.name, prompt=body.text, raw=True, options=body.options(body.max_tokens)
+        model=model.name,
+        raw=not body.suffix,
+        suffix=body.suffix or "",
+        options=body.options(body.max_tokens),
+        logprobs=body.candidates,
+        logit_bias=body.biases,
     )
-    layout = CompletionLayout(
+
+    def layout(index: int) -> CompletionLayout:
+        return CompletionLayout(
+            call,
+            body.model,
+            index=index,
+            includes_usage=body.includes_usage,
+            echo=prompts[index // body.count] if body.echo else "",
+        )
+
+    stream = body.stream is True
+    requests = [msgspec.structs.replace(request, prompt=prompt) for prompt in prompts]
+    if tries * len(requests) == 1:
+        return await answer(call, requests[0], layout(0), stream=stream, waiting=waiting)
+    if tries > body.count and body.candidates < 0:
+        requests = [msgspec.structs.replace(each, logprobs=0) for each in requests]
+    return await answer_all(
         call,
-        body.model,
-        includes_usage=body.includes_usage,
-        echo=body.text if body.echo else "",
+        [each for request in requests for each in _tries(request, tries)],
+        layout,
+        prompts=len(prompts),
+        keep=body.count,
+        tells_logprobs=body.candidates >= 0,
+        stream=stream,
     )
-    return await answer(call, request, layout, stream=body.stream is True, waiting=waiting)
+
+
+def _tries(request: GenerateRequest, count: int) -> list[GenerateRequest]:
+    """The request as often; with a seed, each has one of its own, the first the one given."""
+    seed = request.options.seed
+    if seed is None:
+        return [request] * count
+    return [
+        msgspec.structs.replace(
+            request, options=msgspec.structs.replace(request.options, seed=seed + number)
+        )
+        for number in range(count)
+    ]
 
 
 async def embeddings(call: Call) -> Reply:
@@ -240,36 +178,11 @@ def _describe(model: Model) -> dict[str, Any]:
         "object": "model",
         "created": int(model.modified_at),
         "owned_by": parse_name(model.name).namespace,
+        # As Anthropic has it.
+        "type": "model",
+        "display_name": model.name,
+        "created_at": rfc3339(model.modified_at),
     }
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + encode(body) + b"\n\n"
-
-
-def _choice(text: str, reason: str | None) -> dict[str, Any]:
-    return {"text": text, "index": 0, "logprobs": None, "finish_reason": reason}
-
-
-def _finish_reason(end: Finished, called: bool) -> str:
-    if called:
-        return "tool_calls"
-    return "length" if end.reason == "length" else "stop"
-
-
-def _usage(end: Finished) -> dict[str, Any]:
-    return {
-        "prompt_tokens": end.prompt_eval_count,
-        "completion_tokens": end.eval_count,
-        "total_tokens": end.prompt_eval_count + end.eval_count,
-        "prompt_tokens_details": {"cached_tokens": end.prompt_cached_count},
-    }
-
-
-def _tool_call(call: ToolCall) -> dict[str, Any]:
-    """A call in OpenAI's form: its arguments are JSON as text."""
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call.id, "type": "function", "function": function}
 
 
 def _base64(numbers: Sequence[float]) -> str:

@@ -8,7 +8,15 @@ from typing import Any
 
 import msgspec
 
-from ollamad.api.bodies import INT32_MAX, format_text, invalid, unsupported
+from ollamad.api.bodies import (
+    INT32_MAX,
+    MAX_TOP_LOGPROBS,
+    format_text,
+    invalid,
+    read_logprobs,
+    unsupported,
+)
+from ollamad.api.conversation import read_images, read_tools
 from ollamad.core.inference import Message, Options, ToolCall
 
 ROLES = {
@@ -18,7 +26,11 @@ ROLES = {
     "assistant": "assistant",
     "tool": "tool",
 }
+Tools = Sequence[dict[str, Any]]
+
 MAX_STOPS = 4
+MAX_CHOICES = 16  # of one request: each takes a place in the queue
+MAX_TOKEN_DIGITS = 9  # no vocabulary has a billion tokens
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -67,8 +79,35 @@ class _Sampled(msgspec.Struct, frozen=True):
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     n: int | None = None
-    logprobs: bool | int | None = None
     logit_bias: dict[str, float] | None = None
+
+    @property
+    def count(self) -> int:
+        """How many choices are wanted.
+
+        Raises:
+          ServiceError: 400, too many or too few.
+        """
+        count = 1 if self.n is None else self.n
+        if not 1 <= count <= MAX_CHOICES:
+            raise invalid("n", f"n must be from 1 to {MAX_CHOICES}", expected="integer")
+        return count
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """The logit_bias as the scheduler takes it.
+
+        Raises:
+          ServiceError: 400.
+        """
+        biases = []
+        for token, bias in (self.logit_bias or {}).items():
+            if not token.isascii() or not token.isdigit() or len(token) > MAX_TOKEN_DIGITS:
+                message = f"logit_bias: {token[:20]!r} is no token id"
+                raise invalid("logit_bias", message, expected="token id")
+            _check_range("logit_bias", bias, -100, 100)
+            biases.append((int(token), bias))
+        return tuple(biases)
 
     @property
     def includes_usage(self) -> bool:
@@ -80,11 +119,6 @@ class _Sampled(msgspec.Struct, frozen=True):
         Raises:
           ServiceError: 400 naming the field.
         """
-        if self.n not in (None, 1):
-            raise unsupported("n")
-        for name in ("logprobs", "logit_bias"):
-            if getattr(self, name):
-                raise unsupported(name)
         if max_tokens is not None and not 0 < max_tokens <= INT32_MAX:
             raise invalid("max_tokens", "max_tokens must be 1 or more", expected="int32")
         if self.seed is not None and abs(self.seed) > 2 * INT32_MAX + 1:
@@ -107,11 +141,16 @@ class _Sampled(msgspec.Struct, frozen=True):
         )
 
 
+class ImageUrl(msgspec.Struct, frozen=True):
+    url: str
+
+
 class Part(msgspec.Struct, frozen=True):
     """A part of a message's content."""
 
     type: str
     text: str | None = None
+    image_url: ImageUrl | None = None
 
 
 class Function(msgspec.Struct, frozen=True):
@@ -139,21 +178,20 @@ class ChatBody(_Sampled, frozen=True, kw_only=True):
     tools: tuple[dict[str, Any], ...] | None = None
     tool_choice: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
 
     @property
-    def chosen(self) -> str:
-        """Whether tools may or must be called, as the scheduler takes it.
+    def candidates(self) -> int:
+        """How many likely tokens are to be told for each; -1 if nothing is.
 
         Raises:
-          ServiceError: 400; a certain tool cannot be forced.
+          ServiceError: 400.
         """
-        if self.tool_choice in (None, "auto", "none", "required"):
-            return self.tool_choice or ""
-        if isinstance(self.tool_choice, dict):
-            raise unsupported("tool_choice.function")
-        choices = ("auto", "none", "required")
-        field = "tool_choice"
-        raise invalid(field, f"{field} must be {', '.join(choices)}", expected=" | ".join(choices))
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs", "top_logprobs needs logprobs to be true")
+        return read_logprobs(self.logprobs, self.top_logprobs)
 
     def think(self, *, thinks: bool) -> str:
         """How the model is to think, as the scheduler takes it.
@@ -161,16 +199,7 @@ class ChatBody(_Sampled, frozen=True, kw_only=True):
         Raises:
           ServiceError: 400.
         """
-        efforts = {"none": "off", "minimal": "low", "low": "low", "medium": "medium"}
-        efforts |= {"high": "high", "xhigh": "high"}
-        effort = self.reasoning_effort
-        if effort is not None and effort not in efforts:
-            known = ", ".join(efforts)
-            field = "reasoning_effort"
-            raise invalid(field, f"{field} must be one of {known}", expected=known)
-        if not thinks:
-            return ""
-        return "on" if effort is None else efforts[effort]
+        return think_of("reasoning_effort", self.reasoning_effort, thinks=thinks)
 
 
 class CompletionBody(_Sampled, frozen=True, kw_only=True):
@@ -178,22 +207,53 @@ class CompletionBody(_Sampled, frozen=True, kw_only=True):
     suffix: str | None = None
     echo: bool | None = None
     best_of: int | None = None
+    logprobs: int | None = None
 
     @property
-    def text(self) -> str:
-        """The one prompt.
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts.
 
         Raises:
-          ServiceError: 400 for several, or none.
+          ServiceError: 400 for none, or an empty one.
         """
-        prompt = self.prompt
-        if isinstance(prompt, tuple):
-            if len(prompt) != 1:
-                raise invalid("prompt", "send one prompt a request", expected="text")
-            [prompt] = prompt
-        if not prompt:
+        prompts = (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+        if not prompts or not all(prompts):
             raise invalid("prompt", "prompt must not be empty", expected="text")
-        return prompt
+        return prompts
+
+    @property
+    def tries(self) -> int:
+        """How many choices are made of each prompt, of which the best are told.
+
+        Raises:
+          ServiceError: 400.
+        """
+        tries = self.count if self.best_of is None else self.best_of
+        if not self.count <= tries <= MAX_CHOICES:
+            message = f"best_of must be from n to {MAX_CHOICES}"
+            raise invalid("best_of", message, expected="integer")
+        if tries * len(self.prompts) > MAX_CHOICES:
+            message = f"prompt: at most {MAX_CHOICES} texts are written for one request"
+            raise invalid("prompt", message, expected="fewer prompts")
+        if tries > self.count and self.stream:
+            raise invalid("best_of", "best_of cannot be streamed: what is best shows at the end")
+        return tries
+
+    @property
+    def candidates(self) -> int:
+        """How many likely tokens are to be told for each; -1 if nothing is.
+
+        Raises:
+          ServiceError: 400.
+        """
+        if self.logprobs is None:
+            return -1
+        if not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
+            message = f"logprobs must be from 0 to {MAX_TOP_LOGPROBS}"
+            raise invalid("logprobs", message, expected="integer")
+        if self.echo:
+            raise unsupported("echo with logprobs")
+        return self.logprobs
 
 
 class EmbeddingBody(msgspec.Struct, frozen=True):
@@ -219,12 +279,19 @@ def _read_message(index: int, message: ChatMessage) -> Message:
     if message.role not in ROLES:
         known = ", ".join(ROLES)
         raise invalid(f"{where}.role", f"{where}.role must be one of {known}", expected=known)
+    images: list[bytes] = []
     if isinstance(message.content, tuple):
         texts = []
         for place, part in enumerate(message.content):
-            if part.type != "text":
-                raise unsupported(f"{where}.content[{place}].type {part.type[:40]!r}")
-            texts.append(part.text or "")
+            field = f"{where}.content[{place}]"
+            match part.type:
+                case "text":
+                    texts.append(part.text or "")
+                case "image_url":
+                    url = part.image_url.url if part.image_url else ""
+                    images.append(read_data_url(url, f"{field}.image_url"))
+                case _:
+                    raise unsupported(f"{field}.type {part.type[:40]!r}")
         content = "".join(texts)
     else:
         content = message.content or ""
@@ -232,22 +299,107 @@ def _read_message(index: int, message: ChatMessage) -> Message:
         ROLES[message.role],
         content,
         tool_calls=tuple(
-            ToolCall(call.function.name, _arguments(where, call.function), call.id, place)
+            ToolCall(
+                call.function.name,
+                read_arguments(f"{where}.tool_calls", call.function.arguments),
+                call.id,
+                place,
+            )
             for place, call in enumerate(message.tool_calls or ())
         ),
+        images=tuple(images),
         tool_name=message.name or "" if message.role == "tool" else "",
         tool_call_id=message.tool_call_id or "",
     )
 
 
-def _arguments(where: str, function: Function) -> str:
+def read_arguments(field: str, arguments: str) -> str:
+    """The arguments of a call, as JSON text.
+
+    Raises:
+      ServiceError: 400, they are no object.
+    """
     try:
-        if isinstance(msgspec.json.decode(function.arguments or "{}"), dict):
-            return function.arguments or "{}"
+        if isinstance(msgspec.json.decode(arguments or "{}"), dict):
+            return arguments or "{}"
     except msgspec.DecodeError:
         pass
-    field = f"{where}.tool_calls"
     raise invalid(field, f"{field}: arguments must be a JSON object as text", expected="JSON")
+
+
+def read_data_url(url: str, field: str) -> bytes:
+    """The picture in a `data:` URL. Others are refused: a node fetches nothing for a client.
+
+    Raises:
+      ServiceError: 400.
+    """
+    head, comma, data = url.partition(",")
+    if not comma or not head.startswith("data:") or not head.endswith(";base64"):
+        message = f"{field} must be a picture as data:image/png;base64,…: no other URL is fetched"
+        raise invalid(field, message, expected="data URL")
+    [image] = read_images((data,), field)
+    return image
+
+
+def think_of(field: str, effort: str | None, *, thinks: bool) -> str:
+    """How a model is to think, as the scheduler takes it.
+
+    Raises:
+      ServiceError: 400.
+    """
+    efforts = {"none": "off", "minimal": "low", "low": "low", "medium": "medium"}
+    efforts |= {"high": "high", "xhigh": "high"}
+    if effort is not None and effort not in efforts:
+        known = ", ".join(efforts)
+        raise invalid(field, f"{field} must be one of {known}", expected=known)
+    if not thinks:
+        return ""
+    return "on" if effort is None else efforts[effort]
+
+
+def offered_tools(tools: Tools, choice: str | dict[str, Any] | None) -> tuple[str, str]:
+    """The tools as the scheduler takes them, and whether they may or must be called.
+
+    A certain tool is forced by offering no other.
+
+    Raises:
+      ServiceError: 400.
+    """
+    if isinstance(choice, dict):
+        tools, choice = _chosen(tools, choice)
+    choices = ("auto", "none", "required")
+    if choice not in (None, *choices):
+        message = f"tool_choice must be {', '.join(choices)}, or name a function"
+        raise invalid("tool_choice", message, expected=" | ".join(choices))
+    return read_tools(tools), (choice or "") if tools else ""
+
+
+def _chosen(tools: Tools, choice: dict[str, Any]) -> tuple[Tools, str]:
+    """The tools that a choice leaves, and whether they must be called."""
+    mode = "required"
+    match choice:
+        case {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": str(mode), "tools": list(allowed)},
+        }:
+            names = {_name_of(tool) for tool in allowed}
+        case {"function": {"name": str(name)}} | {"type": "function", "name": str(name)}:
+            names = {name}
+        case _:
+            message = "tool_choice.function must have the name of one of the tools"
+            raise invalid("tool_choice.function", message, expected="name")
+    left = [tool for tool in tools if _name_of(tool) in names]
+    if len(left) < len(names):
+        unknown = ", ".join(sorted(names - {_name_of(tool) for tool in left}))
+        message = f"tool_choice.function: there is no tool {unknown[:80]!r} in tools"
+        raise invalid("tool_choice.function", message, expected="name")
+    return left, mode
+
+
+def _name_of(tool: Any) -> str:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def _check_range(name: str, value: float | None, low: float, high: float) -> None:

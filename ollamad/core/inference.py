@@ -92,6 +92,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     request_id: str = ""  # the client's own name for it; with one, the answer can be resumed
     resumed_text: str = ""  # what the tokens of `resume` say, if there is a `request_id`
     fingerprint: str = ""  # of who asked for what under the `request_id`, see core.transcripts
+    parallel_calls: bool = True  # one answer may call several tools
+    only_counts: bool = False  # tell how many tokens the prompt has, and do not answer
 
     @property
     def has_images(self) -> bool:
@@ -167,6 +169,7 @@ class Finished(msgspec.Struct, frozen=True, tag="f", array_like=True):
     context: tuple[int, ...] = ()  # prompt and answer as token ids (generate without raw)
     prompt_cached_count: int = 0  # tokens of the prompt that needed no evaluation
     failovers: tuple[Failover, ...] = ()  # in their order
+    stop_text: str = ""  # of the options' `stop`, the one that ended it, where that is known
 
 
 class Failed(msgspec.Struct, frozen=True, tag="e", array_like=True):

@@ -168,6 +168,9 @@ class Engine:
                 load_duration = time.perf_counter_ns() - started
                 async with _slot(resident, self._settings.max_queue):
                     prompt = await read_prompt(resident.runner, request, spec, config)
+                    if request.only_counts:
+                        yield Finished("stop", prompt_eval_count=prompt.length)
+                        return
                     schema = json_schema(request.format)
                     await _check_schema(resident.runner, schema)
                     limit = token_limit(options, config.context_length)
@@ -402,6 +405,7 @@ def _finished(
         eval_duration=int(timings.predicted_ms * NS_PER_MS),
         context=context,
         prompt_cached_count=timings.cache_n,
+        stop_text=event.stopping_word,
     )
 
 

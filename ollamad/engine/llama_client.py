@@ -93,6 +93,7 @@ class CompletionEvent(msgspec.Struct):
     tokens_predicted: int = 0  # so far
     tokens_evaluated: int = 0  # the prompt's
     stop_type: str = ""  # eos, limit or word
+    stopping_word: str = ""
     timings: Timings | None = None
     error: ErrorBody | None = None
     prompt_progress: Progress | None = None  # then the rest says nothing

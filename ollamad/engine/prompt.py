@@ -47,6 +47,7 @@ class Prompt(NamedTuple):
 
     ids: list[int]
     messages: list[Message]  # none when the prompt is raw
+    length: int  # in tokens; only about so many if there are images
     text: str = ""
     images: tuple[bytes, ...] = ()
 
@@ -77,15 +78,15 @@ async def read_prompt(
     reader = _Reader(runner, request, template)
     if request.suffix:
         ids = await reader.infill(spec)
-        return _checked(Prompt(ids, []), len(ids), limit)
+        return _checked(Prompt(ids, [], len(ids)), limit)
     if request.raw:
         message = Message("user", request.prompt, images=request.images)
         text = await reader.marked(message)
-        return _checked(*await reader.read(text, [message], is_raw=True), limit)
+        return _checked(await reader.read(text, [message], is_raw=True), limit)
     messages = _conversation(request, spec)
     if request.messages is not None:
         return await _fitted(reader, messages, request, limit)
-    return _checked(*await reader.read(await reader.render(messages), messages), limit)
+    return _checked(await reader.read(await reader.render(messages), messages), limit)
 
 
 class _Reader:
@@ -134,10 +135,8 @@ class _Reader:
         before, behind, middle = around
         return [*self._runner.empty_prompt, before, *prefix, behind, *suffix, middle]
 
-    async def read(
-        self, text: str, messages: list[Message], *, is_raw: bool = False
-    ) -> tuple[Prompt, int]:
-        """The prompt of a text that stands for these messages, and about how long it is."""
+    async def read(self, text: str, messages: list[Message], *, is_raw: bool = False) -> Prompt:
+        """The prompt of a text that stands for these messages."""
         context = self._request.context
         images = tuple(image for message in messages for image in message.images)
         shown = [] if is_raw else messages
@@ -145,8 +144,8 @@ class _Reader:
         length = len(ids) + IMAGE_TOKENS * len(images)
         if images and not self._request.is_parsed:
             before = await self._runner.client.detokenize(context) if context else ""
-            return Prompt([], shown, before + text, images), length
-        return Prompt(ids, shown), length
+            return Prompt([], shown, length, before + text, images)
+        return Prompt(ids, shown, length)
 
 
 def template_arguments(request: GenerateRequest, messages: Sequence[Message]) -> dict[str, Any]:
@@ -165,7 +164,7 @@ def template_arguments(request: GenerateRequest, messages: Sequence[Message]) ->
 async def _fitted(
     reader: _Reader, messages: list[Message], request: GenerateRequest, limit: int
 ) -> Prompt:
-    async def without(dropped: int) -> tuple[Prompt, int]:
+    async def without(dropped: int) -> Prompt:
         kept = [
             message
             for index, message in enumerate(messages)
@@ -174,18 +173,18 @@ async def _fitted(
         return await reader.read(await reader.render(kept), kept)
 
     best = await without(0)
-    if best[1] > limit and request.truncate and len(messages) > 1:
+    if best.length > limit and request.truncate and len(messages) > 1:
         # The fewest messages to drop, by bisection: each look is a template and a tokenization.
         too_few, enough = 0, len(messages) - 1
         best = await without(enough)
-        while enough - too_few > 1 and best[1] <= limit:
+        while enough - too_few > 1 and best.length <= limit:
             middle = (too_few + enough) // 2
             tried = await without(middle)
-            if tried[1] <= limit:
+            if tried.length <= limit:
                 enough, best = middle, tried
             else:
                 too_few = middle
-    return _checked(*best, limit)
+    return _checked(best, limit)
 
 
 def _template_of(request: GenerateRequest, spec: ModelSpec) -> ChatTemplate | None:
@@ -293,10 +292,11 @@ def _templated_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _checked(prompt: Prompt, length: int, limit: int) -> Prompt:
+def _checked(prompt: Prompt, limit: int) -> Prompt:
     # How long images are is only guessed; if they are too long, the runner will say so.
-    if length > limit and not prompt.images:
-        raise too_long(length, limit + 1)
+    has_images = any(message.images for message in prompt.messages) or prompt.images
+    if prompt.length > limit and not has_images:
+        raise too_long(prompt.length, limit + 1)
     return prompt
 
 

@@ -65,7 +65,8 @@ def chat_body(
     body |= arguments | {"reasoning_format": "deepseek"}
     body["stream_options"] = {"include_usage": True}
     if "tools" in arguments:
-        body |= {"tool_choice": request.tool_choice or "auto", "parallel_tool_calls": True}
+        body["tool_choice"] = request.tool_choice or "auto"
+        body["parallel_tool_calls"] = request.parallel_calls
     if request.logprobs >= 0:
         body |= {"logprobs": True, "top_logprobs": max(1, request.logprobs)}
     return msgspec.json.encode(body)

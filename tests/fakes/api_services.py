@@ -319,13 +319,16 @@ class FakeLibrary:
 
 
 EXPLANATION = Explanation("prefix", "its cache has most of the prompt", 12)
+Script = list[Event | Exception | trio.Event]
 
 
 @dataclasses.dataclass
 class FakeInference:
     """Plays `script`; an exception in it is raised, an Event of trio is waited for."""
 
-    script: list[Event | Exception | trio.Event] = dataclasses.field(default_factory=list)
+    script: Script = dataclasses.field(default_factory=list)
+    script_for: Callable[[], Script] | None = None  # makes the script of the next generation
+    running: int = 0
     refusal: Exception | None = None  # raised on entering
     requests: list[GenerateRequest | EmbedRequest] = dataclasses.field(default_factory=list)
     entered: trio.Event = dataclasses.field(default_factory=trio.Event)
@@ -351,15 +354,18 @@ class FakeInference:
             raise self.refusal
         send, receive = trio.open_memory_channel[Event](self.buffer)
         self.entered.set()
+        self.running += 1
+        script = self.script if self.script_for is None else self.script_for()
         try:
             # A nursery, as a real one has: errors of the reader come out in a group.
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._play, send)
+                nursery.start_soon(self._play, send, script)
                 explanation = self.explanation if asker.wants_scores else None
                 first = self.places[0] if self.places else None
                 yield Generation(NODE_2, receive, explanation, first, 1.5 if first else 0.0)
                 nursery.cancel_scope.cancel()
         finally:
+            self.running -= 1
             self.left.set()
 
     def explain(self, request: GenerateRequest) -> Explanation:
@@ -377,9 +383,9 @@ class FakeInference:
     def queued(self) -> int:
         return self.waiting
 
-    async def _play(self, send: trio.MemorySendChannel[Event]) -> None:
+    async def _play(self, send: trio.MemorySendChannel[Event], script: Script) -> None:
         with send:  # not `async`: its checkpoint could swallow an error of the script
-            for step in self.script:
+            for step in script:
                 if isinstance(step, Exception):
                     raise step
                 if isinstance(step, trio.Event):

@@ -84,12 +84,13 @@ def test_the_table_of_roles_is_the_contracts() -> None:
     expected = {
         None: "/ /health /version /auth/login /auth/refresh /api/version",
         "viewer": "/auth/logout /auth/me /users/<username>/password "
-        "/cluster/status /cluster/leader /cluster/consensus /metrics /nodes "
+        "/cluster/status /cluster/leader /cluster/consensus /metrics /nodes /explain "
         "/nodes/<reference> /models /models/<path:name> /transfers /transfers/<transfer_id> "
         "/api/tags /api/ps /api/show /v1/models /v1/models/<path:name>",
         "inference": "/generate /chat /embeddings "
         "/api/generate /api/chat /api/embed /api/embeddings "
-        "/v1/chat/completions /v1/completions /v1/embeddings",
+        "/v1/chat/completions /v1/completions /v1/embeddings /v1/responses "
+        "/v1/messages /v1/messages/count_tokens",
         "operator": "/nodes/<reference>/drain /nodes/<reference>/undrain "
         "/models/<path:name>/download /blobs/<digest> /transfers/<transfer_id>/cancel "
         "/api/pull /api/push /api/create /api/copy /api/delete /api/blobs/<digest>",

@@ -87,26 +87,60 @@ async def test_a_chat_needs_its_messages() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "field"),
+    ("path", "body", "field"),
     [
-        ({"suffix": "x"}, "suffix"),
-        ({"template": "x"}, "template"),
-        ({"images": ["x"]}, "images"),
-        ({"logprobs": True}, "logprobs"),
-        ({"top_logprobs": 3}, "top_logprobs"),
-        ({"messages": [{"role": "user", "content": "", "images": ["x"]}]}, "messages[0].images"),
+        ("/generate", {"template": "{{ if }}"}, "template"),
+        ("/generate", {"template": "{{ .A }}", "raw": True}, "raw"),
+        ("/generate", {"images": ["x"]}, "images[0]"),
+        ("/generate", {"images": ["", "eA=="]}, "images[0]"),
+        ("/generate", {"top_logprobs": 21}, "top_logprobs"),
+        ("/chat", {"top_logprobs": -1}, "top_logprobs"),
+        (
+            "/chat",
+            {"messages": [{"role": "user", "images": ["eA==", "data:image/png;base64,eA=="]}]},
+            "messages[0].images[1]",
+        ),
     ],
     ids=str,
 )
-async def test_what_is_not_there_yet_is_refused_by_name(body: dict[str, Any], field: str) -> None:
-    found = await refused("/chat", {"model": MODEL, "messages": []} | body)
-    assert found[:3] == (400, "NOT_SUPPORTED", field)
+async def test_what_cannot_be_used_is_refused_by_name(
+    path: str, body: dict[str, Any], field: str
+) -> None:
+    found = await refused(path, {"model": MODEL, "messages": []} | body)
+    assert found[:3] == (400, "INVALID_REQUEST", field)
+
+
+async def test_what_a_generation_may_bring_along() -> None:
+    client = ApiClient.of_model("completion", "vision")
+    body = {
+        "model": MODEL,
+        "prompt": "x",
+        "suffix": "y",
+        "template": "{{ .Prompt }}",
+        "images": ["aW1n"],
+        "logprobs": True,
+        "top_logprobs": 3,
+        "shift": False,
+    }
+    assert (await client.call("POST", "/generate", body)).status == 200
+    assert client.world.inference.requests == [
+        GenerateRequest(
+            MODEL,
+            prompt="x",
+            suffix="y",
+            template="{{ .Prompt }}",
+            images=(b"img",),
+            logprobs=3,
+            shift=False,
+        )
+    ]
 
 
 @pytest.mark.parametrize(
     ("body", "text"),
     [
         ({"tools": [{}]}, "does not support tools"),
+        ({"messages": [{"role": "user", "images": ["eA=="]}]}, "does not support vision"),
         ({"think": True}, "does not support thinking"),
         ({"think": "low"}, "does not support thinking"),
     ],

@@ -18,6 +18,7 @@ from ollamad.core.inference import (
     Finished,
     GenerateRequest,
     InferenceError,
+    Likelihood,
     LoadedModel,
     Message,
     Options,
@@ -293,6 +294,59 @@ async def test_a_body_needs_no_content_type() -> None:
     assert answer.status == 200
 
 
+# Likelihoods and pictures
+
+LIKELY = Likelihood(b"Hi", -0.5, (Likelihood(b"Hi", -0.5), Likelihood(b"Ho", -1.5)))
+SHOWN = {
+    "token": "Hi",
+    "logprob": -0.5,
+    "bytes": [72, 105],
+    "top_logprobs": [
+        {"token": "Hi", "logprob": -0.5, "bytes": [72, 105]},
+        {"token": "Ho", "logprob": -1.5, "bytes": [72, 111]},
+    ],
+}
+
+
+@pytest.mark.parametrize("path", ["generate", "chat"])
+async def test_logprobs_stand_beside_what_was_said(path: str) -> None:
+    client = ApiClient()
+    client.world.inference.script = [Chunk("Hi", (1,), (LIKELY,)), Chunk("!", (2,)), FINISHED]
+    body = {"prompt": "x"} if path == "generate" else {"messages": MESSAGES}
+    body |= {"logprobs": True, "top_logprobs": 2}
+    first, second, last = (await ask(client, path, **body)).lines
+    assert first["logprobs"] == [SHOWN]
+    assert "logprobs" not in second
+    assert "logprobs" not in last
+    whole = (await ask(client, path, stream=False, **body)).json
+    assert whole["logprobs"] == [SHOWN]
+    requests = client.world.inference.requests
+    assert {each.logprobs for each in requests if isinstance(each, GenerateRequest)} == {2}
+    await ask(client, path, **body | {"logprobs": False})
+    last_asked = requests[-1]
+    assert isinstance(last_asked, GenerateRequest)
+    assert last_asked.logprobs == -1
+
+
+async def test_pictures_texts_behind_and_templates_reach_the_engine() -> None:
+    client = ApiClient.of_model("completion", "vision")
+    await ask(client, "generate", prompt="x", images=["aW1n"], suffix="y", template="{{ .Prompt }}")
+    await ask(client, "generate", prompt="x", raw=True, suffix="y", shift=False)
+    await ask(client, "chat", messages=[MESSAGES[0] | {"images": ["aW1n"]}])
+    first, second, third = client.world.inference.requests
+    assert isinstance(first, GenerateRequest)
+    assert (first.images, first.suffix, first.template) == ((b"img",), "y", "{{ .Prompt }}")
+    assert isinstance(second, GenerateRequest)
+    assert (second.suffix, second.shift) == ("", False)
+    assert isinstance(third, GenerateRequest)
+    assert third.messages is not None
+    assert third.messages[0].images == (b"img",)
+    answer = await ask(client, "generate", prompt="x", template="{{ if }}")
+    assert (answer.status, "template cannot be used" in answer.json["error"]) == (400, True)
+    answer = await ask(client, "generate", prompt="x", images=["?"])
+    assert (answer.status, "base64" in answer.json["error"]) == (400, True)
+
+
 # Errors
 
 
@@ -319,7 +373,6 @@ async def test_a_body_needs_no_content_type() -> None:
             400,
             "raw mode does not support template, system, or context",
         ),
-        ("generate", {"prompt": "x", "suffix": "y"}, 400, f"{FULL} does not support insert"),
         ("generate", {"prompt": "x", "images": ["eA=="]}, 400, f"{FULL} does not support vision"),
         ("generate", {"prompt": "x", "think": True}, 400, f'"{MODEL}" does not support thinking'),
         (

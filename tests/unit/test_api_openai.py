@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import trio
 
 from ollamad.core.inference import (
     Chunk,
@@ -15,6 +16,7 @@ from ollamad.core.inference import (
     Failover,
     GenerateRequest,
     InferenceError,
+    Likelihood,
     Message,
     Options,
     Thought,
@@ -32,7 +34,9 @@ USAGE = {
     "total_tokens": 28,
     "prompt_tokens_details": {"cached_tokens": 5},
 }
+WEB_IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/cat.png"}}
 BAD = {"name": "f", "arguments": "[1]"}
+BUSY = InferenceError(Failed("QUEUE_FULL", "busy", 503))
 DEFAULTS = Options(temperature=1.0, top_p=1.0)
 
 
@@ -266,6 +270,160 @@ async def test_a_streamed_completion_with_echo() -> None:
     assert [event["choices"][0]["finish_reason"] for event in got] == [None, None, None, "stop"]
 
 
+# Likelihoods, and several choices.
+
+LIKELY = Likelihood(b"Hi", -0.5, (Likelihood(b"Hi", -0.5), Likelihood(b"\xc3", -1.5)))
+SHOWN = {
+    "token": "Hi",
+    "logprob": -0.5,
+    "bytes": [72, 105],
+    "top_logprobs": [
+        {"token": "Hi", "logprob": -0.5, "bytes": [72, 105]},
+        {"token": "\ufffd", "logprob": -1.5, "bytes": [195]},
+    ],
+}
+
+
+async def test_logprobs_of_a_chat() -> None:
+    client = ApiClient()
+    client.world.inference.script = [Chunk("Hi", (1,), (LIKELY,)), Chunk("Hi", (1,)), FINISHED]
+    [choice] = (await chat(client, logprobs=True, top_logprobs=2)).json["choices"]
+    assert choice["logprobs"] == {"content": [SHOWN], "refusal": None}
+    assert asked(client).logprobs == 2
+    first, second, *_ = events(await chat(client, stream=True, logprobs=True))
+    assert first["choices"][0]["logprobs"] == {"content": [SHOWN], "refusal": None}
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "Hi"}
+    assert "logprobs" not in second["choices"][0]
+
+
+async def test_logprobs_of_a_completion() -> None:
+    client = ApiClient()
+    client.world.inference.script = [Chunk("Hi", (1,), (LIKELY,)), Chunk("Hi", (1,), (LIKELY,))]
+    client.world.inference.script.append(FINISHED)
+    [choice] = (await complete(client, logprobs=2)).json["choices"]
+    assert choice["logprobs"] == {
+        "tokens": ["Hi", "Hi"],
+        "token_logprobs": [-0.5, -0.5],
+        "top_logprobs": [{"Hi": -0.5, "\ufffd": -1.5}] * 2,
+        "text_offset": [0, 2],
+    }
+    offsets = [
+        event["choices"][0]["logprobs"]["text_offset"]
+        for event in events(await complete(client, stream=True, logprobs=2))[:2]
+    ]
+    assert offsets == [[0], [2]]
+
+
+async def test_the_logit_bias_and_one_call_at_a_time() -> None:
+    client = ApiClient()
+    await chat(client, logit_bias={"5": -100, "17": 2.5}, parallel_tool_calls=False)
+    assert asked(client).logit_bias == ((5, -100), (17, 2.5))
+    assert not asked(client).parallel_calls
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+async def test_several_choices(seed: int | None) -> None:
+    client = ApiClient()
+    body = (await chat(client, n=3, seed=seed)).json
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert {choice["message"]["content"] for choice in body["choices"]} == {'Hello "ü"\n'}
+    # The prompt counts once.
+    assert body["usage"]["prompt_tokens"] == 25
+    assert body["usage"]["completion_tokens"] == 9
+    requests = client.world.inference.requests
+    seeds = {each.options.seed for each in requests if isinstance(each, GenerateRequest)}
+    assert len(requests) == 3
+    assert seeds == ({None} if seed is None else {7, 8, 9})
+
+
+async def test_several_choices_are_streamed_side_by_side() -> None:
+    got = events(await chat(ApiClient(), n=2, stream=True, stream_options={"include_usage": True}))
+    assert got.pop() == "[DONE]"
+    assert got.pop()["usage"]["completion_tokens"] == 6
+    texts = {0: "", 1: ""}
+    ends = []
+    for each in got:
+        [choice] = each["choices"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+        ends += [choice["index"]] if choice["finish_reason"] else []
+    assert texts == {0: 'Hello "ü"\n', 1: 'Hello "ü"\n'}
+    assert sorted(ends) == [0, 1]
+    assert len({each["id"] for each in got}) == 1
+
+
+async def test_many_prompts_and_the_best_of_each() -> None:
+    client = ApiClient()
+    body = (await complete(client, prompt=["a", "b"], n=2, echo=True)).json
+    texts = [choice["text"][0] for choice in body["choices"]]
+    assert texts == ["a", "a", "b", "b"]
+    assert body["usage"]["prompt_tokens"] == 50
+    scripts = iter([-3.0, -1.0, -2.0])
+
+    def said() -> list[Any]:
+        logprob = next(scripts)
+        return [Chunk(str(logprob), (1,), (Likelihood(b"x", logprob),)), FINISHED]
+
+    client.world.inference.script_for = said
+    body = (await complete(client, best_of=3, n=2)).json
+    assert [choice["text"] for choice in body["choices"]] == ["-1.0", "-2.0"]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert body["choices"][0]["logprobs"] is None
+    assert body["usage"]["completion_tokens"] == 9
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_choice_that_fails_ends_all(stream: bool) -> None:
+    client = ApiClient()
+    scripts: Any = iter(
+        [[trio.Event()], [Chunk("a"), Failed("NODE_LOST", "gone", 503)] if stream else [BUSY]]
+    )
+    client.world.inference.script_for = lambda: next(scripts)
+    answer = await chat(client, n=2, stream=stream)
+    if stream:
+        assert events(answer)[-1]["error"]["code"] == "node_lost"
+    else:
+        assert (answer.status, answer.json["error"]["code"]) == (503, "queue_full")
+        assert answer.headers["retry-after"] == "2"
+    assert client.world.inference.running == 0
+
+
+async def test_a_certain_tool_is_forced_by_offering_no_other() -> None:
+    client = ApiClient.of_model("completion", "tools")
+    tools = [{"type": "function", "function": {"name": name}} for name in "abc"]
+    forced = {"type": "function", "function": {"name": "b"}}
+    await chat(client, tools=tools, tool_choice=forced)
+    assert (json.loads(asked(client).tools), asked(client).tool_choice) == ([tools[1]], "required")
+    allowed = {"mode": "auto", "tools": [tools[0], tools[2]]}
+    client.world.inference.requests.clear()
+    await chat(client, tools=tools, tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+    assert json.loads(asked(client).tools) == [tools[0], tools[2]]
+    assert asked(client).tool_choice == "auto"
+    forced = {"type": "function", "function": {"name": "z"}}
+    answer = await chat(client, tools=tools, tool_choice=forced)
+    assert (answer.status, answer.json["error"]["param"]) == (400, "tool_choice.function")
+
+
+async def test_pictures() -> None:
+    client = ApiClient.of_model("completion", "vision")
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aW1n"}}
+    content = [picture, {"type": "text", "text": "What is it?"}]
+    await chat(client, messages=[{"role": "user", "content": content}])
+    assert asked(client).messages == (Message("user", "What is it?", images=(b"img",)),)
+    answer = await chat(ApiClient(), messages=[{"role": "user", "content": content}])
+    assert answer.status == 400
+    assert "does not support vision" in answer.json["error"]["message"]
+
+
+async def test_filling_in() -> None:
+    client = ApiClient()
+    await complete(client, prompt="def f(", suffix="return x")
+    assert (asked(client).prompt, asked(client).suffix, asked(client).raw) == (
+        "def f(",
+        "return x",
+        False,
+    )
+
+
 # Embeddings.
 
 
@@ -304,9 +462,17 @@ async def test_models() -> None:
         "object": "model",
         "created": CREATED - 60,
         "owned_by": "library",
+        "type": "model",
+        "display_name": MODEL,
+        "created_at": "2024-01-15T09:59:00Z",
     }
     listed = (await client.call("GET", "/v1/models")).json
     assert listed["object"] == "list"
+    assert (listed["has_more"], listed["first_id"], listed["last_id"]) == (
+        False,
+        MODEL,
+        "me/own:latest",
+    )
     assert listed["data"][0] == described
     assert (listed["data"][1]["id"], listed["data"][1]["owned_by"]) == ("me/own:latest", "me")
     assert (await client.call("GET", f"/v1/models/{MODEL}")).json == described
@@ -327,9 +493,11 @@ async def test_models() -> None:
         ("chat/completions", {"messages": MESSAGES, "max_tokens": 0}, "max_tokens"),
         ("chat/completions", {"messages": MESSAGES, "seed": 1 << 40}, "seed"),
         ("chat/completions", {"messages": MESSAGES, "stop": ["a"] * 5}, "stop"),
-        ("chat/completions", {"messages": MESSAGES, "n": 2}, "n"),
-        ("chat/completions", {"messages": MESSAGES, "logprobs": True}, "logprobs"),
-        ("chat/completions", {"messages": MESSAGES, "logit_bias": {"1": 5}}, "logit_bias"),
+        ("chat/completions", {"messages": MESSAGES, "n": 0}, "n"),
+        ("chat/completions", {"messages": MESSAGES, "n": 17}, "n"),
+        ("chat/completions", {"messages": MESSAGES, "top_logprobs": 3}, "top_logprobs"),
+        ("chat/completions", {"messages": MESSAGES, "logit_bias": {"1": 101}}, "logit_bias"),
+        ("chat/completions", {"messages": MESSAGES, "logit_bias": {"the": 5}}, "logit_bias"),
         ("chat/completions", {"messages": MESSAGES, "presence_penalty": 3}, "presence_penalty"),
         ("chat/completions", {"messages": MESSAGES, "frequency_penalty": 3}, "frequency_penalty"),
         (
@@ -357,11 +525,26 @@ async def test_models() -> None:
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages[0].content[0].type 'image_url'",
+            "messages[0].content[0].image_url",
         ),
-        ("completions", {"prompt": ["a", "b"]}, "prompt"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [WEB_IMAGE]}]},
+            "messages[0].content[0].image_url",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+            "messages[0].content[0].type 'input_audio'",
+        ),
+        ("completions", {"prompt": ["a"] * 17}, "prompt"),
+        ("completions", {"prompt": ["a", ""]}, "prompt"),
         ("completions", {"prompt": ""}, "prompt"),
-        ("completions", {"prompt": "x", "best_of": 3}, "best_of"),
+        ("completions", {"prompt": "x", "best_of": 17}, "best_of"),
+        ("completions", {"prompt": "x", "best_of": 1, "n": 2}, "best_of"),
+        ("completions", {"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
+        ("completions", {"prompt": "x", "logprobs": 21}, "logprobs"),
+        ("completions", {"prompt": "x", "logprobs": 1, "echo": True}, "echo with logprobs"),
         ("embeddings", {"input": []}, "input"),
         ("embeddings", {"input": ["a", ""]}, "input"),
         ("embeddings", {"input": "x", "encoding_format": "hex"}, "encoding_format"),
