@@ -89,6 +89,8 @@ GROWING = (PutModel, PutUser, AddUser, AddKey, AddJoinToken, AdmitMember)
 
 CONSENSUS_VIEW = "consensus.view"
 
+HandOver = Callable[[NodeId, float], Awaitable[None]]  # the node, and how long it may take
+
 
 class ConsensusView(msgspec.Struct, frozen=True):
     """What a node knows of the consensus; `ollamad recover` asks every member for it."""
@@ -131,8 +133,8 @@ class Cluster:
         self.changes = Changes()
         self.is_caught_up = False
         self.departed = trio.Event()  # set when this node is no member any more
-        # Copies what only that node holds to others; set by who looks after the models.
-        self.hand_over: Callable[[NodeId], Awaitable[None]] = _nothing_to_hand_over
+        # Waits until nothing would be lost with a node; set by who looks after the models.
+        self.hand_over: HandOver = _nothing_to_hand_over
         self._identity = identity
         self._name = name
         self._addresses = addresses
@@ -344,8 +346,13 @@ class Cluster:
     async def set_draining(self, node_id: NodeId, draining: bool) -> None:
         await self.require(SetDraining(node_id, draining))
 
-    async def remove(self, node_id: NodeId) -> None:
-        """Take a member out: it drains, its sole replicas move, it leaves the voters."""
+    async def remove(
+        self, node_id: NodeId, *, force: bool = False, timeout_s: float = HAND_OVER_TIMEOUT_S
+    ) -> None:
+        """Take a member out: it drains, its sole replicas move, it leaves the voters.
+
+        With `force` nothing is waited for, and what only it holds is lost.
+        """
         if node_id not in self.state.members:
             raise ServiceError(
                 404, "NODE_NOT_FOUND", f"there is no node {short(node_id)}… in this cluster"
@@ -357,8 +364,8 @@ class Cluster:
         was_draining = self.state.members[node_id].draining
         await self.set_draining(node_id, True)
         try:
-            if self.is_online(node_id):
-                await self._hand_over(node_id)
+            if not force:
+                await self.hand_over(node_id, timeout_s)
             await self._remove_voter(node_id)
             await self.require(RemoveMember(node_id))
         except BaseException:
@@ -367,18 +374,6 @@ class Cluster:
                 if not was_draining:
                     await self.propose(SetDraining(node_id, False))
             raise
-
-    async def _hand_over(self, node_id: NodeId) -> None:
-        try:
-            with trio.fail_after(HAND_OVER_TIMEOUT_S):
-                await self.hand_over(node_id)
-        except trio.TooSlowError:
-            raise ServiceError(
-                503,
-                "HAND_OVER_TIMEOUT",
-                f"copying what only {short(node_id)}… holds takes longer than "
-                f"{HAND_OVER_TIMEOUT_S:.0f} s; drain it, wait for the transfers, and try again",
-            ) from None
 
     # Tasks.
 
@@ -565,6 +560,13 @@ class Cluster:
                     log.info("removing voter %s: %s", short(node_id), error)
                 await trio.sleep(0.1)
             return
+        if self.voters() == [node_id]:
+            raise ServiceError(
+                409,
+                "LAST_VOTER",
+                f"node {short(node_id)}… is the only voter, and no other node could become one: "
+                "undrain or start one, and try again",
+            )
         raise NoQuorum(f"node {short(node_id)}… could not be taken out of the voters in time")
 
     async def _on_remove_voter(self, peer: NodeId, node_id: NodeId) -> bool:
@@ -660,7 +662,7 @@ class Cluster:
         self.changes.notify()
 
 
-async def _nothing_to_hand_over(node_id: NodeId) -> None:
+async def _nothing_to_hand_over(node_id: NodeId, timeout_s: float) -> None:
     await trio.lowlevel.checkpoint()
 
 

@@ -44,7 +44,9 @@ from ollamad.build import build_info, engine_versions, platform_name
 from ollamad.cluster import Addresses, Cluster
 from ollamad.core.commands import LEVEL
 from ollamad.core.ids import NodeId, short
+from ollamad.core.measures import DemandMeter
 from ollamad.core.names import node_name_of
+from ollamad.core.placement import Policy as PlacementPolicy
 from ollamad.core.presence import Beat
 from ollamad.core.routing import parse_policy
 from ollamad.core.state import User
@@ -63,6 +65,7 @@ from ollamad.raft.errors import RaftError
 from ollamad.raft.links import Links
 from ollamad.raft.node import RaftNode
 from ollamad.raft.sqlite_store import SqliteStore
+from ollamad.reconcile import Reconciler
 from ollamad.scheduler.dispatch import Dispatcher
 from ollamad.scheduler.exchange import EMBED, GENERATE, TRANSCRIPT
 from ollamad.settings import Settings, SourceSettings, parse_duration, parse_listen
@@ -178,6 +181,20 @@ class Daemon:
         self._table = TransferTable(
             identity.node_id, secrets.token_hex(2), wall=time.time, steady=time.monotonic
         )
+        distribution = settings.distribution
+        self._demand = DemandMeter(
+            parse_duration(distribution.hot_after), parse_duration(distribution.cool_after)
+        )
+        self._reconciler = Reconciler(
+            self._cluster,
+            PlacementPolicy(
+                default_replicas=settings.models.replicas,
+                lost_after_s=parse_duration(distribution.lost_after),
+                hot_load=distribution.hot_load,
+            ),
+            drain_timeout_s=parse_duration(settings.drain.timeout),
+        )
+        self._cluster.hand_over = self._reconciler.hand_over
         self._library = Library(
             cluster=self._cluster,
             store=self._store,
@@ -187,7 +204,7 @@ class Daemon:
             unload=self._unload,
             held_path=directory.replicas,
             pulls_path=directory.pulls,
-            default_replicas=settings.models.replicas,
+            view=self._reconciler.view,
             owns_store=not settings.models.path,
         )
         self._dispatcher = Dispatcher(
@@ -203,6 +220,8 @@ class Daemon:
             slots=settings.engine.num_parallel,
             cache_bytes=PROMPT_CACHE_MIB << 20,
             max_waiting=settings.engine.max_queue,
+            drain_timeout_s=parse_duration(settings.drain.timeout),
+            demand=self._demand,
         )
         self._cluster.heartbeats.on_beat = self._dispatcher.hear
         self._mesh.handle(GENERATE, self._dispatcher.serve_generate)
@@ -257,6 +276,7 @@ class Daemon:
                 await nursery.start(self._cluster.run)
                 await nursery.start(self._usage.run)
                 await nursery.start(self._library.run)
+                await nursery.start(self._reconciler.run)
                 await nursery.start(self._dispatcher.run)
                 nursery.start_soon(self._sample_host)
                 nursery.start_soon(self._renew_certificate)
@@ -361,6 +381,8 @@ class Daemon:
             speeds=self._dispatcher.router.speeds(),
             prefixes=self._dispatcher.router.news(loaded),
             waiting=self._dispatcher.admission.waiting,
+            demand=self._demand.read(trio.current_time()),
+            receive_rate=self._library.receive_rate,
         )
 
     async def _unload(self, name: str) -> None:

@@ -14,14 +14,11 @@ import trio
 
 from ollamad.api.services import ServiceError
 from ollamad.cluster import Cluster
-from ollamad.core.commands import (
-    DeleteModel,
-    SetDesired,
-)
+from ollamad.core.commands import AskReplicas, DeleteModel, SetDesired
 from ollamad.core.description import NO_CHANGES, Changes, Description
 from ollamad.core.ids import NodeId, short
 from ollamad.core.names import is_reference, parse_name
-from ollamad.core.placement import Site, place
+from ollamad.core.placement import Ledger, View, Whereabouts, base_count, decide, explain
 from ollamad.core.state import Model
 from ollamad.core.transfers import Transfer
 from ollamad.peers.link import HandlerError, RemoteFailure
@@ -63,6 +60,7 @@ class Library:
     Args:
       source: where models come from that the cluster does not have.
       pulls_path: see `Pulls`.
+      view: the cluster as placement sees it now.
       unload, held_path, owns_store: see `Share`, which looks after this node's own copies.
     """
 
@@ -77,13 +75,13 @@ class Library:
         unload: Callable[[str], Awaitable[None]],
         held_path: Path,
         pulls_path: Path,
-        default_replicas: int,
+        view: Callable[[], View],
         owns_store: bool = True,
     ) -> None:
         self._cluster = cluster
         self._store = store
         self._table = table
-        self._default_replicas = default_replicas
+        self._view = view
         self._share = Share(
             cluster=cluster,
             store=store,
@@ -105,7 +103,6 @@ class Library:
             cancel=self.cancel,
             pulls_path=pulls_path,
         )
-        cluster.hand_over = self.hand_over
         mesh = cluster.mesh
         mesh.answer("library.want", str, self._on_want)
         mesh.answer("library.derive", DeriveRequest, self._on_derive)
@@ -133,8 +130,7 @@ class Library:
         model = self._cluster.state.find_model(name)
         if model is not None and source is None:
             return await self._spread(model, nodes, replicas)
-        count = replicas or self._default_replicas
-        request = PullRequest(name, source, count, tuple(nodes), self._cluster.node_id)
+        request = PullRequest(name, source, replicas or 0, tuple(nodes), self._cluster.node_id)
         return (await self._pulls.begin(request)).transfer_id
 
     async def create(
@@ -174,7 +170,7 @@ class Library:
                 f"or delete it first: ollama-dist models rm {known.name}",
                 {"name": known.name},
             )
-        await self._publish(model, (), self._default_replicas)
+        await self._publish(model, (), 0)
         return self._cluster.state.models[parse_name(name).key]
 
     async def derive(self, name: str, base: str, changes: Changes = NO_CHANGES) -> Model:
@@ -245,11 +241,19 @@ class Library:
             model = self._cluster.state.find_model(transfer.model_name)
             if model is not None and transfer.node_id in model.desired:
                 rest = tuple(n for n in model.desired if n != transfer.node_id)
+                pinned = tuple(n for n in model.pinned if n != transfer.node_id)
+                # One copy fewer, or another node would get it.
+                await self._cluster.require(AskReplicas(model.name, max(1, len(rest)), pinned))
                 await self._cluster.require(SetDesired(model.name, rest))
         if transfer.node_id == self._cluster.node_id:
             self._on_cancel(transfer.node_id, transfer_id)
         else:
             await self._ask(transfer.node_id, "library.cancel", transfer_id, PEER_TIMEOUT_S)
+
+    @property
+    def receive_rate(self) -> float:
+        """Bytes a second at which copies came from peers lately; 0 if none did."""
+        return self._share.received.value
 
     async def has_blob(self, digest: str) -> bool:
         return await self._store.has_blob(digest)
@@ -273,14 +277,29 @@ class Library:
             for node_id in model.confirmed
         )
 
-    async def hand_over(self, node_id: NodeId) -> None:
-        """Copy what only this node holds to others; returns when they have it.
+    async def ask_replicas(self, name: str, replicas: int) -> Model:
+        """Have so many copies of a model in the cluster; 0: as many as by default.
 
-        Raises:
-          ServiceError: 409 when no other node can take it.
+        Nodes that were asked for by name stay, if they are no more than that.
         """
-        for name in list(self._cluster.state.models):
-            await self._hand_over_model(name, node_id)
+        model = self._cluster.state.find_model(name)
+        if model is None:
+            raise ServiceError(404, "MODEL_NOT_FOUND", f"model {name!r} not found", {"model": name})
+        pinned = model.pinned if len(model.pinned) <= replicas else ()
+        await self._cluster.require(AskReplicas(model.name, replicas, pinned))
+        return self._cluster.state.find_model(name) or model
+
+    def placement(self, model: Model) -> Whereabouts:
+        """Why a model is where it is."""
+        return explain(self._view(), model)
+
+    def wanted_replicas(self) -> dict[str, int]:
+        """How many copies of each model (by its name) there should be, but for hot ones."""
+        view = self._view()
+        return {
+            model.name: base_count(view.policy, model, len(view.sites))[0]
+            for model in view.models.values()
+        }
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run pulls, and this node's share of the models; until cancelled."""
@@ -300,20 +319,42 @@ class Library:
         return None
 
     async def _publish(self, model: Model, nodes: Sequence[NodeId], replicas: int) -> None:
-        """Make a model that this node holds known to the cluster, and place its copies."""
+        """Make a model that this node holds known to the cluster, and place its copies.
+
+        On those nodes and no others, unless somebody said how many; else as many as the model of
+        that name had before.
+        """
         me = self._cluster.node_id
-        desired = tuple(sorted({me, *nodes}))
-        if not nodes:
-            desired = place(self._sites(), model.size, replicas, keep=(me,))
-        await self._share.publish(model, desired)
+        known = self._cluster.state.find_model(model.name)
+        if known is not None and not nodes:
+            nodes, replicas = known.pinned, replicas or known.replicas
+        elif nodes:
+            replicas = max(replicas, len(set(nodes)))
+        model = msgspec.structs.replace(
+            model,
+            replicas=replicas,
+            pinned=tuple(sorted(set(nodes))),
+            desired=tuple(sorted({me, *nodes})),
+            confirmed=(me,),
+        )
+        view = self._view()
+        await self._share.publish(model, decide(view, Ledger(view), model).desired)
 
     # Spreading.
 
     async def _spread(self, model: Model, nodes: Sequence[NodeId], replicas: int | None) -> str:
-        wanted = set(model.desired) | set(nodes)
-        if not nodes:
-            count = replicas or max(self._default_replicas, len(model.desired))
-            wanted |= set(place(self._sites(), model.size, count, keep=model.desired))
+        """Copy a model to more nodes: to those as well, or to have that many."""
+        view = self._view()
+        base, _ = base_count(view.policy, model, len(view.sites))
+        count = max(replicas, base) if replicas else model.replicas
+        if nodes:  # they come on top of those that should have it
+            there = base if view.policy.automatic else max(base, len(model.desired))
+            count = max(count, there + len(set(nodes) - set(model.desired)))
+        pinned = tuple(sorted({*model.pinned, *nodes}))
+        if (count, pinned) != (model.replicas, model.pinned):
+            await self._cluster.require(AskReplicas(model.name, count, pinned))
+            model = msgspec.structs.replace(model, replicas=count, pinned=pinned)
+        wanted = set(decide(view, Ledger(view), model).desired) | set(model.desired) | set(nodes)
         if wanted != set(model.desired):
             await self._cluster.require(SetDesired(model.name, tuple(sorted(wanted))))
         missing = sorted(wanted - set(model.confirmed))
@@ -345,43 +386,7 @@ class Library:
                 await changed.wait()  # the command is on its way to this node
         raise ServiceError(503, "BEHIND", "this node does not know of that model yet; try again")
 
-    async def _hand_over_model(self, key: str, node_id: NodeId) -> None:
-        while True:
-            changed = self._cluster.changes.next()
-            model = self._cluster.state.models.get(key)
-            if model is None or node_id not in model.confirmed:
-                return
-            members = self._cluster.state.members
-            others = [n for n in model.confirmed if n != node_id and n in members]
-            if any(self._cluster.is_online(n) for n in others):
-                return
-            coming = [n for n in model.desired if n != node_id and self._cluster.is_online(n)]
-            if not coming:
-                sites = [site for site in self._sites() if site.node_id != node_id]
-                chosen = place(sites, model.size, 1)
-                if not chosen:
-                    raise ServiceError(
-                        409,
-                        "SOLE_REPLICA",
-                        f"only this node holds {model.name}, and no other node can take it now; "
-                        "free disk there, start another node, or delete the model",
-                        {"model": model.name, "size": model.size},
-                    )
-                wanted = tuple(sorted({*model.desired, *chosen}))
-                await self._cluster.require(SetDesired(model.name, wanted))
-            await changed.wait()
-
     # Helpers.
-
-    def _sites(self) -> list[Site]:
-        return [
-            Site(
-                member.id,
-                self._cluster.is_online(member.id) and not member.draining,
-                self._cluster.presence(member.id).beat.usage.disk_free,
-            )
-            for member in self._cluster.state.members.values()
-        ]
 
     def _holder(self, name: str) -> NodeId:
         """A node that holds the model and can be asked: this one if possible."""
@@ -409,6 +414,8 @@ class Library:
             raise _store_failure(error) from None
         known = self._cluster.state.find_model(request.name)
         if known is None or known.digest != model.digest:
+            asked = base if known is None else known
+            model = msgspec.structs.replace(model, replicas=asked.replicas, pinned=asked.pinned)
             await self._share.publish(model, base.desired or (self._cluster.node_id,))
         return model.digest
 

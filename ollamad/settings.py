@@ -9,6 +9,7 @@ turns into a line. pydantic-settings would add 25 MB of memory for the same.
 """
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -114,6 +115,19 @@ class SourceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hf_token: str = ""
 
 
+class DistributionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where models are kept: see docs/placement.md. The leader's are in force."""
+
+    lost_after: str = "5m"  # a node that is away so long gives its place to others
+    hot_load: float = 2.0  # requests at once per copy that call for one more
+    hot_after: str = "30s"  # the mean of them is over so long,
+    cool_after: str = "10m"  # and over so long before a copy goes again
+
+
+class DrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    timeout: str = "60s"  # then running answers move to other nodes
+
+
 class LogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     level: str = "info"  # debug, info, warning, error
     format: str = "text"  # text or json
@@ -133,6 +147,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scheduler: SchedulerSettings = SchedulerSettings()
     models: ModelSettings = ModelSettings()
     sources: SourceSettings = SourceSettings()
+    distribution: DistributionSettings = DistributionSettings()
+    drain: DrainSettings = DrainSettings()
     log: LogSettings = LogSettings()
 
 
@@ -437,6 +453,21 @@ def _check_ollama_listen(value: str) -> None:
         parse_listen(value)
 
 
+def _check_positive_duration(value: str) -> None:
+    if parse_duration(value) <= 0:
+        raise ValueError("it must be more than no time")
+
+
+def _check_not_negative(value: str) -> None:
+    if parse_duration(value) < 0:
+        raise ValueError("it must not be negative")
+
+
+def _check_hot_load(value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError("use a number above 0, such as 2")
+
+
 def _check_secret(value: str) -> None:
     if value and len(value.encode()) < MIN_SECRET_BYTES:
         raise ValueError(f"it must have at least {MIN_SECRET_BYTES} bytes")
@@ -464,6 +495,11 @@ _CHECKS: dict[str, Any] = {
     "engine.max_queue": _at_least(0),
     "engine.context_length": _at_least(8),
     "models.replicas": _at_least(1),
+    "distribution.lost_after": _check_positive_duration,
+    "distribution.hot_load": _check_hot_load,
+    "distribution.hot_after": _check_positive_duration,
+    "distribution.cool_after": _check_positive_duration,
+    "drain.timeout": _check_not_negative,
     "rate_limits.general": _at_least(0),
     "rate_limits.model_ops": _at_least(0),
     "rate_limits.websocket": _at_least(0),

@@ -13,8 +13,9 @@ import trio
 
 from ollamad.api.services import ServiceError
 from ollamad.cluster import Cluster
-from ollamad.core.commands import Applied, ConfirmReplica, PutModel
+from ollamad.core.commands import Applied, ConfirmReplica, PutModel, ReleaseReplica
 from ollamad.core.ids import NodeId
+from ollamad.core.measures import Rate
 from ollamad.core.names import parse_name
 from ollamad.core.state import Model
 from ollamad.peers.identity import write_private
@@ -70,6 +71,7 @@ class Share:
         self._unload = unload
         self._held_path = held_path
         self._owns_store = owns_store
+        self.received = Rate()  # of copies from peers
         self._held: dict[str, str] = {}
         self._fetches: dict[str, _Fetch] = {}  # by name key
         # Name keys of models that are on the disk and on their way into the state: hands off.
@@ -160,17 +162,36 @@ class Share:
             if me in model.desired and me not in model.confirmed:
                 if key not in self._fetches and self._retry_at.get(key, 0) <= trio.current_time():
                     self._start_fetch(model)
-            elif me in model.confirmed and me not in model.desired and model.desired:
-                # Only once those who should hold it do.
-                if set(model.desired) <= set(model.confirmed):
-                    await self._confirm(model, present=False)
-                    await self._drop(key)
+            elif self._is_spare(model):
+                await self._give_up(key, model)
             elif me in model.confirmed and self._held.get(key) != model.digest:
                 await self._take_stock(model)
             elif key in self._held and me not in model.desired and me not in model.confirmed:
                 await self._drop(key)  # replaced or moved away while this node was down
         for key in [key for key in self._held if key not in models and key not in self._publishing]:
             await self._drop(key)
+
+    def _is_spare(self, model: Model) -> bool:
+        """Whether this node holds a model that others should hold, and do, and can serve."""
+        me, members = self._cluster.node_id, self._cluster.state.members
+        if me not in model.confirmed or me in model.desired or not model.desired:
+            return False
+        if me in members and members[me].draining:
+            return False  # it may be about to leave, with what it has
+        return set(model.desired) <= set(model.confirmed) and any(
+            self._cluster.is_online(n) and not members[n].draining
+            for n in model.desired
+            if n in members
+        )
+
+    async def _give_up(self, key: str, model: Model) -> None:
+        """Free a copy, if the cluster agrees that it is not needed."""
+        command = ReleaseReplica(model.name, model.digest, self._cluster.node_id)
+        outcome = await self._cluster.propose(command)
+        if isinstance(outcome, Applied):
+            await self._drop(key)
+        else:
+            log.info("keeping %s: %s", model.name, outcome.message)
 
     # Fetching.
 
@@ -195,6 +216,9 @@ class Share:
                 async with self._store.pins.hold(*(layer.digest for layer in model.layers)):
                     await self._fetch_held(model, transfer_id)
                 self._table.complete(transfer_id)
+                done = self._table.get(transfer_id)
+                if done is not None and done.speed:
+                    self.received.note(done.bytes_total, done.bytes_total / done.speed)
                 self._retry_after.pop(key, None)
                 log.info("%s is here now", model.name)
             if scope.cancelled_caught:

@@ -105,6 +105,13 @@ ROUTES = (
         models.download_model,
         model_op=True,
     ),
+    Route(
+        "PUT",
+        f"{BASE}/models/<path:name>/replicas",
+        "operator",
+        models.ask_replicas,
+        model_op=True,
+    ),
     Route("HEAD", f"{BASE}/blobs/<digest>", "operator", models.has_blob),
     Route("POST", f"{BASE}/blobs/<digest>", "operator", models.upload_blob, bounded=False),
     Route("GET", f"{BASE}/transfers", "viewer", models.list_transfers),

@@ -46,6 +46,14 @@ class JoinBody(msgspec.Struct, frozen=True):
 
 class LeaveBody(msgspec.Struct, frozen=True):
     node_id: Text
+    force: bool = False  # also if models are lost with it
+    # For copying what only it has; at least what one copy takes, at most a day.
+    timeout_seconds: Annotated[float, msgspec.Meta(ge=1, le=86400)] = 600.0
+
+
+class ReplicasBody(msgspec.Struct, frozen=True):
+    # null: the cluster's default.
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=1000)] | None
 
 
 class JoinTokenBody(msgspec.Struct, frozen=True):

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from ollamad.api.asgi import Reply
-from ollamad.api.bodies import CreateBody, DownloadBody, invalid
+from ollamad.api.bodies import CreateBody, DownloadBody, ReplicasBody, invalid
 from ollamad.api.calls import Call, read_name, reply, rfc3339
 from ollamad.api.services import ServiceError
 from ollamad.core.ids import NodeId
@@ -21,7 +21,11 @@ _DIGEST = re.compile(r"sha256[:-][0-9a-f]{64}")
 async def list_models(call: Call) -> Reply:
     models = call.services.cluster.state.models.values()
     newest_first = sorted(models, key=lambda model: (-model.modified_at, model.name))
-    return reply({"models": [_summary(model) for model in newest_first]})
+    wanted = call.services.library.wanted_replicas()
+    shown = [
+        _summary(model) | {"replicas_wanted": wanted.get(model.name, 1)} for model in newest_first
+    ]
+    return reply({"models": shown})
 
 
 async def show_model(call: Call, name: str) -> Reply:
@@ -50,6 +54,16 @@ async def delete_model(call: Call, name: str) -> Reply:
             "node_id": services.cluster.node_id,
         }
     )
+
+
+async def ask_replicas(call: Call, name: str) -> Reply:
+    body = await call.body(ReplicasBody)
+    known = await call.find_model(name)
+    model = await call.services.library.ask_replicas(known.name, body.replicas or 0)
+    full = _full(call, model)
+    copies = "1 copy" if full["replicas_wanted"] == 1 else f"{full['replicas_wanted']} copies"
+    message = f"{model.name} should have {copies}; {len(model.confirmed)} there now"
+    return reply({"message": message, "model": full})
 
 
 async def download_model(call: Call, name: str) -> Reply:
@@ -160,7 +174,15 @@ def _full(call: Call, model: Model) -> dict[str, Any]:
         status = "available"
     else:
         status = "unavailable"
+    placement = call.services.library.placement(model)
     return _summary(model) | {
+        "replicas_wanted": placement.want,
+        "replicas_asked": model.replicas or None,
+        "pinned": model.pinned,
+        "placement": {
+            "reason": placement.reason,
+            "nodes": [msgspec.structs.asdict(verdict) for verdict in placement.nodes],
+        },
         "status": status,
         "inference_ready": call.services.library.inference_ready(model),
         "desired": model.desired,

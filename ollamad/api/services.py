@@ -20,6 +20,7 @@ from ollamad.core.description import NO_CHANGES, Changes, Description
 from ollamad.core.explanation import Explanation
 from ollamad.core.ids import NodeId
 from ollamad.core.inference import Embeddings, EmbedRequest, Event, GenerateRequest
+from ollamad.core.placement import Whereabouts
 from ollamad.core.presence import Presence
 from ollamad.core.quota import Used
 from ollamad.core.state import ApiKey, ClusterState, Model
@@ -145,11 +146,14 @@ class Cluster(Protocol):
         """
         ...
 
-    async def remove(self, node_id: NodeId) -> None:
+    async def remove(
+        self, node_id: NodeId, *, force: bool = False, timeout_s: float = 600.0
+    ) -> None:
         """Take a member out (it drains and hands over first if it can).
 
         Raises:
-          ServiceError: 409 for the last member, with the reason.
+          ServiceError: 409 for the last member or voter, and for one whose models would be lost,
+            unless `force`; with the reason.
         """
         ...
 
@@ -207,6 +211,18 @@ class Library(Protocol):
         ...
 
     async def delete(self, name: str) -> None: ...
+
+    async def ask_replicas(self, name: str, replicas: int) -> Model:
+        """Have so many copies of a model in the cluster; 0: as many as by default."""
+        ...
+
+    def placement(self, model: Model) -> Whereabouts:
+        """Why a model is where it is."""
+        ...
+
+    def wanted_replicas(self) -> Mapping[str, int]:
+        """How many copies of each model (by its name) there should be, but for hot ones."""
+        ...
 
     async def transfers(self) -> Sequence[Transfer]:
         """All active and recent transfers of the cluster, newest first."""

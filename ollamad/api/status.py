@@ -133,7 +133,7 @@ async def cluster_join(call: Call) -> Reply:
 async def cluster_leave(call: Call) -> Reply:
     body = await call.body(LeaveBody)
     member = await call.find_member(body.node_id)
-    await call.services.cluster.remove(member.id)
+    await call.services.cluster.remove(member.id, force=body.force, timeout_s=body.timeout_seconds)
     return reply({"message": "Node left cluster", "node_id": member.id})
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
+import msgspec
+
 from ollamad.core.ids import NodeId
 from ollamad.core.measures import Demand
 from ollamad.core.state import Model
@@ -94,8 +96,7 @@ class Placement:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True):
     """Why a node has a model, or has it not."""
 
     node_id: NodeId
@@ -106,7 +107,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class Whereabouts:
     want: int
     reason: str
     nodes: tuple[Verdict, ...]  # the holders first, then the cheapest
@@ -252,7 +253,13 @@ def sole_copies(view: View, node_id: NodeId) -> list[Model]:
     ]
 
 
-def explain(view: View, model: Model) -> Explanation:
+def can_move(view: View, model: Model, node_id: NodeId) -> bool:
+    """Whether another node can take the only copy, or is getting one."""
+    decision = decide(view, Ledger(view), model)
+    return any(n != node_id and view.sites[n].available for n in decision.desired)
+
+
+def explain(view: View, model: Model) -> Whereabouts:
     """Why the model is where it is: one verdict for each node."""
     ledger = Ledger(view)
     decision = decide(view, ledger, model)
@@ -265,7 +272,7 @@ def explain(view: View, model: Model) -> Explanation:
             v.node_id,
         )
     )
-    return Explanation(decision.want, decision.reason, tuple(verdicts))
+    return Whereabouts(decision.want, decision.reason, tuple(verdicts))
 
 
 def base_count(policy: Policy, model: Model, sites: int) -> tuple[int, str]:

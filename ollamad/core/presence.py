@@ -10,6 +10,7 @@ import msgspec
 
 from ollamad.core.ids import NodeId
 from ollamad.core.inference import LoadedModel
+from ollamad.core.measures import Demand
 from ollamad.core.prefix import PrefixNews
 from ollamad.core.speeds import Speed
 
@@ -54,6 +55,8 @@ class Beat(msgspec.Struct, frozen=True):
     speeds: tuple[Speed, ...] = ()  # measured, of the models used last
     prefixes: PrefixNews = PrefixNews()  # which prompts its caches hold
     waiting: int = 0  # requests that wait there to be admitted
+    demand: tuple[Demand, ...] = ()  # for models, by requests that came in there
+    receive_rate: float = 0.0  # bytes/s of the last copies from peers; 0: not measured
 
 
 @dataclass(frozen=True, slots=True)

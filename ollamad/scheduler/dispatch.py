@@ -25,6 +25,7 @@ from ollamad.core.inference import (
     GenerateRequest,
     InferenceError,
 )
+from ollamad.core.measures import DemandMeter
 from ollamad.core.names import nearest
 from ollamad.core.prefix import Prompt
 from ollamad.core.presence import Beat, Presence
@@ -32,6 +33,7 @@ from ollamad.core.routing import STICKY_BOUND_S, Choice, Policy
 from ollamad.core.state import ClusterState, Model
 from ollamad.core.transcripts import Resume, Transcript, fingerprint_of, seed_of
 from ollamad.scheduler.admission import AdmissionControl, Admitted
+from ollamad.scheduler.draining import DRAINING, Draining
 from ollamad.scheduler.exchange import (
     EMBED,
     GENERATE,
@@ -59,6 +61,7 @@ WATCH_INTERVAL_S = 0.25
 # Without an event from another node for so long, it is asked whether it lives. A model that reads
 # a long prompt is silent too, so that it is silent says nothing.
 SILENCE_S = 1.0
+USUAL_DRAIN_TIMEOUT_S = 60.0
 USUAL_MAX_WAITING = 512  # Ollama's default
 
 Probe = Callable[[NodeId], Awaitable[None]]
@@ -85,6 +88,8 @@ class Dispatcher:
       probe: finds out whether a node lives, and breaks what waits for it if not.
       slots: requests that a runner of this cluster usually serves at once.
       max_waiting: requests that may wait in the whole cluster.
+      drain_timeout_s: how long answers may go on here after the node began to drain.
+      demand: told of every request for a model that comes in here.
     """
 
     def __init__(
@@ -103,6 +108,8 @@ class Dispatcher:
         slots: int = 4,
         cache_bytes: int = 128 << 20,
         max_waiting: int = USUAL_MAX_WAITING,
+        drain_timeout_s: float = USUAL_DRAIN_TIMEOUT_S,
+        demand: DemandMeter | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._node_id = node_id
@@ -113,6 +120,10 @@ class Dispatcher:
         self._probe = probe
         self._failover = failover
         self._rng = rng or random.Random()
+        self._demand = demand or DemandMeter(60, 600)
+        self._draining = Draining(
+            node_id, state=state, presence=presence, timeout_s=drain_timeout_s
+        )
         self._outstanding = 0
         self._relays: set[Relay] = set()
         self.router = Router(
@@ -139,6 +150,7 @@ class Dispatcher:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.admission.run)
             nursery.start_soon(self._watch)
+            nursery.start_soon(self._draining.run)
             task_status.started()
 
     def outstanding(self) -> int:
@@ -167,7 +179,10 @@ class Dispatcher:
             request = msgspec.structs.replace(request, fingerprint=fingerprint)
         prompt = self.router.prompt(request, model)
         tokens = self.router.tokens(prompt, model)
-        async with self._admitted(model, request, asker, tokens) as admitted:
+        async with (
+            self._asked_for(model, request.only_loads),
+            self._admitted(model, request, asker, tokens) as admitted,
+        ):
             answer = Answer(request, parse_mode(request.failover or self._failover))
 
             def explain(choice: Choice) -> None:
@@ -209,7 +224,10 @@ class Dispatcher:
         model = self._find(request.model)
         prompt = Prompt(sum(map(len, request.inputs)))
         tokens = self.router.tokens(prompt, model)
-        async with self.admission.admitted(model, asker, tokens, 0) as admitted:
+        async with (
+            self._asked_for(model),
+            self.admission.admitted(model, asker, tokens, 0) as admitted,
+        ):
             tried: list[NodeId] = []
             failure: Failed | None = None
             self._outstanding += 1
@@ -302,6 +320,8 @@ class Dispatcher:
         self, stack: AsyncExitStack, node_id: NodeId, model: Model, request: GenerateRequest
     ) -> EventSource:
         """Have a node answer; the stack ends it."""
+        if self._failover == "off" and not request.failover:
+            request = msgspec.structs.replace(request, failover="off")  # it does not know
         if node_id == self._node_id:
             return await stack.enter_async_context(self._serve(model, request))
         stream = await stack.enter_async_context(
@@ -310,6 +330,18 @@ class Dispatcher:
         return RemoteEvents(stream)
 
     # Inside.
+
+    @asynccontextmanager
+    async def _asked_for(self, model: Model, only_loads: bool = False) -> AsyncIterator[None]:
+        """Counts a request for a model, from before it waits until it is answered."""
+        if only_loads:
+            yield
+            return
+        self._demand.begin(model.name, trio.current_time())
+        try:
+            yield
+        finally:
+            self._demand.end(model.name, trio.current_time())
 
     @asynccontextmanager
     async def _admitted(
@@ -357,11 +389,15 @@ class Dispatcher:
         with self.router.serving(model, request) as serving:
             if not request.request_id:
                 async with self._engine.generate(model, request) as events:
-                    yield _Measured(events, serving)
+                    measured = _Measured(events, serving)
+                    with self._draining.running(model, request, measured) as movable:
+                        yield movable
                 return
             with self._keeper.keeping(request) as transcript:
                 async with self._engine.generate(model, request) as events:
-                    yield _Kept(events, serving, self._keeper, transcript)
+                    kept = _Kept(events, serving, self._keeper, transcript)
+                    with self._draining.running(model, request, kept) as movable:
+                        yield movable
 
     def _waiting_elsewhere(self) -> int:
         return sum(
@@ -414,7 +450,7 @@ class Dispatcher:
         if model is None or self._node_id not in model.confirmed:
             raise InferenceError(_not_here(name))
         if member is not None and member.draining:
-            raise InferenceError(Failed("DRAINING", "this node is draining", 503))
+            raise InferenceError(DRAINING)
         return model
 
     async def _unload_everywhere(self, request: GenerateRequest) -> None:

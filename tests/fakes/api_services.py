@@ -33,6 +33,7 @@ from ollamad.core.inference import (
     LoadedModel,
     Message,
 )
+from ollamad.core.placement import Verdict, Whereabouts
 from ollamad.core.presence import Beat, Presence, Usage
 from ollamad.core.quota import Ledger, Used
 from ollamad.core.state import (
@@ -124,6 +125,7 @@ class FakeCluster:
         self.proposed: list[AnyCommand] = []
         self.admitted: list[tuple[NodeId, str]] = []
         self.removed: list[NodeId] = []
+        self.removals: list[tuple[NodeId, bool, float]] = []
         self.leader_id: NodeId | None = NODE_1
         self.silence_s = 0.042
         self.is_caught_up = True
@@ -183,10 +185,13 @@ class FakeCluster:
     async def admit(self, node_id: NodeId, address: str) -> None:
         self.admitted.append((node_id, address))
 
-    async def remove(self, node_id: NodeId) -> None:
+    async def remove(
+        self, node_id: NodeId, *, force: bool = False, timeout_s: float = 600.0
+    ) -> None:
         if len(self.state.members) == 1:
             raise ServiceError(409, "LAST_MEMBER", "the last node of a cluster cannot leave it")
         self.removed.append(node_id)
+        self.removals.append((node_id, force, timeout_s))
 
     async def set_draining(self, node_id: NodeId, draining: bool) -> None:
         await self.propose(SetDraining(node_id, draining))
@@ -278,6 +283,17 @@ class FakeLibrary:
 
     async def delete(self, name: str) -> None:
         self._log("delete", name)
+
+    async def ask_replicas(self, name: str, replicas: int) -> Model:
+        self._log("ask_replicas", name, replicas)
+        return model(name, replicas=replicas)
+
+    def placement(self, model: Model) -> Whereabouts:
+        verdict = Verdict(NODE_1, "holds", True, 1.5, "2 by default")
+        return Whereabouts(2, "2 by default", (verdict,))
+
+    def wanted_replicas(self) -> Mapping[str, int]:
+        return {"smollm2:135m": 2}
 
     async def transfers(self) -> Sequence[Transfer]:
         if self.error:

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,16 @@ import msgspec
 import trio
 
 from ollamad.api.services import NoQuorum, ServiceError
-from ollamad.cluster import Changes
+from ollamad.cluster import Changes, HandOver
 from ollamad.core.commands import AnyCommand, Outcome, Proposal, Rejected, apply
 from ollamad.core.ids import NodeId
+from ollamad.core.placement import Policy
 from ollamad.core.presence import Beat, Presence, Usage
 from ollamad.core.state import ClusterState
 from ollamad.core.transfers import Transfer
 from ollamad.library import Library
 from ollamad.peers.mesh import Mesh
+from ollamad.reconcile import Reconciler
 from ollamad.sources.base import Offer, Progress, RemoteFile, Sink, SourceError, Target
 from ollamad.store.errors import BlobMissing, PieceCorrupt
 from ollamad.store.models import ModelStore
@@ -38,6 +40,8 @@ class SharedState:
         self.changes: dict[NodeId, Changes] = {}
         self.offline: set[NodeId] = set()
         self.has_quorum = True
+        self.leader: NodeId | None = None
+        self.beats: dict[NodeId, Beat] = {}
         self.hold: trio.Event | None = None  # proposals wait for it before they are applied
         self.waiting = 0
         self.proposed: list[AnyCommand] = []
@@ -74,11 +78,19 @@ class LibraryCluster:
         self.node_id = node_id
         self.mesh = mesh
         self.changes = Changes()
-        self.hand_over: Callable[[NodeId], Awaitable[None]]
+        self.hand_over: HandOver
         self._shared = shared
         shared.changes[node_id] = self.changes
         self.propose = shared.propose
         self.disk_free = 1 << 40
+
+    @property
+    def is_leader(self) -> bool:
+        return self._shared.leader == self.node_id
+
+    @property
+    def has_quorum(self) -> bool:
+        return self._shared.has_quorum
 
     @property
     def state(self) -> ClusterState:
@@ -101,9 +113,19 @@ class LibraryCluster:
     def is_online(self, node_id: NodeId) -> bool:
         return node_id not in self._shared.offline
 
+    def beat(self, **told: Any) -> None:
+        """Have this node tell all others so."""
+        beat = Beat(1.0, Usage(disk_free=self.disk_free), **told)
+        self._shared.beats[self.node_id] = beat
+
+    @property
+    def beats(self) -> dict[NodeId, Beat]:
+        """What every node told last."""
+        return self._shared.beats
+
     def presence(self, node_id: NodeId) -> Presence:
-        usage = Usage(disk_free=self.disk_free)
-        return Presence(self.is_online(node_id), 1.0, Beat(1.0, usage))
+        usual = Beat(1.0, Usage(disk_free=self.disk_free))
+        return Presence(self.is_online(node_id), 1.0, self.beats.get(node_id, usual))
 
 
 class ScriptedSource:
@@ -171,6 +193,8 @@ class LibraryNode:
         self.table = TransferTable(
             self.id, secrets.token_hex(2), wall=time.time, steady=time.monotonic
         )
+        self.reconciler = Reconciler(self.cluster, Policy())  # type: ignore[arg-type]
+        self.cluster.hand_over = self.reconciler.hand_over
         self.library = Library(
             cluster=self.cluster,  # type: ignore[arg-type]
             store=self.store,
@@ -180,14 +204,17 @@ class LibraryNode:
             unload=self._unload,
             held_path=self.root / "held",
             pulls_path=self.root / "pulls",
-            default_replicas=2,
+            view=self.reconciler.view,
         )
         mesh.handle(METHOD, PieceServer(self.store, missing=BlobMissing).handle)
         self._scope, self._stopped = trio.CancelScope(), trio.Event()
 
         async def run(*, task_status: trio.TaskStatus[None]) -> None:
             with self._scope:
-                await self.library.run(task_status=task_status)
+                async with trio.open_nursery() as inner:
+                    await inner.start(self.library.run)
+                    await inner.start(self.reconciler.run)
+                    task_status.started()
             self._stopped.set()
 
         await nursery.start(run)

@@ -338,7 +338,7 @@ async def test_a_member_drains_hands_over_leaves_the_voters_and_is_gone(node: No
     node.raft.voters |= {B}
     steps = list[tuple[str, bool, bool]]()
 
-    async def hand_over(node_id: NodeId) -> None:
+    async def hand_over(node_id: NodeId, timeout_s: float) -> None:
         await trio.lowlevel.checkpoint()
         steps.append((node_id, node.cluster.state.members[B].draining, B in node.raft.voters))
 
@@ -350,18 +350,30 @@ async def test_a_member_drains_hands_over_leaves_the_voters_and_is_gone(node: No
     assert node.raft.voters == {node.id}
 
 
-async def test_a_member_that_is_away_hands_nothing_over(node: Node) -> None:
+async def test_a_removal_by_force_waits_for_nothing(node: Node) -> None:
     await node.let_in(B)
-    node.offline = {B}
     handed = list[NodeId]()
 
-    async def hand_over(node_id: NodeId) -> None:
+    async def hand_over(node_id: NodeId, timeout_s: float) -> None:
         handed.append(node_id)
 
     node.cluster.hand_over = hand_over
-    await node.cluster.remove(B)
+    await node.cluster.remove(B, force=True)
     assert handed == []
     assert node.members == {node.id}
+
+
+async def test_the_only_voter_cannot_be_removed(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_module, "REMOVE_VOTER_TIMEOUT_S", 0.05)
+    await node.let_in(B)
+    node.raft.refusals = 999
+    with pytest.raises(ServiceError, match="undrain or start one") as caught:
+        await node.cluster.remove(node.id)
+    assert (caught.value.status, caught.value.code) == (409, "LAST_VOTER")
+    assert node.id in node.members
+    assert not node.cluster.state.members[node.id].draining
 
 
 async def test_who_cannot_be_removed(node: Node) -> None:
@@ -377,7 +389,7 @@ async def test_a_removal_that_fails_takes_the_draining_back(node: Node, was_drai
     await node.let_in(B)
     await node.cluster.set_draining(B, was_draining)
 
-    async def fail(node_id: NodeId) -> None:
+    async def fail(node_id: NodeId, timeout_s: float) -> None:
         raise ServiceError(409, "SOLE_REPLICA", "no")
 
     node.cluster.hand_over = fail
@@ -389,7 +401,7 @@ async def test_a_removal_that_fails_takes_the_draining_back(node: Node, was_drai
 async def test_a_cancelled_removal_stays_cancelled_even_without_quorum(node: Node) -> None:
     await node.let_in(B)
 
-    async def hang(node_id: NodeId) -> None:
+    async def hang(node_id: NodeId, timeout_s: float) -> None:
         node.raft.failure = RaftNoQuorum("gone")
         await trio.sleep_forever()
 
@@ -403,7 +415,7 @@ async def test_a_cancelled_removal_stays_cancelled_even_without_quorum(node: Nod
 async def test_the_reason_of_a_failed_removal_is_not_hidden_by_a_lost_quorum(node: Node) -> None:
     await node.let_in(B)
 
-    async def fail(node_id: NodeId) -> None:
+    async def fail(node_id: NodeId, timeout_s: float) -> None:
         node.raft.failure = RaftNoQuorum("gone")
         raise ServiceError(409, "SOLE_REPLICA", "no")
 

@@ -1,4 +1,4 @@
-"""The library of a few nodes: bringing in, spreading, dropping, handing over, and what goes wrong.
+"""The library of a few nodes: bringing in, spreading, dropping, and what goes wrong.
 
 Stores, transfers and links are real, the consensus applies at once or when a test lets it.
 """
@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
 
 from ollamad import library as library_module
 from ollamad import share as share_module
@@ -443,45 +442,3 @@ async def test_transfers_of_a_node_that_hangs_are_left_out(
     world.net.mute.add(B)
     found = await world.nodes[A].library.transfers()
     assert [t.node_id for t in found] == [A]
-
-
-# Handing over.
-
-
-async def test_a_sole_copy_is_handed_over(world: World) -> None:
-    await world.start(B)
-    await world.pulled(A)
-    with trio.fail_after(10):
-        await world.nodes[B].cluster.hand_over(A)
-    assert world.confirmed() == (A, B)
-
-
-async def test_a_sole_copy_that_nobody_can_take(world: World) -> None:
-    await world.pulled(A)
-    with pytest.raises(ServiceError) as caught:
-        await world.nodes[A].library.hand_over(A)
-    assert (caught.value.status, caught.value.code) == (409, "SOLE_REPLICA")
-
-
-async def test_what_others_hold_too_needs_no_handing_over(world: World) -> None:
-    await world.start(B)
-    await world.pulled(A, B)
-    before = len(world.shared.proposed)
-    with trio.fail_after(1):
-        await world.nodes[A].library.hand_over(A)
-    assert len(world.shared.proposed) == before
-
-
-async def test_handing_over_turns_to_another_node_when_the_first_one_dies(world: World) -> None:
-    await world.pulled(A)
-    join(world.shared, B)
-    await world.net.add(B)  # is there, and never fetches
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(world.nodes[A].library.hand_over, A)
-        await until(world.shared, lambda: B in world.models[NAME].desired)
-        await wait_all_tasks_blocked()
-        world.shared.offline.add(B)
-        await world.start(C)
-        world.shared.notify()
-        with trio.fail_after(10):
-            await until(world.shared, lambda: C in world.confirmed())
