@@ -18,12 +18,14 @@ from ollamad.core.inference import (
 )
 from ollamad.core.state import Model
 from ollamad.core.transcripts import Resume
+from ollamad.core.weights import Choice
 from ollamad.engine.engine import Engine
 from ollamad.engine.spec import ModelSpec
 from ollamad.host import HostMonitor
 from ollamad.scheduler.dispatch import Dispatcher
 from ollamad.scheduler.exchange import EventSource
 from ollamad.store.errors import StoreError
+from ollamad.store.gguf import GgufError
 from ollamad.store.models import ModelStore
 
 
@@ -43,11 +45,20 @@ class LocalEngine:
     async def embed(self, model: Model, request: EmbedRequest) -> Embeddings:
         return await self._engine.embed(await self._spec(model), request)
 
+    async def choice(self, model: Model) -> Choice:
+        """The engine that runs a model here; without a name if none does, and why."""
+        try:
+            return self._engine.choice(await self._spec(model))
+        except InferenceError as error:
+            return Choice("", error.failure.message)
+
     async def _spec(self, model: Model) -> ModelSpec:
         try:
             parts = await self._store.runtime_parts(model)
         except StoreError as error:
             raise InferenceError(Failed("NOT_HERE", str(error), 503)) from None
+        except GgufError as error:
+            raise InferenceError(Failed("LOAD_FAILED", f"{model.name}: {error}")) from None
         return ModelSpec(
             name=model.name,
             digest=model.digest,
@@ -60,6 +71,7 @@ class LocalEngine:
             options=parts.params,
             adapter_paths=tuple(str(path) for path in parts.adapters),
             projector_path="" if parts.projector is None else str(parts.projector),
+            weights=parts.weights,
         )
 
 

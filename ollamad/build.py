@@ -2,11 +2,14 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import platform
 from dataclasses import dataclass
 
 import ollamad
+from ollamad.core.weights import CTRANSFORMERS, XLLAMACPP
 
+ENGINES = (XLLAMACPP, CTRANSFORMERS)  # that are installed as packages
 UNKNOWN = "unknown"
 
 
@@ -32,10 +35,15 @@ def platform_name() -> str:
     return f"{platform.system().lower()}/{machine}"
 
 
+def installed_engines() -> tuple[str, ...]:
+    """The engines that runners can load, without loading them."""
+    return tuple(name for name in ENGINES if importlib.util.find_spec(name) is not None)
+
+
 def engine_versions() -> dict[str, str]:
     """The versions of the engines that are installed, without loading them."""
     versions = {}
-    for name in ("xllamacpp",):
+    for name in ENGINES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

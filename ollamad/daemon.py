@@ -23,7 +23,7 @@ from pathlib import Path
 import trio
 
 import ollamad
-from ollamad import systemd
+from ollamad import cgroups, systemd
 from ollamad.adapters import ApiHost, ApiInference, LocalEngine
 from ollamad.admission import Admission, Invitation
 from ollamad.api.app import build_app
@@ -40,7 +40,7 @@ from ollamad.api.serve import (
     serve_api,
 )
 from ollamad.api.services import Services
-from ollamad.build import build_info, engine_versions, platform_name
+from ollamad.build import build_info, engine_versions, installed_engines, platform_name
 from ollamad.cluster import Addresses, Cluster
 from ollamad.core.commands import LEVEL
 from ollamad.core.ids import NodeId, short
@@ -52,8 +52,10 @@ from ollamad.core.routing import parse_policy
 from ollamad.core.state import User
 from ollamad.datadir import DataDir
 from ollamad.engine.engine import Engine
+from ollamad.engine.llama_server import Unusable, inspect
 from ollamad.engine.runner import PROMPT_CACHE_MIB
-from ollamad.engine.spec import EngineSettings
+from ollamad.engine.spec import EngineSettings, usable_cores
+from ollamad.errors import StartError
 from ollamad.host import HostMonitor
 from ollamad.library import Library
 from ollamad.machine import Machine
@@ -154,9 +156,19 @@ class Daemon:
                 max_loaded_models=settings.engine.max_loaded_models,
                 context_length=settings.engine.context_length,
                 max_queue=settings.engine.max_queue,
+                load_timeout_s=parse_duration(settings.engine.load_timeout),
+                stall_timeout_s=parse_duration(settings.engine.stall_timeout),
+                threads=settings.engine.threads or usable_cores(cgroups.cpu_quota()),
+                gpu_layers=settings.engine.gpu_layers,
+                cache_type=settings.engine.kv_cache_type,
+                engines=installed_engines(),
+                llama_server=settings.engine.llama_server,
+                memory_record=directory.memory_record,
             ),
             lambda: self._host.sample().memory_available,
+            self._host,
         )
+        local_engine = LocalEngine(self._engine, self._store)
         capacity = self._host.capacity()
         self._admission = Admission(
             directory,
@@ -206,12 +218,13 @@ class Daemon:
             pulls_path=directory.pulls,
             view=self._reconciler.view,
             owns_store=not settings.models.path,
+            engine_of=local_engine.choice,
         )
         self._dispatcher = Dispatcher(
             identity.node_id,
             state=lambda: self._machine.state,
             presence=self._cluster.presence,
-            engine=LocalEngine(self._engine, self._store),
+            engine=local_engine,
             peers=self._mesh,
             version=self._cluster.changes.next,
             failover=settings.scheduler.failover,
@@ -235,7 +248,14 @@ class Daemon:
 
         Raises:
           CannotListen: a port is in use or an address is not ours.
+          StartError: the llama-server that is to be used cannot be.
         """
+        if settings.engine.llama_server:
+            try:
+                program = await inspect(settings.engine.llama_server)
+            except Unusable as error:
+                raise StartError(f"engine.llama_server: {error}") from None
+            log.info("models run in %s, version %s", program.path, program.version)
         host, port = parse_listen(settings.api.listen)
         api_sockets = await open_listeners([f"{_bracket(host)}:{port}"])
         api_sockets += await open_ollama_listeners(settings.api.ollama_listen)

@@ -84,6 +84,10 @@ class DataDir:
         return self.path / "pulls"
 
     @property
+    def memory_record(self) -> Path:
+        return self.path / "memory.json"
+
+    @property
     def replicas(self) -> Path:
         return self.path / "replicas"
 

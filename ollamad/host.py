@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 
+from ollamad import cgroups
 from ollamad.core.presence import Gpu, Usage
 from ollamad.core.state import Capacity
 
@@ -45,6 +46,7 @@ class HostMonitor:
     def sample(self) -> Usage:
         """Measure the time since the last call; also refreshes `usage` and `gpus`."""
         memory = psutil.virtual_memory()
+        mine = cgroups.free_memory()
         disk = psutil.disk_usage(str(self._models_dir))
         now, network = time.monotonic(), self._network_bytes()
         elapsed = max(now - self._network_at, 1e-3)
@@ -57,10 +59,32 @@ class HostMonitor:
             disk=disk.percent / 100,
             gpu=max((gpu.utilisation for gpu in self.gpus), default=0.0),
             bandwidth=bandwidth,
-            memory_available=memory.available,
+            memory_available=min(memory.available, memory.available if mine is None else mine),
             disk_free=disk.free,
         )
         return self.usage
+
+    def free_vram(self) -> tuple[int, ...]:
+        """Free bytes of each NVIDIA GPU; empty where there is none."""
+        return tuple(gpu.memory_total - gpu.memory_used for gpu in self._read_gpus())
+
+    def vram_used(self, pid: int) -> int | None:
+        """Bytes that a process has on all GPUs; None if the driver does not tell."""
+        if self._nvml is None:
+            return None
+        nvml, used = self._nvml, 0
+        try:
+            for index in range(nvml.nvmlDeviceGetCount()):
+                handle = nvml.nvmlDeviceGetHandleByIndex(index)
+                for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                    if process.pid == pid:
+                        if process.usedGpuMemory is None:  # in containers, and under WSL
+                            return None
+                        used += int(process.usedGpuMemory)
+        except nvml.NVMLError as error:
+            log.warning("NVML: %s", error)
+            return None
+        return used
 
     def network_percent(self) -> float:
         """Traffic in percent of what the interfaces that are up can carry."""

@@ -21,6 +21,7 @@ from ollamad.core.names import is_reference, parse_name
 from ollamad.core.placement import Ledger, View, Whereabouts, base_count, decide, explain
 from ollamad.core.state import Model
 from ollamad.core.transfers import Transfer
+from ollamad.core.weights import Choice
 from ollamad.peers.link import HandlerError, RemoteFailure
 from ollamad.peers.tls import PeerUnreachable
 from ollamad.pulls import PullRequest, Pulls
@@ -61,6 +62,7 @@ class Library:
       source: where models come from that the cluster does not have.
       pulls_path: see `Pulls`.
       view: the cluster as placement sees it now.
+      engine_of: which engine would run a model here, and why.
       unload, held_path, owns_store: see `Share`, which looks after this node's own copies.
     """
 
@@ -77,9 +79,11 @@ class Library:
         pulls_path: Path,
         view: Callable[[], View],
         owns_store: bool = True,
+        engine_of: Callable[[Model], Awaitable[Choice]] | None = None,
     ) -> None:
         self._cluster = cluster
         self._store = store
+        self._engine_of = engine_of
         self._table = table
         self._view = view
         self._share = Share(
@@ -424,9 +428,15 @@ class Library:
         if model is None:
             raise ServiceError(404, "MODEL_NOT_FOUND", f"model {name!r} not found")
         try:
-            return await self._store.describe_model(model)
+            description = await self._store.describe_model(model)
         except (StoreError, GgufError) as error:
             raise _store_failure(error) from None
+        if self._engine_of is None:
+            return description
+        choice = await self._engine_of(model)
+        return msgspec.structs.replace(
+            description, engine=choice.engine, engine_reason=choice.reason
+        )
 
     async def _until_known(self, name: str, digest: str) -> None:
         """Wait until this node's state has caught up with what another node published."""

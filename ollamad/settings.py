@@ -26,6 +26,7 @@ from ollamad.core.names import check_node_name
 from ollamad.core.routing import POLICIES
 from ollamad.sources.policy import parse_hosts
 
+MIN_TIMEOUT_S = 1.0  # of an engine; below, a busy machine looks like a dead runner
 MIN_SECRET_BYTES = 32  # RFC 7518: an HS256 key is at least as long as its hash
 MIN_TOKEN_TTL_S, MAX_TOKEN_TTL_S = 900.0, 3600.0  # short, since a stolen token works so long
 
@@ -86,6 +87,12 @@ class EngineSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_loaded_models: int = 3
     max_queue: int = 512  # requests that wait: in the whole cluster, and for one runner
     context_length: int = 4096  # tokens a request, unless it or the model says otherwise
+    llama_server: str = ""  # path of one that was built elsewhere; then it runs what is GGUF
+    threads: int = 0  # of a runner; 0: the physical cores that this process may use
+    gpu_layers: int = -1  # on GPUs; -1: as many as fit
+    kv_cache_type: str = "f16"  # of keys and values: f16, q8_0 or q4_0
+    load_timeout: str = "5m"  # for a model to be loaded
+    stall_timeout: str = "60s"  # a runner that owes an answer and shows no life is killed
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -173,6 +180,8 @@ ENVIRONMENT = {
     "OLLAMA_MAX_LOADED_MODELS": "engine.max_loaded_models",
     "OLLAMA_MAX_QUEUE": "engine.max_queue",
     "OLLAMA_CONTEXT_LENGTH": "engine.context_length",
+    "OLLAMA_KV_CACHE_TYPE": "engine.kv_cache_type",
+    "OLLAMA_LOAD_TIMEOUT": "engine.load_timeout",
 }
 ENVIRONMENT_PREFIX = "OLLAMAD_"
 # Variables of that prefix that are no settings.
@@ -473,6 +482,11 @@ def _check_secret(value: str) -> None:
         raise ValueError(f"it must have at least {MIN_SECRET_BYTES} bytes")
 
 
+def _check_timeout(value: str) -> None:
+    if parse_duration(value) < MIN_TIMEOUT_S:
+        raise ValueError(f"it must be {MIN_TIMEOUT_S:g} s or more")
+
+
 def _check_token_ttl(value: str) -> None:
     if not MIN_TOKEN_TTL_S <= parse_duration(value) <= MAX_TOKEN_TTL_S:
         raise ValueError("use 15m to 1h")
@@ -494,6 +508,11 @@ _CHECKS: dict[str, Any] = {
     "engine.max_loaded_models": _at_least(1),
     "engine.max_queue": _at_least(0),
     "engine.context_length": _at_least(8),
+    "engine.threads": _at_least(0),
+    "engine.gpu_layers": _at_least(-1),
+    "engine.kv_cache_type": _one_of("f16", "q8_0", "q4_0"),
+    "engine.load_timeout": _check_timeout,
+    "engine.stall_timeout": _check_timeout,
     "models.replicas": _at_least(1),
     "distribution.lost_after": _check_positive_duration,
     "distribution.hot_load": _check_hot_load,

@@ -19,6 +19,7 @@ PURE = ("core", "wire")
 IO_PACKAGES = ("raft", "peers", "store", "sources", "transfer", "engine", "scheduler", "api")
 # What would make a decision depend on more than its arguments.
 IMPURE = {"trio", "socket", "time", "random", "secrets", "subprocess", "threading", "ssl"}
+RUNNERS = {"runner.py", "legacy_runner.py"}  # what runs in child processes
 UNSAFE = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "asyncio"}
 
 
@@ -90,7 +91,7 @@ def test_nothing_unpickles() -> None:
 
 
 def test_only_the_runner_loads_the_engines_library() -> None:
-    others = [path for path in sources(DAEMON, CLI) if path.name != "runner.py"]
+    others = [path for path in sources(DAEMON, CLI) if path.name not in RUNNERS]
     assert offences(others, {"xllamacpp", "ctransformers"}) == []
 
 

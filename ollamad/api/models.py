@@ -30,7 +30,7 @@ async def list_models(call: Call) -> Reply:
 
 async def show_model(call: Call, name: str) -> Reply:
     model = await call.find_model(name)
-    return reply({"model": _full(call, model)})
+    return reply({"model": _full(call, model) | {"engine": await _engine(call, model)}})
 
 
 async def create_model(call: Call) -> Reply:
@@ -196,6 +196,15 @@ def _full(call: Call, model: Model) -> dict[str, Any]:
             for layer in model.layers
         ],
     }
+
+
+async def _engine(call: Call, model: Model) -> dict[str, Any] | None:
+    """What runs the model, as a node says that holds it; null if none can be asked."""
+    try:
+        description = await call.services.library.describe(model.name)
+    except ServiceError:
+        return None
+    return {"name": description.engine or None, "reason": description.engine_reason}
 
 
 def _transfer(transfer: Transfer) -> dict[str, Any]:

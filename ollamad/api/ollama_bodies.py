@@ -133,6 +133,10 @@ def read_options(given: dict[str, Any] | None) -> Options:
             if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
                 raise _wrong_type(name, "array of strings")
             options[name] = tuple(value)
+        elif name == "engine":
+            if not isinstance(value, str):
+                raise _wrong_type(name, "string")
+            options[name] = value
         else:
             log.debug("an option that is not known is ignored: %.40r", name)
     return Options(**options)

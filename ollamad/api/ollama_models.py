@@ -330,6 +330,7 @@ def _loaded(call: Call, loaded: LoadedModel) -> dict[str, Any]:
         "expires_at": rfc3339(loaded.expires_at) if loaded.expires_at else FOR_EVER,
         "size_vram": loaded.size_vram,
         "context_length": loaded.context_length,
+        "engine": loaded.engine,
     }
 
 

@@ -18,6 +18,8 @@ class Description(msgspec.Struct, frozen=True):
     # Of the GGUF header; arrays too long to be kept, such as the vocabulary, are empty.
     metadata: dict[str, Any]
     parameter_count: int
+    engine: str = ""  # that runs it where it was read; empty: none there does
+    engine_reason: str = ""  # in words
 
 
 class Changes(msgspec.Struct, frozen=True):

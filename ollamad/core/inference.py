@@ -34,6 +34,7 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True):
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
     stop: tuple[str, ...] | None = None
+    engine: str | None = None  # one of core.weights.ENGINES; None: chosen from the file
 
     def over(self, base: "Options") -> "Options":
         """These options, with those of `base` where these say nothing."""
@@ -214,3 +215,6 @@ class LoadedModel(msgspec.Struct, frozen=True):
     slots: int = 1
     busy: int = 0  # requests in the runner now
     queued: int = 0  # requests that wait for a slot
+    engine: str = ""
+    engine_reason: str = ""  # why this one, in words
+    size_used: int = 0  # bytes that the runner was last seen to take; 0 where that is unknown

@@ -25,6 +25,8 @@ from ollamad.core.inference import (
     Options,
     Output,
 )
+from ollamad.core.weights import Choice
+from ollamad.engine.accelerators import NO_ACCELERATORS, Accelerators
 from ollamad.engine.assembly import Assembler, Gap, Piece
 from ollamad.engine.chat import ChatAssembler
 from ollamad.engine.llama_client import CompletionEvent, RunnerGone, RunnerRefused, Timings
@@ -36,7 +38,7 @@ from ollamad.engine.spec import (
     EngineSettings,
     ModelSpec,
     RunnerConfig,
-    estimate_bytes,
+    choose,
     runner_config,
 )
 
@@ -50,9 +52,14 @@ NO_OPTIONS = Options()
 class Engine:
     """The models of this node. Start `run`, then call the rest from any task."""
 
-    def __init__(self, settings: EngineSettings, free_memory: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        free_memory: Callable[[], int],
+        accelerators: Accelerators = NO_ACCELERATORS,
+    ) -> None:
         self._settings = settings
-        self._pool = RunnerPool(settings, free_memory)
+        self._pool = RunnerPool(settings, free_memory, accelerators)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the runners until cancelled; then they are killed.
@@ -137,7 +144,15 @@ class Engine:
           InferenceError: an option is out of range.
         """
         config = runner_config(spec, options.over(spec.options), self._settings)
-        return estimate_bytes(spec, config)
+        return self._pool.record.estimate(spec, config).total
+
+    def choice(self, spec: ModelSpec) -> Choice:
+        """The engine that runs a model here, and why.
+
+        Raises:
+          InferenceError: this node has none for it.
+        """
+        return choose(spec, spec.options, self._settings)
 
     @contextlib.asynccontextmanager
     async def _resident(

@@ -5,7 +5,6 @@ models, slots or processes. The paths and fields are llama-server's own, so that
 elsewhere serves as well.
 """
 
-import contextlib
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,10 @@ T = TypeVar("T")
 
 class RunnerGone(Exception):
     """The connection broke or could not be made: the runner has most likely died."""
+
+
+class RunnerStalled(RunnerGone):
+    """The runner answers others, but not this request."""
 
 
 class RunnerRefused(Exception):
@@ -189,6 +192,29 @@ class LlamaClient:
     def __init__(self, socket_path: Path) -> None:
         self._path = str(socket_path)
         self._idle: list[_Connection] = []
+        # The connections whose answer is waited for, each with when its silence began.
+        self._waits: dict[_Connection, float] = {}
+        self._heard_at = 0.0
+
+    def silence(self) -> tuple[float, float]:
+        """Seconds: how long the request that waits longest has heard nothing, and all together.
+
+        Zero when nothing is waited for. What keeps a connection alive without saying anything is
+        silence.
+        """
+        if not self._waits:
+            return 0.0, 0.0
+        now = trio.current_time()
+        first = min(self._waits.values())
+        return now - first, now - max(first, self._heard_at)
+
+    def abandon(self, silent_s: float) -> int:
+        """End the requests that heard nothing for so long; each raises RunnerStalled."""
+        before = trio.current_time() - silent_s
+        stalled = [one for one, since in self._waits.items() if since <= before]
+        for connection in stalled:
+            connection.abandon()
+        return len(stalled)
 
     async def is_ready(self) -> bool:
         """Whether the model is loaded. False also while nobody listens yet."""
@@ -234,6 +260,16 @@ class LlamaClient:
         }
         return impossible in (await self._ask("/completion", question, CompletionEvent)).tokens
 
+    async def probe_text(self, tokens: Sequence[int]) -> None:
+        """Have one token generated, to see that the model works."""
+        body = {"prompt": tokens, "n_predict": 1, "stream": True, "cache_prompt": False}
+        stream = await self.open_completion(msgspec.json.encode(body))
+        try:
+            while not (await stream.receive()).stop:
+                pass
+        finally:
+            stream.close()
+
     async def slots(self) -> list[Slot]:
         """What the runner's slots are doing."""
         status, body = await self._request("GET", "/slots")
@@ -244,22 +280,35 @@ class LlamaClient:
 
         Returns when the runner has begun to answer, which is after the prompt's evaluation.
         """
-        return CompletionStream(await self._open_stream("/completion", body))
+        return CompletionStream(await self._open_stream("/completion", body), self)
 
     async def open_chat(self, body: bytes) -> "ChatStream":
         """The same for `/v1/chat/completions`: the runner tells thoughts and calls apart."""
-        return ChatStream(await self._open_stream("/v1/chat/completions", body))
+        return ChatStream(await self._open_stream("/v1/chat/completions", body), self)
 
     async def _open_stream(self, target: str, body: bytes) -> "_Connection":
         connection = await self._connect()
         try:
-            status = await connection.send("POST", target, body)
-            if status != 200:
-                raise RunnerRefused(status, _error_of(await connection.read_all()))
+            with self.waits(connection):
+                status = await connection.send("POST", target, body)
+                if status != 200:
+                    raise RunnerRefused(status, _error_of(await connection.read_all()))
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def waits(self, connection: "_Connection") -> "_Wait":
+        """A context in which this connection's answer is waited for."""
+        return _Wait(self, connection)
+
+    def begin_wait(self, connection: "_Connection") -> None:
+        self._waits[connection] = trio.current_time()
+
+    def end_wait(self, connection: "_Connection", *, heard: bool) -> None:
+        del self._waits[connection]
+        if heard:
+            self._heard_at = trio.current_time()
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -272,17 +321,21 @@ class LlamaClient:
 
     async def _request(self, method: str, target: str, body: bytes = b"") -> tuple[int, bytes]:
         while (connection := self._take_idle()) is not None:
-            # It may have been closed meanwhile; then the next one is tried, a new one at last.
-            with contextlib.suppress(RunnerGone):
+            try:
                 return await self._exchange(connection, method, target, body)
+            except RunnerStalled:
+                raise
+            except RunnerGone:
+                continue  # closed meanwhile; the next one is tried, a new one at last
         return await self._exchange(await self._connect(), method, target, body)
 
     async def _exchange(
         self, connection: "_Connection", method: str, target: str, body: bytes
     ) -> tuple[int, bytes]:
         try:
-            status = await connection.send(method, target, body)
-            answer = await connection.read_all()
+            with self.waits(connection):
+                status = await connection.send(method, target, body)
+                answer = await connection.read_all()
             reusable = connection.reset()
         except BaseException:
             connection.close()
@@ -313,6 +366,23 @@ class LlamaClient:
         return _Connection(connection)
 
 
+class _Wait:
+    """Something is waited for while its context is open."""
+
+    __slots__ = ("_client", "_connection")
+
+    def __init__(self, client: LlamaClient, connection: "_Connection") -> None:
+        self._client = client
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        self._client.begin_wait(self._connection)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Who gave up waiting has heard nothing.
+        self._client.end_wait(self._connection, heard=kind is None)
+
+
 class _EventStream:
     """A running answer. Whoever opened it must close it; closing early cancels it.
 
@@ -321,8 +391,9 @@ class _EventStream:
     CPU time that a token costs here with h11 and SocketStream (185 to 125 µs, four streams).
     """
 
-    def __init__(self, connection: "_Connection") -> None:
+    def __init__(self, connection: "_Connection", client: LlamaClient) -> None:
         self._connection = connection
+        self._wait = client.waits(connection)
         self._socket = connection.stdlib_socket
         self._coded = connection.take_over()  # bytes in the chunked coding
         self._text = bytearray()  # what is left of an event that came in several chunks
@@ -336,10 +407,19 @@ class _EventStream:
         while True:
             line = self._next_line()
             if line is None:
-                await self._read()
-            elif line.startswith(b"data: "):
+                return await self._wait_for_data()
+            if line.startswith(b"data: "):
                 return line[6:]
             # else the blank line after an event, or a comment that keeps it alive
+
+    async def _wait_for_data(self) -> bytes:
+        with self._wait:
+            while True:
+                line = self._next_line()
+                if line is None:
+                    await self._read()
+                elif line.startswith(b"data: "):
+                    return line[6:]
 
     def close(self) -> None:
         """Close the connection; the runner stops a generation that is not over."""
@@ -375,9 +455,11 @@ class _EventStream:
         return True
 
     async def _read(self) -> None:
-        await trio.lowlevel.wait_readable(self._socket)
         try:
+            await trio.lowlevel.wait_readable(self._socket)
             data = self._socket.recv(RECEIVE_BYTES)
+        except trio.ClosedResourceError:
+            raise self._connection.stalled() from None
         except BlockingIOError:
             return
         except OSError as error:
@@ -431,7 +513,18 @@ class _Connection:
         self.stdlib_socket = stdlib_socket
         self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(stdlib_socket))
         self._http = h11.Connection(h11.CLIENT)
+        self._abandoned = False
         self.last_used = 0.0
+
+    def abandon(self) -> None:
+        """Have whoever waits for an answer hear RunnerStalled."""
+        self._abandoned = True
+        self._stream.socket.close()
+
+    def stalled(self) -> RunnerGone:
+        if self._abandoned:
+            return RunnerStalled("it answers others, but not this request")
+        return RunnerGone("the connection to the runner was closed")
 
     async def send(self, method: str, target: str, body: bytes) -> int:
         """Send a request; returns the answer's status when its head has arrived."""
@@ -444,7 +537,9 @@ class _Connection:
         data += self._http.send(h11.EndOfMessage()) or b""
         try:
             await self._stream.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        except trio.ClosedResourceError:
+            raise self.stalled() from None
+        except trio.BrokenResourceError as error:
             raise RunnerGone(f"the runner closed the connection: {error}") from error
         while True:
             event = await self._next_event()
@@ -492,7 +587,9 @@ class _Connection:
                 self._http.receive_data(await self._stream.receive_some(RECEIVE_BYTES))
             except h11.RemoteProtocolError as error:
                 raise RunnerGone(f"the runner broke off: {error}") from error
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            except trio.ClosedResourceError:
+                raise self.stalled() from None
+            except trio.BrokenResourceError as error:
                 raise RunnerGone(f"the runner closed the connection: {error}") from error
 
 

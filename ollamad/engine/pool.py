@@ -18,12 +18,19 @@ import msgspec
 import trio
 
 from ollamad.core.inference import Failed, InferenceError, LoadedModel
+from ollamad.core.weights import LLAMA_SERVER
+from ollamad.engine.accelerators import NO_ACCELERATORS, Accelerators, can_offload
+from ollamad.engine.memory import UNKNOWN, MemoryRecord, Need, Used, fitting_layers
 from ollamad.engine.process import Runner
-from ollamad.engine.spec import EngineSettings, ModelSpec, RunnerConfig, estimate_bytes
+from ollamad.engine.spec import EngineSettings, ModelSpec, RunnerConfig
 
 MAX_SOCKET_PATH = 107  # bytes; Linux has 108 with the closing zero (sun_path)
 FIRST_BACK_OFF_S = 0.5  # before the restart after a second crash in a row; the first is free
 MAX_BACK_OFF_S = 30.0
+# A restart that is due so soon is waited for; a later one is refused, so that another node is
+# asked. Long enough for two crashes in a row.
+PATIENCE_S = 2.0
+LEARN_INTERVAL_S = 5.0  # between two looks at what a runner takes
 GIB = 1 << 30
 
 log = logging.getLogger(__name__)
@@ -39,9 +46,10 @@ class Resident:
     """A model whose runner is ready. `pins` counts the requests that hold it."""
 
     spec: ModelSpec
-    config: RunnerConfig
+    wanted: RunnerConfig  # what was asked for
+    config: RunnerConfig  # what fits: perhaps fewer slots, and layers on GPUs
     runner: Runner
-    size: int  # bytes, estimated
+    need: Need
     slots: trio.Semaphore
     keep_alive_s: float
     pins: int = 0
@@ -49,6 +57,8 @@ class Resident:
     queued: int = 0
     last_used: float = 0.0
     retiring: bool = False  # takes no new requests; ends when the last one is through
+    used: Used = UNKNOWN
+    learnt_at: float = -math.inf
 
     @property
     def expires_at(self) -> float:
@@ -72,9 +82,17 @@ class _Crashes:
 class RunnerPool:
     """The runners of this node. `free_memory` tells the bytes that new processes may take."""
 
-    def __init__(self, settings: EngineSettings, free_memory: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        free_memory: Callable[[], int],
+        accelerators: Accelerators = NO_ACCELERATORS,
+    ) -> None:
         self._settings = settings
         self._free_memory = free_memory
+        self._accelerators = accelerators
+        self._offloads: dict[str, bool] = {}  # engine -> whether it can use the GPUs
+        self.record = MemoryRecord(settings.memory_record)
         self._residents: dict[_Key, Resident] = {}
         self._crashes: dict[_Key, _Crashes] = {}
         self._load_lock = trio.Lock()
@@ -121,6 +139,7 @@ class RunnerPool:
                 raise queue_full()
             self._waiting += 1
             try:
+                await self._back_off(key, spec.name)
                 async with self._load_lock:
                     resident = self._find(key, spec, config)
                     if resident is None:
@@ -142,8 +161,19 @@ class RunnerPool:
         self._notify()
 
     def finished_well(self, resident: Resident) -> None:
-        """The runner has proved that it works: its crashes are forgotten."""
+        """The runner has proved that it works: its crashes are forgotten, its size remembered."""
         self._crashes.pop(_key(resident.spec, resident.config), None)
+        now = trio.current_time()
+        if now - resident.learnt_at < LEARN_INTERVAL_S or resident.runner.over:
+            return
+        resident.learnt_at = now
+        used = resident.runner.used()
+        if (pid := resident.runner.pid) is not None and resident.config.offloaded:
+            used = dataclasses.replace(used, vram=self._accelerators.vram_used(pid) or 0)
+        resident.used = used
+        if used.anonymous:  # zero where the system does not tell
+            self.record.learn(resident.spec, resident.config, used)
+            self.record.save()
 
     async def unload(self, name: str) -> bool:
         """End a model's runners: now if they are idle, else after their last answer.
@@ -171,6 +201,8 @@ class RunnerPool:
                 model = msgspec.structs.replace(
                     text,
                     size=text.size + model.size,
+                    size_vram=text.size_vram + model.size_vram,
+                    size_used=text.size_used + model.size_used,
                     busy=text.busy + model.busy,
                     queued=text.queued + model.queued,
                 )
@@ -185,20 +217,31 @@ class RunnerPool:
         return LoadedModel(
             name=resident.spec.name,
             digest=resident.spec.digest,
-            size=resident.size,
-            size_vram=0,
+            size=resident.need.total,
+            size_vram=self._vram(resident),
             context_length=resident.config.context_length,
             expires_at=expires_at,
             slots=resident.config.parallel,
             busy=resident.busy,
             queued=resident.queued,
+            engine=resident.config.engine,
+            engine_reason=resident.config.engine_reason,
+            size_used=resident.used.anonymous + resident.used.mapped + resident.used.vram,
         )
+
+    def _vram(self, resident: Resident) -> int:
+        """As the driver tells it; as planned where it does not."""
+        pid = resident.runner.pid
+        if not resident.config.offloaded or pid is None:
+            return 0
+        told = self._accelerators.vram_used(pid)
+        return resident.need.vram if told is None else told
 
     def _find(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> Resident | None:
         resident = self._residents.get(key)
         if resident is None or resident.retiring or resident.runner.over:
             return None
-        same = resident.config == config and resident.spec.digest == spec.digest
+        same = resident.wanted == config and resident.spec.digest == spec.digest
         return resident if same else None
 
     async def _load(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> Resident:
@@ -206,22 +249,24 @@ class RunnerPool:
             raise InferenceError(_STOPPED)
         if (old := self._residents.get(key)) is not None:
             await self._end(old)
-        crashes = self._crashes.get(key, _Crashes())
-        await trio.sleep_until(max(crashes.restart_at(), trio.current_time()))
-        size = estimate_bytes(spec, config)
-        await self._make_room(spec.name, size)
+        wanted = config
+        config = await self._fitted(spec, config)
+        need = self.record.estimate(spec, config)
+        await self._make_room(spec.name, need.ram)
         runner = Runner(
             spec,
             config,
             self._settings.runner_command,
             _socket_path(self._settings.runtime_dir),
             self._settings.load_timeout_s,
+            self._settings.stall_timeout_s,
         )
         resident = Resident(
             spec=spec,
+            wanted=wanted,
             config=config,
             runner=runner,
-            size=size,
+            need=need,
             slots=trio.Semaphore(config.parallel),
             keep_alive_s=self._settings.keep_alive_s,
             last_used=trio.current_time(),
@@ -252,8 +297,55 @@ class RunnerPool:
                 resident.runner.describe_end(),
             )
 
+    async def _back_off(self, key: _Key, name: str) -> None:
+        """Wait until a model that has crashed may be started again, if that is soon.
+
+        Others may load meanwhile.
+        """
+        crashes = self._crashes.get(key)
+        if crashes is None:
+            return
+        wait_s = crashes.restart_at() - trio.current_time()
+        if wait_s > PATIENCE_S:
+            message = (
+                f"the runner of {name} has crashed {crashes.in_a_row} times in a row; "
+                f"it is started again in {wait_s:.0f} s"
+            )
+            details: dict[str, str | int | float | list[str]] = {"retry_after": math.ceil(wait_s)}
+            raise InferenceError(Failed("RUNNER_DIED", message, 503, details))
+        await trio.sleep(max(0.0, wait_s))
+
+    async def _fitted(self, spec: ModelSpec, config: RunnerConfig) -> RunnerConfig:
+        """The configuration with as many layers on GPUs as fit, and no more slots than fit."""
+        free_vram = self._accelerators.free_vram()
+        # Of GPUs that the driver does not tell of (no NVIDIA's), llama.cpp itself takes care.
+        asks = config.gpu_layers and (free_vram or config.engine == LLAMA_SERVER)
+        if asks and not await self._can_offload(config):
+            config = dataclasses.replace(config, gpu_layers=0)
+        elif config.gpu_layers and free_vram:
+            layers = config.gpu_layers
+            if layers < 0:
+                layers = fitting_layers(spec, self.record.estimate(spec, config), free_vram)
+            config = dataclasses.replace(config, gpu_layers=layers, offloaded=layers)
+        residents = self._residents.values()
+        most = self._free_memory() + sum(one.runner.anonymous_bytes() for one in residents)
+        while config.parallel > 1 and self.record.estimate(spec, config).ram > most:
+            config = dataclasses.replace(config, parallel=config.parallel // 2)
+            log.info("%s gets %d slots: memory is short", spec.name, config.parallel)
+        return config
+
+    async def _can_offload(self, config: RunnerConfig) -> bool:
+        if config.engine not in self._offloads:
+            command = [*self._settings.runner_command, "--engine", config.engine]
+            command += ["--program", config.program, "--list-devices"]
+            self._offloads[config.engine] = await can_offload(command)
+        return self._offloads[config.engine]
+
     async def _make_room(self, name: str, size: int) -> None:
-        """End idle models, the longest unused first, until one of `size` bytes fits."""
+        """End idle models until one that takes `size` bytes fits.
+
+        The longest unused goes first; those that are to stay for ever only when no other is left.
+        """
         while True:
             changed = self._changed
             available = self._free_memory()
@@ -262,9 +354,9 @@ class RunnerPool:
             most = available + sum(taken)
             if size > most:
                 raise InferenceError(_no_memory(name, size, most))
-            # The system counts mapped weights, and caches that no token has filled yet, as free.
+            # The system counts mapped weights, and what was not written to yet, as free.
             promised = sum(
-                max(0, resident.size - bytes_taken)
+                max(0, resident.need.ram - bytes_taken)
                 for resident, bytes_taken in zip(residents, taken, strict=True)
             )
             free = available - promised
@@ -273,7 +365,7 @@ class RunnerPool:
                 return
             idle = [resident for resident in residents if not resident.pins]
             if idle:
-                victim = min(idle, key=lambda resident: resident.last_used)
+                victim = min(idle, key=lambda one: (one.keep_alive_s < 0, one.last_used))
                 log.info("%s makes room for %s", victim.spec.name, name)
                 await self._end(victim)
             elif residents:

@@ -2,6 +2,7 @@
 
 import collections
 import logging
+import math
 import re
 import signal
 import subprocess
@@ -12,7 +13,8 @@ import trio
 
 from ollamad.core.inference import Failed
 from ollamad.engine.assembly import Gap
-from ollamad.engine.llama_client import LlamaClient, RunnerGone, RunnerRefused
+from ollamad.engine.llama_client import LlamaClient, RunnerGone, RunnerRefused, RunnerStalled
+from ollamad.engine.memory import Used
 from ollamad.engine.spec import ModelSpec, RunnerConfig
 
 LOG_LINES = 50  # kept of a runner's output, for error messages
@@ -22,6 +24,27 @@ MAX_READY_POLL_S = 0.1
 LAST_OUTPUT_S = 0.5  # a dead runner's pipe is at its end, unless a child of it lives on
 END_S = 5.0  # for the kernel to take a killed process's memory back
 REPORTED_LINES = 10  # of the output, in an error's details
+STALL_LOOKS = 4  # at a silent runner, before it has been silent for too long
+MAX_STALL_LOOK_S = 5.0
+# A runner that works, but says nothing, gets so many times as long: a batch of a large model on a
+# slow machine takes minutes, an endless loop for ever.
+BUSY_PATIENCE = 10
+
+# What llama.cpp says of files that it does not take. Some that are published for Ollama need
+# changes that Ollama has made to its own copy.
+_REFUSALS = (
+    (
+        re.compile(r"unknown model architecture: '([^']*)'"),
+        "this engine does not know the architecture {0}: it is newer than the engine, or Ollama's "
+        "own; take a newer engine, or the model as GGUF from elsewhere",
+    ),
+    (
+        re.compile(r"(?:missing tensor|wrong (?:number|shape) of tensors?|tensor '[^']*' has wrong|"
+                   r"key not found in model|done_getting_tensors|invalid vocab)"),
+        "stock llama.cpp refuses the file; some that are published for Ollama need its own "
+        "patches: take the model as GGUF from elsewhere",
+    ),
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +62,7 @@ class Runner:
         command: tuple[str, ...],
         socket_path: Path,
         load_timeout_s: float,
+        stall_timeout_s: float = math.inf,
     ) -> None:
         self.client = LlamaClient(socket_path)
         self.exited = trio.Event()
@@ -53,6 +77,9 @@ class Runner:
         self._argv = [*command, "--socket", str(socket_path), *config.arguments()]
         self._socket_path = socket_path
         self._load_timeout_s = load_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._embeds_only = config.embedding
+        self._hung_s: float | None = None
         self._asked_to_stop = False
         self._ended_by_us = False
         self._over = trio.Event()  # asked to stop, or ended by itself
@@ -98,6 +125,7 @@ class Runner:
                 if failure is None:
                     log.info("%s loaded in %.1f s", self._name, time.perf_counter() - started)
                     task_status.started(None)
+                    nursery.start_soon(self._end_if_it_hangs, process.pid)
                     await self._over.wait()
                     self.crashed = not self._asked_to_stop
                 else:
@@ -108,25 +136,37 @@ class Runner:
 
     async def died(self, lost: RunnerGone) -> Failed:
         """What a request hears that lost its connection; waits a moment for the reason."""
-        with trio.move_on_after(END_S):
-            await self._over.wait()
+        if not isinstance(lost, RunnerStalled):
+            with trio.move_on_after(END_S):
+                await self._over.wait()
         reason = self.describe_end() if self.over else str(lost)
         return self._failure("RUNNER_DIED", "stopped in the middle", reason)
 
     def anonymous_bytes(self) -> int:
         """Bytes of memory that come free when the process ends; a mapped file is not among them."""
+        return self.used().anonymous
+
+    def used(self) -> Used:
+        """What the process takes now, without what lies on GPUs."""
         if self._process is None:
-            return 0
+            return Used(0)
         try:
             status = Path(f"/proc/{self._process.pid}/status").read_text()
         except OSError:  # it has just ended, or this is not Linux
-            return 0
-        found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
-        return 1024 * int(found[1]) if found else 0
+            return Used(0)
+        found = {name: 1024 * int(kib) for name, kib in _RESIDENT.findall(status)}
+        anonymous = found.get("Anon", 0) + found.get("Shmem", 0)
+        return Used(anonymous, found.get("File", 0))
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
 
     def describe_end(self) -> str:
         """Why the process ended, as far as it is known, in words for people."""
         status = None if self._process is None else self._process.returncode
+        if self._hung_s is not None:
+            return f"it hung: no sign of life for {self._hung_s:.3g} s, so it was killed"
         if status is None or self._ended_by_us:
             return "it was told to stop"
         if status == -signal.SIGKILL:
@@ -150,7 +190,7 @@ class Runner:
                         self.empty_prompt = await self.client.tokenize(
                             "", add_special=True, parse_special=False
                         )
-                        return None
+                        return await self._probe()
                 except (RunnerGone, RunnerRefused) as error:
                     log.debug("%s: %s", self._name, error)
                 with trio.move_on_after(pause_s):
@@ -161,6 +201,49 @@ class Runner:
         else:
             reason = f"it was not ready after {self._load_timeout_s:g} s"
         return self._failure("LOAD_FAILED", "could not be loaded", reason)
+
+    async def _probe(self) -> Failed | None:
+        """See whether the model works: some load, and fail or crash with the first token."""
+        try:
+            (*_, token) = await self.client.tokenize("a", add_special=True, parse_special=False)
+            if self._embeds_only:
+                await self.client.embed([[token]])
+            else:
+                await self.client.probe_text([token])
+        except RunnerRefused as refusal:
+            return self._failure("LOAD_FAILED", "was loaded, but does not work", str(refusal))
+        except RunnerGone:
+            with trio.move_on_after(END_S):
+                await self._over.wait()
+            reason = self.describe_end()
+            return self._failure("LOAD_FAILED", "was loaded, but does not work", reason)
+        return None
+
+    async def _end_if_it_hangs(self, pid: int) -> None:
+        """Kill the process when it owes answers and shows no sign of life.
+
+        Signs are: anything said to anybody, CPU time, memory that is read from the disk. A
+        request that hears nothing while others are served is given up alone.
+        """
+        limit_s = self._stall_timeout_s
+        seen = _vitals(pid)
+        alive_at = trio.current_time()
+        while True:
+            await trio.sleep(min(limit_s / STALL_LOOKS, MAX_STALL_LOOK_S))
+            longest_s, silent_s = self.client.silence()
+            vitals, before = _vitals(pid), seen
+            seen = vitals
+            if vitals != before or silent_s == 0:
+                alive_at = trio.current_time()
+            still_s = min(silent_s, trio.current_time() - alive_at)
+            if still_s >= limit_s or silent_s >= BUSY_PATIENCE * limit_s:
+                self._hung_s = silent_s
+                log.error("the runner of %s %s", self._name, self.describe_end())
+                self._over.set()
+                return
+            if longest_s >= BUSY_PATIENCE * limit_s or longest_s >= limit_s > silent_s:
+                count = self.client.abandon(limit_s)
+                log.warning("%d requests to %s hear nothing and are given up", count, self._name)
 
     async def _read_output(self, process: trio.Process) -> None:
         assert process.stdout is not None
@@ -198,8 +281,32 @@ class Runner:
         lines = self.errors()
         # The first error is the cause, the others are mostly its consequences.
         cause = f" ({lines[0]})" if lines else ""
+        if code == "LOAD_FAILED" and (meaning := _meaning(lines)):
+            cause += f": {meaning}"
         message = f"the runner of {self._name} {what}: {reason}{cause}"
         return Failed(code=code, message=message, details={"log": lines})
+
+
+_RESIDENT = re.compile(r"^Rss(Anon|File|Shmem):\s+(\d+) kB", re.MULTILINE)
+
+
+def _vitals(pid: int) -> tuple[str, ...]:
+    """What grows while a process works or waits for the disk: major faults and CPU time."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ()
+    fields = stat.rpartition(")")[2].split()  # the program's name may have spaces
+    return tuple(fields[index] for index in (9, 11, 12))
+
+
+def _meaning(lines: list[str]) -> str:
+    """What the engine's refusal of a file means for who wants to run it."""
+    for pattern, meaning in _REFUSALS:
+        for line in lines:
+            if (found := pattern.search(line)) is not None:
+                return meaning.format(*found.groups())
+    return ""
 
 
 def _without_prefix(line: str) -> str:

@@ -1,5 +1,8 @@
 """The child process that does the maths of one model: llama.cpp's server on a Unix socket.
 
+Three engines speak that protocol: xllamacpp embeds the server, `llama-server` is a program built
+elsewhere that this process turns into, and ctransformers gets the server of `legacy_runner`.
+
 It knows nothing of the daemon but its standard input, a pipe that the daemon holds and never
 writes to. When the daemon ends, in whatever way, the kernel closes the pipe and ends the runner
 with it. The parent-death signal of Linux (PR_SET_PDEATHSIG) would be a trap here: it fires when
@@ -32,21 +35,63 @@ GPU_BATCH = 512  # llama.cpp's and Ollama's default
 # one busy process beside, 3.6 tokens/s instead of 16, against no difference when alone.
 SPIN_COUNT = 2000
 LOG_VERBOSITY = 2  # llama.cpp's scale: errors and warnings
+ENGINES = ("xllamacpp", "llama-server", "ctransformers")
+CACHE_TYPES = ("f16", "q8_0", "q4_0")  # Ollama's choice
 F_SETSIG = 10  # missing in Python's fcntl module; Linux, all architectures
 
 
 def run_runner(argv: Sequence[str]) -> int:
     """Serve one model until standard input closes; returns the exit code if the load fails.
 
-    llama.cpp prints its reasons on standard error.
+    The engines print their reasons on standard error.
     """
     arguments = _parse(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the daemon, which ends this process
+    # Both hold for whatever program this process becomes.
     _die_with_parent()
     _prefer_to_be_killed()
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))  # read when libgomp is loaded
+    if arguments.list_devices:
+        return _list_devices(arguments)
+    if arguments.engine == "llama-server":
+        os.execv(arguments.program, [arguments.program, *server_arguments(arguments)])
+    if arguments.engine == "ctransformers":
+        from ollamad.engine.legacy_runner import serve
 
+        return serve(arguments)
+    return _serve_embedded(arguments)
+
+
+def server_arguments(arguments: argparse.Namespace) -> list[str]:
+    """The command line of a `llama-server` that does the same as the embedded one."""
+    batch = str(arguments.batch or (CPU_BATCH if arguments.gpu_layers == 0 else GPU_BATCH))
+    line = ["--host", arguments.socket, "--model", arguments.model]
+    line += ["--ctx-size", str(arguments.ctx * arguments.parallel)]
+    line += ["--parallel", str(arguments.parallel)]
+    line += ["--threads", str(arguments.threads), "--threads-batch", str(arguments.threads)]
+    line += ["--batch-size", batch, "--ubatch-size", batch]
+    line += ["--threads-http", str(_http_threads(arguments))]
+    line += ["--cache-ram", str(PROMPT_CACHE_MIB), "--cache-type-k", arguments.cache_type]
+    line += ["--cache-type-v", arguments.cache_type, "--context-shift", "--jinja", "--slots"]
+    line += ["--metrics", "--no-warmup", "--offline", "--log-prefix", "--log-timestamps"]
+    line += ["--log-verbosity", str(LOG_VERBOSITY)]
+    if arguments.gpu_layers >= 0:
+        line += ["--gpu-layers", str(arguments.gpu_layers)]
+    if arguments.embedding:
+        line += ["--embeddings", "--kv-unified"]
+    if arguments.pooling:
+        line += ["--pooling", arguments.pooling]
+    if arguments.chat_template:
+        line += ["--chat-template", arguments.chat_template]
+    for path in arguments.adapter:
+        line += ["--lora", path]
+    if arguments.projector:
+        line += ["--mmproj", arguments.projector]
+    return line
+
+
+def _serve_embedded(arguments: argparse.Namespace) -> int:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -60,6 +105,9 @@ def run_runner(argv: Sequence[str]) -> int:
     params.n_ubatch = params.n_batch
     params.n_gpu_layers = arguments.gpu_layers
     params.embedding = arguments.embedding
+    # With a cache for each slot, llama.cpp cuts inputs of unequal lengths that share a batch, and
+    # pools over the last cut alone: wrong vectors.
+    params.kv_unified = arguments.embedding
     if arguments.pooling == "mean":
         params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     if arguments.chat_template:
@@ -69,11 +117,11 @@ def run_runner(argv: Sequence[str]) -> int:
     ]
     if arguments.projector:
         params.mmproj.path = arguments.projector
+    cache_type = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{arguments.cache_type.upper()}")
+    params.cache_type_k = params.cache_type_v = cache_type
     params.ctx_shift = True  # a full context drops its older half after num_keep, as in Ollama
     params.cache_ram_mib = PROMPT_CACHE_MIB
-    # A stream and a question beside it for every slot, and the daemon's idle connections: when
-    # the HTTP threads run out, a request waits for a connection to time out.
-    params.n_threads_http = 2 * arguments.parallel + 4
+    params.n_threads_http = _http_threads(arguments)
     params.ui = False
     params.endpoint_slots = True
     params.endpoint_metrics = True
@@ -91,11 +139,18 @@ def run_runner(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ollamad runner", description=__doc__.splitlines()[0])
-    parser.add_argument("--socket", required=True, help="Unix socket to listen on")
-    parser.add_argument("--model", required=True, help="GGUF file")
-    parser.add_argument("--ctx", type=int, required=True, help="tokens a slot")
-    parser.add_argument("--parallel", type=int, required=True, help="slots")
-    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--engine", choices=ENGINES, default="xllamacpp")
+    parser.add_argument("--program", default="", help="the llama-server to run")
+    parser.add_argument("--legacy-type", default="gguf", help="what ctransformers calls the model")
+    parser.add_argument(
+        "--cache-type", choices=CACHE_TYPES, default="f16", help="of keys and values"
+    )
+    parser.add_argument("--list-devices", action="store_true", help="do nothing else")
+    parser.add_argument("--socket", default="", help="Unix socket to listen on")
+    parser.add_argument("--model", default="", help="the weights")
+    parser.add_argument("--ctx", type=int, default=4096, help="tokens a slot")
+    parser.add_argument("--parallel", type=int, default=1, help="slots")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=0, help="tokens evaluated at once; 0: auto")
     parser.add_argument("--gpu-layers", type=int, default=-1)
     parser.add_argument("--embedding", action="store_true", help="make embeddings, not text")
@@ -104,6 +159,26 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--adapter", action="append", default=[], help="LoRA; may be repeated")
     parser.add_argument("--projector", default="", help="GGUF that turns images into tokens")
     return parser.parse_args(argv)
+
+
+def _list_devices(arguments: argparse.Namespace) -> int:
+    """Print the devices that the engine can compute on, one a line."""
+    if arguments.engine == "llama-server":
+        os.execv(arguments.program, [arguments.program, "--list-devices"])
+    if arguments.engine == "xllamacpp":
+        import xllamacpp
+
+        for device in xllamacpp.get_device_info():
+            print(f"{device['name']}: {device['description']}")
+    return 0
+
+
+def _http_threads(arguments: argparse.Namespace) -> int:
+    """A stream and a question beside it for every slot, and the daemon's idle connections.
+
+    When the HTTP threads run out, a request waits for a connection to time out.
+    """
+    return 2 * int(arguments.parallel) + 4
 
 
 def _default_batch() -> int:

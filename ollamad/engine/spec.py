@@ -13,9 +13,17 @@ import psutil
 
 from ollamad.core.inference import Failed, InferenceError, Message, Options
 from ollamad.core.state import ModelDetails
-from ollamad.engine.runner import PROMPT_CACHE_MIB
-
-MIB = 1 << 20
+from ollamad.core.weights import (
+    CTRANSFORMERS,
+    ENGINES,
+    LEGACY_TYPES,
+    LLAMA_SERVER,
+    XLLAMACPP,
+    Choice,
+    NoEngine,
+    Weights,
+    choose_engine,
+)
 
 # Tokens of an input to embed: pooling needs them all in one batch. Ollama's batch.
 EMBEDDING_BATCH = 512
@@ -23,13 +31,6 @@ AUTO_BATCH = 0  # the runner knows what suits its hardware
 MIN_CONTEXT = 4  # tokens; Ollama raises smaller ones to this too
 MAX_CONTEXT = 1 << 24  # tokens; far above any model, well below what overflows llama.cpp's int
 MAX_BATCH = 1 << 16  # tokens; compute buffers grow with it
-
-# Measured with batches of 512: 50 MiB for the program and its libraries, 100 MiB of compute
-# buffers for a vocabulary of 49,000, which grow with it: 160 MiB more for 128,000.
-RUNNER_OVERHEAD_BYTES = 320 * MIB
-# For files that do not tell their layers: a model of 4 GB with full attention keeps 0.5 MB a
-# token, newer ones (grouped attention) a quarter of that.
-KV_GUESS_DIVISOR = 8192
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
@@ -48,6 +49,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     options: Options = Options()  # the model's own parameters
     adapter_paths: tuple[str, ...] = ()  # LoRA adapters, GGUF; all are applied in full
     projector_path: str = ""  # GGUF (mmproj) that lets the model see or hear; empty: it cannot
+    weights: Weights = Weights()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,14 @@ class EngineSettings:
     context_length: int = 4096  # tokens a request, where neither request nor model says
     max_queue: int = 512  # requests that wait for one model's slots, or for a load
     load_timeout_s: float = 300.0
+    # A runner that owes an answer is ended when it gave no sign of life for so long.
+    stall_timeout_s: float = 60.0
+    threads: int = 0  # of a runner, where neither request nor model says; 0: all usable cores
+    gpu_layers: int = -1  # likewise; -1: as many as fit
+    cache_type: str = "f16"  # of keys and values: one of runner.CACHE_TYPES
+    engines: tuple[str, ...] = (XLLAMACPP, CTRANSFORMERS)  # that this node has
+    llama_server: str = ""  # path of the program; then it is preferred to the embedded one
+    memory_record: Path | None = None  # file that remembers what models took
     # What starts a runner; its arguments follow. A frozen program puts itself here.
     runner_command: tuple[str, ...] = (sys.executable, "-m", "ollamad", "runner")
 
@@ -75,11 +85,17 @@ class RunnerConfig:
     threads: int
     batch: int = AUTO_BATCH  # tokens evaluated at once
     gpu_layers: int = -1  # -1: as many as fit
+    offloaded: int = 0  # of them, those that are known to go on GPUs
     embedding: bool = False  # makes embeddings, not text
     pooling: str = ""  # how embeddings are pooled; empty: as the model's file says
     chat_template: str = ""  # Jinja; empty: the one in the file
     adapter_paths: tuple[str, ...] = ()
     projector_path: str = ""
+    engine: str = XLLAMACPP
+    engine_reason: str = dataclasses.field(default="", compare=False)
+    cache_type: str = "f16"
+    program: str = ""  # the llama-server to run
+    legacy_type: str = ""  # what ctransformers calls the model
 
     def arguments(self) -> list[str]:
         """The command line of `ollamad runner`, without the socket."""
@@ -87,6 +103,11 @@ class RunnerConfig:
         arguments += ["--ctx", str(self.context_length), "--parallel", str(self.parallel)]
         arguments += ["--threads", str(self.threads), "--batch", str(self.batch)]
         arguments += ["--gpu-layers", str(self.gpu_layers)]
+        arguments += ["--engine", self.engine, "--cache-type", self.cache_type]
+        if self.program:
+            arguments += ["--program", self.program]
+        if self.legacy_type:
+            arguments += ["--legacy-type", self.legacy_type]
         if self.embedding:
             arguments.append("--embedding")
         if self.pooling:
@@ -128,16 +149,27 @@ def runner_config(
         batch = context = min(context, batch or EMBEDDING_BATCH)
     elif embedding:
         batch = context = min(context, MAX_BATCH)
-    threads = options.num_thread or 0
+    choice = choose(spec, options, settings)
+    is_legacy = choice.engine == CTRANSFORMERS
+    threads = options.num_thread or settings.threads
+    gpu_layers = settings.gpu_layers if options.num_gpu is None else options.num_gpu
     template = spec.template or ""
+    legacy_type = "gguf"
+    if spec.weights.format != "gguf":
+        legacy_type = LEGACY_TYPES.get(spec.weights.architecture, spec.weights.architecture)
     return RunnerConfig(
         model_path=spec.gguf_path,
         context_length=context,
-        parallel=max(1, settings.num_parallel),
+        parallel=1 if is_legacy else max(1, settings.num_parallel),
         threads=threads if threads > 0 else usable_cores(),
         batch=batch,
-        gpu_layers=-1 if options.num_gpu is None else max(-1, options.num_gpu),
+        gpu_layers=0 if is_legacy else max(-1, gpu_layers),
         embedding=embedding,
+        engine=choice.engine,
+        engine_reason=choice.reason,
+        cache_type="f16" if is_legacy else settings.cache_type,
+        program=settings.llama_server if choice.engine == LLAMA_SERVER else "",
+        legacy_type=legacy_type if is_legacy else "",
         pooling=pooling,
         chat_template=template if "{%" in template and not embedding else "",
         adapter_paths=spec.adapter_paths,
@@ -145,17 +177,38 @@ def runner_config(
     )
 
 
-def estimate_bytes(spec: ModelSpec, config: RunnerConfig) -> int:
-    """Bytes of memory that a runner takes: weights, the cache of all slots, and overhead."""
-    kv_bytes_per_token = spec.details.kv_bytes_per_token or spec.size // KV_GUESS_DIVISOR
-    kv = kv_bytes_per_token * config.context_length * config.parallel
-    return spec.size + kv + RUNNER_OVERHEAD_BYTES + PROMPT_CACHE_MIB * MIB
+def choose(spec: ModelSpec, options: Options, settings: EngineSettings) -> Choice:
+    """The engine that runs this model here, and why.
+
+    Raises:
+      InferenceError: this node has none for it.
+    """
+    try:
+        return choose_engine(
+            spec.weights,
+            wanted=options.engine or "",
+            preferred=LLAMA_SERVER if settings.llama_server else XLLAMACPP,
+            available=settings.engines + ((LLAMA_SERVER,) if settings.llama_server else ()),
+        )
+    except NoEngine as error:
+        if options.engine and options.engine not in ENGINES:
+            failure = Failed(code="INVALID_OPTION", message=str(error), status=400)
+        else:  # another node may have it
+            failure = Failed(code="LOAD_FAILED", message=f"{spec.name} cannot be run: {error}")
+        raise InferenceError(failure) from None
 
 
-def usable_cores() -> int:
-    """Physical cores that this process may use; hyperthreads only slow the maths down."""
+def usable_cores(quota: float | None = None) -> int:
+    """Physical cores that this process may use; hyperthreads only slow the maths down.
+
+    `quota` is what a container or a service may use, in cores. More threads than that stand still
+    together for the rest of each period.
+    """
     allowed = len(os.sched_getaffinity(0))
-    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+    cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
+    if quota is not None:
+        cores = min(cores, int(quota))
+    return max(1, cores)
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

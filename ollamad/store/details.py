@@ -8,7 +8,8 @@ import re
 from typing import Final
 
 from ollamad.core.state import ModelDetails
-from ollamad.store.gguf import TENSOR_TYPES, GgufError, GgufHeader, Value
+from ollamad.core.weights import Weights
+from ollamad.store.gguf import TENSOR_TYPES, GgufError, GgufHeader, Skipped, Value
 
 MAX_LENGTH: Final = 1 << 31  # tokens of context, width of embeddings; ggml's own are 32 bits
 MAX_LAYERS: Final = 4096  # the deepest models have about 130
@@ -17,6 +18,8 @@ F16_BYTES: Final = 2  # of one number in the key and value cache
 
 # Becomes part of the cluster's state and of log lines: a short plain word.
 _ARCHITECTURE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,63}")
+
+_LAYER: Final = re.compile(r"blk\.(\d{1,4})\.")  # llama.cpp's names of a layer's tensors
 
 # llama.cpp's `general.file_type`.
 FILE_TYPES: Final = {
@@ -102,6 +105,7 @@ class ModelFacts:
     chat_template: str
     pooling_type: int | None
     capabilities: tuple[str, ...]
+    weights: Weights
 
 
 def facts_of(header: GgufHeader) -> ModelFacts:
@@ -143,6 +147,17 @@ def facts_of(header: GgufHeader) -> ModelFacts:
         chat_template=template,
         pooling_type=pooling,
         capabilities=capabilities_of(architecture, pooling, template),
+        weights=Weights(
+            format=header.format,
+            version=header.version,
+            architecture=architecture,
+            tokenizer=reader.text("tokenizer.ggml.model"),
+            layer_bytes=_layer_bytes(header, layers),
+            vocabulary=_length(header.metadata.get("tokenizer.ggml.tokens")),
+            width=width,
+            feed_forward=max(reader.numbers("feed_forward_length", MAX_LENGTH, layers), default=0),
+            heads=widest,
+        ),
     )
 
 
@@ -163,7 +178,7 @@ def capabilities_of(architecture: str, pooling_type: int | None, template: str) 
 def details_of(facts: ModelFacts) -> ModelDetails:
     """The part of the facts that the cluster's state keeps."""
     return ModelDetails(
-        format="gguf",
+        format=facts.weights.format,
         family=facts.architecture,
         families=(facts.architecture,),
         parameter_size=human_number(facts.parameter_count),
@@ -181,6 +196,23 @@ def human_number(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.{0 if count % unit == 0 else decimals}f}{letter}"
     return f"{count / 1000:.0f}K" if count >= 1000 else str(count)
+
+
+def _layer_bytes(header: GgufHeader, layers: int) -> tuple[int, ...]:
+    """What each layer's tensors take."""
+    sizes = [0] * layers
+    for tensor in header.tensors:
+        layer = _LAYER.match(tensor.name)
+        if layer is not None and int(layer[1]) < layers and tensor.type in TENSOR_TYPES:
+            _, block_elements, block_bytes = TENSOR_TYPES[tensor.type]
+            sizes[int(layer[1])] += tensor.elements // block_elements * block_bytes
+    return tuple(sizes)
+
+
+def _length(value: Value | None) -> int:
+    if isinstance(value, Skipped):
+        return value.count
+    return len(value) if isinstance(value, list) else 0
 
 
 class _Reader:

@@ -5,16 +5,17 @@ array of the vocabulary; and because a file from elsewhere is hostile until prov
 Every count, length and offset is checked against the file's real size and against a limit
 before anything is read or allocated, so memory does not grow with a number that a file claims.
 
-Read are the versions 2 and 3, little endian. Refused by name: version 1 (32-bit lengths, a few
-weeks of 2023), big-endian files, the GGML formats from before GGUF, and the single parts of a
+Read are the versions 1 (32-bit lengths, a few weeks of 2023) to 3, little endian, and through
+`ggml` the formats from before GGUF. Refused by name: big-endian files, and the single parts of a
 split model.
 """
 
+import contextlib
 import dataclasses
 import os
 import stat
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -34,7 +35,6 @@ MAX_ALIGNMENT: Final = 64 * 1024  # bytes; files use 32
 DEFAULT_ALIGNMENT: Final = 32  # bytes, when the file does not say
 
 _BLOCK: Final = 1 * MIB  # bytes read at a time
-_LEGACY_MAGICS: Final = {b"lmgg", b"fmgg", b"tjgg", b"algg"}  # GGML, GGMF, GGJT, GGLA as stored
 
 # The scalar types of metadata by number, and how each is stored.
 _SCALARS: Final = {
@@ -94,14 +94,14 @@ TENSOR_TYPES: Final = {
 
 
 class GgufError(ValueError):
-    """The file is not a GGUF file that can be used; says what is wrong, and where.
+    """The file is not a model file that can be used; says what is wrong, and where.
 
     `offset` is the byte in the file at which the trouble begins, None if it has no place.
     """
 
-    def __init__(self, problem: str, offset: int | None = None) -> None:
+    def __init__(self, problem: str, offset: int | None = None, *, kind: str = "GGUF") -> None:
         place = "" if offset is None else f" (at byte {offset:,} of the file)"
-        super().__init__(f"not a usable GGUF file: {problem}{place}")
+        super().__init__(f"not a usable {kind} file: {problem}{place}")
         self.offset = offset
 
 
@@ -135,13 +135,36 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """A header, checked against the size of its file."""
+    """A header, checked against the size of its file.
+
+    A file from before GGUF is told in the same terms (see `ggml`), with the keys that GGUF has.
+    """
 
     version: int
     metadata: Mapping[str, Value]
     tensors: tuple[Tensor, ...]
     data_offset: int  # byte of the file at which the tensor data begins
     file_size: int  # bytes
+    format: str = "gguf"  # or ggml, ggmf, ggjt
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[Callable[[int, int], bytes], int]]:
+    """How a reader sees a file: `pread(length, offset)`, and its size.
+
+    Raises:
+      GgufError: it is not a regular file.
+      OSError: it cannot be read.
+    """
+    # O_NONBLOCK: opening a named pipe must not wait for a writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise GgufError("it is not a regular file")
+        yield (lambda length, offset: os.pread(descriptor, length, offset)), status.st_size
+    finally:
+        os.close(descriptor)
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -154,25 +177,18 @@ def read_header(path: Path) -> GgufHeader:
       GgufError: the file is malformed, truncated, or of a kind that is refused.
       OSError: the file cannot be read.
     """
-    # O_NONBLOCK: opening a named pipe must not wait for a writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise GgufError("it is not a regular file")
-        return parse_header(
-            lambda length, offset: os.pread(descriptor, length, offset), status.st_size
-        )
-    finally:
-        os.close(descriptor)
+    with opened(path) as (pread, size):
+        return parse_header(pread, size)
 
 
 def parse_header(pread: Callable[[int, int], bytes], file_size: int) -> GgufHeader:
     """Read a header through `pread(length, offset)`; see `read_header`."""
-    cursor = _Cursor(pread, file_size)
+    cursor = Cursor(pread, file_size)
     version = _read_version(cursor)
-    tensor_count = cursor.bounded_u64("tensors", MAX_TENSORS)
-    pair_count = cursor.bounded_u64("metadata entries", MAX_KEY_VALUES)
+    if version == 1:
+        cursor.length_type = _U32
+    tensor_count = cursor.bounded_length("tensors", MAX_TENSORS)
+    pair_count = cursor.bounded_length("metadata entries", MAX_KEY_VALUES)
     metadata: dict[str, Value] = {}
     for _ in range(pair_count):
         start = cursor.offset
@@ -193,27 +209,39 @@ def parse_header(pread: Callable[[int, int], bytes], file_size: int) -> GgufHead
     return GgufHeader(version, metadata, tensors, data_offset, file_size)
 
 
-class _Cursor:
-    """Walks through the header, never past its limits."""
+class Cursor:
+    """Walks through the header, never past its limits. `kind` is what errors call the file."""
 
-    def __init__(self, pread: Callable[[int, int], bytes], file_size: int) -> None:
+    def __init__(
+        self,
+        pread: Callable[[int, int], bytes],
+        file_size: int,
+        limit: int = MAX_HEADER_BYTES,
+        kind: str = "GGUF",
+    ) -> None:
         self._pread = pread
         self._file_size = file_size
-        self._limit = min(file_size, MAX_HEADER_BYTES)
+        self._limit = min(file_size, limit)
+        self._kind = kind
+        self.read_ahead = _BLOCK  # bytes
         self._block = b""
         self._block_start = 0
         self.offset = 0
+        self.length_type = _U64  # of lengths, counts and shapes
+
+    def error(self, problem: str, offset: int | None = None) -> GgufError:
+        return GgufError(problem, offset, kind=self._kind)
 
     def take(self, length: int, what: str) -> bytes:
         """The next `length` bytes; the caller has bounded the length."""
         self._require(length, what)
         at = self.offset - self._block_start
         if at + length > len(self._block):
-            self._load(max(length, _BLOCK))
+            self._load(max(length, self.read_ahead))
             at = 0
         data = self._block[at : at + length]
         if len(data) < length:
-            raise GgufError(f"the file became shorter within {what}", self.offset)
+            raise self.error(f"the file became shorter within {what}", self.offset)
         self.offset += length
         return data
 
@@ -229,38 +257,43 @@ class _Cursor:
         number: int = _U64.unpack(self.take(8, what))[0]
         return number
 
-    def bounded_u64(self, what: str, limit: int) -> int:
+    def length(self, what: str) -> int:
+        number: int = self.length_type.unpack(self.take(self.length_type.size, what))[0]
+        return number
+
+    def bounded_length(self, what: str, limit: int) -> int:
         start = self.offset
-        count = self.u64(f"the number of {what}")
+        count = self.length(f"the number of {what}")
         if count > limit:
-            raise GgufError(f"it claims {count:,} {what}; at most {limit:,} are read", start)
+            raise self.error(f"it claims {count:,} {what}; at most {limit:,} are read", start)
         return count
 
     def text(self, what: str, limit: int) -> str:
         """A string that must be there in full and be UTF-8."""
         start = self.offset
-        length = self.u64(f"the length of {what}")
+        length = self.length(f"the length of {what}")
         if length > limit:
-            raise GgufError(f"{what} claims {length:,} bytes; at most {limit:,} are read", start)
+            raise self.error(f"{what} claims {length:,} bytes; at most {limit:,} are read", start)
         try:
             return self.take(length, what).decode()
         except UnicodeDecodeError:
-            raise GgufError(f"{what} is not UTF-8 text", start) from None
+            raise self.error(f"{what} is not UTF-8 text", start) from None
 
     def skip_strings(self, count: int, what: str) -> None:
         """Skip that many strings. A tight loop: vocabularies have 100,000s of them."""
-        self._require(8 * count, what)
-        unpack = _U64.unpack_from
+        step = self.length_type.size
+        self._require(step * count, what)
+        unpack = self.length_type.unpack_from
         block, at, start = self._block, self.offset - self._block_start, self._block_start
         for _ in range(count):
-            if at + 8 > len(block):
+            if at + step > len(block):
                 self.offset = start + at
-                self._require(8, what)
+                self._require(step, what)
                 self._load(_BLOCK)
                 block, at, start = self._block, 0, self._block_start
-                if len(block) < 8:
-                    raise GgufError(f"the file became shorter within {what}", start)
-            at += 8 + unpack(block, at)[0]
+                if len(block) < step:
+                    raise self.error(f"the file became shorter within {what}", start)
+            at += step + unpack(block, at)[0]
         end = start + at
         self.offset = min(end, self._limit)
         self._require(end - self.offset, what)
@@ -269,12 +302,12 @@ class _Cursor:
         if length <= self._limit - self.offset:
             return
         if self.offset + length > self._file_size:
-            raise GgufError(
+            raise self.error(
                 f"{what} claims {length:,} bytes, but the file ends after "
                 f"{max(0, self._file_size - self.offset):,}",
                 self.offset,
             )
-        raise GgufError(
+        raise self.error(
             f"{what} reaches beyond {MAX_HEADER_BYTES // MIB} MiB, "
             "within which a header has to end",
             self.offset,
@@ -285,23 +318,19 @@ class _Cursor:
         self._block_start = self.offset
 
 
-def _read_version(cursor: _Cursor) -> int:
+def _read_version(cursor: Cursor) -> int:
     magic = cursor.take(4, "the magic number")
-    if magic in _LEGACY_MAGICS:
-        raise GgufError("it is in a GGML format from before GGUF; convert it to GGUF first", 0)
     if magic != b"GGUF":
         raise GgufError(f"it begins with {magic!r}, not with 'GGUF'", 0)
     version = cursor.u32("the version")
-    if version in (2, 3):
+    if version in (1, 2, 3):
         return version
-    if version == 1:
-        raise GgufError("it is GGUF version 1, which is not read; convert it to version 3", 4)
     if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, 2, 3):
         raise GgufError("it is a big-endian file; only little-endian ones are read", 4)
-    raise GgufError(f"it is GGUF version {version}; versions 2 and 3 are read", 4)
+    raise GgufError(f"it is GGUF version {version}; versions 1 to 3 are read", 4)
 
 
-def _read_value(cursor: _Cursor, key: str) -> Value:
+def _read_value(cursor: Cursor, key: str) -> Value:
     start = cursor.offset
     kind = cursor.u32(f"the type of {key!r}")
     if kind == _STRING:
@@ -312,7 +341,7 @@ def _read_value(cursor: _Cursor, key: str) -> Value:
     if kind != _ARRAY:
         raise GgufError(f"{key!r} has the unknown type {kind}", start)
     kind = cursor.u32(f"the type of the items of {key!r}")
-    count = cursor.u64(f"the number of items of {key!r}")
+    count = cursor.length(f"the number of items of {key!r}")
     if kind == _STRING:
         if count > MAX_KEPT_ITEMS:
             cursor.skip_strings(count, repr(key))
@@ -329,8 +358,8 @@ def _read_value(cursor: _Cursor, key: str) -> Value:
     return [item[0] for item in scalar.iter_unpack(data)]
 
 
-def _read_string(cursor: _Cursor, key: str) -> str | Skipped:
-    length = cursor.u64(f"the length of {key!r}")
+def _read_string(cursor: Cursor, key: str) -> str | Skipped:
+    length = cursor.length(f"the length of {key!r}")
     if length > MAX_KEPT_STRING_BYTES:
         cursor.skip(length, repr(key))
         return Skipped(length)
@@ -349,7 +378,7 @@ def _alignment(metadata: Mapping[str, Value]) -> int:
     return alignment
 
 
-def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[Tensor, ...]:
+def _read_tensors(cursor: Cursor, count: int, alignment: int) -> tuple[Tensor, ...]:
     tensors: dict[str, Tensor] = {}
     for _ in range(count):
         start = cursor.offset
@@ -359,7 +388,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[Tensor, 
         dimensions = cursor.u32(f"the number of dimensions of {name!r}")
         if dimensions > MAX_DIMENSIONS:
             raise GgufError(f"the tensor {name!r} claims {dimensions:,} dimensions", start)
-        shape = tuple(cursor.u64(f"the shape of {name!r}") for _ in range(dimensions))
+        shape = tuple(cursor.length(f"the shape of {name!r}") for _ in range(dimensions))
         tensor = Tensor(
             name,
             shape,

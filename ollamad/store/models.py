@@ -17,18 +17,21 @@ from ollamad.core.description import Changes, Description
 from ollamad.core.inference import Message, Options
 from ollamad.core.names import parse_name
 from ollamad.core.state import Layer, Model
+from ollamad.core.weights import Weights
 from ollamad.store import manifests
 from ollamad.store.blobs import GRACE_S, KEEP_FREE_BYTES, BlobStore
 from ollamad.store.details import capabilities_of, details_of, facts_of
 from ollamad.store.errors import BlobMissing, ManifestInvalid
 from ollamad.store.files import TEMP_PREFIX
-from ollamad.store.gguf import GgufHeader, Skipped, read_header
+from ollamad.store.gguf import GgufHeader, Skipped
 from ollamad.store.manifests import Descriptor, Manifest, StoredManifest, describe
+from ollamad.store.weights import read_weights
 
 log = logging.getLogger(__name__)
 
 # Licences are the longest of the small layers, with up to 40 kB.
 MAX_SMALL_LAYER_BYTES: Final = 1 << 20
+MAX_REMEMBERED: Final = 256  # headers in short, a kilobyte each
 
 
 class RuntimeParts(msgspec.Struct, frozen=True):
@@ -42,6 +45,7 @@ class RuntimeParts(msgspec.Struct, frozen=True):
     licenses: tuple[str, ...]
     adapters: tuple[Path, ...] = ()  # LoRA
     projector: Path | None = None
+    weights: Weights = Weights()
 
 
 class Freed(msgspec.Struct, frozen=True):
@@ -77,6 +81,7 @@ class ModelStore(BlobStore):
     ) -> None:
         super().__init__(root, keep_free_bytes=keep_free_bytes, shelves=shelves)
         self.manifests = root / "manifests"
+        self._weights: dict[str, Weights] = {}  # by the blob's digest
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -285,9 +290,23 @@ class ModelStore(BlobStore):
         """
         path = await self.find_blob(gguf_digest)
         try:
-            return await self.in_thread(functools.partial(read_header, path))
+            return await self.in_thread(functools.partial(read_weights, path))
         except FileNotFoundError:
             raise BlobMissing(f"blob {gguf_digest} is not in the store") from None
+
+    async def weights(self, digest: str) -> Weights:
+        """What decides how the weights of a blob are run; remembered, for every request asks.
+
+        Raises:
+          BlobMissing, GgufError: as `read_header`.
+        """
+        known = self._weights.get(digest)
+        if known is None:
+            known = facts_of(await self.read_header(digest)).weights
+            while len(self._weights) >= MAX_REMEMBERED:
+                del self._weights[next(iter(self._weights))]
+            self._weights[digest] = known
+        return known
 
     async def runtime_parts(self, model: Model) -> RuntimeParts:
         """Where the model's large files are, and what its small layers say.
@@ -295,6 +314,7 @@ class ModelStore(BlobStore):
         Raises:
           BlobMissing: a blob is not here.
           ManifestInvalid: a layer cannot be read.
+          GgufError: the weights cannot be used.
         """
         manifest = describe(model.manifest)
         gguf = _gguf_of(manifest)
@@ -313,6 +333,7 @@ class ModelStore(BlobStore):
                 licenses=tuple(await self._texts(manifest, manifests.LICENSE_TYPE)),
                 adapters=adapters,
                 projector=projectors[-1] if projectors else None,
+                weights=await self.weights(gguf.digest),
             )
         except msgspec.DecodeError as error:
             raise ManifestInvalid(f"the parameters of {model.name}: {error}") from error

@@ -10,7 +10,13 @@ from pathlib import Path
 Scalar = int | float | bool | str
 Value = Scalar | Sequence[Scalar]
 
+
+class Signed(list[int]):
+    """An array of i32, where the other ints are u32."""
+
+
 TYPE_NUMBERS = {bool: 7, str: 8, float: 6, int: 4}
+SIGNED = 5
 ARRAY = 9
 BLOCKS = {0: (1, 4), 1: (1, 2), 3: (32, 20), 8: (32, 34)}  # F32, F16, Q4_1, Q8_0
 
@@ -36,25 +42,33 @@ TENSORS: dict[str, tuple[tuple[int, ...], int]] = {
 }
 
 
-def string(text: str | bytes) -> bytes:
+def string(text: str | bytes, version: int = 3) -> bytes:
     """A string as it stands in the file."""
     data = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(data)) + data
+    return length(len(data), version) + data
 
 
-def scalar(value: Scalar) -> bytes:
+def length(number: int, version: int) -> bytes:
+    """A count or a length: version 1 had 32 bits for it."""
+    return struct.pack("<I" if version == 1 else "<Q", number)
+
+
+def scalar(value: Scalar, version: int = 3) -> bytes:
     if isinstance(value, str):
-        return string(value)
+        return string(value, version)
     return struct.pack({bool: "<?", float: "<f", int: "<I"}[type(value)], value)
 
 
-def key_value(key: str, value: Value) -> bytes:
+def key_value(key: str, value: Value, version: int = 3) -> bytes:
     """A metadata entry: ints as u32, floats as f32."""
     if isinstance(value, str | int | float):
-        return string(key) + struct.pack("<I", TYPE_NUMBERS[type(value)]) + scalar(value)
+        kind = struct.pack("<I", TYPE_NUMBERS[type(value)])
+        return string(key, version) + kind + scalar(value, version)
     kind = TYPE_NUMBERS[type(value[0])] if value else TYPE_NUMBERS[int]
-    head = struct.pack("<IIQ", ARRAY, kind, len(value))
-    return string(key) + head + b"".join(scalar(item) for item in value)
+    if isinstance(value, Signed):
+        kind = SIGNED
+    head = struct.pack("<II", ARRAY, kind) + length(len(value), version)
+    return string(key, version) + head + b"".join(scalar(item, version) for item in value)
 
 
 def tensor_size(shape: Sequence[int], kind: int) -> int:
@@ -75,27 +89,31 @@ def gguf_bytes(
     pair_count: int | None = None,
     tensor_count: int | None = None,
     fill: bytes = b"\0",
+    data: Mapping[str, bytes] | None = None,
 ) -> bytes:
-    """A whole file. The counts are the true ones unless given (to lie with)."""
+    """A whole file. The counts are the true ones unless given (to lie with).
+
+    The tensors hold `data`, or copies of `fill` if there is none.
+    """
     pairs = dict(LLAMA if metadata is None else metadata)
     shapes = dict(TENSORS if tensors is None else tensors)
     infos = b""
     offset = 0
     for name, (shape, kind) in shapes.items():
-        infos += string(name) + struct.pack("<I", len(shape))
-        infos += b"".join(struct.pack("<Q", length) for length in shape)
+        infos += string(name, version) + struct.pack("<I", len(shape))
+        infos += b"".join(length(size, version) for size in shape)
         infos += struct.pack("<IQ", kind, offset)
         offset += -(-tensor_size(shape, kind) // alignment) * alignment
-    head = struct.pack(
-        "<4sIQQ",
-        b"GGUF",
-        version,
-        len(shapes) if tensor_count is None else tensor_count,
-        len(pairs) if pair_count is None else pair_count,
-    )
-    body = head + b"".join(key_value(key, value) for key, value in pairs.items()) + infos
+    head = struct.pack("<4sI", b"GGUF", version)
+    head += length(len(shapes) if tensor_count is None else tensor_count, version)
+    head += length(len(pairs) if pair_count is None else pair_count, version)
+    body = head + b"".join(key_value(key, value, version) for key, value in pairs.items()) + infos
     body += b"\0" * (-len(body) % alignment)
-    return body + (fill * (offset // len(fill) + 1))[:offset]
+    if data is None:
+        return body + (fill * (offset // len(fill) + 1))[:offset]
+    return body + b"".join(
+        data[name].ljust(-(-len(data[name]) // alignment) * alignment, b"\0") for name in shapes
+    )
 
 
 def write_gguf(

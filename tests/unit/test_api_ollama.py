@@ -584,6 +584,7 @@ async def test_ps_is_of_all_nodes_that_are_there() -> None:
         "details": DETAILS,
         "expires_at": "2024-01-15T10:05:00Z",
         "size_vram": 0,
+        "engine": "",
         "context_length": 4096,
         "node": "node_001",
     }

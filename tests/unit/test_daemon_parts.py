@@ -202,7 +202,8 @@ def test_a_build_says_what_it_is() -> None:
     info = build.build_info()
     assert info.version
     assert info.git_commit
-    assert set(build.engine_versions()) <= {"xllamacpp"}
+    assert set(build.engine_versions()) == {"xllamacpp", "ctransformers"}
+    assert build.installed_engines() == ("xllamacpp", "ctransformers")
 
 
 # Starting.

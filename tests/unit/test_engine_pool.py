@@ -30,7 +30,7 @@ from tests.fakes.runner_engines import (
 )
 
 DEADLINE_S = 20
-ROOM_FOR_ONE = 700 << 20  # bytes; a fake model is taken for 450 MiB
+ROOM_FOR_ONE = 400 << 20  # bytes; a fake model is taken for 224 MiB
 
 
 def runner_pids() -> list[int]:
@@ -195,7 +195,7 @@ async def test_a_model_too_large_for_all_memory_evicts_nobody(tmp_path: Path):
     async with running_engine(tmp_path / "run", lambda: ROOM_FOR_ONE) as engine:
         await engine.load(a)
         large = msgspec.structs.replace(b, size=2 * ROOM_FOR_ONE)
-        with pytest.raises(InferenceError, match=r"b needs about 1\.8 GiB of memory") as caught:
+        with pytest.raises(InferenceError, match=r"b needs about 1\.0 GiB of memory") as caught:
             await engine.load(large)
         assert caught.value.failure.code == "INSUFFICIENT_MEMORY"
         assert caught.value.failure.status == 503

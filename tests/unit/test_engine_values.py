@@ -8,12 +8,12 @@ import pytest
 
 from ollamad.core.inference import GenerateRequest, InferenceError, Options
 from ollamad.core.state import ModelDetails
+from ollamad.engine.memory import estimate
 from ollamad.engine.sampling import completion_body, json_schema, token_limit
 from ollamad.engine.spec import (
     EngineSettings,
     ModelSpec,
     RunnerConfig,
-    estimate_bytes,
     runner_config,
     usable_cores,
 )
@@ -181,7 +181,7 @@ def test_adapters_and_the_projector_reach_the_runner():
 
 def test_the_estimate_grows_with_slots_and_context():
     def size(**fields: int) -> int:
-        return estimate_bytes(SPEC, runner_config(SPEC, Options(**fields), SETTINGS))
+        return estimate(SPEC, runner_config(SPEC, Options(**fields), SETTINGS)).total
 
     assert size(num_ctx=2000) - size(num_ctx=1000) == 1000 * 2 * 1000
     assert size() > SPEC.size + 4096 * 2 * 1000
@@ -190,4 +190,4 @@ def test_the_estimate_grows_with_slots_and_context():
 def test_the_estimate_of_a_model_that_does_not_tell_its_layers_is_not_small():
     bare = msgspec.structs.replace(SPEC, size=4 << 30, details=ModelDetails())
     config = runner_config(bare, Options(), SETTINGS)
-    assert estimate_bytes(bare, config) > (4 << 30) + 2 * 4096 * 500_000
+    assert estimate(bare, config).total > (4 << 30) + 2 * 4096 * 500_000

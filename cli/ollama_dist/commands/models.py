@@ -104,6 +104,9 @@ def show_model(session: Session, model: ModelArgument) -> None:
         ("Should be on", nodes("desired") or "-"),
         ("In memory on", nodes("loaded_on") or "none"),
     ]
+    if engine := found.get("engine"):
+        facts.append(("Engine", engine.get("name") or "none"))
+        facts.append(("Because", engine.get("reason") or "-"))
     show_facts(session.out, facts)
 
 

@@ -34,6 +34,7 @@ _LOADED_COLUMNS = (
     Column("NODE", gives_way=True),
     Column("SIZE", right=True),
     Column("PROCESSOR"),
+    Column("ENGINE"),
     Column("CONTEXT", right=True),
     Column("BUSY", right=True),
     Column("QUEUED", right=True),
@@ -183,6 +184,13 @@ def ps(session: Session) -> None:
         _loaded_row(item, node.get("name") or short_id(node["id"]), now) for node, item in loaded
     ]
     show_table(session.out, _LOADED_COLUMNS, rows, "No model is in memory.")
+    reasons = {
+        f"{item['name']}: {item['engine']}, because {item['engine_reason']}"
+        for _, item in loaded
+        if item.get("engine_reason")
+    }
+    for reason in sorted(reasons):
+        session.say(reason)
 
 
 def _loaded_row(item: dict[str, Any], node: str, now: datetime) -> tuple[object, ...]:
@@ -191,6 +199,7 @@ def _loaded_row(item: dict[str, Any], node: str, now: datetime) -> tuple[object,
         node,
         size(item.get("size")),
         _processor(item),
+        item.get("engine") or "-",
         item.get("context_length") or "-",
         int(item.get("busy") or 0),
         int(item.get("queued") or 0),

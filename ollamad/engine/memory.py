@@ -1,0 +1,177 @@
+"""How much memory a runner will take: estimated before the load, corrected by what was then used.
+
+An estimate is weights, the cache of keys and values of all slots, compute buffers, and an
+overhead for the program. Of a model that ran before, the overhead is what its runner really took
+beyond the other parts; this is remembered over restarts. Of layers on GPUs both the weights and
+their part of the cache lie there.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from ollamad.core.weights import CTRANSFORMERS
+from ollamad.engine.runner import CPU_BATCH, PROMPT_CACHE_MIB
+from ollamad.engine.spec import AUTO_BATCH, ModelSpec, RunnerConfig
+
+MIB = 1 << 20
+
+# Measured with xllamacpp: 12 MiB for the program beside its mapped files, 24 MiB more for
+# SmolLM2 at a batch of 64. With room, since too little ends in the kernel's killing a process.
+PROGRAM_BYTES = 96 * MIB
+# For files that do not tell their layers: a model of 4 GB with full attention keeps 0.5 MB a
+# token, newer ones (grouped attention) a quarter of that.
+KV_GUESS_DIVISOR = 8192
+# Bytes of a number in the cache, as a fraction of f16's: blocks of 32 with a scale of 2 bytes.
+CACHE_SHARES = {"f16": 1.0, "q8_0": 34 / 64, "q4_0": 18 / 64}
+F32_BYTES = 4
+# Tensors of a batch that are alive at once, in widths of the model: measured, rounded up.
+LIVE_WIDTHS = 8
+LIVE_FEED_FORWARDS = 3
+SAFETY = 1.1  # on what was measured: the next use may be a little larger
+# On each GPU, for the driver's context and what others allocate meanwhile. llama.cpp's own fit
+# leaves 1 GiB.
+GPU_RESERVE_BYTES = 512 * MIB
+MAX_REMEMBERED = 512  # models
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes by what they are for."""
+
+    weights: int
+    cache: int  # keys and values
+    compute: int
+    overhead: int
+    vram: int = 0  # of the whole, on GPUs
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.compute + self.overhead
+
+    @property
+    def ram(self) -> int:
+        return self.total - self.vram
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Used:
+    """What a runner was seen to take, in bytes."""
+
+    anonymous: int  # of its own: comes free when it ends
+    mapped: int = 0  # of files: the weights, as far as they were read; shared with the page cache
+    vram: int = 0
+
+
+UNKNOWN = Used(0)
+
+
+def estimate(spec: ModelSpec, config: RunnerConfig, overhead: int | None = None) -> Need:
+    """What a runner will take; `overhead` is the measured one, if there is one."""
+    weights = spec.weights
+    kv_bytes_per_token = spec.details.kv_bytes_per_token or spec.size // KV_GUESS_DIVISOR
+    tokens = config.context_length * config.parallel
+    cache = int(kv_bytes_per_token * tokens * CACHE_SHARES[config.cache_type])
+    batch = CPU_BATCH if config.batch == AUTO_BATCH else config.batch
+    width = weights.width or spec.details.embedding_length
+    widths = LIVE_WIDTHS * width + LIVE_FEED_FORWARDS * weights.feed_forward
+    compute = batch * F32_BYTES * (weights.vocabulary + widths)
+    if overhead is None:
+        prompts = 0 if config.engine == CTRANSFORMERS else PROMPT_CACHE_MIB * MIB
+        overhead = PROGRAM_BYTES + prompts
+    need = Need(spec.size, cache, compute, overhead)
+    if not config.offloaded:
+        return need
+    return dataclasses.replace(need, vram=_vram(spec, need, config.offloaded))
+
+
+def fitting_layers(spec: ModelSpec, need: Need, free_vram: Sequence[int]) -> int:
+    """How many layers go on GPUs with that many free bytes each; the output counts as one more."""
+    sizes = spec.weights.layer_bytes
+    if not sizes:
+        return 0
+    budget = sum(max(0, free - need.compute - GPU_RESERVE_BYTES) for free in free_vram)
+    layer = max(sizes) + need.cache // len(sizes)
+    layers = min(len(sizes), budget // max(1, layer))
+    output = spec.size - sum(sizes)
+    if layers == len(sizes) and budget - layers * layer >= output:
+        layers += 1
+    return layers
+
+
+def _vram(spec: ModelSpec, need: Need, layers: int) -> int:
+    sizes = spec.weights.layer_bytes
+    if not sizes:
+        return 0
+    offloaded = min(layers, len(sizes))
+    # llama.cpp offloads the last layers first.
+    vram = sum(sizes[len(sizes) - offloaded :]) + need.cache * offloaded // len(sizes)
+    if layers > len(sizes):
+        vram += need.weights - sum(sizes)
+    return vram + need.compute
+
+
+class Measured(msgspec.Struct):
+    """What is remembered of one model under one engine."""
+
+    overhead: int  # bytes beyond weights, cache and compute buffers
+    estimated: int  # bytes, at the last measurement
+    used: int
+
+
+class MemoryRecord:
+    """The measured overheads, kept in a small file. Without a file they last as long as this."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._measured: dict[str, Measured] = {}
+        self._saved: dict[str, int] = {}
+        if path is not None:
+            # A damaged or foreign file costs the corrections, not the start.
+            with contextlib.suppress(OSError, msgspec.DecodeError):
+                self._measured = msgspec.json.decode(path.read_bytes(), type=dict[str, Measured])
+
+    def estimate(self, spec: ModelSpec, config: RunnerConfig) -> Need:
+        """What a runner will take, corrected if the model was measured before."""
+        known = self._measured.get(_key(spec, config))
+        return estimate(spec, config, None if known is None else int(known.overhead * SAFETY))
+
+    def learn(self, spec: ModelSpec, config: RunnerConfig, used: Used) -> None:
+        """Take in what a runner takes that has answered something. The most counts."""
+        need = estimate(spec, config)
+        # Weights that lie on a GPU, or were copied by the engine, are not told apart.
+        beyond = used.anonymous + used.vram - need.cache - need.compute
+        if need.vram:
+            beyond -= sum(spec.weights.layer_bytes[-config.offloaded :])
+        key = _key(spec, config)
+        known = self._measured.pop(key, None)
+        if known is not None:
+            beyond = max(beyond, known.overhead)
+        total = used.anonymous + used.mapped + used.vram
+        self._measured[key] = Measured(max(0, beyond), need.total, total)
+        while len(self._measured) > MAX_REMEMBERED:
+            del self._measured[next(iter(self._measured))]
+
+    def measured(self, spec: ModelSpec, config: RunnerConfig) -> Measured | None:
+        return self._measured.get(_key(spec, config))
+
+    def save(self) -> None:
+        """Write the file if something changed by a MiB or more."""
+        if self._path is None:
+            return
+        rounded = {key: value.overhead // MIB for key, value in self._measured.items()}
+        if rounded == self._saved:
+            return
+        partial = self._path.with_suffix(".partial")
+        with contextlib.suppress(OSError):  # it is an optimisation; a full disk shows elsewhere
+            partial.write_bytes(msgspec.json.encode(self._measured))
+            partial.replace(self._path)
+            self._saved = rounded
+
+
+def _key(spec: ModelSpec, config: RunnerConfig) -> str:
+    kind = "embed" if config.embedding else "text"
+    return f"{spec.digest} {config.engine} {kind} {config.offloaded > 0:d}"

