@@ -59,6 +59,7 @@ from ollamad.errors import StartError
 from ollamad.host import HostMonitor
 from ollamad.library import Library
 from ollamad.machine import Machine
+from ollamad.peers.bulk import BulkPeers
 from ollamad.peers.doorman import Doorman
 from ollamad.peers.identity import Identity, write_private
 from ollamad.peers.mesh import Mesh
@@ -70,12 +71,20 @@ from ollamad.raft.sqlite_store import SqliteStore
 from ollamad.reconcile import Reconciler
 from ollamad.scheduler.dispatch import Dispatcher
 from ollamad.scheduler.exchange import EMBED, GENERATE, TRANSCRIPT
-from ollamad.settings import Settings, SourceSettings, parse_duration, parse_listen
+from ollamad.settings import (
+    Settings,
+    SourceSettings,
+    parse_duration,
+    parse_listen,
+    parse_rate,
+)
 from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.policy import Policy, parse_hosts
-from ollamad.store.errors import BlobMissing, PieceCorrupt
+from ollamad.store.errors import BlobMissing, PieceCorrupt, PiecesRotten
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher
+from ollamad.transfer.lanes import BulkLanes
+from ollamad.transfer.limits import Limit
 from ollamad.transfer.server import PieceServer
 from ollamad.transfer.transfers import TransferTable
 from ollamad.usage import KeyUsage
@@ -91,6 +100,7 @@ DEPARTURE_NOTICE_S = 3.0  # a node that was taken out still hears so from the lo
 FIRST_STATE_TIMEOUT_S = 10.0
 CATCH_UP_TIMEOUT_S = 3.0  # some elections' time; without a quorum old state must do
 SAMPLE_INTERVAL_S = 1.0
+GENERATION_CHECK_S = 0.1
 RENEWAL_CHECK_S = 86400.0
 MAX_RUNTIME_DIR = 80  # bytes; sockets' names and their limit of 107 leave no more
 
@@ -119,6 +129,7 @@ class Daemon:
         self._api_ended = trio.Event()
         self._started_at = time.time()
         self._leaving = False
+        self._generating = False
         self._local_token_written = False
         self.departed = False  # this node is no member any more; its cluster is to be forgotten
 
@@ -207,10 +218,25 @@ class Daemon:
             drain_timeout_s=parse_duration(settings.drain.timeout),
         )
         self._cluster.hand_over = self._reconciler.hand_over
+        limits = settings.transfer
+        plain = not limits.encryption
+        self._bulk = BulkPeers(self._gate, address_of=self._p2p_address)
+        self._lanes = BulkLanes(
+            self._bulk,
+            upload=self._limit(limits.max_upload),
+            download=self._limit(limits.max_download),
+        )
         self._library = Library(
             cluster=self._cluster,
             store=self._store,
-            fetcher=Fetcher(self._mesh, self._store, corrupt=PieceCorrupt),
+            fetcher=Fetcher(
+                self._mesh,
+                self._lanes,
+                self._store,
+                corrupt=PieceCorrupt,
+                rotten=PiecesRotten,
+                plain=plain,
+            ),
             table=self._table,
             source=Origins(_origin_settings(settings.sources)),
             unload=self._unload,
@@ -240,7 +266,8 @@ class Daemon:
         self._mesh.handle(GENERATE, self._dispatcher.serve_generate)
         self._mesh.handle(TRANSCRIPT, self._dispatcher.serve_transcript)
         self._mesh.handle(EMBED, self._dispatcher.serve_embed)
-        self._mesh.handle(PIECES, PieceServer(self._store, missing=BlobMissing).handle)
+        pieces = PieceServer(self._store, self._lanes, missing=BlobMissing, plain=plain)
+        self._mesh.handle(PIECES, pieces.handle)
 
     @classmethod
     async def build(cls, settings: Settings, directory: DataDir, identity: Identity) -> "Daemon":
@@ -299,6 +326,7 @@ class Daemon:
                 await nursery.start(self._reconciler.run)
                 await nursery.start(self._dispatcher.run)
                 nursery.start_soon(self._sample_host)
+                nursery.start_soon(self._watch_generation)
                 nursery.start_soon(self._renew_certificate)
                 nursery.start_soon(self._track_members)
                 if await self._until_stopped(self._become_ready):
@@ -405,6 +433,21 @@ class Daemon:
             receive_rate=self._library.receive_rate,
         )
 
+    def _limit(self, rate: str) -> Limit:
+        """A limit of the transfers in one direction."""
+        while_generating = parse_rate(self._settings.transfer.while_generating)
+        return Limit(
+            parse_rate(rate),
+            rate_when_busy=while_generating,
+            is_busy=lambda: self._generating,  # also asked in threads
+        )
+
+    async def _watch_generation(self) -> None:
+        """Notice when models answer here, so that transfers leave them the machine."""
+        while True:
+            self._generating = any(model.busy for model in self._engine.loaded())
+            await trio.sleep(GENERATION_CHECK_S)
+
     async def _unload(self, name: str) -> None:
         await self._engine.unload(name)
 
@@ -442,7 +485,10 @@ class Daemon:
         """Accept on the P2P and the Raft port until cancelled."""
         async with trio.open_nursery() as nursery:
             for doorman, listeners in (
-                (Doorman(self._gate, self._serve_p2p, self._farewell), self._p2p_listeners),
+                (
+                    Doorman(self._gate, self._serve_p2p, self._farewell, self._bulk),
+                    self._p2p_listeners,
+                ),
                 (Doorman(self._gate, self._serve_raft), self._raft_listeners),
             ):
                 nursery.start_soon(trio.serve_listeners, doorman.accept, listeners)

@@ -30,6 +30,8 @@ MIN_TIMEOUT_S = 1.0  # of an engine; below, a busy machine looks like a dead run
 MIN_SECRET_BYTES = 32  # RFC 7518: an HS256 key is at least as long as its hash
 MIN_TOKEN_TTL_S, MAX_TOKEN_TTL_S = 900.0, 3600.0  # short, since a stolen token works so long
 
+MIN_RATE = 1000.0  # bytes a second; below, a piece takes a quarter of an hour
+
 CONFIG_FILES = ("config.yaml", "node.yaml")  # weakest first
 
 
@@ -135,6 +137,16 @@ class DrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout: str = "60s"  # then running answers move to other nodes
 
 
+class TransferSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Models between nodes. Rates: bytes a second (`20MB`), bits (`100Mbit`), or `unlimited`."""
+
+    max_upload: str = "unlimited"  # of this node, over all transfers
+    max_download: str = "unlimited"
+    while_generating: str = "25MB"  # neither is faster while a model answers on this node
+    # off: pieces travel in the clear to and from nodes with the same setting (a trusted LAN).
+    encryption: bool = True
+
+
 class LogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     level: str = "info"  # debug, info, warning, error
     format: str = "text"  # text or json
@@ -156,6 +168,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: SourceSettings = SourceSettings()
     distribution: DistributionSettings = DistributionSettings()
     drain: DrainSettings = DrainSettings()
+    transfer: TransferSettings = TransferSettings()
     log: LogSettings = LogSettings()
 
 
@@ -338,6 +351,8 @@ def _is_null(node: yaml.Node) -> bool:
 def _convert(key: str, value: Any, origin: Origin) -> Any:
     if _types()[key] is str and type(value) in (int, float):
         value = str(value)  # `keep_alive: 300` and `name: 17` need no quotes
+    if _types()[key] is bool and isinstance(value, str):
+        value = {"on": True, "yes": True, "off": False, "no": False}.get(value.lower(), value)
     try:
         converted = msgspec.convert(value, _types()[key], strict=not isinstance(value, str))
         _CHECKS.get(key, lambda _: None)(converted)
@@ -388,6 +403,31 @@ def parse_listen(text: str) -> tuple[str, int]:
     if not 0 <= int(port) <= 65535:
         raise ValueError("a port is a number from 0 to 65535")
     return host, int(port)
+
+
+_RATE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) ?([kKmMgG]?)(i?)(bps|[Bb]it|[Bb])?(?:/s|ps)?")
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3}
+
+
+def parse_rate(text: str) -> float | None:
+    """Bytes a second of `20MB`, `20MiB/s`, `100Mbit` or a bare number of bytes; None is no limit.
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    body = text.strip()
+    if body in ("0", "unlimited"):
+        return None
+    match = _RATE.fullmatch(body)
+    if match is None:
+        raise ValueError("use a rate such as 20MB, 500KB or 100Mbit (a second), or 0 for no limit")
+    number, prefix, binary, unit = match.groups()
+    rate = float(number) * (1024.0 if binary else 1000.0) ** _POWERS[prefix.lower()]
+    if unit is not None and unit.lower() in ("bit", "bps"):
+        rate /= 8
+    if rate < MIN_RATE:
+        raise ValueError(f"{rate:g} bytes a second is too little to be meant; use 0 for no limit")
+    return rate
 
 
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -530,6 +570,9 @@ _CHECKS: dict[str, Any] = {
     "sources.connections": _between(1, 64),
     "sources.hf_endpoint": _check_url,
     "node.name": _check_node_name,
+    "transfer.max_upload": parse_rate,
+    "transfer.max_download": parse_rate,
+    "transfer.while_generating": parse_rate,
     "log.level": _one_of("debug", "info", "warning", "error"),
     "log.format": _one_of("text", "json"),
     "scheduler.failover": _one_of(*MODES),

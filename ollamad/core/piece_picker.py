@@ -3,8 +3,8 @@
 The rules are BitTorrent's: the first piece is a random one, so that nodes that start together
 soon have different things to offer; then the rarest first, ties broken at random; and an end
 game, in which a holder that has nothing else to do is asked for a piece that another one is
-slow to send. How many pieces are asked of a holder ahead grows while that makes it send faster
-(the bandwidth-delay product, found as BBR's start-up finds it).
+slow to send. How many pieces are asked of a holder ahead follows from its rate (the
+bandwidth-delay product).
 
 Pure: time (seconds of any steady clock) and randomness are arguments. Pieces are numbered, and
 sets of pieces are ints: bit i is piece i, which makes the rarest pieces of a holder a few
@@ -22,10 +22,15 @@ Randrange = Callable[[int], int]  # a number from 0 up to, without, the argument
 MIN_WINDOW = 2  # pieces: one on its way and one waiting, so that the holder never idles
 MAX_WINDOW = 32  # pieces; more only delay the others, and the holder's queue is bounded
 MAX_WINDOW_BYTES = 64 * MIB  # 10 Gbit/s at 50 ms; larger pieces need no deep queue
-GROWTH = 1.1  # a window is worth doubling while the rate grows by a tenth
+AHEAD_S = 0.25  # what a holder sends in this time is asked for ahead
+SMOOTHING = 0.3  # weight of the newest piece in a holder's rate
 END_GAME_COPIES = 2  # holders that send one piece at once; more is waste
+END_GAME_WAIT_S = 1.0  # a piece that was asked for later is most likely on its way
+END_GAME_BYTES = 64 * MIB  # of second copies, which are kept in memory
 
 STALL_S = 15.0  # a holder that owes pieces and says nothing for so long is left alone a while
+SLOW_S = 10.0  # a holder that is far slower than others for so long makes room, too
+SLOW_SHARE = 0.04  # of the rate of the fastest; with 25 equal fetchers a source is not slow
 IDLE_S = 20.0  # a holder that has had nothing to offer for so long makes room for another
 BAN_S = 600.0  # after a piece or a map that was wrong: long enough to spare the link
 FIRST_BACK_OFF_S = 0.25  # a daemon restarts in about a second
@@ -33,32 +38,36 @@ MAX_BACK_OFF_S = 10.0  # how long the return of a holder may go unnoticed
 
 
 class RequestWindow:
-    """How many pieces to keep asked for at one holder."""
+    """How many pieces to keep asked for at one holder: what it sends within AHEAD_S.
+
+    That covers the way there and back of any link that a cluster has (the bandwidth-delay
+    product), and is no more, since what waits at a slow holder cannot be asked of another. While
+    the window limits the rate, the rate that it allows lets it grow.
+    """
 
     def __init__(self, piece_size: int) -> None:
+        self._piece_size = piece_size
         self._limit = max(MIN_WINDOW, min(MAX_WINDOW, MAX_WINDOW_BYTES // piece_size))
         self.size = MIN_WINDOW
-        self._best_rate = 0.0
-        self._since: float | None = None  # when the measured round began
-        self._bytes = 0
-        self._pieces = 0
+        self.rate = 0.0  # bytes/s while it owed something
+        self._last: float | None = None  # when it began to owe, or sent the last piece
+
+    def asked(self, now: float) -> None:
+        """It owes something from now on, after it owed nothing."""
+        self._last = now
 
     def piece_arrived(self, size: int, now: float) -> None:
-        """Measure the rate over a window full of pieces, and grow while that helps."""
-        if self._since is None:
-            # The first piece only starts the clock: its delay is set-up and a cold disk.
-            self._since = now
+        """Measure how long the piece took since the one before."""
+        since, self._last = self._last, now
+        if since is None:
             return
-        self._bytes += size
-        self._pieces += 1
-        elapsed = now - self._since
-        if self._pieces < self.size or elapsed <= 0:
-            return
-        rate = self._bytes / elapsed
-        if rate > GROWTH * self._best_rate:
-            self.size = min(self._limit, self.size * 2)
-        self._best_rate = max(rate, self._best_rate)
-        self._since, self._bytes, self._pieces = now, 0, 0
+        # In seconds for a byte, since those are what adds up: a burst out of a buffer must not
+        # count as much as the wait before it.
+        took = max(now - since, 1e-6) / max(size, 1)
+        before = 1 / self.rate if self.rate else took
+        self.rate = 1 / (before + SMOOTHING * (took - before))
+        ahead = int(self.rate * AHEAD_S / self._piece_size) + 1
+        self.size = max(MIN_WINDOW, min(self._limit, ahead))
 
 
 @dataclass(slots=True)
@@ -68,21 +77,31 @@ class _Holder:
     asked: dict[int, float] = field(default_factory=dict)  # piece -> when; oldest first
     refused: dict[int, float] = field(default_factory=dict)  # piece -> when to ask again
     heard: float = 0.0  # when something last came of it
+    measured_since: float = 0.0  # when it began to owe, or the last measurement of SLOW_S ended
+    measured: int = 0  # bytes that came since
 
 
 class PiecePicker:
     """The pieces of one blob that are missing, and who was asked for them.
 
-    `have` are the verified pieces. A piece goes from missing to asked to received (it is being
-    verified) to had; a failure at any point makes it missing again.
+    `have` are the pieces that are here. A piece goes from missing to asked to had; a failure makes
+    it missing again. Only pieces whose hashes are `known` are asked for; by default all.
     """
 
-    def __init__(self, count: int, piece_size: int, have: int, randrange: Randrange) -> None:
+    def __init__(
+        self,
+        count: int,
+        piece_size: int,
+        have: int,
+        randrange: Randrange,
+        *,
+        known: int | None = None,
+    ) -> None:
         self._count = count
         self._piece_size = piece_size
         self._all = (1 << count) - 1
         self._have = have & self._all
-        self._received = 0
+        self._known = self._all if known is None else known
         self._asked = 0  # the union of what holders are asked for
         self._randrange = randrange
         self._holders: dict[NodeId, _Holder] = {}
@@ -97,9 +116,15 @@ class PiecePicker:
     def is_done(self) -> bool:
         return self._have == self._all
 
+    def learned(self, known: int, have: int) -> None:
+        """More hashes are known, and perhaps more pieces were found here."""
+        self._known |= known
+        self._have |= have
+
     def joined(self, holder: NodeId, bits: int, now: float) -> None:
         """A holder may be asked from now on; `bits` is what it has."""
-        self._holders[holder] = _Holder(0, RequestWindow(self._piece_size), heard=now)
+        window = RequestWindow(self._piece_size)
+        self._holders[holder] = _Holder(0, window, heard=now, measured_since=now)
         self.gained(holder, bits, now)
 
     def gained(self, holder: NodeId, bits: int, now: float) -> None:
@@ -136,17 +161,19 @@ class PiecePicker:
         state = self._holders[holder]
         if len(state.asked) >= state.window.size:
             return None
-        offered = state.bits & ~self._have & ~self._received
+        offered = state.bits & self._known & ~self._have
         if state.refused:
             state.refused = {index: at for index, at in state.refused.items() if at > now}
             for index in state.refused:
                 offered &= ~(1 << index)
         piece = self._rarest(offered & ~self._asked)
         if piece is None and not state.asked:
-            piece = self._end_game(holder, offered)
+            piece = self._end_game(holder, offered, now)
         if piece is not None:
             if not state.asked:
-                state.heard = now
+                state.heard = state.measured_since = now
+                state.measured = 0
+                state.window.asked(now)
             state.asked[piece] = now
             self._asked |= 1 << piece
         return piece
@@ -154,20 +181,29 @@ class PiecePicker:
     def _rarest(self, pieces: int) -> int | None:
         if not pieces:
             return None
-        if not (self._have | self._received | self._asked):
+        if not (self._have | self._asked):
             return self._random_of(pieces)
         for level in self._by_availability[1:]:
             if rare := level & pieces:
                 return self._random_of(rare)
         return None
 
-    def _end_game(self, holder: NodeId, offered: int) -> int | None:
-        """A piece that another holder was asked for last, so most likely has not begun with."""
+    def _end_game(self, holder: NodeId, offered: int, now: float) -> int | None:
+        """A piece that another holder was asked for last, so most likely has not begun with.
+
+        Only when every missing piece was asked for: before that, twice is a waste of the link.
+        """
+        if self._all & ~self._have & ~self._asked:
+            return None
+        twice = sum(len(state.asked) for state in self._holders.values()) - self._asked.bit_count()
+        if twice and (twice + 1) * self._piece_size > END_GAME_BYTES:
+            return None
         latest: tuple[float, int] | None = None
         for other, state in self._holders.items():
             for index, at in state.asked.items() if other != holder else ():
                 if (
                     offered >> index & 1
+                    and now - at >= END_GAME_WAIT_S
                     and (latest is None or (at, index) > latest)
                     and len(self.asked_of(index)) < END_GAME_COPIES
                 ):
@@ -184,40 +220,46 @@ class PiecePicker:
         """The holders that are asked for that piece now."""
         return [holder for holder, state in self._holders.items() if index in state.asked]
 
-    def heard_of(self, holder: NodeId, now: float) -> None:
-        """A part of a piece came from that holder."""
+    def heard_of(self, holder: NodeId, size: int, now: float) -> None:
+        """So many bytes of pieces came from that holder."""
         if state := self._holders.get(holder):
             state.heard = now
+            state.measured += size
 
     def is_stalled(self, holder: NodeId, now: float) -> bool:
         """Whether that holder owes pieces and has been silent for too long."""
         state = self._holders[holder]
         return bool(state.asked) and now - state.heard >= STALL_S
 
+    def is_slow(self, holder: NodeId, now: float) -> bool:
+        """Whether that holder was far slower than another for SLOW_S, and others have what it owes.
+
+        Asked now and then; each call after SLOW_S begins to measure anew.
+        """
+        state = self._holders[holder]
+        elapsed = now - state.measured_since
+        if not state.asked or elapsed < SLOW_S:
+            return False
+        rate = state.measured / elapsed
+        state.measured_since, state.measured = now, 0
+        others = [other for name, other in self._holders.items() if name != holder]
+        fastest = max((other.window.rate for other in others), default=0.0)
+        return rate < SLOW_SHARE * fastest and all(
+            any(other.bits >> index & 1 for other in others) for index in state.asked
+        )
+
     def is_idle(self, holder: NodeId, now: float) -> bool:
         """Whether nothing was to be asked of that holder for a long time."""
         state = self._holders[holder]
         return not state.asked and now - state.heard >= IDLE_S
 
-    def received(self, holder: NodeId, index: int, size: int, now: float) -> bool:
-        """A whole piece came. Whether it is worth verifying: False if it is had or verified now."""
+    def arrived(self, holder: NodeId, index: int, size: int, now: float) -> None:
+        """A whole piece is here, and right. Requests to others (`asked_of`) are now waste."""
         self._end_request(holder, index)
         if state := self._holders.get(holder):
             state.heard = now
             state.window.piece_arrived(size, now)
-        if (self._have | self._received) >> index & 1:
-            return False
-        self._received |= 1 << index
-        return True
-
-    def verified(self, index: int) -> None:
-        """That piece is right and stored. Requests to other holders (`asked_of`) are now waste."""
-        self._received &= ~(1 << index)
         self._have |= 1 << index
-
-    def failed(self, index: int) -> None:
-        """That piece was received, but is wrong or could not be stored: it is missing again."""
-        self._received &= ~(1 << index)
 
     def ended(self, holder: NodeId, index: int, again_at: float = 0.0) -> None:
         """A request ended without its piece; that holder is not asked for it before that time."""

@@ -16,10 +16,14 @@ MIN_PIECE_SIZE = 1 * MIB  # smaller ones spend more on requests than on bytes
 MAX_PIECE_SIZE = 64 * MIB  # larger ones hold too much in memory and lose too much on a fault
 TARGET_PIECES = 500  # keeps a map at 16 kB and a peer busy with what others still lack
 HASH_SIZE = 32  # bytes of one sha256
+UNKNOWN = bytes(HASH_SIZE)  # stands for a hash that is not known yet
 
 
 class PieceMap(msgspec.Struct, frozen=True):
-    """The pieces of one blob: all `piece_size` bytes long but the last."""
+    """The pieces of one blob: all `piece_size` bytes long but the last.
+
+    While the blob comes from an origin, hashes that are not known yet are zeros.
+    """
 
     size: int
     piece_size: int
@@ -36,6 +40,10 @@ class PieceMap(msgspec.Struct, frozen=True):
     def hash_of(self, index: int) -> bytes:
         """The sha256 of that piece (32 bytes)."""
         return self.hashes[index * HASH_SIZE : (index + 1) * HASH_SIZE]
+
+    def known(self) -> list[int]:
+        """The pieces whose hashes are known."""
+        return [index for index in range(len(self)) if self.hash_of(index) != UNKNOWN]
 
     def length_of(self, index: int) -> int:
         """Bytes of that piece."""

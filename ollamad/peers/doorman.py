@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from ollamad.core.ids import NodeId
-from ollamad.peers.tls import Gate, PeerUnreachable, TlsStream
+from ollamad.peers.bulk import BulkPeers, is_lane
+from ollamad.peers.tls import HANDSHAKE_TIMEOUT_S, Gate, PeerUnreachable, TlsStream
 from ollamad.wire.codec import MalformedMessage
 
 log = logging.getLogger(__name__)
@@ -31,10 +32,15 @@ class Doorman:
     """
 
     def __init__(
-        self, gate: Gate, serve: Serve, farewell: Callable[[NodeId], bytes] | None = None
+        self,
+        gate: Gate,
+        serve: Serve,
+        farewell: Callable[[NodeId], bytes] | None = None,
+        lanes: BulkPeers | None = None,
     ) -> None:
         self._gate = gate
         self._serve = serve
+        self._lanes = lanes  # takes the connections that are for bulk
         self._farewell = farewell  # see `Gate.accept`
         self._connections = 0
         self._handshakes: dict[trio.CancelScope, str] = {}  # oldest first
@@ -67,6 +73,9 @@ class Doorman:
         with trio.CancelScope() as scope:
             self._handshakes[scope] = host
             try:
+                if self._lanes is not None and await self._is_lane(transport):
+                    await self._lanes.accept(transport)
+                    return
                 accepted = await self._gate.accept(transport, self._farewell)
             finally:
                 self._handshakes.pop(scope, None)
@@ -85,6 +94,11 @@ class Doorman:
             self._connections -= 1
             with trio.move_on_after(1, shield=True):
                 await trio.aclose_forcefully(stream)
+
+    async def _is_lane(self, transport: trio.SocketStream) -> bool:
+        with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
+            return is_lane(await transport.socket.recv(1, trio.socket.MSG_PEEK))
+        raise PeerUnreachable("handshake failed: timed out")
 
     async def _serve_stranger(self, stream: TlsStream, host: str) -> None:
         if (

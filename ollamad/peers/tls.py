@@ -102,7 +102,7 @@ class Gate:
           PeerUnreachable: no TLS, a certificate of another cluster or of another incarnation of
             this one, or of a node that left.
         """
-        _watch_over(transport)
+        watch_over(transport)
         stream = trio.SSLStream(transport, self._server, server_side=True, https_compatible=True)
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
@@ -127,6 +127,28 @@ class Gate:
             raise
         return stream, shown.node_id
 
+    # For connections that are not the event loop's: see `bulk.py`.
+
+    def client_tls(self) -> ssl.SSLContext:
+        """What a node that dials shows and checks."""
+        assert self._client is not None, "a node without a cluster has no members to dial"
+        return self._client
+
+    def server_tls(self) -> ssl.SSLContext:
+        """What a node that is dialled shows and checks; those without a certificate pass it."""
+        return self._server
+
+    def check_certificate(self, der: bytes, node_id: NodeId) -> None:
+        """Check that the other end is that member.
+
+        Raises:
+          PeerUnreachable, IdentityError: it is somebody else, or of another incarnation.
+        """
+        shown = peer_certificate(der) if der else None
+        if shown is None or shown.node_id != node_id:
+            raise PeerUnreachable(f"it is not node {short(node_id)}…")
+        self._check_incarnation(shown)
+
     def _check_incarnation(self, shown: PeerCertificate) -> None:
         """Refuse a node that this cluster's recovery left behind, or that left us behind."""
         if shown.incarnation > self._incarnation:
@@ -146,7 +168,7 @@ class Gate:
         try:
             with trio.fail_after(DIAL_TIMEOUT_S):
                 transport = await trio.open_tcp_stream(host, port)
-                _watch_over(transport)
+                watch_over(transport)
                 stream = trio.SSLStream(transport, context, https_compatible=True)
                 await stream.do_handshake()
         except (trio.TooSlowError, trio.BrokenResourceError, ssl.SSLError, OSError) as error:
@@ -194,7 +216,7 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _watch_over(stream: trio.SocketStream) -> None:
+def watch_over(stream: trio.SocketStream) -> None:
     """Have the kernel end a connection whose other end is gone."""
     tcp = trio.socket.IPPROTO_TCP
     stream.setsockopt(tcp, _TCP_USER_TIMEOUT, TCP_USER_TIMEOUT_MS)

@@ -22,7 +22,7 @@ Pieces, for the transfer between nodes (`pieces.py`, `partial.py`):
 
     await piece_map(digest) -> PieceMap
     await open_piece_source(digest) -> PieceSource      # of a complete or still partial blob
-        .digest .map .have   await .read_piece(i) -> bytes   .close()
+        .digest .map .have .is_origin   with .open_piece(i) as Region   .close()
     await open_partial(digest, piece_map) -> PartialBlob     # is a PieceSource, too
         .have_count .have_bytes .complete
         await .write_piece(i, data) -> whether it was new   # PieceCorrupt, StoreFull

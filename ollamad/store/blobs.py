@@ -53,14 +53,14 @@ from ollamad.store.files import (
     write_atomically,
 )
 from ollamad.store.incoming import Incoming, hash_pieces
-from ollamad.store.partial import (
+from ollamad.store.journal import (
     JOURNAL_SUFFIX,
     PARTIAL_SUFFIX,
-    PartialBlob,
     PartialPaths,
     open_partial_files,
     sizes_of_partial,
 )
+from ollamad.store.partial import PartialBlob
 from ollamad.store.pieces import PieceSource
 from ollamad.store.pins import Hold, Pins
 
@@ -288,21 +288,21 @@ class BlobStore:
           BlobMissing: it is neither.
         """
         partial = self._partials.get(digest)
-        if partial is not None and not partial.growing:
-            path = PartialPaths(self.blob_path(digest)).data
+        if partial is not None and partial.proved:
             with contextlib.suppress(FileNotFoundError):  # it has just become complete
-                file = await self._open_shared(path)
-                return PieceSource(digest, partial.map, partial.have, file, self.in_thread)
+                return await self._arriving(partial)
         piece_map = await self.piece_map(digest)
         try:
             file = await self._open_shared(await self.find_blob(digest))
         except FileNotFoundError:
             raise BlobMissing(f"blob {digest} is not in the store") from None
         have = bytearray(b"\1" * len(piece_map))
-        return PieceSource(digest, piece_map, have, file, self.in_thread)
+        return PieceSource(digest, lambda: piece_map, have, file, is_origin=True)
 
     async def open_partial(self, digest: str, piece_map: PieceMap) -> PartialBlob:
         """Begin to receive a blob in pieces, or go on where it stopped.
+
+        Hashes that are not known yet are zeros in the map; `learn` them later.
 
         Raises:
           InvalidPieceMap: the map is not possible; its root is the caller's to check.
@@ -339,15 +339,8 @@ class BlobStore:
             raise BeingReceived(f"{digest} is being received already")
         self._partials[digest] = None
         try:
-            opening = functools.partial(open_partial_files, paths, piece_map, growing=growing)
+            opening = functools.partial(open_partial_files, paths, piece_map)
             opened = await self.in_thread(opening)
-            try:
-                self.space.promise(opened.missing_bytes(piece_map), digest)
-            except StoreFull:
-                opened.close()
-                raise
-            if growing:
-                piece_map = PieceMap(piece_map.size, piece_map.piece_size, opened.hashes)
             partial = PartialBlob(
                 digest,
                 piece_map,
@@ -359,6 +352,11 @@ class BlobStore:
                 growing=growing,
                 named=named,
             )
+            try:
+                self.space.promise(partial.missing_bytes, digest)
+            except StoreFull:
+                opened.close()
+                raise
         except BaseException:
             del self._partials[digest]
             raise
@@ -372,13 +370,22 @@ class BlobStore:
           BlobMissing: it is not here, and not on its way in this process.
         """
         partial = self._partials.get(digest)
-        if partial is None or not partial.growing:
+        if partial is None or partial.proved:
             return await self.open_piece_source(digest)
         try:
-            file = await self._open_shared(PartialPaths(self.blob_path(digest)).data)
+            return await self._arriving(partial)
         except FileNotFoundError:  # it has just become complete
             return await self.open_piece_source(digest)
-        return PieceSource(digest, partial.map, partial.have, file, self.in_thread)
+
+    async def _arriving(self, partial: PartialBlob) -> PieceSource:
+        file = await self._open_shared(PartialPaths(self.blob_path(partial.digest)).data)
+        return PieceSource(
+            partial.digest,
+            lambda: partial.map,
+            partial.have,
+            file,
+            is_origin=partial.is_origin,
+        )
 
     async def partials(self) -> list[str]:
         """The digests of all partial blobs on the disk, whether somebody receives them or not."""

@@ -58,6 +58,10 @@ class PieceCorrupt(StoreError):
     """The bytes are not those of the piece; whoever sent them lied or has a broken disk."""
 
 
+class PiecesRotten(StoreError):
+    """Pieces that were right when they were written are not any more; they count no more."""
+
+
 class InvalidPieceMap(StoreError):
     """The piece map cannot be that of the blob."""
 

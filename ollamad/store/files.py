@@ -6,6 +6,7 @@ belongs to the event loop's thread.
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -17,6 +18,7 @@ from ollamad.core.pieces import MIB
 from ollamad.store.errors import InvalidDigest, StoreError, StoreFull
 
 STEP_BYTES: Final = 8 * MIB  # one turn of a thread: some 20 ms of hashing, so cancelling is quick
+HASH_BYTES: Final = 1 * MIB  # read for hashing at a time
 TEMP_PREFIX: Final = ".ollamad-"  # temp files of ours; anything else in the store is not ours
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _BLOB_NAME: Final = re.compile(r"sha256-[0-9a-f]{64}")
@@ -85,6 +87,22 @@ def read_exactly(descriptor: int, length: int, offset: int) -> bytes:
             break
         data += more
     return data
+
+
+def hash_range(whole: "hashlib._Hash", descriptor: int, offset: int, length: int) -> None:
+    """Hash so many bytes of a file, a little at a time.
+
+    Raises:
+      OSError: it cannot be read, or is shorter.
+    """
+    buffer = memoryview(bytearray(min(length, HASH_BYTES)))
+    end = offset + length
+    while offset < end:
+        count = os.preadv(descriptor, [buffer[: end - offset]], offset)
+        if not count:
+            raise OSError(errno.EIO, "the file is shorter than it was")
+        whole.update(buffer[:count])
+        offset += count
 
 
 def free_bytes_of(directory: Path) -> tuple[int, int]:

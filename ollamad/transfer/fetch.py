@@ -7,27 +7,38 @@ verified are on the disk, and are never asked for again, not even after a kill -
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import trio
 
 from ollamad.core.ids import NodeId, short
 from ollamad.core.piece_picker import STALL_S, HolderBook, PiecePicker, Randrange
-from ollamad.core.pieces import MIB, PieceMap
+from ollamad.core.pieces import PieceMap
 from ollamad.core.state import Layer
-from ollamad.transfer.ports import PartialBlob, Peers, Store, Stream, bits_of
+from ollamad.transfer.ports import (
+    FetchLane,
+    Lanes,
+    PartialBlob,
+    Peers,
+    Sink,
+    Store,
+    Stream,
+    bits_of,
+)
 from ollamad.wire import pieces
-from ollamad.wire.pieces import FetcherSide, ProtocolViolation
+from ollamad.wire.lane import EndCode, ProtocolViolation, RequestEnded
+from ollamad.wire.pieces import FetcherSide
 
 log = logging.getLogger(__name__)
 
-MAX_SOURCES = 8  # holders used at once; more hardly add speed on one link, and cost memory
-MAX_BUFFERED_BYTES = 512 * MIB  # pieces in memory, two for each holder, before fewer are used
-WRITE_AHEAD_BYTES = 4 * MIB  # small pieces are written side by side, so that their syncs overlap
+MAX_SOURCES = 16  # holders used at once; more hardly add speed, and cost messages
 RECHECK_S = 1.0  # how often new holders, back-offs and stalls are looked at
+GOT_INTERVAL_S = 0.1  # how late a holder that spreads learns what came
 GIVE_UP_AFTER_S = 120.0  # without a byte from anybody: long enough for a host to reboot
 MIN_RETRY_S = 1.0  # before a holder is asked again for a piece that it refused
+SLOW_RETRY_S = 60.0  # before a holder is used again that was far slower than others
+MAX_ROTTEN = 3  # times that a disk may lose pieces before a fetch fails
 
 
 class FetchFailed(Exception):
@@ -59,22 +70,31 @@ class _HolderLied(Exception):
 class Fetcher:
     """Brings blobs into this node's store. One for the daemon: it remembers who lied.
 
-    `corrupt` is the error with which the store's `write_piece` refuses a wrong piece.
+    Args:
+      corrupt: the error with which the store refuses a wrong piece.
+      rotten: with which it says that its disk lost pieces, so that it is to be opened again.
+      plain: lanes may be without encryption.
     """
 
     def __init__(
         self,
         peers: Peers,
+        lanes: Lanes,
         store: Store,
         *,
         corrupt: type[Exception],
+        rotten: type[Exception],
+        plain: bool = False,
         randrange: Randrange = random.randrange,
     ) -> None:
-        self._peers = peers
-        self._store = store
-        self._corrupt = corrupt
-        self._randrange = randrange
-        self._bans = HolderBook()
+        self.peers = peers
+        self.lanes = lanes
+        self.store = store
+        self.corrupt = corrupt
+        self.plain = plain
+        self.randrange = randrange
+        self.bans = HolderBook()
+        self._rotten = rotten
         self._locks: dict[str, trio.Lock] = {}
 
     async def fetch_blob(
@@ -83,6 +103,7 @@ class Fetcher:
         holders: Callable[[], Sequence[NodeId]],
         progress: Callable[[FetchProgress], None],
         *,
+        authority: NodeId | None = None,
         give_up_after_s: float = GIVE_UP_AFTER_S,
     ) -> None:
         """Have that blob in the store, whole and verified; returns at once if it is there.
@@ -91,7 +112,10 @@ class Fetcher:
           layer: the blob as the replicated state knows it; a map that differs is a lie.
           holders: the nodes that may have (parts of) it, called again and again, so that nodes
             that come and go are seen. This node must not be among them.
-          progress: called in the event loop after each block and each verified piece.
+          progress: called in the event loop after each piece, and every second.
+          authority: the node that gets the blob from its origin now, when the state does not know
+            it yet (`layer.pieces_root` is empty): its word counts for the hashes of pieces, and
+            the blob's digest for the whole.
           give_up_after_s: seconds without a byte from anybody until it fails.
 
         A second fetch of the same blob waits for the first. If cancelled, the verified pieces
@@ -104,18 +128,18 @@ class Fetcher:
         lock = self._locks.setdefault(layer.digest, trio.Lock())
         try:
             async with lock:
-                if not await self._store.has_blob(layer.digest):
-                    fetch = _Fetch(
-                        self._peers,
-                        self._store,
-                        self._corrupt,
-                        self._randrange,
-                        self._bans,
-                        layer,
-                        holders,
-                        progress,
-                    )
-                    await fetch.run(give_up_after_s)
+                for attempt in range(MAX_ROTTEN):
+                    if await self.store.has_blob(layer.digest):
+                        return
+                    fetch = _Fetch(self, layer, holders, progress, authority)
+                    try:
+                        await fetch.run(give_up_after_s)
+                    except self._rotten as error:
+                        if attempt + 1 == MAX_ROTTEN:
+                            raise
+                        log.error("%s; they are fetched again", error)
+                    else:
+                        return
         finally:
             if not lock.locked():
                 self._locks.pop(layer.digest, None)
@@ -127,10 +151,14 @@ class _Session:
 
     holder: NodeId
     side: FetcherSide
-    writing: trio.Semaphore  # a place for each piece that may be verified and written at once
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    sinks: dict[int, Sink] = field(default_factory=dict)  # of open requests
+    asked: trio.Event = field(default_factory=trio.Event)  # replaced when set: there are some
     unwanted: list[int] = field(default_factory=list)  # pieces to cancel
-    waits_for_disk: bool = False
+    spreads: bool = False  # it wants to hear what came
+    told: int = 0  # pieces that it was told of
+    told_at: float = 0.0
+    counted: int = 0  # bytes of what its lane received
 
 
 class _Fetch:
@@ -138,27 +166,25 @@ class _Fetch:
 
     def __init__(
         self,
-        peers: Peers,
-        store: Store,
-        corrupt: type[Exception],
-        randrange: Randrange,
-        bans: HolderBook,
+        fetcher: Fetcher,
         layer: Layer,
         holders: Callable[[], Sequence[NodeId]],
         progress: Callable[[FetchProgress], None],
+        authority: NodeId | None,
     ) -> None:
-        self._peers = peers
-        self._store = store
-        self._corrupt = corrupt
-        self._randrange = randrange
-        self._bans = bans
+        self._fetcher = fetcher
+        self._store = fetcher.store
+        self._randrange = fetcher.randrange
+        self._bans = fetcher.bans
         self._layer = layer
         self._candidates = holders
         self._progress = progress
+        self._authority = authority
         self._book = HolderBook()
         self._sessions: dict[NodeId, _Session] = {}
         self._changed = trio.Event()  # replaced when set: something to ask or to do differently
         self._adopting = trio.Lock()
+        self._adopted = trio.Event()
         self._map: PieceMap | None = None
         self._blob: PartialBlob | None = None
         self._picker: PiecePicker | None = None
@@ -166,15 +192,13 @@ class _Fetch:
         self._verified = 0
         self._received = 0
         self._alive = trio.current_time()  # when bytes last came
-        self._max_sources = max(
-            1, min(MAX_SOURCES, MAX_BUFFERED_BYTES // (2 * max(1, layer.piece_size)))
-        )
 
     async def run(self, give_up_after_s: float) -> None:
         try:
             if self._layer.size == 0:  # nobody has to be asked for nothing
                 await self._adopt(PieceMap(0, self._layer.piece_size, b""))
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_up)
                 await self._manage(nursery, give_up_after_s)
                 nursery.cancel_scope.cancel()
             if self._failure is not None:
@@ -204,13 +228,29 @@ class _Fetch:
             and self._book.is_usable(holder, now)
             and self._bans.is_usable(holder, now)
         ]
-        while usable and len(self._sessions) < self._max_sources:
-            holder = usable.pop(self._randrange(len(usable)))
-            writers = max(1, WRITE_AHEAD_BYTES // self._layer.piece_size)
-            side = FetcherSide(self._layer.digest)
-            session = _Session(holder, side, trio.Semaphore(writers))
-            self._sessions[holder] = session
-            nursery.start_soon(self._run_session, session, nursery)
+        while usable and len(self._sessions) < MAX_SOURCES:
+            if self._authority in usable:
+                usable.remove(self._authority)
+                holder = self._authority
+            else:
+                holder = usable.pop(self._randrange(len(usable)))
+            growing = self._authority is not None
+            plain = self._fetcher.plain
+            side = FetcherSide(self._layer.digest, plain=plain, growing=growing)
+            session = self._sessions[holder] = _Session(holder, side)
+            nursery.start_soon(self._run_session, session)
+
+    async def _keep_up(self) -> None:
+        """Hash and sync what came, beside the fetching."""
+        while True:
+            changed = self._changed
+            if self._blob is not None:
+                try:
+                    await self._blob.keep_up()
+                except Exception as error:
+                    self._fail(error)
+                    return
+            await changed.wait()
 
     def _explain(self, waited_s: float) -> str:
         missing = self._layer.size - self._verified
@@ -228,23 +268,32 @@ class _Fetch:
 
     # One holder.
 
-    async def _run_session(self, session: _Session, nursery: trio.Nursery) -> None:
+    async def _run_session(self, session: _Session) -> None:
         holder = session.holder
         reason, retry_after_s, lied = "it closed the exchange", 0.0, False
         try:
             with session.scope:
-                await self._exchange(session, nursery)
+                await self._exchange(session)
         except* (ProtocolViolation, _HolderLied) as group:
             reason, lied = str(_first(group)), True
         except* _HolderGone as group:
             error = _first(group)
-            reason = str(error)
+            reason = reason if lied else str(error)
             retry_after_s = error.retry_after_s if isinstance(error, _HolderGone) else 0.0
-        except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as group:
-            reason = str(_first(group)) or "the connection was lost"
+        except* (
+            OSError,
+            EOFError,
+            trio.BrokenResourceError,
+            trio.ClosedResourceError,
+        ) as group:
+            reason = reason if lied else str(_first(group)) or "the connection was lost"
         finally:
             # In here, since a cancelled fetch comes by as well.
             del self._sessions[holder]
+            for index, sink in session.sinks.items():
+                sink.close()
+                if sink.is_new:  # it had settled, and nobody came to hear of it
+                    self._settled(session, index, sink.length)
             if self._picker is not None:
                 self._picker.left(holder)
             self._notify()
@@ -253,45 +302,62 @@ class _Fetch:
         else:
             self._book.failed(holder, reason, trio.current_time(), retry_after_s)
 
-    async def _exchange(self, session: _Session, nursery: trio.Nursery) -> None:
+    async def _exchange(self, session: _Session) -> None:
         holder, side = session.holder, session.side
-        async with self._peers.open(holder, pieces.METHOD, side.opening(), bulk=True) as stream:
+        peers, lanes = self._fetcher.peers, self._fetcher.lanes
+        async with peers.open(holder, pieces.METHOD, side.opening(), bulk=True) as stream:
             with trio.move_on_after(STALL_S) as opening:
-                held = await self._begin(session, stream)
+                known = await self._begin(session, stream)
             if opening.cancelled_caught:
                 raise _HolderGone(f"it did not answer for {STALL_S:g} s")
-            assert self._picker is not None
-            self._picker.joined(holder, held, trio.current_time())
-            async with trio.open_nursery() as inner:
-                inner.start_soon(self._ask, session, stream)
-                while (message := await stream.receive()) is not None:
-                    await self._take(session, side.receive(message), nursery)
-                raise _HolderGone("it closed the exchange")
+            lane = await lanes.dial(holder, known.ticket, session.sinks, plain=known.plain)
+            try:
+                assert self._picker is not None
+                session.spreads = known.spreads
+                self._picker.joined(holder, known.bits, trio.current_time())
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(self._ask, session, stream, lane)
+                    inner.start_soon(self._collect, session, lane)
+                    while (message := await stream.receive()) is not None:
+                        self._hear(session, side.receive(message))
+                    raise _HolderGone("it closed the exchange")
+            finally:
+                with trio.CancelScope(shield=True):
+                    await lane.aclose()
 
-    async def _begin(self, session: _Session, stream: Stream) -> int:
+    async def _begin(self, session: _Session, stream: Stream) -> pieces.PiecesKnown:
         """Learn what the holder has, and the piece map if nobody gave it so far."""
         side = session.side
-        held, count = 0, -1
-        while count < 0 or self._picker is None:
+        known: pieces.PiecesKnown | None = None
+        bits = 0
+        while known is None or self._picker is None:
             message = await stream.receive()
             if message is None:
                 raise _HolderGone("it closed the exchange")
             match side.receive(message):
-                case pieces.PiecesKnown(count, held):
+                case pieces.PiecesKnown() as known:
+                    bits = known.bits
                     if self._picker is None:
-                        await stream.send(side.request_map())
-                case pieces.PiecesGained(bits):
-                    held |= bits
+                        if self._authority not in (None, session.holder):
+                            await self._adopted.wait()
+                        else:
+                            await stream.send(side.request_map())
+                case pieces.PiecesGained(more):
+                    bits |= more
                 case pieces.MapReceived(piece_map):
                     await self._adopt(piece_map)
+                case pieces.HashesReceived(hashes):
+                    self._learn(session, hashes)
                 case pieces.Dismissed(code, reason, retry_after_s):
                     raise _HolderGone(reason or code, retry_after_s)
-                case _:
-                    raise ProtocolViolation("pieces that nobody asked for")
         assert self._map is not None
-        if count != len(self._map):
-            raise _HolderLied(f"it speaks of {count} pieces instead of {len(self._map)}")
-        return held
+        if known.count != len(self._map):
+            raise _HolderLied(f"it speaks of {known.count} pieces instead of {len(self._map)}")
+        if session.holder == self._authority and not side.knows_map:
+            await stream.send(side.request_map())  # for the hashes that are to come
+        return pieces.PiecesKnown(
+            known.count, bits, known.ticket, plain=known.plain, spreads=known.spreads
+        )
 
     async def _adopt(self, piece_map: PieceMap) -> None:
         """Check a piece map and begin with it.
@@ -303,14 +369,19 @@ class _Fetch:
         problem = piece_map.problem()
         if problem is not None:
             raise _HolderLied(f"it sent a bad piece map: {problem}")
-        if (piece_map.size, piece_map.piece_size, piece_map.root()) != (
+        root = piece_map.root() if layer.pieces_root else ""
+        if (piece_map.size, piece_map.piece_size, root) != (
             layer.size,
             layer.piece_size,
             layer.pieces_root,
         ):
             raise _HolderLied("it sent the piece map of something else")
         async with self._adopting:
-            if self._picker is not None or self._failure is not None:
+            if self._failure is not None:
+                return
+            if self._picker is not None:
+                if self._authority is not None:
+                    self._learn_map(piece_map)
                 return
             try:
                 self._blob = blob = await self._store.open_partial(layer.digest, piece_map)
@@ -319,95 +390,160 @@ class _Fetch:
                 raise _HolderGone("the store failed") from None
             self._map = piece_map
             have = bits_of(blob.have)
-            self._verified = sum(piece_map.length_of(index) for index in pieces.indices_of(have))
-            self._picker = PiecePicker(len(piece_map), piece_map.piece_size, have, self._randrange)
+            self._count_verified(have)
+            known = None if self._authority is None else _bits(piece_map.known())
+            self._picker = PiecePicker(
+                len(piece_map), piece_map.piece_size, have, self._randrange, known=known
+            )
+            self._adopted.set()
             self._report(None)
             self._notify()
 
-    async def _ask(self, session: _Session, stream: Stream) -> None:
-        """Keep the holder's window full, and cancel what others have brought."""
+    def _learn_map(self, piece_map: PieceMap) -> None:
+        self._learn_hashes({index: piece_map.hash_of(index) for index in piece_map.known()})
+
+    def _learn(self, session: _Session, hashes: dict[int, bytes]) -> None:
+        if session.holder == self._authority:
+            self._learn_hashes(hashes)
+
+    def _learn_hashes(self, hashes: dict[int, bytes]) -> None:
+        assert self._blob is not None
         assert self._picker is not None
-        assert self._map is not None
+        try:
+            self._blob.learn(hashes)
+        except self._fetcher.corrupt as error:
+            raise _HolderLied(str(error)) from None
+        have = bits_of(self._blob.have)
+        self._count_verified(have & ~self._picker.have)
+        self._picker.learned(_bits(hashes), have)
+        self._notify()
+
+    async def _ask(self, session: _Session, stream: Stream, lane: FetchLane) -> None:
+        """Keep the holder's window full, and tell it what others have brought."""
+        assert self._picker is not None
         picker, side, holder = self._picker, session.side, session.holder
         while True:
             changed = self._changed
             while session.unwanted:
                 if message := side.cancel(session.unwanted.pop()):
                     await stream.send(message)
+            news = await self._tell_what_came(session, stream)
             while (index := picker.pick(holder, trio.current_time())) is not None:
-                await stream.send(side.request(index, self._map.length_of(index)))
-            with trio.move_on_after(RECHECK_S):
+                session.sinks[index] = self._begin_piece(index)
+                await stream.send(side.request(index))
+                session.asked.set()
+            with trio.move_on_after(GOT_INTERVAL_S if news else RECHECK_S):
                 await changed.wait()
             now = trio.current_time()
-            if not session.waits_for_disk and picker.is_stalled(holder, now):
+            self._count(session, lane)
+            if not lane.is_waiting and picker.is_stalled(holder, now):
                 raise _HolderGone(f"it sent nothing for {STALL_S:g} s")
-            if picker.is_idle(holder, now):
+            if not lane.is_waiting and picker.is_slow(holder, now):
+                raise _HolderGone("it is far slower than others", SLOW_RETRY_S)
+            # An origin may have nothing for this node for a while, and then much.
+            if picker.is_idle(holder, now) and (self._is_full() or not session.spreads):
                 raise _HolderGone("it has nothing that is missing here")
 
-    async def _take(
-        self, session: _Session, event: pieces.FetcherEvent, nursery: trio.Nursery
-    ) -> None:
-        """Act on what the holder sent."""
+    async def _tell_what_came(self, session: _Session, stream: Stream) -> bool:
+        """Tell a holder that spreads; whether there is more to tell soon."""
         assert self._picker is not None
-        picker, holder = self._picker, session.holder
+        new = self._picker.have & ~session.told if session.spreads else 0
+        if not new:
+            return False
+        if trio.current_time() - session.told_at < GOT_INTERVAL_S:
+            return True
+        session.told |= new
+        session.told_at = trio.current_time()
+        await stream.send(session.side.got(new))
+        return False
+
+    def _begin_piece(self, index: int) -> Sink:
+        assert self._blob is not None
+        try:
+            return self._blob.begin_piece(index)
+        except Exception as error:
+            self._fail(error)
+            raise _HolderGone("the store failed") from None
+
+    def _hear(self, session: _Session, event: pieces.FetcherEvent) -> None:
+        """Act on what the holder said."""
+        assert self._picker is not None
         match event:
-            case pieces.BlockReceived(_, size):
-                picker.heard_of(holder, trio.current_time())
-                self._count(holder, size)
-            case pieces.PieceReceived(index, data, size):
-                self._count(holder, size)
-                if picker.received(holder, index, len(data), trio.current_time()):
-                    # While pieces are verified and written the next one arrives, no more.
-                    session.waits_for_disk = True
-                    await session.writing.acquire()
-                    session.waits_for_disk = False
-                    picker.heard_of(holder, trio.current_time())
-                    nursery.start_soon(self._write, session, index, data)
-                self._notify()
             case pieces.PiecesGained(bits):
-                picker.gained(holder, bits, trio.current_time())
+                self._picker.gained(session.holder, bits, trio.current_time())
                 self._notify()
-            case pieces.RequestEnded(index, code, retry_after_s):
-                pause = 0.0 if code == "cancelled" else max(MIN_RETRY_S, retry_after_s)
-                picker.ended(holder, index, trio.current_time() + pause if pause else 0.0)
-                self._notify()
+            case pieces.HashesReceived(hashes):
+                self._learn(session, hashes)
+            case pieces.MapReceived(piece_map):
+                # Another holder's came first; of the authority it has what is new.
+                if session.holder == self._authority and piece_map.problem() is None:
+                    self._learn_map(piece_map)
             case pieces.Dismissed(code, reason, retry_after_s):
                 raise _HolderGone(reason or code, retry_after_s)
-            case pieces.MapReceived():
-                pass  # another holder's came first
             case pieces.PiecesKnown():  # pragma: no cover
                 raise AssertionError("the protocol allows one bitmap")
 
-    async def _write(self, session: _Session, index: int, data: bytearray) -> None:
-        """Verify and store a piece. Not a task of the session: a good piece outlives it."""
-        assert self._blob is not None
+    async def _collect(self, session: _Session, lane: FetchLane) -> None:
+        """Take what comes over the lane."""
         assert self._picker is not None
-        assert self._map is not None
-        try:
-            await self._blob.write_piece(index, data)
-        except self._corrupt as error:
-            self._picker.failed(index)
-            self._ban(session.holder, str(error))
-            session.scope.cancel()
-        except Exception as error:
-            self._fail(error)
-        else:
-            self._verified += self._map.length_of(index)
-            self._picker.verified(index)
-            self._book.succeeded(session.holder)
-            for other in self._picker.asked_of(index):
-                self._sessions[other].unwanted.append(index)
-            self._report(session.holder)
-        finally:
-            session.writing.release()
+        while True:
+            session.asked = trio.Event()
+            if not session.sinks:
+                await session.asked.wait()
+            try:
+                ended = await lane.receive()
+            except self._fetcher.corrupt as error:
+                raise _HolderLied(str(error)) from None
+            except (OSError, EOFError, ProtocolViolation, trio.BrokenResourceError):
+                raise
+            except Exception as error:
+                self._fail(error)
+                raise _HolderGone("the store failed") from None
+            index = ended.index if isinstance(ended, RequestEnded) else ended
+            self._count(session, lane)
+            sink = session.sinks.pop(index)
+            sink.close()
+            session.side.ended(index)
+            if isinstance(ended, RequestEnded):
+                pause = max(MIN_RETRY_S, ended.retry_after_s)
+                again_at = 0.0 if ended.code is EndCode.CANCELLED else trio.current_time() + pause
+                self._picker.ended(session.holder, index, again_at)
+            elif sink.is_new:
+                self._settled(session, index, sink.length)
+            else:
+                self._picker.arrived(session.holder, index, sink.length, trio.current_time())
             self._notify()
+
+    def _settled(self, session: _Session, index: int, size: int) -> None:
+        """A piece is here, and right."""
+        assert self._picker is not None
+        self._verified += size
+        self._picker.arrived(session.holder, index, size, trio.current_time())
+        self._book.succeeded(session.holder)
+        for other in self._picker.asked_of(index):
+            if other in self._sessions:
+                self._sessions[other].unwanted.append(index)
+        self._report(session.holder)
 
     # Bookkeeping.
 
-    def _count(self, holder: NodeId, size: int) -> None:
-        self._received += size
-        self._alive = trio.current_time()
-        self._report(holder)
+    def _is_full(self) -> bool:
+        """Whether no other holder can be used beside those that are."""
+        return len(self._sessions) >= MAX_SOURCES
+
+    def _count(self, session: _Session, lane: FetchLane) -> None:
+        size = lane.received - session.counted
+        if size:
+            session.counted += size
+            self._received += size
+            self._alive = trio.current_time()
+            assert self._picker is not None
+            self._picker.heard_of(session.holder, size, self._alive)
+            self._report(session.holder)
+
+    def _count_verified(self, bits: int) -> None:
+        assert self._map is not None
+        self._verified += sum(self._map.length_of(index) for index in pieces.indices_of(bits))
 
     def _report(self, holder: NodeId | None) -> None:
         self._progress(FetchProgress(self._verified, self._received, self._layer.size, holder))
@@ -423,6 +559,13 @@ class _Fetch:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
+
+
+def _bits(indices: Iterable[int]) -> int:
+    bits = 0
+    for index in indices:
+        bits |= 1 << index
+    return bits
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

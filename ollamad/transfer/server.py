@@ -1,33 +1,42 @@
 """Serves the pieces of blobs to other nodes, also of blobs that are still arriving here.
 
-Each exchange has a task that listens and one that sends. Nothing is shared between exchanges
-but a bounded number of them, so that a peer that stops reading costs its own stream and the
-one piece that waits for it, and is dropped after a while.
+Each exchange has tasks of its own: one listens, one tells what is new, one sends pieces over the
+exchange's lane. What exchanges share is the link: they take turns (`turns.py`). The nodes that
+fetch a blob of which this node is the origin share a `Spread`, which shows each of them other
+pieces, so that they have something to give to each other.
 """
 
 import logging
+import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import trio
 
 from ollamad.core.ids import NodeId, short
-from ollamad.core.pieces import MIB
-from ollamad.transfer.ports import PieceSource, Shelf, Stream, bits_of
-from ollamad.wire.pieces import (
-    BLOCK_SIZE,
-    HolderSide,
-    ProtocolViolation,
-    encode_bye,
+from ollamad.core.piece_picker import Randrange
+from ollamad.core.spread import Spread
+from ollamad.transfer.ports import (
+    Lanes,
+    LaneTicket,
+    PieceSource,
+    ServeLane,
+    Shelf,
+    Stream,
+    bits_of,
 )
+from ollamad.transfer.turns import Turns
+from ollamad.wire import pieces
+from ollamad.wire.lane import EndCode, ProtocolViolation, RequestEnded
+from ollamad.wire.pieces import HolderSide, encode_bye
 
 log = logging.getLogger(__name__)
 
 MAX_EXCHANGES = 64  # at once in all; beyond that the others are quicker
 MAX_EXCHANGES_PER_PEER = 8  # blobs that one peer fetches at once
-MAX_HELD_BYTES = 512 * MIB  # pieces in memory on their way out, one for each exchange
-NEWS_INTERVAL_S = 0.2  # how late a peer learns of pieces that have just arrived here
-SEND_TIMEOUT_S = 60.0  # for a peer to take one block; a live link does in milliseconds
+NEWS_INTERVAL_S = 0.1  # how late a peer learns of pieces that have just arrived here
+TELL_TIMEOUT_S = 60.0  # for a peer to take a message; a live link does in milliseconds
 BUSY_RETRY_S = 2.0
 UNKNOWN_RETRY_S = 5.0  # the blob may be about to come
 MISSING_RETRY_S = 1.0
@@ -37,21 +46,35 @@ UNREADABLE_RETRY_S = 60.0  # a broken disk does not heal at once
 class PieceServer:
     """Answers exchanges of the method `wire.pieces.METHOD` with `handle`.
 
-    `missing` is the error with which the shelf says that it does not have a blob.
+    Args:
+      missing: the error with which the shelf says that it does not have a blob.
+      plain: lanes are without encryption, to fetchers that want that, too.
     """
 
-    def __init__(self, shelf: Shelf, *, missing: type[Exception]) -> None:
+    def __init__(
+        self,
+        shelf: Shelf,
+        lanes: Lanes,
+        *,
+        missing: type[Exception],
+        plain: bool = False,
+        randrange: Randrange = random.randrange,
+    ) -> None:
         self._shelf = shelf
+        self._lanes = lanes
         self._missing = missing
+        self._plain = plain
+        self._randrange = randrange
         self._exchanges: Counter[NodeId] = Counter()
-        self._held_bytes = 0
+        self._spreads: dict[str, _Spreading] = {}
+        self.turns = Turns()
         self.bytes_sent = 0  # of pieces, since the start
 
     async def handle(self, peer: NodeId, request: bytes, stream: Stream) -> None:
         """Serve one exchange until the peer ends it, breaks the protocol, or stops reading."""
         try:
             await self._handle(peer, request, stream)
-        except* (trio.BrokenResourceError, trio.ClosedResourceError) as group:
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError, EOFError) as group:
             log.debug("pieces for %s: %s", short(peer), group.exceptions[0])  # nobody to tell
 
     async def _handle(self, peer: NodeId, request: bytes, stream: Stream) -> None:
@@ -69,115 +92,193 @@ class PieceServer:
         self._exchanges[peer] += 1
         try:
             try:
-                source = await self._shelf.open_piece_source(want.digest)
+                find = self._shelf.open_growing_source if want.growing else None
+                source = await (find or self._shelf.open_piece_source)(want.digest)
             except self._missing:
                 bye = encode_bye("unknown_blob", "it does not have the blob", UNKNOWN_RETRY_S)
                 await stream.send(bye)
                 return
             try:
-                await self._serve_source(peer, source, stream)
+                await self._serve(peer, want, source, stream)
             finally:
                 source.close()
         finally:
             self._exchanges[peer] -= 1
             self._exchanges += Counter()  # forget peers with none
 
-    async def _serve_source(self, peer: NodeId, source: PieceSource, stream: Stream) -> None:
-        held = min(source.map.piece_size, source.map.size)
-        if self._held_bytes and self._held_bytes + held > MAX_HELD_BYTES:
-            await stream.send(encode_bye("busy", "its memory is in use", BUSY_RETRY_S))
-            return
-        self._held_bytes += held
-        try:
-            await _Exchange(peer, source, stream, self._count).run()
-        finally:
-            self._held_bytes -= held
+    async def _serve(
+        self, peer: NodeId, want: pieces.Want, source: PieceSource, stream: Stream
+    ) -> None:
+        plain = self._plain and want.plain
+        with self._spreading(want.digest, source) as spreading:
+            exchange = _Exchange(self, peer, source, stream, spreading)
+            with self._lanes.expect(peer, plain=plain) as ticket:
+                await exchange.run(ticket, plain=plain)
 
-    def _count(self, size: int) -> None:
-        self.bytes_sent += size
+    @contextmanager
+    def _spreading(self, digest: str, source: PieceSource) -> Iterator["_Spreading | None"]:
+        if not source.is_origin:
+            yield None
+            return
+        spreading = self._spreads.get(digest)
+        if spreading is None:
+            start = self._randrange(max(1, len(source.have)))
+            spreading = self._spreads[digest] = _Spreading(Spread(source.map.piece_size, start))
+        try:
+            yield spreading
+        finally:
+            if not len(spreading.spread):
+                self._spreads.pop(digest, None)
+
+
+class _Spreading:
+    """The spread of one blob, and the exchanges that are to look at it again."""
+
+    def __init__(self, spread: Spread) -> None:
+        self.spread = spread
+        self.exchanges: set[_Exchange] = set()
+
+    def changed(self) -> None:
+        for exchange in self.exchanges:
+            exchange.notify()
 
 
 class _Exchange:
     """One fetcher and one blob."""
 
     def __init__(
-        self, peer: NodeId, source: PieceSource, stream: Stream, count: Callable[[int], None]
+        self,
+        server: PieceServer,
+        peer: NodeId,
+        source: PieceSource,
+        stream: Stream,
+        spreading: _Spreading | None,
     ) -> None:
+        self._server = server
         self._peer = peer
         self._source = source
         self._stream = stream
-        self._count = count
-        self._side = HolderSide(source.map)
-        self._changed = trio.Event()  # replaced when the sender looks at everything
-        self._violation: ProtocolViolation | None = None
+        self._spreading = spreading
+        self._side = HolderSide(len(source.have))
+        self._news = trio.Event()  # replaced when set: there may be something to tell
+        self._asked = trio.Event()  # replaced when set: there may be something to send
+        self._sent = 0  # bytes of pieces
 
-    async def run(self) -> None:
-        await self._send(self._side.bitfield(bits_of(self._source.have)))
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._listen, nursery.cancel_scope)
-            await self._answer()
-            nursery.cancel_scope.cancel()
+    def notify(self) -> None:
+        self._news.set()
 
-    async def _listen(self, scope: trio.CancelScope) -> None:
-        """Take what the fetcher says; a violation is left to `_answer`, which may still send."""
+    async def run(self, ticket: LaneTicket, *, plain: bool) -> None:
+        if self._spreading is not None:
+            self._spreading.spread.joined(self)
+            self._spreading.exchanges.add(self)
+        try:
+            spreads = self._spreading is not None
+            shown = self._shown()
+            await self._tell(self._side.bitfield(shown, ticket.token, plain=plain, spreads=spreads))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._tell_news)
+                nursery.start_soon(self._send_pieces, ticket)
+                try:
+                    await self._listen()
+                except ProtocolViolation as violation:
+                    log.warning("%s asks wrongly for pieces: %s", short(self._peer), violation)
+                    await self._tell(encode_bye("protocol", str(violation)))
+                nursery.cancel_scope.cancel()
+        finally:
+            if self._spreading is not None:
+                self._spreading.exchanges.discard(self)
+                self._spreading.spread.left(self)
+                self._spreading.changed()
+
+    def _shown(self) -> int:
+        """What the fetcher may know of now."""
+        have = bits_of(self._source.have)
+        if self._spreading is None:
+            return have
+        return self._spreading.spread.show(self, have, trio.current_time())
+
+    async def _listen(self) -> None:
+        """Take what the fetcher says, until it leaves.
+
+        Raises:
+          ProtocolViolation: it broke the protocol.
+        """
+        spread = None if self._spreading is None else self._spreading.spread
         while (message := await self._stream.receive()) is not None:
-            try:
-                self._side.receive(message)
-            except ProtocolViolation as violation:
-                self._violation = violation
-                self._changed.set()
-                return
-            self._changed.set()
-        scope.cancel()
+            match self._side.receive(message):
+                case pieces.PieceRequested(index):
+                    if spread is not None:
+                        spread.asked(self, index, trio.current_time())
+                    self._asked.set()
+                case pieces.FetcherGot(bits):
+                    if spread is not None:
+                        spread.got(self, bits)
+                        self._news.set()
+                case pieces.MapWanted():
+                    self._news.set()
+                case pieces.PieceCancelled():
+                    pass
 
-    async def _answer(self) -> None:
-        """Send until there is a violation; `_listen` cancels when the fetcher leaves."""
+    async def _tell_news(self) -> None:
+        """Tell the map, and which pieces arrived here or may be known now."""
+        side = self._side
         while True:
-            self._changed = trio.Event()
-            await self._send_news()
-            if self._violation is not None:
-                log.warning("%s asks wrongly for pieces: %s", short(self._peer), self._violation)
-                await self._send(encode_bye("protocol", str(self._violation)))
-                return
-            index = self._side.next_piece()
-            if index is not None:
-                await self._send_piece(index)
-            elif self._side.knows_all:
-                await self._changed.wait()
+            self._news = trio.Event()
+            piece_map = self._source.map
+            for message in (side.map(piece_map), side.hashes(piece_map), side.have(self._shown())):
+                if message:
+                    await self._tell(message)
+            if side.knows_all:
+                await self._news.wait()
             else:
                 with trio.move_on_after(NEWS_INTERVAL_S):
-                    await self._changed.wait()
+                    await self._news.wait()
 
-    async def _send_news(self) -> None:
-        """Send answers that are due, and which pieces arrived here."""
-        while message := self._side.next_answer():
-            await self._send(message)
-        if not self._side.knows_all and (message := self._side.have(bits_of(self._source.have))):
-            await self._send(message)
-
-    async def _send_piece(self, index: int) -> None:
+    async def _send_pieces(self, ticket: LaneTicket) -> None:
+        lane = await ticket.arrived()
         try:
-            data = await self._source.read_piece(index)
-        except Exception as error:  # whatever the store says, the fetcher asks somebody else
-            if not self._source.have[index]:
-                await self._send(self._side.reject("missing", MISSING_RETRY_S))
-                return
-            log.error("piece %d of a blob cannot be read: %s", index, error)
-            await self._send(self._side.reject("unreadable", UNREADABLE_RETRY_S))
-            return
-        view = memoryview(data)
-        for offset in range(0, len(view), BLOCK_SIZE):
-            if offset and offset % MIB == 0:
-                await self._send_news()
-            if not self._side.sending:
-                await self._send(self._side.reject("cancelled"))
-                return
-            block = view[offset : offset + BLOCK_SIZE]
-            await self._send(self._side.block(offset, block))
-            self._count(len(block))
+            while True:
+                self._asked = trio.Event()
+                while (index := self._side.next_request()) is not None:
+                    was_sent = await self._answer(lane, index)
+                    self._side.ended()
+                    if self._spreading is not None:
+                        if was_sent:
+                            self._spreading.spread.got(self, 1 << index)
+                        else:
+                            self._spreading.spread.ended(self, index)
+                        self._spreading.changed()
+                await self._asked.wait()
+        finally:
+            with trio.CancelScope(shield=True):
+                await lane.aclose()
 
-    async def _send(self, message: bytes) -> None:
-        with trio.move_on_after(SEND_TIMEOUT_S) as scope:
+    async def _answer(self, lane: ServeLane, index: int) -> bool:
+        """Answer one request; whether by its piece."""
+        if not self._source.have[index]:
+            await lane.end(RequestEnded(index, EndCode.MISSING, MISSING_RETRY_S))
+            return False
+        turns = self._server.turns
+        async with turns.turn(self._peer):
+            before = self._sent
+            with self._source.open_piece(index) as region:
+                code = await lane.send_piece(index, region, self._is_wanted, self._count)
+            turns.sent(self._sent - before)
+        if code is EndCode.UNREADABLE:
+            log.error("piece %d of a blob cannot be read; the disk may be failing", index)
+            retry = RequestEnded(index, EndCode.UNREADABLE, UNREADABLE_RETRY_S)
+            await lane.end(retry)
+        return code is None
+
+    def _is_wanted(self) -> bool:
+        return self._side.is_wanted
+
+    def _count(self, size: int) -> None:
+        self._sent += size
+        self._server.bytes_sent += size
+
+    async def _tell(self, message: bytes) -> None:
+        with trio.move_on_after(TELL_TIMEOUT_S) as scope:
             await self._stream.send(message)
         if scope.cancelled_caught:
-            raise trio.BrokenResourceError(f"the peer took nothing for {SEND_TIMEOUT_S:g} s")
+            raise trio.BrokenResourceError(f"the peer took nothing for {TELL_TIMEOUT_S:g} s")

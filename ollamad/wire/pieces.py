@@ -2,29 +2,30 @@
 
 One exchange is about one blob between the node that lacks pieces (the fetcher, who opens it)
 and a holder. The messages are BitTorrent's, cut down to what a cluster of members needs: no
-choking and no tit-for-tat, and a cancelled request is always answered.
+choking and no tit-for-tat, and every request is answered. What is said goes over the exchange;
+the bytes of pieces come over a connection of their own, the lane (`wire/lane.py`), so that they
+pass by the event loop of both nodes.
 
     fetcher                                      holder
       |  Want: versions, digest                ->  |   (the request that opens the exchange)
-      |  <- Bitfield: which pieces it has          |   (or Bye: not here, busy)
+      |  <- Bitfield: what it has, a ticket        |   (or Bye: not here, busy)
       |  MapRequest                            ->  |   (only when the map is not known yet)
       |  <- Map                                    |
+      |  (connects the lane with the ticket)   ->  |
       |  Request 7, Request 3, ...             ->  |
-      |  <- Block 7 at 0, Block 7 at 256 KiB, ...  |
+      |  <= Block 7 at 0, Block 7 at 256 KiB, ...  |   (on the lane)
       |  <- Have 12, 13                            |   (it is still fetching itself)
       |  Cancel 3                              ->  |   (another holder was quicker)
-      |  <- Reject 3: cancelled                    |
+      |  <= Ended 3: cancelled                     |   (on the lane)
+      |  Got 7                                 ->  |   (only to a holder that spreads)
 
-The fetcher ends the exchange by closing its stream, the holder by a Bye with its reason.
-Every Request ends in exactly one way: the piece's last Block, or one Reject. A holder answers
-in the order of the requests, and never mixes the blocks of two pieces; Have and Map may come in
-between. Control messages are msgpack arrays; a block is a fixed header and raw bytes, told apart
-by its first byte, so that a holder may hand the file's bytes to the kernel as they are.
+The fetcher ends the exchange by closing its stream, the holder by a Bye with its reason. Every
+Request ends on the lane in exactly one way: by the piece's last block, or by one Ended. A holder
+answers in the order of the requests, and never mixes the blocks of two pieces.
 
 This module knows neither files nor hashes: whether a piece is right is the store's business.
 """
 
-import struct
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,29 +35,26 @@ import msgspec
 
 from ollamad.core.pieces import HASH_SIZE, MAX_PIECE_SIZE, PieceMap
 from ollamad.wire.codec import MalformedMessage, decode, encode
+from ollamad.wire.lane import TICKET_SIZE, ProtocolViolation
 
 METHOD = "pieces"  # the name under which holders serve the exchange
-VERSION = 1  # raised when messages change meaning
-OLDEST_VERSION = 1  # the oldest that this code still speaks
+VERSION = 2  # raised when messages change meaning
+# The oldest that this code still speaks. Version 1, in which blocks came over the exchange, was
+# never released.
+OLDEST_VERSION = 2
 
-BLOCK_SIZE = 256 * 1024  # bytes; a cancel takes effect after one, and headers cost nothing
 MAX_MESSAGE = 1 << 20  # bytes; what one message of an exchange may hold
 MAX_PIECES = 30_000  # a map of them fits one message; 1.9 TB in pieces of 64 MiB
 MAX_REQUESTS = 64  # open at once in one exchange; covers 10 Gbit/s at 50 ms with 1 MiB pieces
+MAX_HASHES = 4096  # told at once
 MAX_REASON = 500  # characters of a text for people
 MAX_RETRY_AFTER_S = 3600.0  # longer means "not here"
 
-BLOCK_TAG = 0x00  # a msgpack array never starts with it
-BLOCK_HEADER = struct.Struct("!BII")  # tag, piece, offset in the piece
-
 Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z", max_length=71)]
+Ticket = Annotated[bytes, msgspec.Meta(min_length=TICKET_SIZE, max_length=TICKET_SIZE)]
 Index = Annotated[int, msgspec.Meta(ge=0, lt=MAX_PIECES)]
 Reason = Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
 RetryAfter = Annotated[float, msgspec.Meta(ge=0, le=MAX_RETRY_AFTER_S)]  # seconds
-
-
-class ProtocolViolation(Exception):
-    """The peer sent what the protocol does not allow here; the exchange is over."""
 
 
 class Want(msgspec.Struct, frozen=True, array_like=True):
@@ -65,6 +63,8 @@ class Want(msgspec.Struct, frozen=True, array_like=True):
     oldest: int
     version: int
     digest: Digest
+    plain: bool = False  # the fetcher's settings allow a lane without encryption
+    growing: bool = False  # also if its piece map is only made while it comes
 
 
 class MapRequest(msgspec.Struct, frozen=True, array_like=True, tag="map?"):
@@ -83,12 +83,21 @@ class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
     index: Index
 
 
+class Got(msgspec.Struct, frozen=True, array_like=True, tag="got"):
+    """Pieces that the fetcher has, from whomever; told to holders that spread."""
+
+    indices: Annotated[tuple[Index, ...], msgspec.Meta(max_length=MAX_PIECES)]
+
+
 class Bitfield(msgspec.Struct, frozen=True, array_like=True, tag="bits"):
     """What the holder has: piece i is bit i % 8 (least significant first) of byte i // 8."""
 
     version: int  # the one that the holder chose
     count: Annotated[int, msgspec.Meta(ge=0, le=MAX_PIECES)]
     bits: Annotated[bytes, msgspec.Meta(max_length=-(-MAX_PIECES // 8))]
+    ticket: Ticket  # opens the lane, once
+    plain: bool = False  # the lane is without encryption
+    spreads: bool = False  # it shows its pieces bit by bit, and wants to hear Got
 
 
 class Have(msgspec.Struct, frozen=True, array_like=True, tag="have"):
@@ -98,22 +107,21 @@ class Have(msgspec.Struct, frozen=True, array_like=True, tag="have"):
 
 
 class Map(msgspec.Struct, frozen=True, array_like=True, tag="map"):
-    """The piece map. The fetcher checks it against the root in the replicated state."""
+    """The piece map. The fetcher checks it against the root in the replicated state.
+
+    Of a blob that grows, hashes that are not known yet are zeros.
+    """
 
     size: Annotated[int, msgspec.Meta(ge=0, le=MAX_PIECES * MAX_PIECE_SIZE)]
     piece_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_PIECE_SIZE)]
     hashes: Annotated[bytes, msgspec.Meta(max_length=MAX_PIECES * HASH_SIZE)]
 
 
-RejectCode = Literal["cancelled", "missing", "unreadable"]
+class Hashes(msgspec.Struct, frozen=True, array_like=True, tag="hashes"):
+    """Of a blob that grows: hashes that are known since. Before the Have of these pieces."""
 
-
-class Reject(msgspec.Struct, frozen=True, array_like=True, tag="reject"):
-    """The holder does not send (the rest of) that piece; worth asking again after that time."""
-
-    index: Index
-    code: RejectCode
-    retry_after_s: RetryAfter = 0.0
+    indices: Annotated[tuple[Index, ...], msgspec.Meta(max_length=MAX_HASHES)]
+    hashes: Annotated[bytes, msgspec.Meta(max_length=MAX_HASHES * HASH_SIZE)]
 
 
 ByeCode = Literal["unknown_blob", "busy", "protocol"]
@@ -127,22 +135,8 @@ class Bye(msgspec.Struct, frozen=True, array_like=True, tag="bye"):
     retry_after_s: RetryAfter = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A part of a piece, at that offset (bytes) in it."""
-
-    index: int
-    offset: int
-    data: memoryview
-
-
-FetcherMessage = MapRequest | Request | Cancel
-HolderMessage = Bitfield | Have | Map | Reject | Bye
-
-
-def encode_block(index: int, offset: int, data: bytes | memoryview) -> bytes:
-    """The message for one block of at most BLOCK_SIZE bytes."""
-    return b"".join((BLOCK_HEADER.pack(BLOCK_TAG, index, offset), data))
+FetcherMessage = MapRequest | Request | Cancel | Got
+HolderMessage = Bitfield | Have | Map | Hashes | Bye
 
 
 def decode_fetcher_message(data: bytes) -> FetcherMessage:
@@ -156,20 +150,15 @@ def decode_fetcher_message(data: bytes) -> FetcherMessage:
     return message
 
 
-def decode_holder_message(data: bytes) -> HolderMessage | Block:
-    """Read what a holder sent. A block refers to `data` without a copy.
+def decode_holder_message(data: bytes) -> HolderMessage:
+    """Read what a holder sent.
 
     Raises:
       MalformedMessage: it is no such message.
     """
     _check_length(data)
-    if data[0] != BLOCK_TAG:
-        message: HolderMessage = decode(data, HolderMessage)  # type: ignore[arg-type]
-        return message
-    if not BLOCK_HEADER.size < len(data) <= BLOCK_HEADER.size + BLOCK_SIZE:
-        raise MalformedMessage(f"a block message of {len(data)} bytes")
-    _, index, offset = BLOCK_HEADER.unpack_from(data)
-    return Block(index, offset, memoryview(data)[BLOCK_HEADER.size :])
+    message: HolderMessage = decode(data, HolderMessage)  # type: ignore[arg-type]
+    return message
 
 
 def _check_length(data: bytes) -> None:
@@ -199,15 +188,18 @@ def decode_bits(data: bytes, count: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PiecesKnown:
-    """The holder told at the start what it has (bit i is piece i of `count`)."""
+    """The holder told at the start what it shows (bit i is piece i of `count`)."""
 
     count: int
     bits: int
+    ticket: bytes  # opens the lane
+    plain: bool  # whether that is without encryption
+    spreads: bool  # whether it wants to hear what arrives here
 
 
 @dataclass(frozen=True, slots=True)
 class PiecesGained:
-    """The holder got more pieces."""
+    """The holder got, or shows, more pieces."""
 
     bits: int
 
@@ -220,29 +212,10 @@ class MapReceived:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockReceived:
-    """A part of a piece came; `size` is its length in bytes."""
+class HashesReceived:
+    """More of the map of a blob that grows; nothing was checked yet."""
 
-    index: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class PieceReceived:
-    """The last part of a piece came (`size` bytes), and here is the whole, unchecked."""
-
-    index: int
-    data: bytearray
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class RequestEnded:
-    """A request ended without its piece: rejected, or cancelled by this side."""
-
-    index: int
-    code: RejectCode
-    retry_after_s: float
+    hashes: dict[int, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,64 +227,61 @@ class Dismissed:
     retry_after_s: float
 
 
-FetcherEvent = (
-    PiecesKnown
-    | PiecesGained
-    | MapReceived
-    | BlockReceived
-    | PieceReceived
-    | RequestEnded
-    | Dismissed
-)
+FetcherEvent = PiecesKnown | PiecesGained | MapReceived | HashesReceived | Dismissed
 
 
 class FetcherSide:
-    """What a fetcher may send and expect. Methods that send return the message's bytes.
+    """What a fetcher may send and expect. Methods that send return the message's bytes."""
 
-    It holds at most one piece in memory, the one that is arriving.
-    """
-
-    def __init__(self, digest: str) -> None:
-        self._digest = digest
+    def __init__(self, digest: str, *, plain: bool = False, growing: bool = False) -> None:
+        self._want = Want(OLDEST_VERSION, VERSION, digest, plain, growing)
         self._count: int | None = None  # pieces, from the bitfield
-        self._lengths: dict[int, int] = {}  # open requests -> bytes of the piece, oldest first
+        self._plain = False
+        self._open: set[int] = set()  # requests
         self._cancelled: set[int] = set()  # of those
-        self._arriving: int | None = None
-        self._offset = 0
-        self._piece = bytearray()
-        self._map_requested = False
+        self._map_requested = False  # and has not come
+        self._map_asked = False  # ever
 
     def opening(self) -> bytes:
         """The request that opens the exchange."""
-        return encode(Want(OLDEST_VERSION, VERSION, self._digest))
+        return encode(self._want)
 
     def request_map(self) -> bytes:
-        self._map_requested = True
+        self._map_requested = self._map_asked = True
         return encode(MapRequest())
 
-    def request(self, index: int, length: int) -> bytes:
-        """Ask for a piece of that many bytes; not while it is asked for already."""
-        if index in self._lengths or len(self._lengths) >= MAX_REQUESTS:
+    def request(self, index: int) -> bytes:
+        """Ask for a piece; not while it is asked for already."""
+        if index in self._open or len(self._open) >= MAX_REQUESTS:
             raise ValueError(f"piece {index} cannot be asked for now")
-        self._lengths[index] = length
+        self._open.add(index)
         return encode(Request(index))
 
     def cancel(self, index: int) -> bytes:
         """Stop a request; empty if it ended or was cancelled before."""
-        if index not in self._lengths or index in self._cancelled:
+        if index not in self._open or index in self._cancelled:
             return b""
         self._cancelled.add(index)
-        if index == self._arriving:
-            self._piece = bytearray()
         return encode(Cancel(index))
+
+    def ended(self, index: int) -> None:
+        """The lane brought the end of a request."""
+        self._open.discard(index)
+        self._cancelled.discard(index)
+
+    def got(self, bits: int) -> bytes:
+        """Tell a holder that spreads what is here; empty if there is nothing to tell."""
+        return encode(Got(tuple(indices_of(bits)))) if bits else b""
+
+    @property
+    def knows_map(self) -> bool:
+        """Whether the map was asked of this holder, so that it tells of new hashes."""
+        return self._map_asked
 
     @property
     def open_requests(self) -> int:
         """Requests that have not ended, cancelled ones included."""
-        return len(self._lengths)
-
-    def is_open(self, index: int) -> bool:
-        return index in self._lengths
+        return len(self._open)
 
     def receive(self, data: bytes) -> FetcherEvent:
         """Take one message of the holder.
@@ -327,17 +297,10 @@ class FetcherSide:
         except MalformedMessage as error:
             raise ProtocolViolation(str(error)) from None
 
-    def _receive(self, message: HolderMessage | Block) -> FetcherEvent:
+    def _receive(self, message: HolderMessage) -> FetcherEvent:
         match message:
-            case Block():
-                return self._receive_block(message)
             case Bitfield():
-                if self._count is not None:
-                    raise ProtocolViolation("a second bitmap")
-                if not OLDEST_VERSION <= message.version <= VERSION:
-                    raise ProtocolViolation(f"the holder chose version {message.version}")
-                self._count = message.count
-                return PiecesKnown(message.count, decode_bits(message.bits, message.count))
+                return self._begin(message)
             case Have():
                 bits = 0
                 for index in message.indices:
@@ -349,46 +312,32 @@ class FetcherSide:
                     raise ProtocolViolation("a map that nobody asked for")
                 self._map_requested = False
                 return MapReceived(PieceMap(message.size, message.piece_size, message.hashes))
-            case Reject():
-                if message.index not in self._lengths:
-                    raise ProtocolViolation(f"piece {message.index} was rejected unasked")
-                self._end_request(message.index)
-                return RequestEnded(message.index, message.code, message.retry_after_s)
+            case Hashes():
+                return self._learn(message)
             case Bye():
                 return Dismissed(message.code, message.reason, message.retry_after_s)
 
-    def _receive_block(self, block: Block) -> FetcherEvent:
-        length = self._lengths.get(block.index)
-        if self._arriving is None and length is not None:
-            self._arriving = block.index
-            self._piece = bytearray() if block.index in self._cancelled else bytearray(length)
-        end = block.offset + len(block.data)
-        if (
-            length is None
-            or block.index != self._arriving
-            or block.offset != self._offset
-            or end > length
-        ):
-            raise ProtocolViolation(f"an unexpected block: piece {block.index} at {block.offset}")
-        self._offset = end
-        cancelled = block.index in self._cancelled
-        if not cancelled:
-            self._piece[block.offset : end] = block.data
-        if end < length:
-            return BlockReceived(block.index, len(block.data))
-        piece = self._piece
-        self._end_request(block.index)
-        if cancelled:
-            return RequestEnded(block.index, "cancelled", 0.0)
-        return PieceReceived(block.index, piece, len(block.data))
+    def _begin(self, message: Bitfield) -> FetcherEvent:
+        if self._count is not None:
+            raise ProtocolViolation("a second bitmap")
+        if not OLDEST_VERSION <= message.version <= VERSION:
+            raise ProtocolViolation(f"the holder chose version {message.version}")
+        if message.plain and not self._want.plain:
+            raise ProtocolViolation("the holder wants to send without encryption")
+        self._count = message.count
+        bits = decode_bits(message.bits, message.count)
+        return PiecesKnown(message.count, bits, message.ticket, message.plain, message.spreads)
 
-    def _end_request(self, index: int) -> None:
-        del self._lengths[index]
-        self._cancelled.discard(index)
-        if index == self._arriving:
-            self._arriving = None
-            self._offset = 0
-            self._piece = bytearray()
+    def _learn(self, message: Hashes) -> FetcherEvent:
+        if not self._want.growing:
+            raise ProtocolViolation("hashes that nobody asked for")
+        if len(message.hashes) != len(message.indices) * HASH_SIZE:
+            raise ProtocolViolation("there are not as many hashes as pieces")
+        found = {}
+        for place, index in enumerate(message.indices):
+            self._check_index(index)
+            found[index] = message.hashes[place * HASH_SIZE : (place + 1) * HASH_SIZE]
+        return HashesReceived(found)
 
     def _check_index(self, index: int) -> None:
         if self._count is None or index >= self._count:
@@ -398,22 +347,50 @@ class FetcherSide:
 # The holder's side -------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class PieceRequested:
+    """The fetcher asks for a piece."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class PieceCancelled:
+    """The fetcher does not want a piece any more; nothing if it was not waiting."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetcherGot:
+    """The fetcher has these pieces."""
+
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class MapWanted:
+    """The fetcher asks for the map."""
+
+
+HolderEvent = PieceRequested | PieceCancelled | FetcherGot | MapWanted
+
+
 class HolderSide:
     """What a holder may send and expect. Methods that send return the message's bytes.
 
-    Take in what comes with `receive`; send `next_answer` until it is empty; then one piece at a
-    time: `next_piece`, then `block` until the piece's end, or `reject`. Before each block
-    `sending` says whether the piece is still wanted.
+    Take in what comes with `receive`; on the lane serve `next_request` again and again, and tell
+    how each ended with `ended`. Before each block `is_wanted` says whether to go on.
     """
 
-    def __init__(self, piece_map: PieceMap) -> None:
-        self._map = piece_map
+    def __init__(self, count: int) -> None:
+        self._count = count
         self._map_wanted = False
         self._queue: deque[int] = deque()
-        self._cancelled: deque[int] = deque()  # taken from the queue, not yet rejected
+        self._cancelled: set[int] = set()  # of those in the queue, and of the one under way
         self._sending: int | None = None
-        self._sending_wanted = False
         self._told = 0  # bits of the pieces that the fetcher was told of
+        self._hashes_told: set[int] | None = None  # None before the map was sent
 
     @staticmethod
     def open(request: bytes) -> Want:
@@ -434,20 +411,20 @@ class HolderSide:
         return want
 
     @property
-    def sending(self) -> bool:
-        """Whether a piece is on its way and still wanted."""
-        return self._sending is not None and self._sending_wanted
+    def is_wanted(self) -> bool:
+        """Whether the request that is being served was not cancelled. Safe in any thread."""
+        return self._sending not in self._cancelled
 
     @property
     def knows_all(self) -> bool:
-        """Whether the fetcher was told that every piece is here."""
-        return self._told == (1 << len(self._map)) - 1
+        """Whether the fetcher was told of every piece."""
+        return self._told == (1 << self._count) - 1
 
-    def bitfield(self, bits: int) -> bytes:
-        """What this holder has: the first message."""
+    def bitfield(self, bits: int, ticket: bytes, *, plain: bool, spreads: bool) -> bytes:
+        """What this holder shows: the first message."""
         self._told = bits
-        count = len(self._map)
-        return encode(Bitfield(VERSION, count, encode_bits(bits, count)))
+        packed = encode_bits(bits, self._count)
+        return encode(Bitfield(VERSION, self._count, packed, ticket, plain, spreads))
 
     def have(self, bits: int) -> bytes:
         """Tell of the pieces in `bits` that the fetcher was not told of; empty if none is new."""
@@ -457,43 +434,41 @@ class HolderSide:
         self._told |= bits
         return encode(Have(tuple(indices_of(new))))
 
-    def next_answer(self) -> bytes:
-        """The map or a rejection that is due, which need not wait for pieces; empty if none is."""
-        if self._map_wanted:
-            self._map_wanted = False
-            return encode(Map(self._map.size, self._map.piece_size, self._map.hashes))
-        if self._cancelled:
-            return encode(Reject(self._cancelled.popleft(), "cancelled"))
-        return b""
+    def map(self, piece_map: PieceMap) -> bytes:
+        """The answer to a MapRequest; empty if there is none to answer."""
+        if not self._map_wanted:
+            return b""
+        self._map_wanted = False
+        self._hashes_told = set(piece_map.known())
+        return encode(Map(piece_map.size, piece_map.piece_size, piece_map.hashes))
 
-    def next_piece(self) -> int | None:
+    def hashes(self, piece_map: PieceMap) -> bytes:
+        """What is new in the map of a blob that grows; empty if nothing, or it was not asked."""
+        if self._hashes_told is None or len(self._hashes_told) == self._count:
+            return b""
+        new = [index for index in piece_map.known() if index not in self._hashes_told]
+        if not new:
+            return b""
+        del new[MAX_HASHES:]
+        self._hashes_told.update(new)
+        return encode(Hashes(tuple(new), b"".join(piece_map.hash_of(index) for index in new)))
+
+    def next_request(self) -> int | None:
         """Begin with the oldest request; None if none waits."""
         if self._sending is not None:
             raise ValueError(f"piece {self._sending} is still on its way")
         if not self._queue:
             return None
         self._sending = self._queue.popleft()
-        self._sending_wanted = True
         return self._sending
 
-    def block(self, offset: int, data: bytes | memoryview) -> bytes:
-        """The next block of the piece on its way; the one that reaches its end ends it."""
-        index = self._sending
-        if index is None:
-            raise ValueError("no piece is on its way")
-        if offset + len(data) == self._map.length_of(index):
-            self._sending = None
-        return encode_block(index, offset, data)
-
-    def reject(self, code: RejectCode, retry_after_s: float = 0.0) -> bytes:
-        """End the piece on its way without (the rest of) it."""
-        index = self._sending
-        if index is None:
-            raise ValueError("no piece is on its way")
+    def ended(self) -> None:
+        """The request that was being served ended on the lane."""
+        if self._sending is not None:
+            self._cancelled.discard(self._sending)
         self._sending = None
-        return encode(Reject(index, code, retry_after_s))
 
-    def receive(self, data: bytes) -> None:
+    def receive(self, data: bytes) -> HolderEvent:
         """Take one message of the fetcher.
 
         Raises:
@@ -508,23 +483,32 @@ class HolderSide:
                 if self._map_wanted:
                     raise ProtocolViolation("the map was asked for twice")
                 self._map_wanted = True
+                return MapWanted()
             case Request(index):
                 self._queue_request(index)
+                return PieceRequested(index)
             case Cancel(index):
-                if index == self._sending:
-                    self._sending_wanted = False  # whoever sends the blocks sees it
-                elif index in self._queue:
-                    self._queue.remove(index)
-                    self._cancelled.append(index)
+                if index == self._sending or index in self._queue:
+                    self._cancelled.add(index)
+                return PieceCancelled(index)
+            case Got():
+                bits = 0
+                for index in message.indices:
+                    self._check_index(index)
+                    bits |= 1 << index
+                return FetcherGot(bits)
 
     def _queue_request(self, index: int) -> None:
-        if index >= len(self._map):
-            raise ProtocolViolation(f"there is no piece {index}")
-        if index == self._sending or index in self._queue or index in self._cancelled:
+        self._check_index(index)
+        if index == self._sending or index in self._queue:
             raise ProtocolViolation(f"piece {index} was asked for twice")
-        if len(self._queue) + len(self._cancelled) >= MAX_REQUESTS:
+        if len(self._queue) >= MAX_REQUESTS:
             raise ProtocolViolation(f"more than {MAX_REQUESTS} requests at once")
         self._queue.append(index)
+
+    def _check_index(self, index: int) -> None:
+        if index >= self._count:
+            raise ProtocolViolation(f"there is no piece {index}")
 
 
 def indices_of(bits: int) -> Sequence[int]:

@@ -22,7 +22,7 @@ from ollamad.library import Library
 from ollamad.peers.mesh import Mesh
 from ollamad.reconcile import Reconciler
 from ollamad.sources.base import Offer, Progress, RemoteFile, Sink, SourceError, Target
-from ollamad.store.errors import BlobMissing, PieceCorrupt
+from ollamad.store.errors import BlobMissing, PieceCorrupt, PiecesRotten
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher
 from ollamad.transfer.server import PieceServer
@@ -189,6 +189,7 @@ class LibraryNode:
         (self.root / "models").mkdir(parents=True, exist_ok=True)
         await self.store.prepare()
         mesh = await self._net.add(self.id)
+        lanes = self._net.lanes.lanes_of(self.id)
         self.cluster = LibraryCluster(self.shared, self.id, mesh)
         self.table = TransferTable(
             self.id, secrets.token_hex(2), wall=time.time, steady=time.monotonic
@@ -198,7 +199,7 @@ class LibraryNode:
         self.library = Library(
             cluster=self.cluster,  # type: ignore[arg-type]
             store=self.store,
-            fetcher=Fetcher(mesh, self.store, corrupt=PieceCorrupt),
+            fetcher=Fetcher(mesh, lanes, self.store, corrupt=PieceCorrupt, rotten=PiecesRotten),
             table=self.table,
             source=self.source,
             unload=self._unload,
@@ -206,7 +207,7 @@ class LibraryNode:
             pulls_path=self.root / "pulls",
             view=self.reconciler.view,
         )
-        mesh.handle(METHOD, PieceServer(self.store, missing=BlobMissing).handle)
+        mesh.handle(METHOD, PieceServer(self.store, lanes, missing=BlobMissing).handle)
         self._scope, self._stopped = trio.CancelScope(), trio.Event()
 
         async def run(*, task_status: trio.TaskStatus[None]) -> None:

@@ -11,6 +11,7 @@ import trio.testing
 from ollamad.core.ids import NodeId
 from ollamad.peers.mesh import Mesh
 from ollamad.peers.tls import PeerUnreachable
+from tests.fakes.memory_lanes import LaneNet
 
 Ends = tuple[trio.StapledStream[Any, Any], trio.StapledStream[Any, Any]]
 
@@ -25,6 +26,7 @@ class PeerNet:
         self.mute: set[NodeId] = set()
         self.dials: list[tuple[NodeId, NodeId]] = []
         self.dial_gate: trio.Event | None = None  # dials wait for it
+        self.lanes = LaneNet()
         self._ends: list[tuple[NodeId, NodeId, Ends]] = []
 
     async def add(self, node_id: NodeId, *, version: str = "1.0") -> Mesh:
@@ -40,6 +42,7 @@ class PeerNet:
 
     def cut(self, node_id: NodeId) -> None:
         """End all connections of a node, as when its process dies."""
+        self.lanes.kill(node_id)
         for one, other, ends in self._ends:
             if node_id in (one, other):
                 for end in ends:

@@ -1,95 +1,25 @@
-"""Nodes that exchange pieces in memory: streams with flow control, a network of them, a store.
+"""Nodes that exchange pieces in memory: a network of them, and a store.
 
 The network can lose a node at any message, and the store counts what was written. With these
 no thread and no socket is used, so that tests may run on virtual time.
 """
 
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import hashlib
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
 from ollamad.core.ids import NodeId
 from ollamad.core.pieces import PieceHasher, PieceMap
 from ollamad.core.state import Layer
+from ollamad.store.pieces import Region
+from tests.fakes.memory_lanes import LaneNet, MemoryLanes
+from tests.fakes.memory_streams import Hook, MemoryStream, NodeLost, NodeUnreachable, stream_pair
 
-WINDOW = 1 << 20  # bytes under way in one direction, as on a real link
-
-Handler = Callable[[NodeId, bytes, "MemoryStream"], Awaitable[None]]
-Hook = Callable[[bytes], Awaitable[bytes]]
-
-
-class NodeLost(trio.BrokenResourceError):
-    """The other node is gone."""
-
-
-class NodeUnreachable(OSError):
-    """There is no way to that node."""
-
-
-class MemoryStream:
-    """One side of an exchange."""
-
-    def __init__(self) -> None:
-        self._inbox: deque[bytes] = deque()
-        self._waiting = 0  # bytes in the inbox
-        self._ended = False
-        self._broken = False
-        self._changed = trio.Event()
-        self._other = self
-        self.hook: Hook | None = None  # sees, changes or holds up what this side sends
-        self.sent: list[bytes] = []
-
-    async def send(self, data: bytes) -> None:
-        await trio.lowlevel.checkpoint()
-        if self.hook is not None:
-            data = await self.hook(data)
-        other = self._other
-        while not self._broken and other._waiting >= WINDOW:
-            await self._changed.wait()
-        if self._broken:
-            raise NodeLost("the exchange is over")
-        other._inbox.append(data)
-        other._waiting += len(data)
-        other._notify()
-
-    async def receive(self) -> bytes | None:
-        await trio.lowlevel.checkpoint()
-        while not self._inbox:
-            if self._ended:
-                return None
-            if self._broken:
-                raise NodeLost("the exchange is over")
-            await self._changed.wait()
-        data = self._inbox.popleft()
-        self._waiting -= len(data)
-        self._other._notify()
-        return data
-
-    async def send_eof(self) -> None:
-        await trio.lowlevel.checkpoint()
-        self._other._ended = True
-        self._other._notify()
-
-    async def aclose(self) -> None:
-        self.close()
-        await trio.lowlevel.checkpoint()
-
-    def close(self) -> None:
-        for side in (self, self._other):
-            side._broken = True
-            side._notify()
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
-
-
-def stream_pair() -> tuple[MemoryStream, MemoryStream]:
-    left, right = MemoryStream(), MemoryStream()
-    left._other, right._other = right, left
-    return left, right
+Handler = Callable[[NodeId, bytes, MemoryStream], Awaitable[None]]
 
 
 class Network:
@@ -99,8 +29,10 @@ class Network:
         self._nursery = nursery
         self._handlers: dict[tuple[NodeId, str], Handler] = {}
         self._exchanges: dict[NodeId, set[tuple[trio.CancelScope, MemoryStream]]] = {}
-        self.hooks: dict[NodeId, Hook] = {}  # on what that node's handlers send
+        self.hooks: dict[NodeId, Hook] = {}  # on what that node sends
         self.down: set[NodeId] = set()
+        self.lanes = LaneNet()
+        self.lanes.hooks, self.lanes.down = self.hooks, self.down
         self.opened: Counter[NodeId] = Counter()
 
     def handle(self, node: NodeId, method: str, handler: Handler) -> None:
@@ -112,9 +44,13 @@ class Network:
         for scope, stream in list(self._exchanges.get(node, ())):
             scope.cancel()
             stream.close()
+        self.lanes.kill(node)
 
     def revive(self, node: NodeId) -> None:
         self.down.discard(node)
+
+    def lanes_of(self, node: NodeId) -> MemoryLanes:
+        return self.lanes.lanes_of(node)
 
     def peers_of(self, node: NodeId) -> "NetworkPeers":
         return NetworkPeers(self, node)
@@ -169,6 +105,10 @@ class Corrupt(Exception):
     """A piece is not what the map says."""
 
 
+class Rotten(Exception):
+    """The disk lost pieces."""
+
+
 class Missing(Exception):
     """There is no such blob."""
 
@@ -180,52 +120,104 @@ class Full(Exception):
 class MemorySource:
     """Pieces in memory."""
 
-    def __init__(self, piece_map: PieceMap, data: bytearray, have: bytearray) -> None:
+    def __init__(
+        self, piece_map: PieceMap, data: bytearray, have: bytearray, *, is_origin: bool = True
+    ) -> None:
         self.map = piece_map
         self.data = data
         self.have = have
+        self.is_origin = is_origin
         self.closed = False
 
-    async def read_piece(self, index: int) -> bytes:
-        await trio.lowlevel.checkpoint()
+    @contextmanager
+    def open_piece(self, index: int) -> Iterator[Region]:
         if not self.have[index]:
             raise Missing(f"piece {index}")
         start = index * self.map.piece_size
-        return bytes(self.data[start : start + self.map.length_of(index)])
+        data = self.data[start : start + self.map.length_of(index)]
+        descriptor = os.memfd_create("piece")
+        try:
+            os.write(descriptor, data)
+            yield Region(descriptor, 0, len(data))
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
         self.closed = True
+
+
+class MemorySink:
+    """One piece on its way in."""
+
+    def __init__(self, partial: "MemoryPartial", index: int, gate: trio.Event | None) -> None:
+        self.length = partial.map.length_of(index)
+        self.is_new = False
+        self.gate = gate
+        self._partial = partial
+        self._index = index
+        self._data = bytearray()
+        self._settled = False
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._data += data
+
+    def settle(self) -> None:
+        self._partial.take(self._index, self._data)
+        self._settled = True
+
+    def close(self) -> None:
+        if self._settled:
+            self.is_new = not self._partial.have[self._index]
+            self._partial.have[self._index] = 1
 
 
 class MemoryPartial(MemorySource):
     """A partial blob in memory; `writes` counts good pieces."""
 
     def __init__(self, store: "MemoryStore", digest: str, piece_map: PieceMap) -> None:
-        super().__init__(piece_map, bytearray(piece_map.size), bytearray(len(piece_map)))
+        have = bytearray(len(piece_map))
+        super().__init__(piece_map, bytearray(piece_map.size), have, is_origin=False)
         self._store = store
         self._digest = digest
+        self._settled: set[int] = set()
 
-    async def write_piece(self, index: int, data: bytes | bytearray) -> bool:
-        await trio.lowlevel.checkpoint()
-        if self._store.write_gate is not None:
-            await self._store.write_gate.wait()
-        hasher = PieceHasher(len(data))
-        hasher.update(data)
-        if hasher.finish()[0] != f"sha256:{self.map.hash_of(index).hex()}":
+    def learn(self, hashes: Mapping[int, bytes]) -> None:
+        known = bytearray(self.map.hashes)
+        for index, got in hashes.items():
+            if self.map.hash_of(index) not in (got, bytes(32)):
+                raise Corrupt(f"piece {index} had another hash")
+            known[index * 32 : index * 32 + 32] = got
+        self.map = PieceMap(self.map.size, self.map.piece_size, bytes(known))
+
+    def begin_piece(self, index: int) -> MemorySink:
+        return MemorySink(self, index, self._store.write_gate)
+
+    def take(self, index: int, data: bytes | bytearray) -> None:
+        if hashlib.sha256(data).digest() != self.map.hash_of(index):
             self._store.refused += 1
             raise Corrupt(f"piece {index} has the wrong hash")
         if self._store.room is not None and len(data) > self._store.room:
             raise Full("no room")
+        if index in self._settled:  # the end game's second copy
+            return
+        self._settled.add(index)
         start = index * self.map.piece_size
         self.data[start : start + len(data)] = data
         self._store.writes[index] += 1
-        new = not self.have[index]
+
+    def write_piece(self, index: int, data: bytes) -> None:
+        """What a test puts in."""
+        self.take(index, data)
         self.have[index] = 1
-        return new
+
+    async def keep_up(self) -> None:
+        await trio.lowlevel.checkpoint()
 
     async def finish(self) -> None:
         await trio.lowlevel.checkpoint()
         assert all(self.have)
+        if f"sha256:{hashlib.sha256(self.data).hexdigest()}" != self._digest:
+            raise Corrupt("the whole is wrong")
         self._store.add(bytes(self.data))
         assert self._digest in self._store.blobs
         del self._store.partials[self._digest]
@@ -267,9 +259,14 @@ class MemoryStore:
         found = self.blobs.get(digest) or self.partials.get(digest)
         if found is None:
             raise Missing(digest)
-        source = MemorySource(found.map, found.data, found.have)
+        source = MemorySource(found.map, found.data, found.have, is_origin=found.is_origin)
         self.sources.append(source)
         return source
+
+    async def open_growing_source(self, digest: str) -> MemorySource:
+        await trio.lowlevel.checkpoint()
+        found = self.partials.get(digest)
+        return await self.open_piece_source(digest) if found is None else found
 
 
 def layer_of(data: bytes) -> tuple[Layer, PieceMap]:

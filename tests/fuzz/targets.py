@@ -10,11 +10,11 @@ from typing import Any
 
 from ollamad.core.ids import NodeId, node_id_of
 from ollamad.core.inference import EmbedRequest, GenerateRequest
-from ollamad.core.pieces import MIB, PieceMap
+from ollamad.core.pieces import MIB
 from ollamad.core.presence import Beat
 from ollamad.core.state import Capacity
 from ollamad.raft.links import FrameSplitter
-from ollamad.wire import pieces, raftwire
+from ollamad.wire import lane, pieces, raftwire
 from ollamad.wire.codec import MalformedMessage, decode, encode
 from ollamad.wire.join import (
     SECRET_SIZE,
@@ -223,18 +223,15 @@ def join(data: bytes) -> None:
             assert format_token(parse_token(text)) == text
 
 
-PIECE_MAP = PieceMap(2 * MIB + 5, MIB, bytes(range(96)))  # three pieces, the last of 5 bytes
-
-
 def pieces_of(data: bytes) -> None:
-    """Both sides: ProtocolViolation or an event; requests, pieces and answers stay bounded."""
-    fetcher = pieces.FetcherSide("sha256:" + "0a" * 32)
-    holder = pieces.HolderSide(PIECE_MAP)
+    """Both sides: ProtocolViolation or an event; requests and answers stay bounded."""
+    fetcher = pieces.FetcherSide("sha256:" + "0a" * 32, growing=bool(data[:1]) and data[0] > 127)
+    holder = pieces.HolderSide(3)
     with contextlib.suppress(pieces.ProtocolViolation):
         pieces.HolderSide.open(data)
     fetcher.request_map()
-    fetcher.request(2, 5)
-    fetcher.request(0, 64)
+    fetcher.request(2)
+    fetcher.request(0)
     fetcher.cancel(0)
     position = 0
     with contextlib.suppress(pieces.ProtocolViolation):
@@ -243,17 +240,44 @@ def pieces_of(data: bytes) -> None:
             message = data[position + 1 : end]
             position = end
             fetcher.receive(message)
-            assert fetcher.open_requests <= 2
-            assert len(fetcher._piece) <= 64
+            assert fetcher.open_requests == 2
     position = 0
     with contextlib.suppress(pieces.ProtocolViolation):
         while position < len(data):
             end = position + 1 + data[position]
-            holder.receive(data[position + 1 : end])
+            event = holder.receive(data[position + 1 : end])
             position = end
-            assert len(holder._queue) + len(holder._cancelled) <= 3
-            if data[0] & 1:
-                holder.next_answer()
+            assert len(holder._queue) <= 3
+            assert len(holder._cancelled) <= 4
+            if isinstance(event, pieces.FetcherGot):
+                assert event.bits < 8
+            if data[0] & 1 and holder.next_request() is not None:
+                holder.ended()
+
+
+class _Asked:
+    length = 600_000
+
+
+def lane_of(data: bytes) -> None:
+    """Preamble and frames: each piece comes from its start on and never beyond its end."""
+    with contextlib.suppress(lane.ProtocolViolation):
+        mode, ticket = lane.decode_preamble(data)
+        assert lane.encode_preamble(mode, ticket) == data
+    reader, filled = lane.LaneReader({index: _Asked() for index in range(4)}), [0] * 4
+    with contextlib.suppress(lane.ProtocolViolation):
+        for start in range(0, len(data) - lane.FRAME.size + 1, lane.FRAME.size):
+            frame = reader.read(data[start : start + lane.FRAME.size])
+            if isinstance(frame, lane.RequestEnded):
+                filled[frame.index] = 0
+                continue
+            assert frame.offset == filled[frame.index]
+            filled[frame.index] += frame.size
+            assert 0 < frame.size <= lane.BLOCK_SIZE
+            assert filled[frame.index] <= _Asked.length
+            if frame.is_last:
+                assert filled[frame.index] == _Asked.length
+                filled[frame.index] = 0
 
 
 TARGETS: dict[str, Target] = {
@@ -264,6 +288,7 @@ TARGETS: dict[str, Target] = {
     "mux": mux,
     "join": join,
     "pieces": pieces_of,
+    "lane": lane_of,
 }
 
 
@@ -301,7 +326,7 @@ SEEDS: dict[str, list[bytes]] = {
             REQUEST,
             REPLY,
             Refusal("CODE", "why"),
-            pieces.Want(1, 1, "sha256:" + "0a" * 32),
+            pieces.Want(2, 2, "sha256:" + "0a" * 32),
             "text",
         )
     ],
@@ -326,10 +351,9 @@ SEEDS: dict[str, list[bytes]] = {
     ],
     "pieces": [
         _sized(
-            encode(pieces.Bitfield(1, 3, b"\5")),
+            encode(pieces.Bitfield(2, 3, b"\5", bytes(32), False, True)),
             encode(pieces.Have((1,))),
-            pieces.encode_block(2, 0, b"12345"),
-            encode(pieces.Reject(0, "cancelled")),
+            encode(pieces.Hashes((1, 2), bytes(64))),
             encode(pieces.Map(5, MIB, bytes(32))),
             encode(pieces.Bye("busy", "later", 2.0)),
         ),
@@ -338,8 +362,17 @@ SEEDS: dict[str, list[bytes]] = {
             encode(pieces.Request(2)),
             encode(pieces.Request(0)),
             encode(pieces.Cancel(0)),
+            encode(pieces.Got((1, 2))),
         ),
-        encode(pieces.Want(1, 1, "sha256:" + "0a" * 32)),
+        encode(pieces.Want(2, 2, "sha256:" + "0a" * 32)),
+    ],
+    "lane": [
+        lane.encode_preamble(lane.Mode.PLAIN, bytes(32)),
+        b"".join(
+            lane.encode_block_head(1, at, min(lane.BLOCK_SIZE, _Asked.length - at))
+            for at in range(0, _Asked.length, lane.BLOCK_SIZE)
+        )
+        + lane.encode_ended(2, lane.EndCode.MISSING, 1.0),
     ],
 }
 assert SEEDS.keys() == TARGETS.keys()

@@ -438,3 +438,42 @@ def test_where_ollamas_clients_are_listened_for(text: str) -> None:
 def test_bad_addresses_and_origins_are_refused(variable: str, text: str) -> None:
     with pytest.raises(ConfigError, match=variable):
         load(None, {variable: text}, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("20MB", 20e6),
+        ("20 MB/s", 20e6),
+        ("20MiB", 20 * 2**20),
+        ("1.5GB", 1.5e9),
+        ("500k", 500e3),
+        ("25mb", 25e6),
+        ("100Mbit", 12.5e6),
+        ("100Mbps", 12.5e6),
+        ("1Gbit/s", 125e6),
+        ("5000", 5000.0),
+        ("0", None),
+        ("unlimited", None),
+    ],
+)
+def test_rates(text: str, rate: float | None) -> None:
+    assert settings.parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "fast", "-1MB", "10XB", "1e9", "10MB/h", "1", "nan"])
+def test_rates_that_are_none_say_what_to_do(text: str) -> None:
+    with pytest.raises(ValueError, match="0 for no limit"):
+        settings.parse_rate(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("off", False), ("on", True), ("No", False), ("true", True)]
+)
+def test_encryption_is_switched_off_in_either_spelling(
+    tmp_path: Path, text: str, expected: bool
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"transfer:\n  encryption: {text}\n")
+    assert load(tmp_path, {}, {}).settings.transfer.encryption is expected
+    variable = {"OLLAMAD_TRANSFER__ENCRYPTION": text}
+    assert load(None, variable, {}).settings.transfer.encryption is expected

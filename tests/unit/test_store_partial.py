@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from ollamad.core.pieces import MIB, PieceHasher, PieceMap
-from ollamad.store import files, partial
+from ollamad.store import files, journal, partial
 from ollamad.store.blobs import BlobStore
 from ollamad.store.errors import (
     BlobMissing,
@@ -22,9 +23,11 @@ from ollamad.store.errors import (
     InvalidPieceMap,
     PieceCorrupt,
     PieceMissing,
+    PiecesRotten,
     StoreError,
     StoreFull,
 )
+from tests.fakes.piece_files import read_piece
 
 PIECES = [bytes([fill]) * MIB for fill in b"abc"] + [b"tail"]
 DATA = b"".join(PIECES)
@@ -82,7 +85,7 @@ async def test_many_tasks_may_write_and_read_at_once(store: BlobStore) -> None:
 
     async def write(index: int) -> None:
         new.append(await blob.write_piece(index, PIECES[index]))
-        assert await blob.read_piece(index) == PIECES[index]
+        assert read_piece(blob, index) == PIECES[index]
 
     async with trio.open_nursery() as nursery:
         for index in (0, 0, 1, 2, 3, 3):  # in the end game a piece comes twice
@@ -103,14 +106,15 @@ async def test_many_tasks_may_write_and_read_at_once(store: BlobStore) -> None:
         (-1, b"tail", "there is no -1"),
     ],
 )
-async def test_a_bad_piece_is_refused_and_not_written(
+async def test_a_bad_piece_is_refused_and_nobody_believes_in_it(
     store: BlobStore, index: int, data: bytes, message: str
 ) -> None:
     blob = await store.open_partial(DIGEST, MAP)
     with pytest.raises(PieceCorrupt, match=message):
         await blob.write_piece(index, data)
     assert blob.have == bytes(4)
-    assert (store.blobs / f"{BLOB}.partial").stat().st_size == 0
+    with pytest.raises(PieceMissing):
+        read_piece(blob, index)
     blob.close()
     assert (await (await reopened(store)).open_partial(DIGEST, MAP)).have_count == 0
 
@@ -130,7 +134,7 @@ async def test_a_closed_blob_goes_on_where_it_stopped(store: BlobStore) -> None:
     assert blob.have == b"\0\0\1\1"
     assert (blob.have_count, blob.have_bytes) == (2, MIB + 4)
     assert again.space.promised == 2 * MIB
-    assert await blob.read_piece(2) == PIECES[2]
+    assert read_piece(blob, 2) == PIECES[2]
     assert not await blob.write_piece(2, b"not even looked at")
     for index in (0, 1):
         await blob.write_piece(index, PIECES[index])
@@ -142,14 +146,14 @@ async def test_a_partial_blob_is_served_while_it_arrives(store: BlobStore) -> No
     blob = await store.open_partial(DIGEST, MAP)
     source = await store.open_piece_source(DIGEST)
     with pytest.raises(PieceMissing):
-        await source.read_piece(1)
+        read_piece(source, 1)
     await blob.write_piece(1, PIECES[1])
     assert source.have == b"\0\1\0\0"
-    assert await source.read_piece(1) == PIECES[1]
+    assert read_piece(source, 1) == PIECES[1]
     for index in (0, 2, 3):
         await blob.write_piece(index, PIECES[index])
     await blob.finish()
-    assert await source.read_piece(0) == PIECES[0]  # also after it was renamed
+    assert read_piece(source, 0) == PIECES[0]  # also after it was renamed
     source.close()
 
 
@@ -174,27 +178,34 @@ async def test_a_map_of_another_blob_is_found_out_at_the_end(store: BlobStore) -
     assert store.space.promised == 0
     assert (blob.have_count, blob.have_bytes) == (0, 0)
     with pytest.raises(PieceMissing):
-        await source.read_piece(0)
+        read_piece(source, 0)
     source.close()
     (await store.open_partial(wanted, MAP)).close()  # another try begins at nothing
 
 
-async def test_a_piece_that_the_disk_lost_after_it_was_synced_is_found_out(
+async def test_pieces_that_the_disk_lost_after_they_were_written_come_again_and_no_others(
     store: BlobStore,
 ) -> None:
     blob = await store.open_partial(DIGEST, MAP)
     for index, piece in enumerate(PIECES):
         await blob.write_piece(index, piece)
-    (store.blobs / f"{BLOB}.partial").write_bytes(DATA[:-1] + b"X")
-    with pytest.raises(DigestMismatch):
+    (store.blobs / f"{BLOB}.partial").write_bytes(b"X" + DATA[1:-1] + b"X")
+    with pytest.raises(PiecesRotten, match="lost 2 pieces"):
         await blob.finish()
-    assert names(store) == set()
+    assert blob.have == bytes(4)  # those who serve it stop
+    assert store.space.promised == 0
+    blob = await store.open_partial(DIGEST, MAP)
+    assert blob.have == b"\0\1\1\0"
+    for index in (0, 3):
+        await blob.write_piece(index, PIECES[index])
+    await blob.finish()
+    assert store.blob_path(DIGEST).read_bytes() == DATA
 
 
 async def test_finish_can_be_cancelled_and_called_again(
     store: BlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partial, "STEP_BYTES", MIB)
+    monkeypatch.setattr(partial, "STEP_BYTES", MIB // 2)
     blob = await store.open_partial(DIGEST, MAP)
     for index, piece in enumerate(PIECES):
         await blob.write_piece(index, piece)
@@ -288,7 +299,7 @@ async def test_a_disk_that_fills_up_keeps_the_pieces_that_are_here(
         with pytest.raises(StoreFull):
             await blob.write_piece(1, PIECES[1])
     assert blob.have == b"\1\0\0\0"
-    assert await blob.read_piece(0) == PIECES[0]
+    assert read_piece(blob, 0) == PIECES[0]
     for index in (1, 2, 3):
         await blob.write_piece(index, PIECES[index])
     await blob.finish()
@@ -297,23 +308,75 @@ async def test_a_disk_that_fills_up_keeps_the_pieces_that_are_here(
 # Crashes.
 
 
-async def test_a_piece_is_recorded_only_after_it_is_synced(
+def other_boot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine was restarted."""
+    monkeypatch.setattr(journal, "boot_id", lambda: b"2" * 32)
+
+
+async def test_after_a_power_cut_what_was_not_synced_is_read_before_it_is_believed(
     store: BlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(journal, "boot_id", lambda: b"1" * 32)
     blob = await store.open_partial(DIGEST, MAP)
-    journal = store.blobs / f"{BLOB}.journal"
-    size = journal.stat().st_size
-    sizes_at_sync: list[int] = []
+    for index in (0, 1, 2):
+        await blob.write_piece(index, PIECES[index])
+    blob.close()
+    data = store.blobs / f"{BLOB}.partial"
+    data.write_bytes(PIECES[0] + bytes(MIB) + PIECES[2])  # the second one never reached the disk
+    # Within the same boot what was written is there, so nothing is read.
+    blob = await (await reopened(store)).open_partial(DIGEST, MAP)
+    assert blob.have == b"\1\1\1\0"
+    blob.close()
+    other_boot(monkeypatch)
+    blob = await (await reopened(store)).open_partial(DIGEST, MAP)
+    assert blob.have == b"\1\0\1\0"
+    blob.close()
+    # It was found out once and for all, and what was found good was synced.
+    data.write_bytes(bytes(len(DATA)))
+    monkeypatch.setattr(journal, "boot_id", lambda: b"3" * 32)
+    blob = await (await reopened(store)).open_partial(DIGEST, MAP)
+    assert blob.have == b"\1\0\1\0"
+    blob.close()
+
+
+async def test_what_was_synced_is_believed_after_a_power_cut(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "boot_id", lambda: b"1" * 32)
+    monkeypatch.setattr(partial, "SYNC_EVERY_BYTES", 2 * MIB)
+    synced: list[bytes] = []
     real = os.fdatasync
 
     def sync(descriptor: int) -> None:
-        sizes_at_sync.append(journal.stat().st_size - size)
+        synced.append(bytes(blob.have))
         real(descriptor)
 
+    blob = await store.open_partial(DIGEST, MAP)
     monkeypatch.setattr(os, "fdatasync", sync)
-    await blob.write_piece(0, PIECES[0])
-    assert sizes_at_sync == [0]
-    assert journal.stat().st_size - size == RECORD
+    for index in (0, 1, 2):
+        await blob.write_piece(index, PIECES[index])
+    blob.close()
+    assert synced == [b"\1\1\0\0"]
+    read: list[int] = []
+    real_hash = journal.hash_range
+
+    def hash_range(whole: Any, descriptor: int, offset: int, length: int) -> None:
+        read.append(offset // MIB)
+        real_hash(whole, descriptor, offset, length)
+
+    monkeypatch.setattr(journal, "hash_range", hash_range)
+    other_boot(monkeypatch)
+    blob = await (await reopened(store)).open_partial(DIGEST, MAP)
+    assert blob.have == b"\1\1\1\0"
+    assert read == [2]
+    blob.close()
+
+
+async def test_a_disk_that_fails_to_sync_is_told(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partial, "SYNC_EVERY_BYTES", MIB)
+    blob = await store.open_partial(DIGEST, MAP)
 
     def broken(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
@@ -322,7 +385,101 @@ async def test_a_piece_is_recorded_only_after_it_is_synced(
     with pytest.raises(StoreError, match="Input/output error"):
         await blob.write_piece(1, PIECES[1])
     blob.close()
-    assert (await (await reopened(store)).open_partial(DIGEST, MAP)).have == b"\1\0\0\0"
+
+
+async def test_a_piece_in_parts_is_believed_at_its_end_only(store: BlobStore) -> None:
+    blob = await store.open_partial(DIGEST, MAP)
+    sink = blob.begin_piece(1)
+    for begin in range(0, MIB, MIB // 4):
+        sink.write(PIECES[1][begin : begin + MIB // 4])
+        assert not blob.have[1]
+    with pytest.raises(PieceCorrupt, match="has 1,048,576 bytes"):
+        sink.write(b"x")
+    sink.close()
+    assert blob.have_count == 0
+    sink = blob.begin_piece(1)
+    sink.write(PIECES[1])
+    sink.settle()
+    sink.close()
+    sink.close()
+    assert blob.have == b"\0\1\0\0"
+    short = blob.begin_piece(0)
+    short.write(PIECES[0][:-1])
+    with pytest.raises(PieceCorrupt, match="not 1,048,575"):
+        short.settle()
+    short.close()
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_who_is_slower_or_lies_cannot_change_a_piece_that_settled(
+    store: BlobStore, first: bool
+) -> None:
+    """In the end game two holders send a piece at once; one of them lies."""
+    blob = await store.open_partial(DIGEST, MAP)
+    one, other = blob.begin_piece(0), blob.begin_piece(0)
+    liar, honest = (one, other) if first else (other, one)
+    liar.write(b"L" * 1000)
+    honest.write(PIECES[0])
+    honest.settle()
+    honest.close()
+    assert blob.have[0]
+    liar.write(b"L" * (MIB - 1000))
+    assert read_piece(blob, 0) == PIECES[0]
+    with pytest.raises(PieceCorrupt, match="wrong hash"):
+        liar.settle()
+    liar.close()
+    late = blob.begin_piece(0)  # somebody who did not hear of it
+    late.write(b"L" * MIB)
+    late.close()
+    assert read_piece(blob, 0) == PIECES[0]
+
+
+async def test_a_blob_whose_map_comes_bit_by_bit(store: BlobStore) -> None:
+    blank = PieceMap(MAP.size, MAP.piece_size, bytes(len(MAP.hashes)))
+    blob = await store.open_partial(DIGEST, blank)
+    with pytest.raises(BlobMissing):  # nobody who wants proof may have it
+        await store.open_piece_source(DIGEST)
+    with pytest.raises(PieceCorrupt, match=r"hash of piece 2 of .* is not known"):
+        await blob.write_piece(2, PIECES[2])
+    blob.learn({2: MAP.hash_of(2), 3: MAP.hash_of(3)})
+    with pytest.raises(PieceCorrupt, match="had another hash"):
+        blob.learn({2: MAP.hash_of(3)})
+    await blob.write_piece(2, PIECES[2])
+    source = await store.open_growing_source(DIGEST)
+    assert source.map.known() == [2, 3]
+    assert read_piece(source, 2) == PIECES[2]
+    source.close()
+    blob.close()
+    blob = await store.open_partial(DIGEST, blank)
+    assert blob.have_count == 0
+    blob.learn({index: MAP.hash_of(index) for index in range(4)})
+    assert blob.have == b"\0\0\1\0"  # of the earlier run
+    assert store.space.promised == len(DATA) - MIB
+    for index in (0, 1, 3):
+        await blob.write_piece(index, PIECES[index])
+    await blob.finish()
+    assert store.blob_path(DIGEST).read_bytes() == DATA
+
+
+async def test_keeping_up_leaves_little_for_the_end(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[tuple[int, int]] = []
+    real = partial.hash_range
+
+    def hash_range(whole: Any, descriptor: int, offset: int, length: int) -> None:
+        hashed.append((offset, length))
+        real(whole, descriptor, offset, length)
+
+    monkeypatch.setattr(partial, "hash_range", hash_range)
+    blob = await store.open_partial(DIGEST, MAP)
+    for index in (0, 1, 3):
+        await blob.write_piece(index, PIECES[index])
+    await blob.keep_up()
+    assert hashed == [(0, 2 * MIB)]
+    await blob.write_piece(2, PIECES[2])
+    await blob.finish()
+    assert hashed == [(0, 2 * MIB), (2 * MIB, MIB + 4)]
 
 
 async def test_a_journal_cut_or_changed_anywhere_proves_no_wrong_piece(store: BlobStore) -> None:
@@ -331,8 +488,8 @@ async def test_a_journal_cut_or_changed_anywhere_proves_no_wrong_piece(store: Bl
     for index in (1, 3, 0):
         await blob.write_piece(index, PIECES[index])
     blob.close()
-    journal, data = store.blobs / f"{BLOB}.journal", store.blobs / f"{BLOB}.partial"
-    good = journal.read_bytes()
+    records_file, data = store.blobs / f"{BLOB}.journal", store.blobs / f"{BLOB}.partial"
+    good = records_file.read_bytes()
     chance = random.Random(7)
     records = 3 * RECORD
     cuts = [*range(0, len(good) - records, 9), *range(len(good) - records, len(good))]
@@ -351,13 +508,13 @@ async def test_a_journal_cut_or_changed_anywhere_proves_no_wrong_piece(store: Bl
     backup = data.with_name("copy")
     shutil.copy(data, backup)
     for variant in variants:
-        journal.write_bytes(variant)
+        records_file.write_bytes(variant)
         shutil.copy(backup, data)
         blob = await store.open_partial(DIGEST, MAP)
         for index in range(4):
             assert blob.have[index] <= true[index]
             if blob.have[index]:
-                assert await blob.read_piece(index) == PIECES[index]
+                assert read_piece(blob, index) == PIECES[index]
         if blob.have_count == 0:
             assert data.stat().st_size in (0, len(DATA))
         # What comes now is appended so that it can be read again.
@@ -422,7 +579,7 @@ async def test_after_kill_9_the_pieces_that_were_reported_are_there(tmp_path: Pa
     assert all(blob.have[index] for index in reported)
     for index in range(64):
         if blob.have[index]:
-            assert await blob.read_piece(index) == bytes([index]) * MIB
+            assert read_piece(blob, index) == bytes([index]) * MIB
         else:
             await blob.write_piece(index, bytes([index]) * MIB)
     await blob.finish()
@@ -498,7 +655,7 @@ async def test_what_grows_is_served_only_to_those_who_ask_for_it(store: BlobStor
     assert source.have == b"\0\0\0\0"
     await blob.write_piece(1, PIECES[1])
     assert source.have == b"\0\1\0\0"
-    assert await source.read_piece(1) == PIECES[1]
+    assert read_piece(source, 1) == PIECES[1]
     source.close()
     blob.close()
 

@@ -10,6 +10,7 @@ from ollamad.store import models
 from ollamad.store.models import ModelStore
 from ollamad.store.pins import Pins
 from tests.fakes.gguf_files import gguf_bytes
+from tests.fakes.piece_files import read_piece
 
 
 class Clock:
@@ -156,7 +157,7 @@ async def test_shelves_are_read_and_never_written(tmp_path: Path) -> None:
     assert await ours.find_blob(digest) == theirs.blob_path(digest)
     assert (await ours.runtime_parts(adopted)).gguf == theirs.blob_path(digest)
     source = await ours.open_piece_source(digest)
-    assert await source.read_piece(0) == gguf_bytes()
+    assert read_piece(source, 0) == gguf_bytes()
     source.close()
     assert await ours.remove_blob(digest) == 0
     assert (await ours.free(lambda: (), grace_s=0)).size == 0

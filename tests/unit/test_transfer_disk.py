@@ -10,7 +10,7 @@ import trio
 from ollamad.core.ids import NodeId
 from ollamad.core.pieces import MIB
 from ollamad.core.state import Layer
-from ollamad.store.errors import BlobMissing, PieceCorrupt, StoreFull
+from ollamad.store.errors import BlobMissing, PieceCorrupt, PiecesRotten, StoreFull
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
 from ollamad.transfer.server import PieceServer
@@ -39,14 +39,23 @@ async def holder(network: Network, path: Path, name: NodeId) -> tuple[ModelStore
     """A node that has the blob and serves it."""
     store = await open_store(path / name)
     digest, piece_map = await store.put_bytes(CONTENT)
-    network.handle(name, pieces.METHOD, PieceServer(store, missing=BlobMissing).handle)
+    network.handle(
+        name, pieces.METHOD, PieceServer(store, network.lanes_of(name), missing=BlobMissing).handle
+    )
     layer = Layer("model", digest, piece_map.size, piece_map.piece_size, piece_map.root())
     return store, layer
 
 
 def fetcher_of(network: Network, store: ModelStore) -> Fetcher:
     randrange = random.Random(1).randrange
-    return Fetcher(network.peers_of(HERE), store, corrupt=PieceCorrupt, randrange=randrange)
+    return Fetcher(
+        network.peers_of(HERE),
+        network.lanes_of(HERE),
+        store,
+        corrupt=PieceCorrupt,
+        rotten=PiecesRotten,
+        randrange=randrange,
+    )
 
 
 def ignore(progress: FetchProgress) -> None:
@@ -59,7 +68,9 @@ async def test_a_blob_arrives_on_disk_and_is_served_on(network: Network, tmp_pat
     await fetcher_of(network, here).fetch_blob(layer, lambda: [A], ignore)
     assert here.blob_path(layer.digest).read_bytes() == CONTENT
     assert [path.suffix for path in sorted(here.blobs.iterdir())] == ["", ".pieces"]
-    network.handle(B, pieces.METHOD, PieceServer(here, missing=BlobMissing).handle)
+    network.handle(
+        B, pieces.METHOD, PieceServer(here, network.lanes_of(B), missing=BlobMissing).handle
+    )
     third = await open_store(tmp_path / "third")
     await fetcher_of(network, third).fetch_blob(layer, lambda: [B], ignore)
     assert third.blob_path(layer.digest).read_bytes() == CONTENT
@@ -100,9 +111,9 @@ async def test_a_receiver_that_is_restarted_never_asks_for_a_verified_piece(
     asked: list[int] = []
     request = pieces.FetcherSide.request
 
-    def remember(side: pieces.FetcherSide, index: int, length: int) -> bytes:
+    def remember(side: pieces.FetcherSide, index: int) -> bytes:
         asked.append(index)
-        return request(side, index, length)
+        return request(side, index)
 
     monkeypatch.setattr(pieces.FetcherSide, "request", remember)
     verified: set[int] = set()
@@ -146,12 +157,18 @@ async def test_two_nodes_that_fetch_at_once_give_each_other_pieces(
     left, right = await open_store(tmp_path / "left"), await open_store(tmp_path / "right")
     servers = {}
     for name, store in ((B, left), (HERE, right)):
-        servers[name] = PieceServer(store, missing=BlobMissing)
+        servers[name] = PieceServer(store, network.lanes_of(name), missing=BlobMissing)
         network.handle(name, pieces.METHOD, servers[name].handle)
     async with trio.open_nursery() as nursery:
         for name, store in ((B, left), (HERE, right)):
             others = [node for node in (A, B, HERE) if node != name]
-            fetcher = Fetcher(network.peers_of(name), store, corrupt=PieceCorrupt)
+            fetcher = Fetcher(
+                network.peers_of(name),
+                network.lanes_of(name),
+                store,
+                corrupt=PieceCorrupt,
+                rotten=PiecesRotten,
+            )
             nursery.start_soon(fetcher.fetch_blob, layer, lambda o=others: o, ignore)
     for store in (left, right):
         assert store.blob_path(layer.digest).read_bytes() == CONTENT

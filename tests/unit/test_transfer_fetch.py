@@ -1,7 +1,8 @@
 """Fetching over an in-memory network: lies, losses, resumption, several holders, ends."""
 
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import trio
@@ -10,17 +11,21 @@ import trio.testing
 from ollamad.core.ids import NodeId
 from ollamad.core.piece_picker import BAN_S, IDLE_S, STALL_S
 from ollamad.core.pieces import MIB, PieceMap
+from ollamad.core.spread import CLAIM_S
 from ollamad.core.state import Layer
-from ollamad.transfer.fetch import WRITE_AHEAD_BYTES, Fetcher, FetchFailed, FetchProgress
-from ollamad.transfer.server import SEND_TIMEOUT_S, PieceServer
-from ollamad.wire import pieces
+from ollamad.peers.bulk import ARRIVAL_TIMEOUT_S, SEND_TIMEOUT_S
+from ollamad.store.pieces import Region
+from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
+from ollamad.transfer.server import PieceServer
+from ollamad.wire import lane, pieces
+from tests.fakes.memory_streams import MemoryStream
 from tests.fakes.piece_nodes import (
     Corrupt,
     Full,
     MemoryStore,
-    MemoryStream,
     Missing,
     Network,
+    Rotten,
     layer_of,
 )
 
@@ -43,7 +48,9 @@ class Node:
         self.network = network
         self.name = name
         self.store = MemoryStore()
-        self.server = PieceServer(self.store, missing=Missing)
+        lanes = network.lanes_of(name)
+        randrange = random.Random(2).randrange
+        self.server = PieceServer(self.store, lanes, missing=Missing, randrange=randrange)
         self.reports: list[FetchProgress] = []
         network.handle(name, pieces.METHOD, self.server.handle)
         self.restart()
@@ -52,8 +59,10 @@ class Node:
         """A new process over the same disk."""
         self.fetcher = Fetcher(
             self.network.peers_of(self.name),
+            self.network.lanes_of(self.name),
             self.store,
             corrupt=Corrupt,
+            rotten=Rotten,
             randrange=random.Random(1).randrange,
         )
 
@@ -195,7 +204,7 @@ async def test_a_holder_dies_in_mid_piece_and_returns(
 
     async def die_once(message: bytes) -> bytes:
         nonlocal blocks
-        blocks += message[0] == pieces.BLOCK_TAG
+        blocks += message[0] == lane.BLOCK_TAG
         if blocks == 11:  # in the middle of the third piece
             blocks += 1
             network.kill(A)
@@ -268,7 +277,7 @@ async def test_resumption_reports_what_was_there(
     layer = sender.store.add(CONTENT)
     partial = await node.store.open_partial(layer.digest, layer_of(CONTENT)[1])
     for index in (0, PIECES - 1):
-        await partial.write_piece(index, CONTENT[index * MIB : (index + 1) * MIB])
+        partial.write_piece(index, CONTENT[index * MIB : (index + 1) * MIB])
     await node.fetch(layer, [A])
     assert node.reports[0].verified == MIB + 1000
     assert node.reports[-1] == FetchProgress(layer.size, layer.size - MIB - 1000, layer.size, A)
@@ -310,7 +319,7 @@ async def test_two_holders_with_different_pieces_make_one_blob(
     for holder, wanted in ((left, (0, 2, 4)), (right, (1, 3, 5))):
         partial = await holder.store.open_partial(layer.digest, piece_map)
         for index in wanted:
-            await partial.write_piece(index, CONTENT[index * MIB : (index + 1) * MIB])
+            partial.write_piece(index, CONTENT[index * MIB : (index + 1) * MIB])
     await node.fetch(layer, [A, B])
     assert content_of(node, layer) == CONTENT
     assert left.server.bytes_sent == 3 * MIB
@@ -325,7 +334,7 @@ async def test_pieces_travel_on_while_they_still_arrive(
     layer = origin.store.add(CONTENT)
 
     async def slowly(message: bytes) -> bytes:
-        await trio.sleep(1 if message[0] == pieces.BLOCK_TAG else 0)
+        await trio.sleep(1 if message[0] == lane.BLOCK_TAG else 0)
         return message
 
     network.hooks[A] = slowly
@@ -345,9 +354,9 @@ async def test_a_slow_holder_does_not_hold_up_the_end(
     received: list[bytes] = []
     receive = pieces.HolderSide.receive
 
-    def remember(side: pieces.HolderSide, data: bytes) -> None:
+    def remember(side: pieces.HolderSide, data: bytes) -> pieces.HolderEvent:
         received.append(data)
-        receive(side, data)
+        return receive(side, data)
 
     monkeypatch.setattr(pieces.HolderSide, "receive", remember)
     slow, quick, node = Node(network, A), Node(network, B), Node(network, HERE)
@@ -355,7 +364,7 @@ async def test_a_slow_holder_does_not_hold_up_the_end(
     quick.store.add(CONTENT)
 
     async def crawl(message: bytes) -> bytes:
-        await trio.sleep(10 if message[0] == pieces.BLOCK_TAG else 0)
+        await trio.sleep(10 if message[0] == lane.BLOCK_TAG else 0)
         return message
 
     network.hooks[A] = crawl
@@ -376,7 +385,7 @@ async def test_a_holder_that_falls_silent_is_left_and_its_pieces_asked_elsewhere
     other.store.add(CONTENT)
 
     async def fall_silent(message: bytes) -> bytes:
-        if message[0] == pieces.BLOCK_TAG:
+        if message[0] == lane.BLOCK_TAG:
             await trio.sleep_forever()
         return message
 
@@ -400,7 +409,7 @@ async def test_a_holder_that_fell_silent_once_is_asked_again(
 
     async def fall_silent_once(message: bytes) -> bytes:
         nonlocal silences
-        if message[0] == pieces.BLOCK_TAG and silences:
+        if message[0] == lane.BLOCK_TAG and silences:
             silences -= 1
             await trio.sleep_forever()
         return message
@@ -463,14 +472,14 @@ async def test_a_piece_that_a_holder_cannot_read_comes_from_another(
 
     async def on_a_broken_disk(digest: str) -> object:
         source = await open_source(digest)
-        read = source.read_piece
+        open_piece = source.open_piece
 
-        async def read_piece(index: int) -> bytes:
-            if index == 2:
-                raise RuntimeError("I/O error")
-            return await read(index)
+        @contextmanager
+        def open_it(index: int) -> Iterator[Region]:
+            with open_piece(index) as region:
+                yield Region(-1, 0, region.length) if index == 2 else region
 
-        monkeypatch.setattr(source, "read_piece", read_piece)
+        monkeypatch.setattr(source, "open_piece", open_it)
         return source
 
     monkeypatch.setattr(broken.store, "open_piece_source", on_a_broken_disk)
@@ -507,8 +516,7 @@ async def test_memory_is_bounded_when_the_disk_is_slow(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(node.fetch, layer, [A])
         await trio.sleep(STALL_S * 2)
-        # Those at the disk, and one complete behind them.
-        assert WRITE_AHEAD_BYTES < node.reports[-1].received <= WRITE_AHEAD_BYTES + MIB
+        assert node.reports[-1].received <= lane.BLOCK_SIZE  # in memory; the rest is in the link
         assert network.opened[A] == 1  # a slow disk here is not the holder's fault
         node.store.write_gate.set()
     assert content_of(node, layer) == content
@@ -518,22 +526,38 @@ async def test_memory_is_bounded_when_the_disk_is_slow(
 # The server alone.
 
 
-async def test_a_peer_that_stops_reading_costs_one_piece_and_is_dropped(
+async def test_a_peer_that_stops_reading_holds_nobody_up_for_long_and_is_dropped(
     network: Network, autojump_clock: trio.testing.MockClock
 ) -> None:
     sender, node = Node(network, A), Node(network, HERE)
     layer = sender.store.add(CONTENT)
-    opening = pieces.FetcherSide(layer.digest).opening()
-    async with network.exchange(B, A, pieces.METHOD, opening) as stream:
+    side = pieces.FetcherSide(layer.digest)
+    async with network.exchange(B, A, pieces.METHOD, side.opening()) as stream:
+        known = await stream.receive()
+        assert known is not None
+        ticket = side.receive(known).ticket  # type: ignore[union-attr]
+        await network.lanes_of(B).dial(A, ticket, {}, plain=False)
         for index in range(PIECES):
             await stream.send(pieces.encode(pieces.Request(index)))
         await trio.testing.wait_all_tasks_blocked()
         assert sender.server.bytes_sent <= 2 * MIB
-        await node.fetch(layer, [A])  # others are served meanwhile
-        assert trio.current_time() < 1
+        await node.fetch(layer, [A])  # others are served meanwhile, with what it claimed, too
+        assert trio.current_time() < CLAIM_S + 1
         assert not sender.store.sources[0].closed
         await trio.sleep(SEND_TIMEOUT_S + 1)
         assert sender.store.sources[0].closed
+
+
+async def test_a_fetcher_that_does_not_open_its_lane_is_dropped(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    sender = Node(network, A)
+    layer = sender.store.add(CONTENT)
+    opening = pieces.FetcherSide(layer.digest).opening()
+    async with network.exchange(B, A, pieces.METHOD, opening) as stream:
+        assert await stream.receive() is not None
+        assert await stream.receive() is None
+    assert trio.current_time() == pytest.approx(ARRIVAL_TIMEOUT_S)
 
 
 async def test_a_fetcher_that_breaks_the_protocol_is_told_and_dropped(
@@ -576,48 +600,32 @@ async def test_too_many_exchanges_are_refused_and_places_come_back(
     assert content_of(node, layer) == CONTENT
 
 
-async def test_memory_of_all_exchanges_together_is_bounded(
-    network: Network, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ollamad.transfer.server.MAX_HELD_BYTES", 2 * MIB)
-    sender, node = Node(network, A), Node(network, HERE)
-    layer = sender.store.add(CONTENT)
-    opening = pieces.FetcherSide(layer.digest).opening()
-    async with network.exchange(B, A, pieces.METHOD, opening):
-        await trio.testing.wait_all_tasks_blocked()
-        async with network.exchange(C, A, pieces.METHOD, opening):
-            await trio.testing.wait_all_tasks_blocked()
-            with pytest.raises(FetchFailed, match="memory"):
-                await node.fetch(layer, [A], give_up_after_s=5)
-    await node.fetch(layer, [A])
-    assert content_of(node, layer) == CONTENT
-
-
 async def test_a_cancelled_piece_stops_after_the_block_under_way(
     network: Network, autojump_clock: trio.testing.MockClock
 ) -> None:
-    sender = Node(network, A)
+    sender, other = Node(network, A), MemoryStore()
     layer = sender.store.add(CONTENT)
+    partial = await other.open_partial(layer.digest, layer_of(CONTENT)[1])
     side = pieces.FetcherSide(layer.digest)
 
     async def slowly(message: bytes) -> bytes:
-        await trio.sleep(1 if message[0] == pieces.BLOCK_TAG else 0)
+        await trio.sleep(1 if message[0] == lane.BLOCK_TAG else 0)
         return message
 
     network.hooks[A] = slowly
     async with network.exchange(B, A, pieces.METHOD, side.opening()) as stream:
-
-        async def next_event() -> pieces.FetcherEvent:
-            message = await stream.receive()
-            assert message is not None
-            return side.receive(message)
-
-        assert isinstance(await next_event(), pieces.PiecesKnown)
-        await stream.send(side.request(0, MIB))
-        assert await next_event() == pieces.BlockReceived(0, pieces.BLOCK_SIZE)
+        first = await stream.receive()
+        assert first is not None
+        known = side.receive(first)
+        assert isinstance(known, pieces.PiecesKnown)
+        sinks = {0: partial.begin_piece(0)}
+        receiving = await network.lanes_of(B).dial(A, known.ticket, sinks, plain=False)
+        await stream.send(side.request(0))
+        await trio.sleep(1.5)
         await stream.send(side.cancel(0))
-        assert await next_event() == pieces.BlockReceived(0, pieces.BLOCK_SIZE)
-        assert await next_event() == pieces.RequestEnded(0, "cancelled", 0.0)
+        ended = await receiving.receive()
+        assert ended == lane.RequestEnded(0, lane.EndCode.CANCELLED, 0.0)
+        assert receiving.received == 2 * lane.BLOCK_SIZE
 
 
 @pytest.mark.parametrize("seed", range(10))

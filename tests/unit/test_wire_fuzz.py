@@ -140,9 +140,9 @@ WORST: dict[str, tuple[Callable[[bytes], Any], bytes]] = {
         raftwire.decode,
         b"\x92\xdb" + (RAFT_SIZE - 10).to_bytes(4, "big") + b"a" * (RAFT_SIZE - 10),
     ),
-    "reject: a code of 1 MiB": (
+    "bye: a code of 1 MiB": (
         pieces.decode_holder_message,
-        b"\x93\xa6reject\x01\xdb" + (MIB - 50).to_bytes(4, "big") + b"a" * (MIB - 50),
+        b"\x92\xa3bye\xdb" + (MIB - 50).to_bytes(4, "big") + b"a" * (MIB - 50),
     ),
     "raft: a voter for every byte": (
         raftwire.decode_voters,
