@@ -253,6 +253,7 @@ class Daemon:
             engine=local_engine,
             peers=self._mesh,
             version=self._cluster.changes.next,
+            probe=self._cluster.heartbeats.probe,
             failover=settings.scheduler.failover,
             policy=parse_policy(settings.scheduler.policy),
             prefix_bound_s=parse_duration(settings.scheduler.prefix_bound),

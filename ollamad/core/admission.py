@@ -58,7 +58,7 @@ class Ticket:
     deadline: float = math.inf  # when it must have begun
     entered_at: float = 0.0
     number: int = 0  # in the order of arrival
-    counted: float = 0.0  # charged so far
+    counted: float = 0.0  # charged, and not settled yet
 
     def class_at(self, now: float) -> int:
         """Its priority, with what waiting has added."""
@@ -67,9 +67,15 @@ class Ticket:
 
 @dataclass(slots=True)
 class _Account:
-    counter: float = 0.0
+    counter: float = 0.0  # with what its running requests will probably take
+    running: float = 0.0  # that
     waiting: list[Ticket] = field(default_factory=list)
     usual_output: float = USUAL_OUTPUT
+
+    @property
+    def settled(self) -> float:
+        """What it got for sure."""
+        return self.counter - self.running
 
 
 class FairQueue:
@@ -95,8 +101,9 @@ class FairQueue:
         """Begin to wait."""
         account = self._account(ticket.identity)
         if not account.waiting:
-            active = [other.counter for other in self._accounts.values() if other.waiting]
-            account.counter = max(account.counter, min(active, default=self._level))
+            active = [other.settled for other in self._accounts.values() if other.waiting]
+            lift = min(active, default=self._level) - account.settled
+            account.counter += max(0.0, lift)
         ticket.entered_at = now
         ticket.number = self._numbers
         self._numbers += 1
@@ -120,21 +127,24 @@ class FairQueue:
         """Charge a request that begins."""
         account = self._account(ticket.identity)
         account.counter += ticket.cost
-        self._level = max(self._level, account.counter)
+        account.running += ticket.cost
         ticket.counted = ticket.cost
         if len(self._accounts) > MAX_IDLE_COUNTERS:
             self._forget_idle()
 
     def settle(self, ticket: Ticket, cost: float, output_tokens: int) -> None:
         """A request has ended, and this is what it took."""
+        self.refund(ticket)
         account = self._account(ticket.identity)
-        account.counter += cost - ticket.counted
-        ticket.counted = cost
+        account.counter += cost
+        self._level = max(self._level, account.settled)
         account.usual_output += 0.1 * (output_tokens - account.usual_output)
 
     def refund(self, ticket: Ticket) -> None:
-        """A request came to nothing."""
-        self._account(ticket.identity).counter -= ticket.counted
+        """A request came to nothing, or what it was charged is replaced by what it took."""
+        account = self._account(ticket.identity)
+        account.counter -= ticket.counted
+        account.running -= ticket.counted
         ticket.counted = 0.0
 
     def order(self, now: float) -> list[Ticket]:
@@ -182,7 +192,7 @@ class FairQueue:
         for identity in [
             identity
             for identity, account in self._accounts.items()
-            if not account.waiting and account.counter <= self._level
+            if not account.waiting and not account.running and account.counter <= self._level
         ]:
             del self._accounts[identity]
 

@@ -1,5 +1,9 @@
 """Who is there: what heartbeats told, and what follows from their absence.
 
+Silence makes a node suspect by phi-accrual (`core.suspicion`); who keeps the table then asks it,
+and has others ask. A node that nobody reaches is offline, and so is one that was silent for
+OFFLINE_AFTER_S and improbably long, whoever could be asked.
+
 Pure: the clock is an argument. Times are monotonic seconds of this node, except `Beat.sent_at`
 and what is shown to people, which are Unix seconds.
 """
@@ -12,11 +16,15 @@ from ollamad.core.ids import NodeId
 from ollamad.core.inference import LoadedModel
 from ollamad.core.measures import Demand
 from ollamad.core.prefix import PrefixNews
-from ollamad.core.speeds import Speed
+from ollamad.core.speeds import Speed, short_digest
+from ollamad.core.suspicion import CONVICT, SUSPECT, PhiAccrual
 
 BEAT_INTERVAL_S = 1.0
 # Three missed beats: a pause of the garbage collector or a busy disk is shorter.
 OFFLINE_AFTER_S = 3.2
+# A node that does not answer from here is not brought back by what others tell of it so long: the
+# way from here may be cut.
+UNREACHED_S = 30.0
 
 
 class Gpu(msgspec.Struct, frozen=True):
@@ -41,6 +49,26 @@ class Usage(msgspec.Struct, frozen=True):
     disk_free: int = 0  # bytes, where models are kept
 
 
+class ModelLoad(msgspec.Struct, frozen=True, array_like=True):
+    """How busy a model in memory is, in few bytes."""
+
+    model: str  # `short_digest`
+    slots: int
+    busy: int
+    queued: int
+    pending: int = 0  # tokens of prompts
+
+
+class Rumour(msgspec.Struct, frozen=True, array_like=True):
+    """What a node passes on of another one's beat: a sign of life, and what routing needs."""
+
+    node: str  # the first RUMOUR_ID_CHARS of its id
+    sent_at: float  # of the beat
+    loads: tuple[ModelLoad, ...] = ()
+    waiting: int = 0
+    leaving: bool = False
+
+
 class Beat(msgspec.Struct, frozen=True):
     """What a node tells every other node once a second."""
 
@@ -57,6 +85,7 @@ class Beat(msgspec.Struct, frozen=True):
     waiting: int = 0  # requests that wait there to be admitted
     demand: tuple[Demand, ...] = ()  # for models, by requests that came in there
     receive_rate: float = 0.0  # bytes/s of the last copies from peers; 0: not measured
+    heard: tuple[Rumour, ...] = ()  # of others, in clusters where not all tell all (core.gossip)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +99,10 @@ class Presence:
 
 @dataclass(slots=True)
 class _Heard:
-    at: float
     wall: float
     beat: Beat
+    signs: PhiAccrual
+    unreached_until: float = 0.0
 
 
 class PresenceTable:
@@ -84,19 +114,54 @@ class PresenceTable:
 
     def hear(self, node_id: NodeId, beat: Beat, now: float, wall: float) -> bool:
         """Note a beat; whether the node was offline before."""
-        self._heard[node_id] = _Heard(now, wall, beat)
-        if beat.leaving:
-            self._online.discard(node_id)
-            return False
-        came = node_id not in self._online
-        self._online.add(node_id)
-        return came
+        heard = self._heard.get(node_id)
+        if heard is None or node_id not in self._online:
+            # What it did before it was away says nothing of how steadily it beats now.
+            self._heard[node_id] = _Heard(wall, beat, PhiAccrual(BEAT_INTERVAL_S, now))
+        else:
+            heard.wall, heard.beat, heard.unreached_until = wall, beat, 0.0
+            heard.signs.hear(now)
+        return self._note(node_id, beat.leaving)
+
+    def hear_of(self, node_id: NodeId, rumour: Rumour, now: float, wall: float) -> bool | None:
+        """Note what another node tells of one; None if it is no news, else as `hear`."""
+        heard = self._heard.get(node_id)
+        if heard is None:
+            beat = Beat(0.0, Usage())
+            heard = self._heard[node_id] = _Heard(wall, beat, PhiAccrual(BEAT_INTERVAL_S, now))
+        elif rumour.sent_at <= heard.beat.sent_at or now < heard.unreached_until:
+            return None
+        heard.wall, heard.beat = wall, _told(heard.beat, rumour)
+        heard.signs.hear(now)
+        return self._note(node_id, rumour.leaving)
+
+    def reached(self, node_id: NodeId, now: float) -> None:
+        """It has answered a question."""
+        if node_id in self._online:
+            self._heard[node_id].signs.hear(now)
+
+    def suspects(self, now: float) -> list[NodeId]:
+        """The nodes that are silent for longer than is likely."""
+        return [n for n in self._online if self._heard[n].signs.phi(now) > SUSPECT]
 
     def sweep(self, now: float) -> list[NodeId]:
         """The nodes that fell silent since the last call; from now on they are offline."""
-        silent = [n for n in self._online if now - self._heard[n].at > OFFLINE_AFTER_S]
+        silent = [
+            node_id
+            for node_id in self._online
+            if now - (signs := self._heard[node_id].signs).last > OFFLINE_AFTER_S
+            and signs.phi(now) > CONVICT
+        ]
         self._online.difference_update(silent)
         return silent
+
+    def convict(self, node_id: NodeId, now: float) -> bool:
+        """It cannot be reached from here; whether that is news."""
+        if node_id not in self._online:
+            return False
+        self._online.discard(node_id)
+        self._heard[node_id].unreached_until = now + UNREACHED_S
+        return True
 
     def forget(self, node_id: NodeId) -> None:
         self._heard.pop(node_id, None)
@@ -108,3 +173,38 @@ class PresenceTable:
         if heard is None:
             return Presence(False, 0.0, Beat(0.0, Usage()))
         return Presence(node_id in self._online, heard.wall, heard.beat)
+
+    def _note(self, node_id: NodeId, leaving: bool) -> bool:
+        if leaving:
+            self._online.discard(node_id)
+            return False
+        came = node_id not in self._online
+        self._online.add(node_id)
+        return came
+
+
+def _told(beat: Beat, rumour: Rumour) -> Beat:
+    """A beat brought up to date by a rumour; what that does not tell stays."""
+    known = {short_digest(one.digest): one for one in beat.loaded}
+    loaded = []
+    for load in rumour.loads:
+        # Of a model that was loaded since its last beat the rest is told with the next one.
+        base = known.get(load.model) or LoadedModel(load.model, load.model, 0, 0, 0, 0.0)
+        loaded.append(
+            msgspec.structs.replace(base, slots=load.slots, busy=load.busy, queued=load.queued)
+        )
+    pending = {load.model: load.pending for load in rumour.loads}
+    speeds = {speed.model: speed for speed in beat.speeds}
+    for model in pending.keys() - speeds.keys():
+        speeds[model] = Speed(model)
+    return msgspec.structs.replace(
+        beat,
+        sent_at=rumour.sent_at,
+        loaded=tuple(loaded),
+        speeds=tuple(
+            msgspec.structs.replace(speed, pending=pending.get(speed.model, 0))
+            for speed in speeds.values()
+        ),
+        waiting=rumour.waiting,
+        leaving=rumour.leaving,
+    )

@@ -282,7 +282,7 @@ class Fleet:
                 if cost < least:
                     found, with_blocks, least = here, blocks, cost
             if nodes.bit_count() <= FEW:
-                for number in bits(nodes):
+                for number in _rotated(nodes, pick, FEW):
                     cost = waits[number] + uncached / rates[number]
                     if cost < least:
                         found, with_blocks, least = number, blocks, cost

@@ -17,6 +17,10 @@ MAX_TOLD = 8  # models whose speeds a beat tells, the last used first
 DIGEST_CHARS = 12  # of a model's digest, enough to tell the models of a cluster apart
 S = 1e9  # nanoseconds
 
+MAX_RATE = 1e7  # tokens a second
+MAX_S = 3600.0
+MAX_PENDING = 100_000_000  # tokens
+
 # Until something was measured: a small model on an old CPU, so that nobody is driven away.
 PREFILL_RATE = 200.0
 BYTES_PER_TOKEN = 4.0
@@ -40,6 +44,23 @@ class Speed(msgspec.Struct, frozen=True, array_like=True):
 def short_digest(digest: str) -> str:
     """What stands for a model in beats."""
     return digest.removeprefix("sha256:")[:DIGEST_CHARS]
+
+
+def believable(speed: Speed) -> Speed:
+    """What another node told, without figures that no node can have: as if not measured."""
+    return Speed(
+        speed.model,
+        min(MAX_PENDING, max(0, speed.pending)),
+        _within(speed.prefill, 1.0, MAX_RATE),
+        _within(speed.decode, 0.01, MAX_RATE),
+        _within(speed.service_s, 0.001, MAX_S),
+        _within(speed.load_s, 0.001, MAX_S),
+        _within(speed.bytes_per_token, 0.1, 100.0),
+    )
+
+
+def _within(value: float, least: float, most: float) -> float:
+    return value if least <= value <= most else 0.0
 
 
 class Speedometer:

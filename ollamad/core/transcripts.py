@@ -61,11 +61,6 @@ class Transcript:
     ended_at: float | None = None  # None while it runs
     is_taken: bool = False  # somebody goes on with it: the generation is to end
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is missing."""
-        return bool(self.events) and isinstance(self.events[-1], Finished)
-
 
 class Transcripts:
     """The answers that this node gave last, by the ids of their requests."""

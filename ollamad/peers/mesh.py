@@ -48,6 +48,8 @@ class Mesh:
         self._version = version
         self._address_of = address_of
         self.on_turned_away: Callable[[NodeId, Departed], None] = lambda peer, departed: None
+        # Told when a link that was dialled has ended, whoever ended it.
+        self.on_link_lost: Callable[[NodeId], None] = lambda peer: None
         self._handlers: dict[str, Handler] = {}
         self._links: dict[tuple[NodeId, bool], Link] = {}
         self._dialling: dict[tuple[NodeId, bool], trio.Lock] = {}
@@ -228,6 +230,8 @@ class Mesh:
             self._outbound.discard(link)
             for key in [key for key, kept in self._links.items() if kept is link]:
                 del self._links[key]
+            if started.done:
+                self.on_link_lost(link.peer)
 
 
 class _Inbound:

@@ -54,13 +54,11 @@ class Admitted:
         self._ticket = ticket
         self._model = model
         self._is_placed = False
-        self._is_settled = False
 
     def close(self) -> None:
         """It is over, however it ended; what it was charged for and did not get is given back."""
         self.placed()
-        if not self._is_settled:
-            self._control.queue.refund(self._ticket)
+        self._control.queue.refund(self._ticket)
 
     def placed(self) -> None:
         """It was sent to a node, and counts there from now on."""
@@ -70,7 +68,6 @@ class Admitted:
 
     def spent(self, prompt_tokens: float, output_tokens: int) -> None:
         """What it took in the end."""
-        self._is_settled = True
         cost = prompt_tokens + OUTPUT_WEIGHT * output_tokens
         self._control.queue.settle(self._ticket, cost, output_tokens)
 

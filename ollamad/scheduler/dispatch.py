@@ -64,7 +64,7 @@ SILENCE_S = 1.0
 USUAL_DRAIN_TIMEOUT_S = 60.0
 USUAL_MAX_WAITING = 512  # Ollama's default
 
-Probe = Callable[[NodeId], Awaitable[None]]
+Probe = Callable[[NodeId], Awaitable[object]]
 
 
 class Engine(Protocol):
@@ -210,7 +210,7 @@ class Dispatcher:
                 self._outstanding -= 1
                 self._relays.discard(relay)
                 await relay.aclose()
-                if admitted is not None and relay.spent_tokens:
+                if admitted is not None and relay.has_begun:
                     admitted.spent(tokens, relay.spent_tokens)
 
     async def embed(

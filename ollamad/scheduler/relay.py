@@ -91,6 +91,7 @@ class Relay:
         self.first_place: Place | None = None  # in the queue, if it waited
         self.waited_s = 0.0
         self.heard_at = trio.current_time()
+        self.has_begun = False  # some node has evaluated the prompt
         self.output_tokens = 0  # known at the end
         self.skip = 0  # tokens that the client has already, and that are generated once more
         self._nodes = nodes
@@ -257,6 +258,7 @@ class Relay:
             await attempt.aclose()
             return first
         sending.begun()
+        self.has_begun = True
         self._first = first
         return None
 

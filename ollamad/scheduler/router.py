@@ -34,6 +34,7 @@ from ollamad.core.speeds import (
     SERVICE_S,
     Speed,
     Speedometer,
+    believable,
     short_digest,
 )
 from ollamad.core.state import ClusterState, Model
@@ -41,9 +42,6 @@ from ollamad.core.state import ClusterState, Model
 USUAL_CONTEXT = 4096  # tokens, where a request does not say: for whether a model fits
 LOADED_MARGIN = 64 << 20  # bytes a runner takes beside weights and cache
 USUAL_KV_BYTES = 32 << 10  # a token, for files that do not tell
-# Bounds of what beats may tell, so that one odd number spoils no comparison.
-MAX_S = 3600.0
-MAX_PENDING = 1e8  # tokens
 NEWS_INTERVAL_S = 0.5  # beats go to each peer by itself; all of one round tell the same
 
 
@@ -315,11 +313,13 @@ class Router:
         member = self._state().members[node_id]
         presence = self._presence(node_id)
         beat = presence.beat
-        loaded = next((one for one in beat.loaded if one.digest == model.digest), None)
         short = short_digest(model.digest)
+        loaded = next((one for one in beat.loaded if short_digest(one.digest) == short), None)
         speed = next((one for one in beat.speeds if one.model == short), None)
-        if speed is not None and speed.prefill:
-            self._typical[short] = speed
+        if speed is not None:
+            speed = believable(speed)
+            if speed.prefill:
+                self._typical[short] = speed
         speed = self._speed_of(model.digest, speed)
         told = loaded.busy + loaded.queued if loaded is not None else 0
         requests, tokens = told, float(speed.pending)
@@ -342,13 +342,10 @@ class Router:
             fits=loaded is not None or _memory_free(beat) >= _needed(model),
             slots=max(1, loaded.slots) if loaded is not None else self._slots,
             in_use=max(0, requests),
-            pending=min(MAX_PENDING, max(0.0, tokens)),
-            prefill=max(1.0, speed.prefill or PREFILL_RATE),
-            service_s=min(MAX_S, max(0.001, speed.service_s or SERVICE_S)),
-            load_s=min(
-                MAX_S,
-                max(0.0, speed.load_s or model.size / LOAD_BYTES_PER_S + LOAD_OVERHEAD_S),
-            ),
+            pending=tokens,
+            prefill=speed.prefill or PREFILL_RATE,
+            service_s=speed.service_s or SERVICE_S,
+            load_s=speed.load_s or model.size / LOAD_BYTES_PER_S + LOAD_OVERHEAD_S,
         )
 
     def _speed_of(self, digest: str, speed: Speed | None) -> Speed:

@@ -67,13 +67,13 @@ def test_shares_are_of_tokens_not_of_requests() -> None:
 
 def test_what_a_request_took_in_the_end_counts() -> None:
     queue = FairQueue()
-    first = enter(queue, "a")
-    enter(queue, "b")
-    assert served(queue) == "ab"
-    queue.settle(first, 1000.0, 450)
-    for _ in range(3):
-        enter(queue, "b")
+    for _ in range(4):
         enter(queue, "a")
+        enter(queue, "b")
+    for cost, output in ((1000.0, 450), (100.0, 40)):
+        ticket = queue.next(0.0, always)
+        assert ticket is not None
+        queue.settle(ticket, cost, output)
     assert served(queue) == "bbbaaa"
     assert queue.expected_cost("a", 10, None) > queue.expected_cost("b", 10, None)
 
@@ -87,11 +87,25 @@ def test_what_came_to_nothing_is_given_back() -> None:
     assert queue.counter("a") == 0.0
 
 
+def test_a_newcomer_is_not_charged_for_what_others_only_began() -> None:
+    """Running requests are charged at once; who comes now is lifted to what is settled only."""
+    queue = FairQueue()
+    running = [enter(queue, "a", cost=500.0) for _ in range(2)]
+    served(queue)
+    for _ in range(3):
+        enter(queue, "a")
+        enter(queue, "b")
+    for ticket in running:
+        queue.settle(ticket, 10.0, 5)
+    assert served(queue) == "bababa" or served(queue).startswith("b")
+
+
 def test_who_was_idle_has_saved_nothing_up() -> None:
     queue = FairQueue()
     for _ in range(10):
-        enter(queue, "a")
-    assert served(queue) == "a" * 10
+        ticket = enter(queue, "a")
+        assert served(queue) == "a"
+        queue.settle(ticket, 100.0, 50)
     for _ in range(4):
         enter(queue, "a")
     for _ in range(4):
@@ -154,8 +168,9 @@ def test_expected_costs_are_bounded_by_the_request() -> None:
 def test_identities_that_come_once_are_forgotten() -> None:
     queue = FairQueue()
     for number in range(5 * MAX_IDLE_COUNTERS):
-        enter(queue, f"passer-by {number}", cost=1.0)
+        ticket = enter(queue, f"passer-by {number}", cost=1.0)
         served(queue)
+        queue.settle(ticket, 2.0, 1)
     assert len(queue._accounts) <= MAX_IDLE_COUNTERS + 1
 
 

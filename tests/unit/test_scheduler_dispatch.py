@@ -93,9 +93,13 @@ class World:
             return serving.node_id, await drain(serving)
 
     async def fails(self, request: GenerateRequest = ASK) -> Failed:
+        failure = await self.refused(request)
+        assert self.a.dispatcher.outstanding() == 0
+        return failure
+
+    async def refused(self, request: GenerateRequest = ASK) -> Failed:
         with pytest.raises(InferenceError) as caught:
             await self.ask(request)
-        assert self.a.dispatcher.outstanding() == 0
         return caught.value.failure
 
 

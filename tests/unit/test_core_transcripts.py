@@ -1,0 +1,116 @@
+"""Answers that are kept for a client whose entry node died."""
+
+import msgspec
+import pytest
+
+from ollamad.core.inference import (
+    Chunk,
+    Event,
+    Failed,
+    Finished,
+    GenerateRequest,
+    InferenceError,
+    Options,
+    Thought,
+)
+from ollamad.core.transcripts import (
+    KEPT_S,
+    MAX_BYTES,
+    MAX_TRANSCRIPTS,
+    Resume,
+    Transcripts,
+    fingerprint_of,
+    seed_of,
+)
+
+ASK = GenerateRequest("m", "hello", request_id="r1", fingerprint="f")
+EVENTS: list[Event] = [Chunk("a", (1,)), Chunk("bc", (2, 3)), Chunk("d", (4,)), Finished("stop")]
+
+
+def named(number: int) -> GenerateRequest:
+    return msgspec.structs.replace(ASK, request_id=f"r{number}")
+
+
+def test_what_was_said_is_kept_for_a_minute_after_its_end() -> None:
+    kept = Transcripts()
+    transcript = kept.begin(ASK, 0.0)
+    for event in EVENTS:
+        kept.add(transcript, event)
+    assert kept.find("r1", 500.0) is transcript, "it still runs"
+    kept.end(transcript, 500.0)
+    found = kept.find("r1", 500.0 + KEPT_S)
+    assert found is transcript
+    assert found.events == EVENTS
+    assert kept.find("r1", 500.1 + KEPT_S) is None
+    assert kept._size == 0
+
+
+def test_a_failure_is_no_part_of_it() -> None:
+    kept = Transcripts()
+    transcript = kept.begin(ASK, 0.0)
+    kept.add(transcript, EVENTS[0])
+    kept.add(transcript, Failed("NODE_LOST", "gone"))
+    assert transcript.events == EVENTS[:1]
+
+
+def test_an_answer_that_goes_on_here_begins_with_what_was_said_elsewhere() -> None:
+    kept = Transcripts()
+    request = msgspec.structs.replace(ASK, resume=(1, 2, 3), resumed_text="abc")
+    transcript = kept.begin(request, 0.0)
+    kept.add(transcript, EVENTS[2])
+    assert transcript.events == [Chunk("abc", (1, 2, 3)), EVENTS[2]]
+
+
+def test_the_oldest_that_ended_give_way() -> None:
+    kept = Transcripts()
+    running = kept.begin(named(0), 0.0)
+    for number in range(1, MAX_TRANSCRIPTS + 50):
+        kept.end(kept.begin(named(number), 0.0), 0.0)
+    assert len(kept) <= MAX_TRANSCRIPTS + 1
+    assert kept.find("r0", 0.0) is running
+    assert kept.find("r1", 0.0) is None
+    assert kept.find(f"r{MAX_TRANSCRIPTS + 49}", 0.0) is not None
+
+
+def test_long_answers_give_way_by_their_size() -> None:
+    kept = Transcripts()
+    text = "x" * (MAX_BYTES // 10)
+    for number in range(30):
+        transcript = kept.begin(named(number), 0.0)
+        kept.add(transcript, Chunk(text, (1,)))
+        kept.end(transcript, 0.0)
+    assert kept._size <= MAX_BYTES
+
+
+def test_a_request_is_the_same_whatever_node_it_comes_through() -> None:
+    same = msgspec.structs.replace(
+        ASK, failover="replay", resume=(1,), resumed_text="a", keep_alive_s=5.0, default_seed=9
+    )
+    assert fingerprint_of(same, "ada") == fingerprint_of(ASK, "ada")
+    assert fingerprint_of(ASK, "bob") != fingerprint_of(ASK, "ada")
+    for other in (
+        msgspec.structs.replace(ASK, prompt="other"),
+        msgspec.structs.replace(ASK, options=Options(seed=1)),
+        msgspec.structs.replace(ASK, digest="sha256:other"),
+    ):
+        assert fingerprint_of(other, "ada") != fingerprint_of(ASK, "ada")
+
+
+def test_seeds_follow_from_the_name() -> None:
+    assert seed_of("r1") == seed_of("r1") != seed_of("r2")
+    assert 0 <= seed_of("r1") < 1 << 31
+
+
+@pytest.mark.parametrize(("position", "known"), [(0, 0), (1, 1), (3, 2), (4, 3)])
+def test_where_a_client_stands(position: int, known: int) -> None:
+    assert Resume(position).known(EVENTS) == known
+
+
+@pytest.mark.parametrize(
+    ("position", "events"),
+    [(2, EVENTS), (9, EVENTS), (1, [Thought("hm"), *EVENTS])],
+)
+def test_where_no_client_can_stand(position: int, events: list[Event]) -> None:
+    with pytest.raises(InferenceError) as caught:
+        Resume(position).known(events)
+    assert (caught.value.failure.code, caught.value.failure.status) == ("RESUME_MISMATCH", 409)

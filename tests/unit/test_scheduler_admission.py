@@ -1,0 +1,327 @@
+"""Who is let in and who waits, on virtual time: places, shares, deadlines, leaving."""
+
+import math
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from ollamad.core.admission import Asker, Place
+from ollamad.core.inference import Chunk, Finished, GenerateRequest, InferenceError
+from ollamad.core.prefix import prompt_of
+from ollamad.core.presence import Beat, Presence, Usage
+from ollamad.core.routing import BEYOND_SLOTS
+from ollamad.core.speeds import Speed, short_digest
+from tests.fakes.engines import drain
+from tests.fakes.peer_net import PeerNet
+from tests.unit.test_scheduler_dispatch import ASK, DONE, EMBED_ASK, A, B, C, World
+
+ROOM = 1 + BEYOND_SLOTS  # of the one node that has the model here
+
+
+@pytest.fixture
+async def world(nursery: trio.Nursery) -> AsyncIterator[World]:
+    world = World(PeerNet(nursery))
+    await world.start()
+    world.hold(B)
+    nursery.start_soon(world.a.dispatcher.run)
+    yield world
+    await wait_all_tasks_blocked()
+    control = world.a.dispatcher.admission
+    assert control.waiting == 0
+    assert len(control.queue) == 0
+    assert not control._reserved
+    assert not control._waiting_for
+    assert world.a.dispatcher.outstanding() == 0
+    nursery.cancel_scope.cancel()
+
+
+class Client:
+    """A request of somebody that runs until it is told to end."""
+
+    def __init__(
+        self, world: World, nursery: trio.Nursery, identity: str = "", **how: float
+    ) -> None:
+        self.identity = identity
+        self.places: list[Place] = []
+        self.running = trio.Event()
+        self.failure = ""
+        self.scope = trio.CancelScope()
+        self._end = trio.Event()
+        self._world = world
+        self._asker = Asker(identity, on_wait=self._wait, **how)  # type: ignore[arg-type]
+        nursery.start_soon(self._run)
+
+    async def _wait(self, place: Place) -> None:
+        self.places.append(place)
+
+    async def _run(self) -> None:
+        with self.scope:
+            try:
+                async with self._world.a.dispatcher.generate(ASK, self._asker):
+                    self.running.set()
+                    await self._end.wait()
+            except InferenceError as error:
+                self.failure = error.failure.code
+
+    async def end(self) -> None:
+        self._end.set()
+        await wait_all_tasks_blocked()
+
+    @property
+    def is_running(self) -> bool:
+        return self.running.is_set()
+
+
+async def clients(world: World, nursery: trio.Nursery, *identities: str) -> list[Client]:
+    made = []
+    for identity in identities:
+        made.append(Client(world, nursery, identity))
+        await wait_all_tasks_blocked()
+    return made
+
+
+@pytest.fixture(autouse=True)
+def hang(world: World) -> None:
+    world.b.engine.hang_after = 1
+
+
+async def test_there_is_room_for_the_slots_and_one_more(
+    world: World, nursery: trio.Nursery
+) -> None:
+    made = await clients(world, nursery, *"a" * (ROOM + 2))
+    assert [each.is_running for each in made] == [True] * ROOM + [False] * 2
+    assert [each.places[0].position for each in made[ROOM:]] == [1, 2]
+    assert made[-1].places[0].estimate_s == 2 * made[ROOM].places[0].estimate_s > 0
+    assert world.a.dispatcher.admission.waiting == 2
+    await made[0].end()
+    assert [each.is_running for each in made] == [True] * (ROOM + 1) + [False]
+    for each in made:
+        await each.end()
+    assert all(each.is_running for each in made)
+
+
+async def test_shares_are_fair_between_identities(world: World, nursery: trio.Nursery) -> None:
+    running = await clients(world, nursery, *"a" * ROOM)
+    waiting = await clients(world, nursery, *"aaaabb")
+    order = ""
+    while running:
+        await running.pop(0).end()  # the one that runs for longest
+        for each in [one for one in waiting if one.is_running]:
+            order += each.identity
+            running.append(each)
+            waiting.remove(each)
+    assert order[:4].count("b") == 2, "who asked for little is not held up by who asked for much"
+
+
+async def test_who_goes_away_leaves_the_queue_at_once(world: World, nursery: trio.Nursery) -> None:
+    made = await clients(world, nursery, *"a" * (ROOM + 3))
+    made[ROOM].scope.cancel()
+    await wait_all_tasks_blocked()
+    assert world.a.dispatcher.admission.waiting == 2
+    await made[0].end()
+    assert made[ROOM + 1].is_running
+    for each in made:
+        await each.end()
+
+
+async def test_places_are_told_anew_while_the_queue_moves(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    made = await clients(world, nursery, *"a" * (ROOM + 2))
+    last = made[-1]
+    await trio.sleep(2.5)
+    assert [place.position for place in last.places] == [2] * len(last.places)
+    assert 3 <= len(last.places) <= 4
+    await made[0].end()
+    await trio.sleep(1.5)
+    assert last.places[-1].position == 1
+    for each in made:
+        await each.end()
+
+
+async def test_a_deadline_ends_the_wait(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    made = await clients(world, nursery, *"a" * ROOM)
+    begun = trio.current_time()
+    late = Client(world, nursery, "a", deadline_s=2.0)
+    await trio.sleep(2.1)
+    assert late.failure == "DEADLINE_PASSED"
+    assert trio.current_time() - begun < 2.2
+    for each in made:
+        await each.end()
+
+
+async def test_priorities_go_first(world: World, nursery: trio.Nursery) -> None:
+    made = await clients(world, nursery, *"a" * ROOM)
+    low = Client(world, nursery, "a", priority=-1)
+    await wait_all_tasks_blocked()
+    high = Client(world, nursery, "a", priority=1)
+    await wait_all_tasks_blocked()
+    await made[0].end()
+    assert (high.is_running, low.is_running) == (True, False)
+    for each in [*made, high, low]:
+        await each.end()
+
+
+async def test_a_full_queue_refuses_and_says_when_to_come_back(
+    world: World, nursery: trio.Nursery
+) -> None:
+    world.a.dispatcher.admission._max_waiting = 2
+    made = await clients(world, nursery, *"a" * (ROOM + 2))
+    failure = await world.refused()
+    assert (failure.code, failure.status) == ("QUEUE_FULL", 503)
+    assert failure.message.startswith("server busy, please try again.")
+    retry_s = failure.details["retry_after_s"]
+    assert isinstance(retry_s, int)
+    assert 1 <= retry_s <= 600
+    with pytest.raises(InferenceError, match="server busy"):
+        await world.a.dispatcher.embed(EMBED_ASK)
+    for each in made:
+        await each.end()
+
+
+async def test_what_waits_at_other_entry_nodes_counts(world: World, nursery: trio.Nursery) -> None:
+    world.a.dispatcher.admission._max_waiting = 3
+    world.presences[C] = telling(world.presence(), waiting=2)
+    made = await clients(world, nursery, *"a" * (ROOM + 1))
+    assert (await world.refused()).code == "QUEUE_FULL"
+    for each in made:
+        await each.end()
+
+
+def telling(presence: Presence, **fields: object) -> Presence:
+    """That presence with something else in its beat."""
+    return Presence(True, 1.0, msgspec.structs.replace(presence.beat, **fields))
+
+
+async def test_room_that_others_gave_back_is_found_in_beats(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    world.load(B, busy=5)
+    [waiting] = await clients(world, nursery, "a")
+    assert not waiting.is_running
+    world.load(B, busy=0)
+    world.a.dispatcher.hear(B, Beat(2.0, Usage()))
+    await wait_all_tasks_blocked()
+    assert waiting.is_running
+    await waiting.end()
+
+
+async def test_where_nobody_could_serve_nobody_waits(world: World) -> None:
+    world.presences[B] = world.presence(online=False)
+    assert (await world.refused()).code == "NO_REPLICA"
+
+
+async def test_loading_a_model_waits_for_nobody(world: World, nursery: trio.Nursery) -> None:
+    made = await clients(world, nursery, *"a" * ROOM)
+    world.b.engine.hang_after = None
+    world.b.engine.script = [Finished("load")]
+    assert (await world.ask(msgspec.structs.replace(ASK, prompt="")))[1] == [Finished("load")]
+    for each in made:
+        await each.end()
+
+
+# Routing as a request meets it.
+
+
+def turn(*texts: str) -> GenerateRequest:
+    return msgspec.structs.replace(ASK, prompt="".join(texts))
+
+
+async def test_a_conversation_stays_where_its_cache_is(world: World) -> None:
+    world.hold(B, C)
+    world.load(B, slots=4)
+    world.load(C, slots=4)
+    for node in (world.b, world.c):
+        node.engine.hang_after = None
+    history = "x" * 2000
+    first = (await world.ask(turn(history)))[0]
+    for _ in range(6):
+        history += "y" * 300
+        assert (await world.ask(turn(history)))[0] == first
+    homes = {(await world.ask(turn(letter * 3000)))[0] for letter in "abcdefgh"}
+    assert homes == {B, C}, "others are free to go elsewhere"
+
+
+async def test_beats_tell_other_entry_nodes_of_caches(world: World) -> None:
+    world.hold(B, C)
+    world.load(B, slots=4)
+    world.load(C, slots=4)
+    world.b.engine.hang_after = world.c.engine.hang_after = None
+    history = "x" * 4000
+    home = (await world.ask(turn(history)))[0]
+    server = world.b if home == B else world.c
+    news = server.dispatcher.router.news(world.presences[home].beat.loaded)
+    assert news.count >= 20
+    other = world.c if home == B else world.b
+    beat = msgspec.structs.replace(world.presences[home].beat, sent_at=9.0, prefixes=news)
+    other.dispatcher.hear(home, beat)
+    row = next(row for row in other.dispatcher.explain(turn(history)).scores if row.node_id == home)
+    assert row.cached == 1.0
+    assert row.chosen
+
+
+async def test_the_answer_is_part_of_what_a_chat_finds_again(world: World) -> None:
+    world.hold(B)
+    world.b.engine.hang_after = None
+    world.b.engine.script = [Chunk("answer " * 100, (1,)), Finished("stop", eval_count=1)]
+    await world.ask(turn("x" * 2000))
+    prompt = prompt_of(turn("x" * 2000, "answer " * 100), world.model.digest)
+    cache = world.b.dispatcher.router._cache
+    assert cache.covered(world.model.digest, prompt) == 1.0
+
+
+async def test_explaining_runs_nothing_and_tells_everybody(world: World) -> None:
+    world.hold(A, B, C)
+    world.presences[C] = world.presence(online=False)
+    told = world.a.dispatcher.explain(ASK)
+    assert {row.node_id: row.why_not for row in told.scores} == {A: "", B: "", C: "offline"}
+    assert told.chosen == B
+    assert world.b.engine.requests == []
+    with pytest.raises(InferenceError):
+        world.a.dispatcher.explain(msgspec.structs.replace(ASK, model="nope"))
+
+
+async def test_the_scores_of_the_decision_come_on_request(world: World) -> None:
+    world.b.engine.hang_after = None
+    async with world.a.dispatcher.generate(ASK, Asker(wants_scores=True)) as relay:
+        assert relay.explanation is not None
+        assert relay.explanation.chosen == relay.node_id == B
+        await drain(relay)
+    async with world.a.dispatcher.generate(ASK) as relay:
+        assert relay.explanation is None
+        assert await drain(relay) == DONE
+
+
+async def test_measured_speeds_are_told_and_believed(world: World) -> None:
+    world.b.engine.hang_after = None
+    world.b.engine.script = [
+        Chunk("a", (1,)),
+        Finished(
+            "stop",
+            prompt_eval_count=1000,
+            prompt_eval_duration=2_000_000_000,
+            eval_count=100,
+            eval_duration=4_000_000_000,
+        ),
+    ]
+    await world.ask(turn("x" * 3000))
+    [speed] = world.b.dispatcher.router.speeds()
+    assert (speed.prefill, speed.decode, speed.service_s) == (500.0, 25.0, 6.0)
+    assert speed.bytes_per_token == pytest.approx(3.0, abs=0.05)
+    world.presences[B] = telling(world.presences[B], sent_at=7.0, speeds=(speed,))
+    told = world.a.dispatcher.explain(turn("x" * 3000))
+    assert told.scores[0].prefill_rate == 500.0
+    assert told.prompt_tokens == pytest.approx(1000, abs=10)
+
+
+@pytest.mark.parametrize("odd", [0.0, -5.0, math.nan, math.inf])
+async def test_odd_figures_of_a_beat_spoil_no_decision(world: World, odd: float) -> None:
+    world.b.engine.hang_after = None
+    speed = Speed(short_digest(world.model.digest), -7, odd, odd, odd, odd, odd)
+    world.presences[B] = telling(world.presences[B], sent_at=7.0, speeds=(speed,))
+    assert (await world.ask())[0] == B

@@ -1,0 +1,195 @@
+"""A client whose entry node died asks another one for the rest of its answer."""
+
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from ollamad.core.admission import Asker
+from ollamad.core.inference import Chunk, Event, Failed, Finished, GenerateRequest, InferenceError
+from ollamad.core.transcripts import KEPT_S, Resume
+from ollamad.scheduler.relay import Relay
+from tests.fakes.engines import drain
+from tests.fakes.peer_net import PeerNet
+from tests.unit.test_scheduler_dispatch import B, C, Node, World
+from tests.unit.test_scheduler_failover import ASK, end_of, text_of, writes_on
+
+NAMED = msgspec.structs.replace(ASK, request_id="r1", default_seed=-1)
+ADA = Asker("ada")
+
+
+@pytest.fixture
+async def world(nursery: trio.Nursery) -> AsyncIterator[World]:
+    world = World(PeerNet(nursery))
+    await world.start()
+    for node in (world.a, world.b, world.c):
+        node.engine.script_for = writes_on
+    yield world
+    await wait_all_tasks_blocked()
+    for node in (world.a, world.b, world.c):
+        assert node.engine.running == 0
+        assert node.dispatcher.outstanding() == 0
+
+
+async def ask(
+    node: Node,
+    request: GenerateRequest = NAMED,
+    *,
+    resume: Resume | None = None,
+    asker: Asker = ADA,
+    only: int | None = None,
+) -> tuple[Relay, list[Event]]:
+    """The events of an answer, or the first few; then the client is gone."""
+    async with node.dispatcher.generate(request, asker, resume) as relay:
+        if only is None:
+            return relay, await drain(relay)
+        return relay, [await relay.receive() for _ in range(only)]
+
+
+async def refusal(node: Node, request: GenerateRequest = NAMED, **how: object) -> Failed:
+    with pytest.raises(InferenceError) as caught:
+        await ask(node, request, **how)  # type: ignore[arg-type]
+    return caught.value.failure
+
+
+async def test_the_rest_comes_through_another_entry_node(world: World) -> None:
+    """B serves, A is the entry and dies after three tokens; the client goes on at C."""
+    world.b.engine.hang_after = 3
+    await ask(world.a, only=3)
+    world.b.engine.hang_after = None
+    relay, events = await ask(world.c, resume=Resume(3))
+    assert text_of(events) == "def"
+    end = end_of(events)
+    assert end.eval_count == 6
+    assert end.failovers[0].reason == "ENTRY_LOST"
+    assert relay.node_id in (B, C)
+
+
+async def test_what_the_client_lacks_of_what_was_said_is_told_again(world: World) -> None:
+    world.b.engine.hang_after = 5
+    await ask(world.a, only=5)
+    world.b.engine.hang_after = None
+    assert text_of((await ask(world.c, resume=Resume(2)))[1]) == "cdef"
+
+
+async def test_a_whole_answer_is_told_again_without_being_made_again(world: World) -> None:
+    await ask(world.a)
+    [made] = world.b.engine.requests
+    for resume, text in (
+        (None, "abcdef"),
+        (Resume(0), "abcdef"),
+        (Resume(4), "ef"),
+        (Resume(6), ""),
+    ):
+        relay, events = await ask(world.c, resume=resume)
+        assert text_of(events) == text
+        assert end_of(events).reason == "stop"
+        assert relay.node_id == B
+    assert world.b.engine.requests == [made]
+    assert world.c.engine.requests == []
+
+
+async def test_a_generation_that_still_runs_is_ended_where_it_runs(world: World) -> None:
+    """The client lost its connection; the entry node has not noticed yet."""
+    world.b.engine.hang_after = None
+    async with world.a.dispatcher.generate(NAMED, ADA) as relay:
+        first = [await relay.receive() for _ in range(2)]
+        _, events = await ask(world.c, resume=Resume(2))
+        assert text_of(first) + text_of(events) == "abcdef"
+        rest = await drain(relay)
+    assert isinstance(rest[-1], Failed | Finished)
+
+
+async def test_when_the_serving_node_died_too_it_is_made_again_with_the_same_seed(
+    world: World,
+) -> None:
+    await ask(world.a, only=3)
+    world.net.down.add(B)
+    world.net.cut(B)
+    world.presences[B] = world.presence(online=False)
+    relay, events = await ask(world.c, resume=Resume(3, "abc"))
+    assert text_of(events) == "def"
+    assert relay.node_id == C
+    first, again = world.b.engine.requests[0], world.c.engine.requests[0]
+    assert isinstance(first, GenerateRequest)
+    assert isinstance(again, GenerateRequest)
+    assert first.default_seed == again.default_seed >= 0
+    assert again.resume == ()
+
+
+async def test_without_the_text_it_is_counted(world: World) -> None:
+    await ask(world.a, only=3)
+    world.hold(C)
+    assert text_of((await ask(world.a, resume=Resume(3)))[1]) == "def"
+    world.c.dispatcher._keeper._transcripts._kept.clear()
+    world.c.engine.script_for = lambda request: [Chunk("abcd", (1, 2, 3, 4)), Finished("stop")]
+    _, events = await ask(world.a, resume=Resume(3))
+    assert isinstance(events[-1], Failed)
+    assert events[-1].code == "RESUME_MISMATCH"
+
+
+async def test_what_is_made_again_and_differs_ends_with_an_error(world: World) -> None:
+    world.hold(C)
+    _, events = await ask(world.a, resume=Resume(3, "xyz"))
+    assert isinstance(events[-1], Failed)
+    assert events[-1].code == "REPLAY_DIVERGED"
+
+
+async def test_an_answer_that_moved_before_is_known_whole_where_it_went(world: World) -> None:
+    """B died at two tokens, C went on; then the entry died, too."""
+    world.hold(B, C)
+    world.b.engine.hang_after = 2
+    world.c.engine.hang_after = 2
+    async with world.a.dispatcher.generate(NAMED, ADA) as relay:
+        events = [await relay.receive() for _ in range(2)]
+        world.net.down.add(B)
+        world.net.cut(B)
+        events += [await relay.receive() for _ in range(2)]
+        assert relay.node_id == C
+    assert text_of(events) == "abcd"
+    world.presences[B] = world.presence(online=False)
+    world.c.engine.hang_after = None
+    assert text_of((await ask(world.c, resume=Resume(4)))[1]) == "ef"
+    assert text_of((await ask(world.c, resume=Resume(0)))[1]) == "abcdef"
+
+
+async def test_a_name_belongs_to_one_request_of_one_identity(world: World) -> None:
+    await ask(world.a)
+    other = msgspec.structs.replace(NAMED, prompt="another")
+    assert (await refusal(world.c, other)).code == "REQUEST_ID_TAKEN"
+    assert (await refusal(world.c, asker=Asker("bob"))).code == "REQUEST_ID_TAKEN"
+    assert (await refusal(world.c, asker=Asker("bob"))).status == 409
+
+
+async def test_after_a_minute_it_is_forgotten(world: World, autojump_clock: MockClock) -> None:
+    await ask(world.a)
+    await trio.sleep(KEPT_S + 1)
+    await ask(world.c)
+    assert len(world.b.engine.requests) + len(world.c.engine.requests) == 2
+
+
+async def test_where_no_part_ends_nothing_is_told(world: World) -> None:
+    world.b.engine.script_for = lambda request: [Chunk("abc", (1, 2, 3)), Finished("stop")]
+    await ask(world.a)
+    assert (await refusal(world.c, resume=Resume(2))).code == "RESUME_MISMATCH"
+
+
+async def test_a_node_that_does_not_answer_is_not_waited_for_long(
+    world: World, autojump_clock: MockClock
+) -> None:
+    await ask(world.a, only=2)
+
+    async def hang(peer: object, request: bytes, stream: object) -> None:
+        await trio.sleep_forever()
+
+    world.net.meshes[B].handle("infer.transcript", hang)
+    begun = trio.current_time()
+    assert text_of((await ask(world.c, resume=Resume(2, "ab")))[1]) == "cdef"
+    assert trio.current_time() - begun < 2
+
+
+async def test_requests_without_a_name_are_not_kept(world: World) -> None:
+    await ask(world.a, msgspec.structs.replace(NAMED, request_id=""))
+    assert len(world.b.dispatcher._keeper._transcripts) == 0
