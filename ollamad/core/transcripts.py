@@ -16,7 +16,6 @@ from ollamad.core.inference import (
     Chunk,
     Event,
     Failed,
-    Finished,
     GenerateRequest,
     InferenceError,
     Output,
