@@ -271,8 +271,9 @@ def _templated(message: Message) -> dict[str, Any]:
     """A message in the form that templates know, which is OpenAI's."""
     shown: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.images:
+        # llama.cpp wants a type, and finds out itself what the file is.
         pictures = [
-            {"type": "image_url", "image_url": {"url": f"data:;base64,{encoded}"}}
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
             for encoded in map(bytes.decode, map(base64.b64encode, message.images))
         ]
         shown["content"] = [*pictures, {"type": "text", "text": message.content}]

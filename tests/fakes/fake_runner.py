@@ -8,6 +8,7 @@ is a character, its id the code point; BOS is 1. What a completion does stands i
 - `crash`: two tokens, then the process ends with exit code 9 and a last word
 - `refuse`: an error, as for a bad grammar
 - `script`: the events of the behaviour
+- `echo` at its beginning: the prompt itself, with each picture's bytes in angle brackets
 - else the tokens of `abcde`, at most `n_predict`
 
 A chat sends the events of `chat`, or without any the request itself as text.
@@ -16,6 +17,7 @@ It enforces every JSON schema but that of type `banana`.
 """
 
 import argparse
+import base64
 import functools
 import os
 import sys
@@ -27,6 +29,7 @@ import msgspec
 import trio
 
 BOS = 1
+MARKER = "[image]"
 WIDTH = 3  # of the embeddings
 
 
@@ -72,7 +75,8 @@ class FakeRunner:
                     body += bytes(part.data)
                 question = msgspec.json.decode(body) if body else {}
                 target = request.target.decode()
-                refuses = "refuse" in text_of(question.get("prompt", []))
+                prompt = question.get("prompt", [])
+                refuses = "refuse" in ("" if isinstance(prompt, dict) else text_of(prompt))
                 if question.get("stream") and not refuses:
                     headers = [("Transfer-Encoding", "chunked")]
                     await send(h11.Response(status_code=200, headers=headers))
@@ -109,6 +113,8 @@ class FakeRunner:
             case "/completion" if not question.get("stream"):
                 allowed = question["json_schema"].get("type") != "banana"
                 return 200, {"tokens": [ord("{")] if allowed else question["prompt"]}
+            case "/props":
+                return 200, {"media_marker": MARKER}
             case "/v1/embeddings":
                 vectors = [
                     {"index": index, "embedding": [float(len(ids))] * WIDTH}
@@ -125,7 +131,14 @@ class FakeRunner:
         await send(h11.Data(data=b"data: [DONE]\n\n"))
 
     async def complete(self, question: dict[str, Any], send: Any) -> None:
-        prompt = text_of(question["prompt"])
+        asked = question["prompt"]
+        if isinstance(asked, dict):  # with pictures, which are told by their numbers
+            pictures = [f"<{base64.b64decode(each).decode()}>" for each in asked["multimodal_data"]]
+            text = asked["prompt_string"]
+            for picture in pictures:
+                text = text.replace(MARKER, picture, 1)
+            asked = [ord(character) for character in text]
+        prompt = text_of(asked)
 
         async def tell(event: dict[str, Any]) -> None:
             await send(h11.Data(data=b"data: " + msgspec.json.encode(event) + b"\n\n"))
@@ -135,6 +148,8 @@ class FakeRunner:
                 await tell(event)
             return
         answer = "ab" if "crash" in prompt else "abcde"[: question["n_predict"]]
+        if prompt.startswith("echo"):
+            answer = prompt
         count = 0
         while count < len(answer) or "endless" in prompt:
             character = answer[count % len(answer)]
@@ -151,7 +166,7 @@ class FakeRunner:
                 "stop": True,
                 "stop_type": "limit" if count == question["n_predict"] else "eos",
                 "tokens_predicted": count,
-                "tokens_evaluated": len(question["prompt"]),
+                "tokens_evaluated": len(asked),
                 "timings": {"cache_n": 2, "prompt_ms": 1.5, "predicted_ms": 2.5},
             }
         )

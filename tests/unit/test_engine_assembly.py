@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ollamad.core.inference import Chunk
+from ollamad.core.inference import Chunk, Likelihood
 from ollamad.engine.assembly import Assembler, Gap, Piece
 from ollamad.engine.llama_client import CompletionEvent
 
@@ -148,3 +149,44 @@ def is_whole(part: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
+
+
+def likely(text: str, logprob: float = -1.0) -> dict[str, Any]:
+    return {
+        "bytes": list(text.encode()),
+        "logprob": logprob,
+        "top_logprobs": [
+            {"bytes": list(text.encode()), "logprob": logprob},
+            {"bytes": [195], "logprob": -2.0},
+        ],
+    }
+
+
+def test_how_likely_tokens_were_comes_with_their_text():
+    events: list[dict[str, Any]] = [
+        {"content": "a", "tokens": [1], "tokens_predicted": 1, "probs": ["a"]},
+        # Held back for a stop string, then told together.
+        {"content": "", "tokens": [2], "tokens_predicted": 2, "probs": ["b"]},
+        {"content": "bc", "tokens": [3], "tokens_predicted": 3, "probs": ["c"]},
+        # Of a token that was not told, nothing is known.
+        {"content": "é", "tokens": [5], "tokens_predicted": 5, "probs": ["d"]},
+        # The token that ends it.
+        {"content": "", "tokens": [9], "tokens_predicted": 6, "probs": ["</s>"]},
+    ]
+    assembler = Assembler(1)
+    pieces = []
+    for told in events:
+        told["completion_probabilities"] = [likely(text) for text in told.pop("probs")]
+        pieces += assembler.feed(msgspec.convert(told, CompletionEvent))
+    rest, kept = assembler.finish("eos")
+    pieces += rest
+
+    def shown(text: str) -> Likelihood:
+        return Likelihood(text.encode(), -1.0, (Likelihood(text.encode(), -1.0),))
+
+    assert [(piece.text, piece.logprobs) for piece in pieces] == [
+        ("a", (shown("a"),)),
+        ("bc", (shown("b"), shown("c"))),
+        ("é", (shown("d"),)),
+    ]
+    assert kept == []
