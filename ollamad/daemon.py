@@ -530,6 +530,7 @@ class Daemon:
         api = ApiSettings(
             auth=auth,
             origins=origins,
+            metrics_public=self._settings.metrics.public,
             rate_limits=RateLimits(limits.general, limits.model_ops, limits.websocket),
         )
         app = build_app(services, api)
@@ -539,7 +540,7 @@ class Daemon:
         )
         try:
             async with trio.open_nursery() as nursery:
-                await nursery.start(app.hub.run)
+                await nursery.start(app.api.hub.run)
                 await nursery.start(app.feed.run)
                 await serve_api(
                     app,

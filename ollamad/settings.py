@@ -147,6 +147,10 @@ class TransferSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     encryption: bool = True
 
 
+class MetricsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    public: bool = False  # whether Prometheus' `/metrics` needs no token
+
+
 class LogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     level: str = "info"  # debug, info, warning, error
     format: str = "text"  # text or json
@@ -169,6 +173,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     distribution: DistributionSettings = DistributionSettings()
     drain: DrainSettings = DrainSettings()
     transfer: TransferSettings = TransferSettings()
+    metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
 
 

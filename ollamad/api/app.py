@@ -13,6 +13,7 @@ from werkzeug.exceptions import MethodNotAllowed
 
 from ollamad.api import (
     anthropic,
+    distribution,
     inference,
     keys,
     models,
@@ -20,6 +21,7 @@ from ollamad.api import (
     ollama,
     ollama_models,
     openai,
+    prometheus,
     responses,
     sessions,
     status,
@@ -47,6 +49,7 @@ from ollamad.api.websocket import Sockets
 from ollamad.core.state import Role
 
 BASE = "/api/v1"
+METRICS = "/metrics"  # for Prometheus; JSON is below BASE
 PUBLIC = None
 READ_TIMEOUT_S = 5.0  # for the majority to confirm a consistent read
 
@@ -68,6 +71,7 @@ class Route:
 
 ROUTES = (
     Route("GET", "/", PUBLIC, status.root, bounded=False),
+    Route("GET", METRICS, "viewer", prometheus.metrics),
     Route("GET", f"{BASE}/health", PUBLIC, status.health, bounded=False),
     Route("GET", f"{BASE}/version", PUBLIC, status.version, bounded=False),
     Route("POST", f"{BASE}/auth/login", PUBLIC, sessions.login),
@@ -112,6 +116,8 @@ ROUTES = (
         models.ask_replicas,
         model_op=True,
     ),
+    Route("GET", f"{BASE}/distribution", "viewer", distribution.show),
+    Route("POST", f"{BASE}/distribution/auto-configure", "operator", distribution.configure),
     Route("HEAD", f"{BASE}/blobs/<digest>", "operator", models.has_blob),
     Route("POST", f"{BASE}/blobs/<digest>", "operator", models.upload_blob, bounded=False),
     Route("GET", f"{BASE}/transfers", "viewer", models.list_transfers),
@@ -154,7 +160,7 @@ class ApiApp(QuartTrio):
     """Quart with this API's connection and request; `stats` counts every request.
 
     `websockets` is the part of it that connections go to which ask for a WebSocket (see http.py);
-    `hub.run` and `feed.run` are the tasks that it needs.
+    `api.hub.run` and `feed.run` are the tasks that it needs.
 
     A request takes one explicit way: routed, checked, handled. Quart's request context, hooks,
     signals and sessions are left out of it, because they would cost a third of a small
@@ -172,9 +178,8 @@ class ApiApp(QuartTrio):
         self.clock = api.services.monotonic
         self.views: dict[str, View] = {}
         self.routes = self.url_map.bind("")  # no route depends on the Host
-        self.hub = Hub(api.settings.rate_limits.websocket)
-        self.feed = Feed(api, self.hub)
-        self.websockets = Sockets(self.hub, self.feed, api.auth, api.services.cluster)
+        self.feed = Feed(api)
+        self.websockets = Sockets(api.hub, self.feed, api.auth, api.services.cluster)
 
     async def reply_to(self, request: Request) -> Reply | None:
         """Answer one request; whatever goes wrong is an error answer. None: it was streamed."""
@@ -214,6 +219,7 @@ def build_app(services: Services, settings: ApiSettings) -> ApiApp:
         logins=LoginGuard(services.monotonic),
         http_stats=RequestStats(services.monotonic),
         inference_stats=RequestStats(services.monotonic),
+        hub=Hub(settings.rate_limits.websocket),
         started=services.monotonic(),
     )
     app = ApiApp(api, origins)
@@ -221,6 +227,8 @@ def build_app(services: Services, settings: ApiSettings) -> ApiApp:
     app.config["RESPONSE_TIMEOUT"] = None  # Quart's 60 s would cut a long answer
     app.url_map.merge_slashes = False  # a redirect is no answer to a mistyped path
     for route in ROUTES:
+        if route.path == METRICS and settings.metrics_public:
+            route = dataclasses.replace(route, role=PUBLIC)
         endpoint = f"{route.method} {route.path}"
         app.add_url_rule(route.path, endpoint, methods=[route.method])
         app.views[endpoint] = _view(api, route)

@@ -9,7 +9,7 @@ is cancelled.
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import trio
@@ -29,6 +29,14 @@ FIXED_HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"cache-control", b"no-store"),
+    (b"referrer-policy", b"no-referrer"),
+)
+# An answer that a browser is made to show as a page does nothing; a page of our own says by its
+# own policy what it needs, and gets PAGE_POLICY if it does not.
+POLICY = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
+PAGE_POLICY = (
+    b"content-security-policy",
+    b"object-src 'none'; base-uri 'none'; frame-ancestors 'none'",
 )
 
 
@@ -99,11 +107,12 @@ class Request(TrioRequest):
     cors_headers: tuple[tuple[bytes, bytes], ...] = ()
     limit_headers: tuple[tuple[bytes, bytes], ...] = ()
 
-    async def send_head(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    async def send_head(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Send status and headers; the request's id and the fixed headers are added."""
         self.body.discard()
         self.head_sent_at = self.clock()
         self.status_sent = status
+        headers = [*headers, *_policy(headers)]
         await self.asgi_send(
             {
                 "type": "http.response.start",
@@ -121,6 +130,14 @@ class Request(TrioRequest):
     async def send_body(self, data: bytes, *, more: bool) -> None:
         self.ending = not more
         await self.asgi_send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+def _policy(headers: Sequence[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], ...]:
+    known = dict(headers)
+    if POLICY[0] in known:
+        return ()
+    is_page = known.get(b"content-type", b"").startswith(b"text/html")
+    return (PAGE_POLICY,) if is_page else (POLICY,)
 
 
 @dataclasses.dataclass(slots=True)

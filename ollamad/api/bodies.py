@@ -72,6 +72,10 @@ class CreateBody(msgspec.Struct, frozen=True):
     files: dict[str, str]  # file name -> "sha256:…" of an uploaded blob
 
 
+class AutoConfigureBody(msgspec.Struct, frozen=True):
+    enabled: bool
+
+
 class LoginBody(msgspec.Struct, frozen=True):
     username: Annotated[str, msgspec.Meta(max_length=256)]
     password: Annotated[str, msgspec.Meta(max_length=1024)]

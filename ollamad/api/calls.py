@@ -14,6 +14,7 @@ from ollamad.api.asgi import Reply, Request
 from ollamad.api.auth import Auth, AuthSettings, Identity
 from ollamad.api.bodies import decode_body
 from ollamad.api.dialects import ErrorBody
+from ollamad.api.hub import Hub
 from ollamad.api.limits import LoginGuard, RateLimits, Throttle, address_group
 from ollamad.api.metrics import RequestStats
 from ollamad.api.services import NoQuorum, ServiceError, Services
@@ -51,6 +52,7 @@ class ApiSettings:
     rate_limits: RateLimits = dataclasses.field(default_factory=RateLimits)
     deadline_s: float = 60.0  # for everything but inference and uploads
     inference_deadline_s: float | None = None  # None: a generation may take as long as it takes
+    metrics_public: bool = False  # Prometheus needs no token
     origins: tuple[str, ...] = ()  # of web pages that may call, beside those of this host
     # A node without quorum for longer than an election takes is unhealthy.
     election_timeout_s: float = 2.0
@@ -67,6 +69,7 @@ class Api:
     logins: LoginGuard
     http_stats: RequestStats
     inference_stats: RequestStats
+    hub: Hub
     started: float  # on the monotonic clock
 
 
@@ -88,7 +91,8 @@ class Call:
         return address_group(peer_of(self.request))
 
     def spend_tokens(self, count: int) -> None:
-        """Count tokens that the caller's key used, if it is one."""
+        """Count tokens, also for the caller's key, if it is one."""
+        self.api.inference_stats.tokens += count
         if self.caller is not None and self.caller.key is not None and count > 0:
             self.services.keys.count(self.caller.key, tokens=count)
 

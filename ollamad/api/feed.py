@@ -15,7 +15,6 @@ from typing import Any
 import trio
 
 from ollamad.api.calls import Api, rfc3339
-from ollamad.api.hub import Hub
 from ollamad.api.status import describe_cluster
 from ollamad.core.alerts import Alert, AlertBook, findings
 from ollamad.core.events import (
@@ -38,12 +37,12 @@ MAX_LOG_LINES = 200
 
 
 class Feed:
-    """Publishes to `hub` what happens. `run` is its life."""
+    """Publishes to the hub what happens. `run` is its life."""
 
-    def __init__(self, api: Api, hub: Hub) -> None:
+    def __init__(self, api: Api) -> None:
         self._api = api
         self._services = api.services
-        self._hub = hub
+        self._hub = api.hub
         self._alerts = AlertBook()
 
     # What a session is told without having asked (`websocket.Greeter`).

@@ -29,7 +29,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, LifespanState
 from hypercorn.utils import parse_socket_addr
 
-from ollamad.api.asgi import FIXED_HEADERS
+from ollamad.api.asgi import FIXED_HEADERS, POLICY
 from ollamad.api.calls import error_reply
 from ollamad.api.dialects import native_error
 from ollamad.api.limits import address_group, too_many
@@ -398,7 +398,7 @@ def whole_answer(error: ServiceError, extra: tuple[tuple[bytes, bytes], ...] = (
         b"connection: close",
     ]
     lines += [f"{name.lower()}: {value}".encode("latin-1") for name, value in reply.headers.items()]
-    lines += [b"%b: %b" % pair for pair in (*FIXED_HEADERS, *extra)]
+    lines += [b"%b: %b" % pair for pair in (*FIXED_HEADERS, POLICY, *extra)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + reply.body
 
 

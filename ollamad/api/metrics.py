@@ -4,12 +4,16 @@ Counts stand for the life of the process; rates and averages are taken over a sl
 of one-second buckets. No clock of its own: the time is passed in.
 """
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
+from itertools import accumulate
 
 import msgspec
 
 WINDOW_S = 60  # long enough to smooth, short enough to show what happens now
+# Upper bounds of latencies that are counted together, in seconds; from a read to a long answer.
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -33,6 +37,9 @@ class RequestStats:
         self._total = 0
         self._completed = 0
         self._failed = 0
+        self.tokens = 0  # of prompts and answers, since the start
+        self.latency_sum_s = 0.0
+        self._histogram = [0] * (len(BUCKETS_S) + 1)
         # Newest last: [second, ended, failed, seconds of latency]
         self._buckets: deque[list[float]] = deque(maxlen=WINDOW_S + 1)
 
@@ -43,6 +50,8 @@ class RequestStats:
 
     def end(self, latency_s: float, *, failed: bool) -> None:
         """Count a request that ended."""
+        self.latency_sum_s += latency_s
+        self._histogram[bisect_left(BUCKETS_S, latency_s)] += 1
         second = int(self._clock())
         if not self._buckets or self._buckets[-1][0] != second:
             self._buckets.append([second, 0, 0, 0.0])
@@ -54,6 +63,11 @@ class RequestStats:
             bucket[2] += 1
         else:
             self._completed += 1
+
+    def latency_buckets(self) -> list[tuple[str, int]]:
+        """How many requests since the start took at most so many seconds, as Prometheus has it."""
+        bounds = [*(str(bound) for bound in BUCKETS_S), "+Inf"]
+        return list(zip(bounds, accumulate(self._histogram), strict=True))
 
     def snapshot(self) -> Measured:
         now = self._clock()

@@ -20,14 +20,14 @@ async def root(call: Call) -> Reply:
 
 async def health(call: Call) -> Reply:
     services = call.services
-    trouble = _trouble(call.api)
+    reason = trouble(call.api)
     body = {
-        "status": "unhealthy" if trouble else "healthy",
+        "status": "unhealthy" if reason else "healthy",
         "timestamp": rfc3339(services.wall()),
         "uptime": format_uptime(services.monotonic() - call.api.started),
     }
-    if trouble:
-        body |= {"reason": trouble, "code": "NO_QUORUM"}
+    if reason:
+        body |= {"reason": reason, "code": "NO_QUORUM"}
         return reply(body, 503, {"Retry-After": "2"})
     return reply(body)
 
@@ -57,7 +57,7 @@ def describe_cluster(api: Api) -> dict[str, Any]:
     cluster = api.services.cluster
     state = cluster.state
     online = sum(cluster.presence(node_id).online for node_id in state.members)
-    if _trouble(api):
+    if trouble(api):
         status = "unhealthy"
     elif online < len(state.members):
         status = "degraded"
@@ -172,7 +172,7 @@ async def metrics(call: Call) -> Reply:
                 "average_latency": round(inference.average_latency_ms, 3),
             },
             "uptime": "running",
-            "status": "unhealthy" if _trouble(call.api) else "healthy",
+            "status": "unhealthy" if trouble(call.api) else "healthy",
             "cpu_usage": round(services.host.cpu_percent(), 2),
             "memory_usage": round(services.host.memory_percent(), 2),
             "network_usage": round(services.host.network_percent(), 2),
@@ -201,7 +201,7 @@ def format_uptime(seconds: float) -> str:
     return f"{hours}h {minutes}m {rest}s"
 
 
-def _trouble(api: Api) -> str | None:
+def trouble(api: Api) -> str | None:
     """Why this node cannot serve, or None."""
     cluster = api.services.cluster
     if not cluster.state.cluster_id:

@@ -79,8 +79,8 @@ class ApiClient:
         if body is not None:
             data = json.dumps(body).encode()
             sent.setdefault("Content-Type", "application/json")
-        whole = path == "/" or path.startswith(("//", "/api/", "/v1/"))
-        full = path if whole else f"/api/v1{path}"
+        whole = path == "/" or path.startswith(("//", "/api/", "/v1/", "root:"))
+        full = path.removeprefix("root:") if whole else f"/api/v1{path}"
         return await exchange(self.app, method, full, sent, data or b"", peer)
 
 

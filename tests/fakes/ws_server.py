@@ -48,7 +48,7 @@ async def serving(**settings: Any) -> AsyncIterator[Server]:
     shutdown = trio.Event()
     with trio.fail_after(6 * SOON_S):
         async with trio.open_nursery() as nursery:
-            await nursery.start(client.app.hub.run)
+            await nursery.start(client.app.api.hub.run)
             await nursery.start(client.app.feed.run)
 
             async def run(task_status: trio.TaskStatus[list[str]]) -> None:

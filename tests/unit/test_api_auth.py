@@ -84,7 +84,7 @@ def test_the_table_of_roles_is_the_contracts() -> None:
     expected = {
         None: "/ /health /version /auth/login /auth/refresh /api/version",
         "viewer": "/auth/logout /auth/me /users/<username>/password "
-        "/cluster/status /cluster/leader /cluster/consensus /metrics /nodes /explain "
+        "/cluster/status /cluster/leader /cluster/consensus /metrics /nodes /explain /distribution "
         "/nodes/<reference> /models /models/<path:name> /transfers /transfers/<transfer_id> "
         "/api/tags /api/ps /api/show /v1/models /v1/models/<path:name>",
         "inference": "/generate /chat /embeddings "
@@ -92,7 +92,8 @@ def test_the_table_of_roles_is_the_contracts() -> None:
         "/v1/chat/completions /v1/completions /v1/embeddings /v1/responses "
         "/v1/messages /v1/messages/count_tokens",
         "operator": "/nodes/<reference>/drain /nodes/<reference>/undrain "
-        "/models/<path:name>/download /blobs/<digest> /transfers/<transfer_id>/cancel "
+        "/models/<path:name>/download /distribution/auto-configure /blobs/<digest> "
+        "/transfers/<transfer_id>/cancel "
         "/api/pull /api/push /api/create /api/copy /api/delete /api/blobs/<digest>",
         "admin": "/cluster/join /cluster/leave /cluster/token "
         "/users /users/<username> /keys /keys/<key_id>",
@@ -100,7 +101,7 @@ def test_the_table_of_roles_is_the_contracts() -> None:
     by_path = {path: role for role, paths in expected.items() for path in paths.split()}
     for route in ROUTES:
         path = route.path.removeprefix(BASE)
-        changes_models = path.startswith("/models") and route.method in ("POST", "DELETE")
+        changes_models = path.startswith("/models") and route.method in ("POST", "PUT", "DELETE")
         assert route.role == ("operator" if changes_models else by_path[path]), route
 
 

@@ -57,7 +57,7 @@ async def test_a_bad_token_is_refused_before_the_upgrade() -> None:
             assert set(refused.json) == {"error", "code", "details"}
             assert refused.headers["www-authenticate"] == "Bearer"
             assert refused.headers["x-frame-options"] == "DENY"
-        assert len(server.client.app.hub) == 0
+        assert len(server.client.app.api.hub) == 0
 
 
 async def test_programs_of_this_host_need_no_token_unless_that_is_off() -> None:
@@ -109,7 +109,7 @@ async def test_an_address_has_only_so_many() -> None:
             assert int(refused.headers["retry-after"]) > 0
             await first.stream.aclose()
             with trio.fail_after(SOON_S):
-                while len(server.client.app.hub) > 1:  # noqa: ASYNC110 - nothing tells
+                while len(server.client.app.api.hub) > 1:  # noqa: ASYNC110 - nothing tells
                     await trio.sleep(0.01)
             async with await server.open():
                 assert (await server.refused()).status == 429
@@ -192,10 +192,10 @@ async def test_a_close_is_answered_and_leaves_nothing_behind() -> None:
         await socket.flush()
         assert await socket.closed() == 1000
         with trio.fail_after(SOON_S):
-            while len(server.client.app.hub):  # noqa: ASYNC110 - nothing tells
+            while len(server.client.app.api.hub):  # noqa: ASYNC110 - nothing tells
                 await trio.sleep(0.01)
-        assert not server.client.app.hub.wants("metrics", "nodes")
-        assert not server.client.app.hub.is_full("127.0.0.1")
+        assert not server.client.app.api.hub.wants("metrics", "nodes")
+        assert not server.client.app.api.hub.is_full("127.0.0.1")
 
 
 # What is told.
@@ -332,7 +332,7 @@ async def test_the_end_of_a_session_closes_its_sockets(quick: None) -> None:
             {"Authorization": f"Bearer {server.client.token('viewer')}"}, "192.0.2.1"
         )
         assert caller is not None
-        [first, _] = server.client.app.hub._sessions
+        [first, _] = server.client.app.api.hub._sessions
         await server.world.cluster.propose(Revoke(first._caller.session, NOW + 1e6))  # type: ignore[attr-defined]
         assert await socket.closed() == 1008
         await other.send({"type": "ping"})
@@ -363,7 +363,7 @@ async def test_who_is_no_admin_any_more_hears_no_log(quick: None) -> None:
 
 async def stuff(server: Server) -> None:
     """Publish until nothing more goes to the one socket: the kernel asks anew every 200 ms."""
-    app_hub = server.client.app.hub
+    app_hub = server.client.app.api.hub
     [session] = app_hub._sessions
     app_hub.subscribe(session, "metrics")
     stuck_since = trio.current_time()
@@ -379,7 +379,7 @@ async def stuff(server: Server) -> None:
 async def test_a_slow_reader_loses_old_metrics_first_and_is_told() -> None:
     async with serving() as server, await server.open(buffer=4096) as socket:
         await stuff(server)
-        publish = server.client.app.hub.publish
+        publish = server.client.app.api.hub.publish
         for number in range(100):
             await publish({"type": "metrics", "number": number}, "metrics", key="metrics")
             await publish({"type": "node_event", "number": number}, "metrics")
@@ -411,7 +411,7 @@ async def test_who_stays_behind_is_closed_with_1013_and_holds_up_nobody(
             await trio.sleep(1.2)
             assert await socket.closed() == 1013
         with trio.fail_after(SOON_S):
-            while len(server.client.app.hub):  # noqa: ASYNC110 - nothing tells
+            while len(server.client.app.api.hub):  # noqa: ASYNC110 - nothing tells
                 await trio.sleep(0.01)
 
 
@@ -423,7 +423,7 @@ async def test_who_never_reads_again_is_cut_off(
     async with serving() as server, await server.open(buffer=4096):
         await stuff(server)
         with trio.fail_after(SOON_S):
-            while len(server.client.app.hub):  # noqa: ASYNC110 - nothing tells
+            while len(server.client.app.api.hub):  # noqa: ASYNC110 - nothing tells
                 await trio.sleep(0.01)
 
 
@@ -436,7 +436,7 @@ async def test_who_does_not_read_the_answers_is_not_read(quick: None) -> None:
                 await socket.send(ask)
                 sent += 1
         assert sent < 20_000  # it came to a stop
-        [session] = server.client.app.hub._sessions
+        [session] = server.client.app.api.hub._sessions
         assert len(session._outbox or ()) < 10  # type: ignore[attr-defined]
 
 
