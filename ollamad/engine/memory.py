@@ -144,6 +144,7 @@ class MemoryRecord:
         need = estimate(spec, config)
         # Weights that lie on a GPU, or were copied by the engine, are not told apart.
         beyond = used.anonymous + used.vram - need.cache - need.compute
+        beyond += max(0, used.mapped - spec.size)  # the program and its libraries
         if need.vram:
             beyond -= sum(spec.weights.layer_bytes[-config.offloaded :])
         key = _key(spec, config)

@@ -238,7 +238,6 @@ class Runner:
             still_s = min(silent_s, trio.current_time() - alive_at)
             if still_s >= limit_s or silent_s >= BUSY_PATIENCE * limit_s:
                 self._hung_s = silent_s
-                log.error("the runner of %s %s", self._name, self.describe_end())
                 self._over.set()
                 return
             if longest_s >= BUSY_PATIENCE * limit_s or longest_s >= limit_s > silent_s:

@@ -6,6 +6,7 @@ import sys
 BENCHMARKS = (
     ("tokens through the daemon, against its runner", "bench_inference"),
     ("commits: latency, throughput, failover", "bench_raft"),
+    ("memory: estimated, used, corrected", "bench_memory"),
     ("/health, against a bare ASGI app", "bench_http"),
 )
 

@@ -6,6 +6,7 @@ is a character, its id the code point; BOS is 1. What a completion does stands i
 
 - `endless`: tokens until the client closes
 - `crash`: two tokens, then the process ends with exit code 9 and a last word
+- `mute`: a token, and then nothing more
 - `refuse`: an error, as for a bad grammar
 - `script`: the events of the behaviour
 - `echo` at its beginning: the prompt itself, with each picture's bytes in angle brackets
@@ -37,6 +38,7 @@ class Behaviour(msgspec.Struct):
     exit_code: int | None = None  # ends with it while "loading"
     last_words: str = ""
     never_ready: bool = False
+    broken: bool = False  # loads, and crashes with the first token
     script: list[dict[str, Any]] = []
     chat: list[dict[str, Any]] = []
     spellings: dict[str, list[int]] = {}  # what /tokenize says of these texts
@@ -147,6 +149,8 @@ class FakeRunner:
             for event in self.behaviour.script:
                 await tell(event)
             return
+        if self.behaviour.broken:
+            os._exit(9)
         answer = "ab" if "crash" in prompt else "abcde"[: question["n_predict"]]
         if prompt.startswith("echo"):
             answer = prompt
@@ -158,6 +162,8 @@ class FakeRunner:
                 {"content": character, "tokens": [ord(character)], "tokens_predicted": count}
             )
             await trio.sleep(0.001)
+            if "mute" in prompt:
+                await trio.sleep_forever()
         if "crash" in prompt:
             print("0.00.000.001 E fake: out of luck", file=sys.stderr, flush=True)
             os._exit(9)
@@ -201,4 +207,8 @@ if __name__ == "__main__":
     parser.add_argument("--socket")
     parser.add_argument("--model")
     parser.add_argument("--parallel", type=int)
+    parser.add_argument("--list-devices", action="store_true")
+    if parser.parse_known_args()[0].list_devices:
+        print("CPU: a processor\nCUDA0: a GPU")
+        sys.exit()
     trio.run(main, parser.parse_known_args()[0])

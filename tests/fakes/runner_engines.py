@@ -11,6 +11,7 @@ import trio
 
 from ollamad.core.inference import Event, GenerateRequest
 from ollamad.core.state import ModelDetails
+from ollamad.engine.accelerators import NO_ACCELERATORS, Accelerators
 from ollamad.engine.engine import Engine
 from ollamad.engine.spec import EngineSettings, ModelSpec
 
@@ -23,11 +24,12 @@ PLENTY = 64 << 30  # bytes of memory
 async def running_engine(
     runtime_dir: Path,
     free_memory: Callable[[], int] = lambda: PLENTY,
+    accelerators: Accelerators = NO_ACCELERATORS,
     **settings: Any,
 ) -> AsyncIterator[Engine]:
     """An engine that runs; by default with fake runners."""
     settings.setdefault("runner_command", FAKE_RUNNER)
-    engine = Engine(EngineSettings(runtime_dir=runtime_dir, **settings), free_memory)
+    engine = Engine(EngineSettings(runtime_dir=runtime_dir, **settings), free_memory, accelerators)
     async with trio.open_nursery() as nursery:
         await nursery.start(engine.run)
         yield engine

@@ -43,6 +43,7 @@ def model_on_two(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -
         "OLLAMAD_MODELS__REPLICAS": "1",
         "OLLAMA_NUM_PARALLEL": "2",
         "OLLAMA_CONTEXT_LENGTH": "2048",
+        "OLLAMAD_ENGINE__STALL_TIMEOUT": "2s",
     }
     for cluster in open_cluster(tmp_path_factory, **settings):
         first = cluster.found()

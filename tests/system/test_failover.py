@@ -77,7 +77,11 @@ def kill_runner(node: Node) -> None:
     runner_of(node).kill()
 
 
-FAULTS = [kill_node, pause_node, stop_node, kill_runner]
+def hang_runner(node: Node) -> None:
+    runner_of(node).suspend()
+
+
+FAULTS = [kill_node, pause_node, stop_node, kill_runner, hang_runner]
 
 
 class Watched:

@@ -168,6 +168,24 @@ class FakeNvml:
     def nvmlDeviceGetTemperature(self, handle: int, kind: int) -> int:
         return 40
 
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:
+        of = {10: 1 + handle, 11: None}  # bytes by process; None: a container hides them
+        return [type("P", (), {"pid": pid, "usedGpuMemory": used}) for pid, used in of.items()]
+
+
+def test_video_memory_is_told_by_gpu_and_by_process(tmp_path: Path) -> None:
+    monitor = HostMonitor(tmp_path)
+    monitor._nvml = FakeNvml()
+    assert monitor.free_vram() == (100, 90)
+    assert monitor.vram_used(10) == 3
+    assert monitor.vram_used(11) is None
+    assert monitor.vram_used(12) == 0
+    monitor._nvml = FakeNvml(fail_at=1)
+    assert monitor.free_vram() == (100,)
+    assert monitor.vram_used(10) is None
+    monitor._nvml = None
+    assert (monitor.free_vram(), monitor.vram_used(10)) == ((), None)
+
 
 def test_gpus_are_read_and_may_fall_off_the_bus(
     tmp_path: Path, caplog: pytest.LogCaptureFixture

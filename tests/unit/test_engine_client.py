@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
-from ollamad.engine.llama_client import LlamaClient, RunnerGone, RunnerRefused
+from ollamad.engine.llama_client import LlamaClient, RunnerGone, RunnerRefused, RunnerStalled
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 FIRST = b'data: {"content":"a","tokens":[5],"tokens_predicted":1}\n\n'
@@ -165,3 +166,65 @@ async def test_a_cancelled_question_closes_its_connection(tmp_path: Path):
         await closed.wait()
         with trio.move_on_after(0.05):
             await client.open_completion(b"{}")
+
+
+async def test_silence_is_what_is_waited_for_and_not_said(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+):
+    speak = trio.Event()
+
+    async def handler(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some()
+            await stream.send_all(HEAD + chunk(FIRST))
+            while not speak.is_set():
+                await stream.send_all(chunk(b": still here\n\n"))
+                await trio.sleep(1)
+            await stream.send_all(chunk(FIRST) + chunk(LAST))
+
+    async with client_of(tmp_path, handler) as client, trio.open_nursery() as nursery:
+        assert client.silence() == (0, 0)
+        stream = await client.open_completion(b"{}")
+        await stream.receive()
+        mock_clock.jump(5)
+        assert client.silence() == (0, 0)  # nobody waits: a client may read as slowly as it likes
+        nursery.start_soon(stream.receive)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(3)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        longest_s, silent_s = client.silence()
+        assert longest_s == silent_s >= 3  # what only keeps the connection alive says nothing
+        speak.set()
+        mock_clock.jump(1)
+        while client.silence() != (0, 0):
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        stream.close()
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_who_is_given_up_hears_it_at_once(tmp_path: Path, streams: bool):
+    async def handler(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some()
+            if streams:
+                await stream.send_all(HEAD + chunk(FIRST))
+            await trio.sleep_forever()
+
+    async with client_of(tmp_path, handler) as client, trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            if not streams:
+                with pytest.raises(RunnerStalled):
+                    await client.detokenize([1])
+                return
+            stream = await client.open_completion(b"{}")
+            await stream.receive()
+            with pytest.raises(RunnerStalled):
+                await stream.receive()
+            stream.close()
+
+        nursery.start_soon(ask)
+        while client.silence()[0] < 0.05:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+        assert client.abandon(1000) == 0
+        assert client.abandon(0.01) == 1

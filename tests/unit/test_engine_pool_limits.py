@@ -1,0 +1,306 @@
+"""What the pool does when memory is short, a runner hangs or crashes, or there are GPUs.
+
+With fake runners; those that hang are stopped for real.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+import trio
+import trio.testing
+
+from ollamad.core.inference import Chunk, Failed, GenerateRequest, InferenceError, Options
+from ollamad.core.weights import Weights
+from ollamad.engine import process
+from ollamad.engine.memory import GPU_RESERVE_BYTES, MIB
+from tests.fakes.runner_engines import events_of, fake_model, running_engine
+from tests.unit.test_engine_pool import DEADLINE_S, names, runner_pids, until
+
+STALL_S = 0.6
+
+
+def argument(pid: int, name: str) -> str:
+    line = psutil.Process(pid).cmdline()
+    return line[line.index(name) + 1]
+
+
+async def test_a_model_that_is_to_stay_for_ever_leaves_last(tmp_path: Path):
+    a, b, c, d = (fake_model(tmp_path, name) for name in "abcd")
+    async with running_engine(tmp_path / "run", max_loaded_models=2) as engine:
+        await engine.load(a, keep_alive_s=-1)
+        await engine.load(b)
+        await engine.load(c)  # `a` is unused for longer, but was asked to stay
+        assert names(engine) == ["a", "c"]
+        await engine.load(c, keep_alive_s=-1)
+        await engine.load(d)  # nobody else is there: the longest unused one
+        assert sorted(names(engine)) == ["c", "d"]
+
+
+async def test_a_model_gets_fewer_slots_where_memory_is_short(tmp_path: Path):
+    spec = fake_model(tmp_path)
+    details = msgspec.structs.replace(spec.details, kv_bytes_per_token=100 * MIB // 4096)
+    spec = msgspec.structs.replace(spec, details=details)
+    async with running_engine(tmp_path / "run", lambda: 450 * MIB, num_parallel=4) as engine:
+        await engine.load(spec)
+        (loaded,) = engine.loaded()
+        assert (loaded.slots, argument(runner_pids()[0], "--parallel")) == (2, "2")
+        before = runner_pids()
+        await engine.load(spec)  # the same request finds it, and does not load it again
+        assert runner_pids() == before
+    async with running_engine(tmp_path / "run", lambda: 250 * MIB, num_parallel=4) as engine:
+        with pytest.raises(InferenceError, match=r"fake:latest needs about 0\.3 GiB"):
+            await engine.load(spec)
+
+
+async def test_a_crashed_model_waits_without_holding_up_others(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+):
+    mock_clock.rate = 1.0
+    bad, good = fake_model(tmp_path, "bad"), fake_model(tmp_path, "good")
+    async with running_engine(tmp_path / "run", keep_alive_s=-1) as engine:
+
+        async def crash() -> Failed:
+            last = (await events_of(engine, bad, GenerateRequest("bad", "crash")))[-1]
+            assert isinstance(last, Failed)
+            await until(lambda: "bad" not in names(engine))
+            return last
+
+        for _ in range(3):
+            await crash()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.load, bad)  # in a second
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            begun = trio.current_time()
+            mock_clock.rate = 0.1
+            await engine.load(good)
+            assert trio.current_time() - begun < 0.5
+            mock_clock.rate = 1.0
+        await crash()  # the fourth: a restart is due in two seconds
+        mock_clock.jump(1)
+        await crash()
+        # Too long to wait for: another node may answer meanwhile.
+        refused = (await events_of(engine, bad, GenerateRequest("bad", "hi")))[-1]
+        assert isinstance(refused, Failed)
+        assert (refused.code, refused.status) == ("RUNNER_DIED", 503)
+        assert "has crashed 5 times in a row" in refused.message
+        assert refused.details["retry_after"] in (3, 4)
+        mock_clock.jump(4)
+        answer = await events_of(engine, bad, GenerateRequest("bad", "hi"))
+        assert answer[:1] == [Chunk("a", (97,))]
+
+
+async def test_a_runner_that_hangs_is_killed_and_its_requests_fail(tmp_path: Path):
+    spec = fake_model(tmp_path)
+    async with running_engine(tmp_path / "run", stall_timeout_s=STALL_S) as engine:
+        async with engine.generate(spec, GenerateRequest(spec.name, "endless")) as events:
+            assert isinstance(await events.receive(), Chunk)
+            (pid,) = runner_pids()
+            os.kill(pid, signal.SIGSTOP)
+            with trio.fail_after(DEADLINE_S):
+                *_, last = [event async for event in events]
+        assert isinstance(last, Failed)
+        assert last.code == "RUNNER_DIED"  # what the scheduler fails over for
+        assert "it hung: no sign of life for" in last.message
+        await until(lambda: not psutil.pid_exists(pid))
+        answer = await events_of(engine, spec, GenerateRequest(spec.name, "hi"))
+        assert answer[:1] == [Chunk("a", (97,))]
+
+
+async def test_a_runner_that_hangs_before_its_first_token_is_killed_too(tmp_path: Path):
+    spec = fake_model(tmp_path)
+    async with running_engine(tmp_path / "run", stall_timeout_s=STALL_S) as engine:
+        await engine.load(spec)
+        (pid,) = runner_pids()
+        os.kill(pid, signal.SIGSTOP)
+        with trio.fail_after(DEADLINE_S):
+            (last,) = await events_of(engine, spec, GenerateRequest(spec.name, "hi"))
+        assert isinstance(last, Failed)
+        assert (last.code, "it hung" in last.message) == ("RUNNER_DIED", True)
+
+
+async def test_clients_that_give_up_do_not_hide_a_hang(tmp_path: Path):
+    spec = fake_model(tmp_path)
+    async with running_engine(tmp_path / "run", stall_timeout_s=STALL_S) as engine:
+        await engine.load(spec)
+        (pid,) = runner_pids()
+        os.kill(pid, signal.SIGSTOP)
+        async with trio.open_nursery() as nursery:
+
+            async def impatient() -> None:
+                while True:
+                    with trio.move_on_after(STALL_S / 3):
+                        await events_of(engine, spec, GenerateRequest(spec.name, "hi"))
+
+            nursery.start_soon(impatient)
+            nursery.start_soon(events_of, engine, spec, GenerateRequest(spec.name, "hi"))
+            await until(lambda: not psutil.pid_exists(pid))
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_request_that_is_forgotten_is_given_up_alone(tmp_path: Path):
+    spec = fake_model(tmp_path)
+    async with (
+        running_engine(tmp_path / "run", stall_timeout_s=STALL_S) as engine,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def listen() -> None:
+            async with engine.generate(spec, GenerateRequest(spec.name, "endless")) as events:
+                async for event in events:
+                    assert isinstance(event, Chunk)
+
+        nursery.start_soon(listen)
+        await until(lambda: bool(runner_pids()))
+        (pid,) = runner_pids()
+        with trio.fail_after(DEADLINE_S):
+            first, last = await events_of(engine, spec, GenerateRequest(spec.name, "mute"))
+        assert isinstance(first, Chunk)
+        assert isinstance(last, Failed)
+        assert (last.code, "not this request" in last.message) == ("RUNNER_DIED", True)
+        assert runner_pids() == [pid]
+        assert engine.loaded()[0].busy == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_client_that_reads_slowly_is_no_hang(tmp_path: Path):
+    spec = fake_model(tmp_path)
+    async with (
+        running_engine(tmp_path / "run", stall_timeout_s=STALL_S) as engine,
+        engine.generate(spec, GenerateRequest(spec.name, "endless")) as events,
+    ):
+        assert isinstance(await events.receive(), Chunk)
+        await trio.sleep(2 * STALL_S)
+        for _ in range(1000):
+            assert isinstance(await events.receive(), Chunk)
+
+
+async def test_a_runner_that_works_and_says_nothing_has_more_time_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ticks = iter(range(1_000_000))
+    monkeypatch.setattr(process, "_vitals", lambda pid: (str(next(ticks)),))  # busy, always
+    spec = fake_model(tmp_path)
+    async with running_engine(tmp_path / "run", stall_timeout_s=STALL_S / 3) as engine:
+        await engine.load(spec)
+        begun = trio.current_time()
+        with trio.fail_after(DEADLINE_S):
+            _, last = await events_of(engine, spec, GenerateRequest(spec.name, "mute"))
+        assert isinstance(last, Failed)
+        assert trio.current_time() - begun > process.BUSY_PATIENCE * STALL_S / 3
+
+
+async def test_a_model_that_loads_but_does_not_work_is_not_ready(tmp_path: Path):
+    spec = fake_model(tmp_path, broken=True)
+    async with running_engine(tmp_path / "run") as engine:
+        with trio.fail_after(DEADLINE_S), pytest.raises(InferenceError) as caught:
+            await engine.load(spec)
+        assert caught.value.failure.code == "LOAD_FAILED"
+        assert "was loaded, but does not work: it ended with exit code 9" in str(caught.value)
+        assert engine.loaded() == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "meaning"),
+    [
+        ("unknown model architecture: 'gemma9'", "does not know the architecture gemma9: it is"),
+        ("missing tensor 'blk.0.attn_q.weight'", "stock llama.cpp refuses the file"),
+        ("wrong number of tensors; expected 5, got 4", "stock llama.cpp refuses the file"),
+        ("key not found in model: gptoss.block_count", "stock llama.cpp refuses the file"),
+        ("out of memory", ""),
+    ],
+)
+async def test_a_refusal_of_llama_cpp_is_explained(tmp_path: Path, words: str, meaning: str):
+    spec = fake_model(tmp_path, exit_code=1, last_words=f"0.0 E load: {words}")
+    async with running_engine(tmp_path / "run") as engine:
+        with trio.fail_after(DEADLINE_S), pytest.raises(InferenceError) as caught:
+            await engine.load(spec)
+    message = str(caught.value)
+    assert words in message
+    assert meaning in message
+    assert ("as GGUF from elsewhere" in message) is bool(meaning)
+
+
+async def test_what_a_runner_took_is_remembered(tmp_path: Path):
+    spec, record = fake_model(tmp_path), tmp_path / "memory.json"
+    async with running_engine(tmp_path / "run", memory_record=record) as engine:
+        before = engine.estimate(spec)
+        await engine.load(spec)
+        assert not record.exists()
+        await events_of(engine, spec, GenerateRequest(spec.name, "hi"))
+        assert engine.estimate(spec) != before
+        (loaded,) = engine.loaded()
+        assert loaded.size_used > 5 * MIB
+        corrected = engine.estimate(spec)
+    async with running_engine(tmp_path / "run", memory_record=record) as engine:
+        assert engine.estimate(spec) == corrected
+
+
+@dataclasses.dataclass
+class FakeGpus:
+    """NVML of a host with GPUs."""
+
+    free: Sequence[int]
+    used: int | None = 0
+    asked: list[int] = dataclasses.field(default_factory=list)
+
+    def free_vram(self) -> Sequence[int]:
+        return self.free
+
+    def vram_used(self, pid: int) -> int | None:
+        self.asked.append(pid)
+        return self.used
+
+
+async def test_layers_go_on_gpus_and_what_is_there_is_told_as_the_driver_says(tmp_path: Path):
+    weights = Weights(layer_bytes=(100 * MIB,) * 8, vocabulary=1000, width=64)
+    spec = msgspec.structs.replace(fake_model(tmp_path), size=900 * MIB, weights=weights)
+    gpus = FakeGpus([GPU_RESERVE_BYTES + 350 * MIB], used=333 * MIB)
+    # Memory has no room for all of it, but for what is not on the GPU.
+    memory = 900 * MIB
+    async with running_engine(tmp_path / "run", lambda: memory, gpus) as engine:
+        await engine.load(spec)
+        (loaded,) = engine.loaded()
+        (pid,) = runner_pids()
+        assert argument(pid, "--gpu-layers") == "3"
+        assert loaded.size_vram == 333 * MIB
+        assert gpus.asked[-1] == pid
+        gpus.used = None  # a driver that does not tell: as planned
+        planned = engine.loaded()[0].size_vram
+        assert 300 * MIB <= planned < 350 * MIB
+        memory = 1500 * MIB
+        await engine.load(spec, Options(num_gpu=1))
+        assert argument(runner_pids()[0], "--gpu-layers") == "1"
+        await engine.load(spec, Options(num_gpu=0))
+        assert argument(runner_pids()[0], "--gpu-layers") == "0"
+        assert engine.loaded()[0].size_vram == 0
+
+
+async def test_an_engine_that_cannot_use_the_gpu_keeps_everything_in_memory(tmp_path: Path):
+    weights = Weights(layer_bytes=(100 * MIB,) * 8)
+    spec = msgspec.structs.replace(fake_model(tmp_path), size=900 * MIB, weights=weights)
+    script = tmp_path / "runner"
+    script.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *--list-devices*) echo "CPU: a processor"; exit;; esac\n'
+        f'exec {sys.executable} -m tests.fakes.fake_runner "$@"\n'
+    )
+    script.chmod(0o755)
+    gpus = FakeGpus([1 << 40])
+    command = (str(script),)
+    async with running_engine(
+        tmp_path / "run", lambda: 1500 * MIB, gpus, runner_command=command
+    ) as engine:
+        await engine.load(spec)
+        assert engine.loaded()[0].size_vram == 0
+    async with running_engine(
+        tmp_path / "run", lambda: 900 * MIB, gpus, runner_command=command
+    ) as engine:
+        with pytest.raises(InferenceError, match="of memory"):
+            await engine.load(spec)
