@@ -5,6 +5,7 @@ known), and the handler. What is not in the table does not exist.
 """
 
 import dataclasses
+import functools
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -14,6 +15,7 @@ from werkzeug.exceptions import MethodNotAllowed
 from ollamad.api import (
     anthropic,
     distribution,
+    docs,
     inference,
     keys,
     models,
@@ -74,6 +76,10 @@ ROUTES = (
     Route("GET", METRICS, "viewer", prometheus.metrics),
     Route("GET", f"{BASE}/health", PUBLIC, status.health, bounded=False),
     Route("GET", f"{BASE}/version", PUBLIC, status.version, bounded=False),
+    Route("GET", f"{BASE}/openapi.json", "viewer", docs.openapi),
+    Route("GET", f"{BASE}/docs", PUBLIC, docs.page),
+    Route("GET", f"{BASE}/docs/docs.js", PUBLIC, docs.script),
+    Route("GET", f"{BASE}/docs/docs.css", PUBLIC, docs.style),
     Route("POST", f"{BASE}/auth/login", PUBLIC, sessions.login),
     Route("POST", f"{BASE}/auth/refresh", PUBLIC, sessions.refresh),
     Route("POST", f"{BASE}/auth/logout", "viewer", sessions.logout),
@@ -221,6 +227,7 @@ def build_app(services: Services, settings: ApiSettings) -> ApiApp:
         inference_stats=RequestStats(services.monotonic),
         hub=Hub(settings.rate_limits.websocket),
         started=services.monotonic(),
+        openapi=_document,
     )
     app = ApiApp(api, origins)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
@@ -233,6 +240,11 @@ def build_app(services: Services, settings: ApiSettings) -> ApiApp:
         app.add_url_rule(route.path, endpoint, methods=[route.method])
         app.views[endpoint] = _view(api, route)
     return app
+
+
+@functools.cache
+def _document() -> bytes:
+    return docs.encoded(ROUTES)
 
 
 def _view(api: Api, route: Route) -> View:

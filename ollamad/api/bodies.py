@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from ollamad.api.conversation import ChatMessage, read_images, read_messages, read_tools
+from ollamad.api.schemas import Period, RoleName
 from ollamad.api.services import ServiceError
 from ollamad.core.failover import MODES
 from ollamad.core.gotemplate import TemplateError
@@ -82,13 +83,14 @@ class LoginBody(msgspec.Struct, frozen=True):
 
 
 MIN_PASSWORD_LENGTH = 8  # NIST SP 800-63B; the rate of guesses is bounded too
+DateTime = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
 NewPassword = Annotated[str, msgspec.Meta(max_length=1024)]
 
 
 class UserBody(msgspec.Struct, frozen=True):
     username: Text
     password: NewPassword
-    role: str
+    role: RoleName
 
 
 class PasswordBody(msgspec.Struct, frozen=True):
@@ -101,12 +103,12 @@ Quota = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 
 class KeyBody(msgspec.Struct, frozen=True):
     name: Annotated[str, msgspec.Meta(max_length=128)] = ""
-    role: str = "inference"
+    role: RoleName = "inference"
     ttl_seconds: Annotated[float, msgspec.Meta(ge=1, le=100 * 365 * 86400)] | None = None
-    expires_at: str | None = None  # RFC 3339
+    expires_at: DateTime | None = None
     request_quota: Quota | None = None  # in a period
     token_quota: Quota | None = None  # in a period, of prompts and answers together
-    quota_period: str = "total"
+    quota_period: Period = "total"
 
 
 class RefreshBody(msgspec.Struct, frozen=True):

@@ -71,6 +71,7 @@ class Api:
     inference_stats: RequestStats
     hub: Hub
     started: float  # on the monotonic clock
+    openapi: Callable[[], bytes]  # the document of all routes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -5,11 +5,12 @@ import msgspec
 from ollamad.api.asgi import Reply
 from ollamad.api.bodies import AutoConfigureBody
 from ollamad.api.calls import Call, reply
+from ollamad.api.schemas import Configured, Distribution
 from ollamad.core.commands import ChangeSettings
 
 
 async def show(call: Call) -> Reply:
-    return reply({"enabled": call.services.cluster.state.settings.auto_distribution})
+    return reply(Distribution(call.services.cluster.state.settings.auto_distribution))
 
 
 async def configure(call: Call) -> Reply:
@@ -20,4 +21,4 @@ async def configure(call: Call) -> Reply:
         changed = msgspec.structs.replace(settings, auto_distribution=enabled)
         await call.propose(ChangeSettings(changed))
     word = "enabled" if enabled else "disabled"
-    return reply({"message": f"Auto-distribution {word}", "status": "success"})
+    return reply(Configured(f"Auto-distribution {word}", "success"))

@@ -10,6 +10,7 @@ from ollamad.api.bodies import ChatBody, EmbedBody, ExplainBody, GenerateBody
 from ollamad.api.calls import Call, reply
 from ollamad.api.generation import LineLayout, Whole, answer, embed, encode
 from ollamad.api.ollama import read_think, require_capability, shortened
+from ollamad.api.schemas import EmbeddingsAnswer
 from ollamad.api.services import Generation
 from ollamad.core.admission import Place
 from ollamad.core.inference import Chunk, Finished, GenerateRequest, Output
@@ -34,14 +35,14 @@ async def embeddings(call: Call) -> Reply:
     vectors: Sequence[Sequence[float]] = result.vectors
     if body.dimensions:
         vectors = [shortened(vector, body.dimensions) for vector in vectors]
-    shown: dict[str, Any] = {"model": request.model, "embedding": vectors[0]}
-    if body.input is not None:
-        shown["embeddings"] = vectors
-    shown |= {
-        "total_duration": result.total_duration,
-        "load_duration": result.load_duration,
-        "prompt_eval_count": result.prompt_eval_count,
-    }
+    shown = EmbeddingsAnswer(
+        model=request.model,
+        embedding=vectors[0],
+        total_duration=result.total_duration,
+        load_duration=result.load_duration,
+        prompt_eval_count=result.prompt_eval_count,
+        embeddings=msgspec.UNSET if body.input is None else vectors,
+    )
     return reply(shown, headers={"X-Ollamad-Node": embedded.node_id})
 
 

@@ -2,13 +2,31 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
 import msgspec
 
 from ollamad.api.asgi import Reply
 from ollamad.api.bodies import CreateBody, DownloadBody, ReplicasBody, invalid
 from ollamad.api.calls import Call, read_name, reply, rfc3339
+from ollamad.api.schemas import (
+    Blob,
+    Cancelled,
+    Deleted,
+    Download,
+    EngineInfo,
+    LayerInfo,
+    ModelDetailsInfo,
+    ModelInfo,
+    ModelList,
+    ModelSummary,
+    OneModel,
+    OneTransfer,
+    PlacementInfo,
+    ReplicasAnswer,
+    TransferInfo,
+    TransferList,
+)
 from ollamad.api.services import ServiceError
 from ollamad.core.ids import NodeId
 from ollamad.core.names import is_reference
@@ -22,15 +40,13 @@ async def list_models(call: Call) -> Reply:
     models = call.services.cluster.state.models.values()
     newest_first = sorted(models, key=lambda model: (-model.modified_at, model.name))
     wanted = call.services.library.wanted_replicas()
-    shown = [
-        _summary(model) | {"replicas_wanted": wanted.get(model.name, 1)} for model in newest_first
-    ]
-    return reply({"models": shown})
+    return reply(ModelList([_summary(model, wanted.get(model.name, 1)) for model in newest_first]))
 
 
 async def show_model(call: Call, name: str) -> Reply:
     model = await call.find_model(name)
-    return reply({"model": _full(call, model) | {"engine": await _engine(call, model)}})
+    full = msgspec.structs.replace(_full(call, model), engine=await _engine(call, model))
+    return reply(OneModel(full))
 
 
 async def create_model(call: Call) -> Reply:
@@ -40,7 +56,7 @@ async def create_model(call: Call) -> Reply:
         raise invalid("files", "files must name at least one uploaded blob", expected="object")
     files = {file: read_digest(digest, f"files.{file}") for file, digest in body.files.items()}
     model = await call.services.library.create(str(name), files)
-    return reply({"model": _full(call, model)}, 201)
+    return reply(OneModel(_full(call, model)), 201)
 
 
 async def delete_model(call: Call, name: str) -> Reply:
@@ -48,11 +64,11 @@ async def delete_model(call: Call, name: str) -> Reply:
     model = await call.find_model(name)
     await services.library.delete(model.name)
     return reply(
-        {
-            "message": f"Successfully deleted model {model.name}",
-            "request_id": f"delete_{model.name}_{int(services.wall())}",
-            "node_id": services.cluster.node_id,
-        }
+        Deleted(
+            message=f"Successfully deleted model {model.name}",
+            request_id=f"delete_{model.name}_{int(services.wall())}",
+            node_id=services.cluster.node_id,
+        )
     )
 
 
@@ -61,9 +77,9 @@ async def ask_replicas(call: Call, name: str) -> Reply:
     known = await call.find_model(name)
     model = await call.services.library.ask_replicas(known.name, body.replicas or 0)
     full = _full(call, model)
-    copies = "1 copy" if full["replicas_wanted"] == 1 else f"{full['replicas_wanted']} copies"
+    copies = "1 copy" if full.replicas_wanted == 1 else f"{full.replicas_wanted} copies"
     message = f"{model.name} should have {copies}; {len(model.confirmed)} there now"
-    return reply({"message": message, "model": full})
+    return reply(ReplicasAnswer(message, full))
 
 
 async def download_model(call: Call, name: str) -> Reply:
@@ -76,12 +92,12 @@ async def download_model(call: Call, name: str) -> Reply:
         model, source=body.source, nodes=nodes, replicas=body.replicas
     )
     return reply(
-        {
-            "status": "downloading",
-            "model": model,
-            "message": "Model download started",
-            "transfer_id": transfer_id,
-        }
+        Download(
+            status="downloading",
+            model=model,
+            message="Model download started",
+            transfer_id=transfer_id,
+        )
     )
 
 
@@ -89,7 +105,7 @@ async def has_blob(call: Call, digest: str) -> Reply:
     digest = read_digest(digest, "digest")
     if not await call.services.library.has_blob(digest):
         raise ServiceError(404, "BLOB_NOT_FOUND", f"blob {digest} is not here", {"digest": digest})
-    return reply({"digest": digest})
+    return reply(Blob(digest))
 
 
 async def upload_blob(call: Call, digest: str) -> Reply:
@@ -97,18 +113,18 @@ async def upload_blob(call: Call, digest: str) -> Reply:
     digest = read_digest(digest, "digest")
     library = call.services.library
     if await library.has_blob(digest):
-        return reply({"digest": digest})
+        return reply(Blob(digest))
     await library.receive_blob(digest, call.request.body)
-    return reply({"digest": digest}, 201)
+    return reply(Blob(digest), 201)
 
 
 async def list_transfers(call: Call) -> Reply:
     transfers = await call.services.library.transfers()
-    return reply({"transfers": [_transfer(transfer) for transfer in transfers]})
+    return reply(TransferList([_transfer(transfer) for transfer in transfers]))
 
 
 async def show_transfer(call: Call, transfer_id: str) -> Reply:
-    return reply({"transfer": _transfer(await _find_transfer(call, transfer_id))})
+    return reply(OneTransfer(_transfer(await _find_transfer(call, transfer_id))))
 
 
 async def cancel_transfer(call: Call, transfer_id: str) -> Reply:
@@ -121,7 +137,7 @@ async def cancel_transfer(call: Call, transfer_id: str) -> Reply:
             {"status": transfer.status},
         )
     await call.services.library.cancel(transfer.id)
-    return reply({"message": f"Transfer {transfer.id} is being cancelled", "id": transfer.id})
+    return reply(Cancelled(f"Transfer {transfer.id} is being cancelled", transfer.id))
 
 
 async def _find_transfer(call: Call, transfer_id: str) -> Transfer:
@@ -144,30 +160,36 @@ def read_digest(text: str, field: str) -> str:
     return text.replace("-", ":")
 
 
-def _summary(model: Model) -> dict[str, Any]:
+def _details(model: Model) -> ModelDetailsInfo:
     details = model.details
-    return {
-        "name": model.name,
-        "size": model.size,
-        "digest": model.digest,
-        "modified_at": rfc3339(model.modified_at),
-        "details": {
-            "parent_model": details.parent_model,
-            "format": details.format,
-            "family": details.family,
-            "families": details.families,
-            "parameter_size": details.parameter_size,
-            "quantization_level": details.quantization_level,
-            "context_length": details.context_length,
-            "embedding_length": details.embedding_length,
-            "capabilities": details.capabilities,
-        },
-        "replicas": model.confirmed,
-    }
+    return ModelDetailsInfo(
+        parent_model=details.parent_model,
+        format=details.format,
+        family=details.family,
+        families=details.families,
+        parameter_size=details.parameter_size,
+        quantization_level=details.quantization_level,
+        context_length=details.context_length,
+        embedding_length=details.embedding_length,
+        capabilities=details.capabilities,
+    )
 
 
-def _full(call: Call, model: Model) -> dict[str, Any]:
+def _summary(model: Model, wanted: int) -> ModelSummary:
+    return ModelSummary(
+        name=model.name,
+        size=model.size,
+        digest=model.digest,
+        modified_at=rfc3339(model.modified_at),
+        details=_details(model),
+        replicas=model.confirmed,
+        replicas_wanted=wanted,
+    )
+
+
+def _full(call: Call, model: Model) -> ModelInfo:
     cluster = call.services.cluster
+    status: Literal["available", "unavailable", "downloading", "missing"]
     if not model.confirmed:
         status = "downloading" if model.desired else "missing"
     elif any(cluster.presence(node_id).online for node_id in model.confirmed):
@@ -175,44 +197,54 @@ def _full(call: Call, model: Model) -> dict[str, Any]:
     else:
         status = "unavailable"
     placement = call.services.library.placement(model)
-    return _summary(model) | {
-        "replicas_wanted": placement.want,
-        "replicas_asked": model.replicas or None,
-        "pinned": model.pinned,
-        "placement": {
-            "reason": placement.reason,
-            "nodes": [msgspec.structs.asdict(verdict) for verdict in placement.nodes],
-        },
-        "status": status,
-        "inference_ready": call.services.library.inference_ready(model),
-        "desired": model.desired,
-        "loaded_on": [
+    return ModelInfo(
+        name=model.name,
+        size=model.size,
+        digest=model.digest,
+        modified_at=rfc3339(model.modified_at),
+        details=_details(model),
+        replicas=model.confirmed,
+        replicas_wanted=placement.want,
+        replicas_asked=model.replicas or None,
+        pinned=model.pinned,
+        placement=PlacementInfo(placement.reason, placement.nodes),
+        status=status,
+        inference_ready=call.services.library.inference_ready(model),
+        desired=model.desired,
+        loaded_on=[
             node_id
             for node_id in cluster.state.members
             if any(one.digest == model.digest for one in cluster.presence(node_id).beat.loaded)
         ],
-        "layers": [
-            {"media_type": layer.media_type, "digest": layer.digest, "size": layer.size}
-            for layer in model.layers
-        ],
-    }
+        layers=[LayerInfo(layer.media_type, layer.digest, layer.size) for layer in model.layers],
+    )
 
 
-async def _engine(call: Call, model: Model) -> dict[str, Any] | None:
+async def _engine(call: Call, model: Model) -> EngineInfo | None:
     """What runs the model, as a node says that holds it; null if none can be asked."""
     try:
         description = await call.services.library.describe(model.name)
     except ServiceError:
         return None
-    return {"name": description.engine or None, "reason": description.engine_reason}
+    return EngineInfo(description.engine or None, description.engine_reason)
 
 
-def _transfer(transfer: Transfer) -> dict[str, Any]:
+def _transfer(transfer: Transfer) -> TransferInfo:
     ended = transfer.finished_at
-    shown: dict[str, Any] = msgspec.structs.asdict(transfer)
-    return shown | {
-        "speed": round(transfer.speed),
-        "eta": None if transfer.eta is None else round(transfer.eta),
-        "started_at": rfc3339(transfer.started_at),
-        "finished_at": None if ended is None else rfc3339(ended),
-    }
+    return TransferInfo(
+        id=transfer.id,
+        model_name=transfer.model_name,
+        type=transfer.type,
+        status=transfer.status,
+        progress=transfer.progress,
+        speed=round(transfer.speed),
+        eta=None if transfer.eta is None else round(transfer.eta),
+        peer_id=transfer.peer_id,
+        node_id=transfer.node_id,
+        bytes_done=transfer.bytes_done,
+        bytes_total=transfer.bytes_total,
+        error=transfer.error,
+        started_at=rfc3339(transfer.started_at),
+        finished_at=None if ended is None else rfc3339(ended),
+        digest=transfer.digest,
+    )

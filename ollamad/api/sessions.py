@@ -1,11 +1,10 @@
 """Handlers: log in, refresh, log out, and who am I."""
 
-from typing import Any
-
 from ollamad.api.asgi import Reply
 from ollamad.api.auth import TokenPair
 from ollamad.api.bodies import LoginBody, RefreshBody
 from ollamad.api.calls import Call, reply, rfc3339
+from ollamad.api.schemas import Done, Me, SessionUser, TokenAnswer
 from ollamad.api.services import ServiceError
 from ollamad.core.state import User
 
@@ -31,24 +30,24 @@ async def logout(call: Call) -> Reply:
     if caller is None or not caller.session:
         raise ServiceError(400, "NO_SESSION", "this caller did not log in, so it cannot log out")
     await call.api.auth.end_session(caller.session)
-    return reply({"message": "Logged out"})
+    return reply(Done("Logged out"))
 
 
 async def me(call: Call) -> Reply:
     caller = call.caller
     assert caller is not None  # the route needs a role
     return reply(
-        {
-            "user": {"id": caller.username, "username": caller.username, "role": caller.role},
-            "expires_at": rfc3339(caller.expires_at) if caller.expires_at else None,
-        }
+        Me(
+            SessionUser(caller.username, caller.username, caller.role),
+            rfc3339(caller.expires_at) if caller.expires_at else None,
+        )
     )
 
 
-def _pair(user: User, pair: TokenPair) -> dict[str, Any]:
-    return {
-        "token": pair.access,
-        "refresh_token": pair.refresh,
-        "expires_at": rfc3339(pair.expires_at),
-        "user": {"id": user.username, "username": user.username, "role": user.role},
-    }
+def _pair(user: User, pair: TokenPair) -> TokenAnswer:
+    return TokenAnswer(
+        token=pair.access,
+        refresh_token=pair.refresh,
+        expires_at=rfc3339(pair.expires_at),
+        user=SessionUser(user.username, user.username, user.role),
+    )

@@ -2,12 +2,23 @@
 
 import math
 import platform
-from typing import Any
+from typing import Literal
 
 import ollamad
 from ollamad.api.asgi import Reply
 from ollamad.api.bodies import JoinBody, JoinTokenBody, LeaveBody, invalid
 from ollamad.api.calls import Api, Call, is_host_port, reply, rfc3339
+from ollamad.api.schemas import (
+    ClusterStatus,
+    ConsensusInfo,
+    Health,
+    JoinTokenAnswer,
+    Leader,
+    Metrics,
+    Moved,
+    SchedulerStats,
+    Version,
+)
 from ollamad.api.services import Cluster, NoQuorum, ServiceError
 from ollamad.core.ids import NodeId, is_node_id, short
 
@@ -21,30 +32,26 @@ async def root(call: Call) -> Reply:
 async def health(call: Call) -> Reply:
     services = call.services
     reason = trouble(call.api)
-    body = {
-        "status": "unhealthy" if reason else "healthy",
-        "timestamp": rfc3339(services.wall()),
-        "uptime": format_uptime(services.monotonic() - call.api.started),
-    }
-    if reason:
-        body |= {"reason": reason, "code": "NO_QUORUM"}
-        return reply(body, 503, {"Retry-After": "2"})
-    return reply(body)
+    now, uptime = rfc3339(services.wall()), services.monotonic() - call.api.started
+    if reason is None:
+        return reply(Health("healthy", now, format_uptime(uptime)))
+    body = Health("unhealthy", now, format_uptime(uptime), reason=reason, code="NO_QUORUM")
+    return reply(body, 503, {"Retry-After": "2"})
 
 
 async def version(call: Call) -> Reply:
     return reply(
-        {
-            "version": ollamad.__version__,
-            "build_time": call.services.build_time,
-            "git_commit": call.services.git_commit,
-            "go_version": "",
-            "platform": call.services.platform,
-            "api_version": API_VERSION,
-            "python_version": platform.python_version(),
-            "engine_versions": dict(call.services.engine_versions),
-            "p2p_port": call.services.p2p_port,
-        }
+        Version(
+            version=ollamad.__version__,
+            build_time=call.services.build_time,
+            git_commit=call.services.git_commit,
+            go_version="",
+            platform=call.services.platform,
+            api_version=API_VERSION,
+            python_version=platform.python_version(),
+            engine_versions=dict(call.services.engine_versions),
+            p2p_port=call.services.p2p_port,
+        )
     )
 
 
@@ -52,11 +59,12 @@ async def cluster_status(call: Call) -> Reply:
     return reply(describe_cluster(call.api))
 
 
-def describe_cluster(api: Api) -> dict[str, Any]:
+def describe_cluster(api: Api) -> ClusterStatus:
     """What `/cluster/status` says, also to WebSockets."""
     cluster = api.services.cluster
     state = cluster.state
     online = sum(cluster.presence(node_id).online for node_id in state.members)
+    status: Literal["healthy", "degraded", "unhealthy"]
     if trouble(api):
         status = "unhealthy"
     elif online < len(state.members):
@@ -64,27 +72,27 @@ def describe_cluster(api: Api) -> dict[str, Any]:
     else:
         status = "healthy"
     leader = cluster.leader()
-    return {
-        "node_id": cluster.node_id,
-        "is_leader": cluster.is_leader,
-        "leader": leader or "",
-        "peers": connected_peers(cluster),
-        "status": status,
-        "cluster_id": state.cluster_id,
-        "cluster_size": len(state.members),
-        "nodes_online": online,
-        "has_quorum": cluster.has_quorum,
-        "term": cluster.term,
-        "voters": list(cluster.voters()),
-        "leader_name": state.members[leader].name if leader in state.members else "",
-    }
+    return ClusterStatus(
+        node_id=cluster.node_id,
+        is_leader=cluster.is_leader,
+        leader=leader or "",
+        peers=connected_peers(cluster),
+        status=status,
+        cluster_id=state.cluster_id,
+        cluster_size=len(state.members),
+        nodes_online=online,
+        has_quorum=cluster.has_quorum,
+        term=cluster.term,
+        voters=list(cluster.voters()),
+        leader_name=state.members[leader].name if leader in state.members else "",
+    )
 
 
 async def cluster_leader(call: Call) -> Reply:
     leader = call.services.cluster.leader()
     if leader is None:
         raise NoQuorum("the cluster has no leader now")
-    return reply({"leader": leader})
+    return reply(Leader(leader))
 
 
 async def consensus(call: Call) -> Reply:
@@ -92,20 +100,20 @@ async def consensus(call: Call) -> Reply:
     cluster = call.services.cluster
     view = cluster.consensus()
     return reply(
-        {
-            "node_id": cluster.node_id,
-            "leader": cluster.leader() or "",
-            "is_leader": cluster.is_leader,
-            "term": cluster.term,
-            "voters": list(cluster.voters()),
-            "has_quorum": cluster.has_quorum,
-            "commit_index": view.commit_index,
-            "applied_index": view.applied_index,
-            "state_hash": f"sha256:{cluster.state.fingerprint()}",
-            "state_age_ms": state_age_ms(cluster),
-            "disk_full": view.disk_full,
-            "disk_hangs": view.disk_hangs,
-        }
+        ConsensusInfo(
+            node_id=cluster.node_id,
+            leader=cluster.leader() or "",
+            is_leader=cluster.is_leader,
+            term=cluster.term,
+            voters=list(cluster.voters()),
+            has_quorum=cluster.has_quorum,
+            commit_index=view.commit_index,
+            applied_index=view.applied_index,
+            state_hash=f"sha256:{cluster.state.fingerprint()}",
+            state_age_ms=state_age_ms(cluster),
+            disk_full=view.disk_full,
+            disk_hangs=view.disk_hangs,
+        )
     )
 
 
@@ -127,25 +135,25 @@ async def cluster_join(call: Call) -> Reply:
             409, "ALREADY_MEMBER", "this node is a member already", {"node_id": node_id}
         )
     await call.services.cluster.admit(node_id, body.address)
-    return reply({"message": "Node joined cluster", "node_id": node_id})
+    return reply(Moved("Node joined cluster", node_id))
 
 
 async def cluster_leave(call: Call) -> Reply:
     body = await call.body(LeaveBody)
     member = await call.find_member(body.node_id)
     await call.services.cluster.remove(member.id, force=body.force, timeout_s=body.timeout_seconds)
-    return reply({"message": "Node left cluster", "node_id": member.id})
+    return reply(Moved("Node left cluster", member.id))
 
 
 async def cluster_token(call: Call) -> Reply:
     body = await call.body(JoinTokenBody, optional=True)
     issued = await call.services.cluster.make_join_token(body.ttl_seconds)
     return reply(
-        {
-            "token": issued.token,
-            "expires_at": rfc3339(issued.expires_at),
-            "command": issued.command,
-        },
+        JoinTokenAnswer(
+            token=issued.token,
+            expires_at=rfc3339(issued.expires_at),
+            command=issued.command,
+        ),
         201,
     )
 
@@ -157,31 +165,31 @@ async def metrics(call: Call) -> Reply:
     http = call.api.http_stats.snapshot()
     inference = call.api.inference_stats.snapshot()
     return reply(
-        {
-            "node_id": cluster.node_id,
-            "connected_peers": connected_peers(cluster),
-            "is_leader": cluster.is_leader,
-            "requests_processed": http.completed + http.failed,
-            "models_loaded": sum(len(cluster.presence(node_id).beat.loaded) for node_id in members),
-            "cluster_size": len(members),
-            "scheduler_stats": {
-                "total_requests": inference.total,
-                "completed_requests": inference.completed,
-                "failed_requests": inference.failed,
-                "queued_requests": services.inference.queued(),
-                "average_latency": round(inference.average_latency_ms, 3),
-            },
-            "uptime": "running",
-            "status": "unhealthy" if trouble(call.api) else "healthy",
-            "cpu_usage": round(services.host.cpu_percent(), 2),
-            "memory_usage": round(services.host.memory_percent(), 2),
-            "network_usage": round(services.host.network_percent(), 2),
-            "requests_per_second": round(http.per_second, 3),
-            "average_latency": round(http.average_latency_ms),
-            "active_connections": http.active,
-            "error_rate": round(http.error_percent, 3),
-            "uptime_seconds": round(services.monotonic() - call.api.started, 3),
-        }
+        Metrics(
+            node_id=cluster.node_id,
+            connected_peers=connected_peers(cluster),
+            is_leader=cluster.is_leader,
+            requests_processed=http.completed + http.failed,
+            models_loaded=sum(len(cluster.presence(node_id).beat.loaded) for node_id in members),
+            cluster_size=len(members),
+            scheduler_stats=SchedulerStats(
+                total_requests=inference.total,
+                completed_requests=inference.completed,
+                failed_requests=inference.failed,
+                queued_requests=services.inference.queued(),
+                average_latency=round(inference.average_latency_ms, 3),
+            ),
+            uptime="running",
+            status="unhealthy" if trouble(call.api) else "healthy",
+            cpu_usage=round(services.host.cpu_percent(), 2),
+            memory_usage=round(services.host.memory_percent(), 2),
+            network_usage=round(services.host.network_percent(), 2),
+            requests_per_second=round(http.per_second, 3),
+            average_latency=round(http.average_latency_ms),
+            active_connections=http.active,
+            error_rate=round(http.error_percent, 3),
+            uptime_seconds=round(services.monotonic() - call.api.started, 3),
+        )
     )
 
 

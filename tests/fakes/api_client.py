@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 import trio
@@ -10,6 +11,8 @@ import trio
 from ollamad.api.app import ApiApp, ApiSettings, build_app
 from ollamad.api.auth import AuthSettings
 from ollamad.api.limits import RateLimits
+from ollamad.api.reference import BASE, DOCS, LINES
+from ollamad.api.schemas import ErrorAnswer
 from tests.fakes.api_services import World, make_world
 
 REMOTE = ("192.0.2.7", 4711)
@@ -81,7 +84,32 @@ class ApiClient:
             sent.setdefault("Content-Type", "application/json")
         whole = path == "/" or path.startswith(("//", "/api/", "/v1/", "root:"))
         full = path.removeprefix("root:") if whole else f"/api/v1{path}"
-        return await exchange(self.app, method, full, sent, data or b"", peer)
+        answer = await exchange(self.app, method, full, sent, data or b"", peer)
+        self.check(method, full, answer)
+        return answer
+
+    def check(self, method: str, path: str, answer: Answer) -> None:
+        """Hold an answer of `/api/v1` against its type: every key there, and no other."""
+        if not path.startswith(f"{BASE}/") or not answer.data:
+            return
+        if answer.status >= 400 and not path.startswith(f"{BASE}/health"):
+            matches(answer, ErrorAnswer)
+            return
+        endpoint, _ = self.app.routes.match(unquote(path.partition("?")[0]), method)
+        doc = DOCS.get(endpoint)
+        kind = doc.answers.get(answer.status) if doc is not None else None
+        if kind is not None and not answer.headers["content-type"].startswith(LINES):
+            matches(answer, kind)
+
+
+def matches(answer: Answer, kind: Any) -> None:
+    """Whether the answer is of that type, whole.
+
+    Raises:
+      AssertionError: it is not.
+    """
+    typed = msgspec.json.decode(answer.data, type=kind)
+    assert json.loads(msgspec.json.encode(typed)) == answer.json, f"more than {kind.__name__} says"
 
 
 async def exchange(

@@ -82,10 +82,12 @@ async def test_every_route_lets_in_its_role_and_those_above(route: Any, role: st
 def test_the_table_of_roles_is_the_contracts() -> None:
     """Written out again on purpose: a slip in the table must fail here."""
     expected = {
-        None: "/ /health /version /auth/login /auth/refresh /api/version",
-        "viewer": "/auth/logout /auth/me /users/<username>/password "
-        "/cluster/status /cluster/leader /cluster/consensus /metrics /nodes /explain /distribution "
-        "/nodes/<reference> /models /models/<path:name> /transfers /transfers/<transfer_id> "
+        None: "/ /health /version /auth/login /auth/refresh /api/version "
+        "/docs /docs/docs.js /docs/docs.css",
+        "viewer": "/openapi.json /auth/logout /auth/me /users/<username>/password "
+        "/cluster/status /cluster/leader /cluster/consensus /metrics /nodes "
+        "/distribution /explain /nodes/<reference> /models /models/<path:name> "
+        "/transfers /transfers/<transfer_id> "
         "/api/tags /api/ps /api/show /v1/models /v1/models/<path:name>",
         "inference": "/generate /chat /embeddings "
         "/api/generate /api/chat /api/embed /api/embeddings "
