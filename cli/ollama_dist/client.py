@@ -98,6 +98,10 @@ class Api:
         """Close the connections; what still streams is cancelled by that."""
         self._http.close()
 
+    def at(self, address: Address) -> "Api":
+        """Another node of the same cluster, with the credential that was good here."""
+        return Api(address, token=self._fallbacks[0][0])
+
     def get(self, url: str) -> Json:
         """The JSON object at `url`."""
         return self._call("GET", url)

@@ -10,6 +10,7 @@ import typer
 
 from ollama_dist.commands import auth, cluster, keys, models, nodes, transfers, users
 from ollama_dist.commands.chat import run
+from ollama_dist.commands.explain import explain
 from ollama_dist.commands.inference import embed, generate
 from ollama_dist.session import root_callback
 
@@ -26,6 +27,7 @@ app.command("status")(cluster.status)
 app.command("run")(run)
 app.command("generate")(generate)
 app.command("embed")(embed)
+app.command("explain")(explain)
 app.command("ps")(nodes.ps)
 app.add_typer(models.app, name="models")
 app.add_typer(transfers.app, name="transfers")

@@ -150,6 +150,7 @@ class FakeApi:
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.answers: dict[tuple[str, str], Answer] = {}
+        self.refuse_once: dict[tuple[str, str], Answer] = {}  # the next answer, and then no more
         self.nodes = [
             node(ALPHA, "alpha", is_leader=True, loaded=[loaded("smollm2:135m")]),
             node(BETA, "beta", draining=True),
@@ -174,6 +175,7 @@ class FakeApi:
         self.tokens: set[str | None] | None = None  # None: whoever asks may do everything
         self.refresh_tokens: dict[str, str] = {}  # refresh token -> the token that it makes
         self.blobs: set[str] = set()
+        self.explanation: Json = {}
         self.pieces = ["Hello", ", ", "world\u2028", "!"]
         self.stream_error = ""  # sent in band behind the pieces
         self.cut_stream = False  # hang up behind the pieces
@@ -207,7 +209,8 @@ class FakeApi:
 
     def handle(self, request: Request) -> Answer:
         """The answer to anything but a stream."""
-        canned = self.answers.get((request.method, request.path))
+        key = (request.method, request.path)
+        canned = self.refuse_once.pop(key, None) or self.answers.get(key)
         if canned is not None:
             return canned
         parts = [unquote(part) for part in request.path.strip("/").split("/")]
@@ -261,6 +264,8 @@ class FakeApi:
                 return self._blob(request, digest)
             case "POST", ["generate" | "chat" as kind]:
                 return Answer(200, self._whole(kind, request.json["model"]))
+            case "POST", ["explain"]:
+                return Answer(200, self.explanation)
             case "POST", ["embeddings"]:
                 return Answer(200, {"model": request.json["model"], "embedding": [0.6, -0.8]})
         return error(404, "no such route", "NOT_FOUND")
@@ -416,8 +421,10 @@ def _handler_of(api: FakeApi) -> type[BaseHTTPRequestHandler]:
 
         def lines(self, request: Request) -> Iterator[Json]:
             kind, name = request.path[1:], request.json["model"]
-            for text in api.pieces:
-                yield api.piece(kind, name, text)
+            first = request.json.get("resume_from", 0)
+            for token, text in enumerate(api.pieces[first:], first + 1):
+                named = {"token": token} if "request_id" in request.json else {}
+                yield api.piece(kind, name, text) | named
             if api.stream_error:
                 yield {"error": api.stream_error}
             elif not (api.hold_stream or api.cut_stream or api.end_early):

@@ -4,24 +4,32 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.fakes import cli_fixtures
 from tests.fakes.cli_fixtures import WAIT_S, Cli, Terminal, start_piped
-from tests.fakes.fake_api import FakeApi, error
+from tests.fakes.fake_api import ALPHA, BETA, GAMMA, FakeApi, error, node
 
 cli, fake_api, home = cli_fixtures.cli, cli_fixtures.fake_api, cli_fixtures.home
 
 WHOLE = "Hello, world\u2028!"
 
 
+def unnamed(fake_api: FakeApi) -> dict[str, object]:
+    """The last request without the name that it was given."""
+    return {key: value for key, value in fake_api.requests[-1].json.items() if key != "request_id"}
+
+
 def test_generate_streams_plain_text(cli: Cli, fake_api: FakeApi) -> None:
     result = cli("generate", "m", "say", "hello", stdin="")
     assert result.exit_code == 0
     assert result.stdout == f"{WHOLE}\n"
-    assert fake_api.asked("POST", "/generate")[0].json == {
+    asked = fake_api.asked("POST", "/generate")[0].json
+    assert len(asked.pop("request_id")) == 32
+    assert asked == {
         "model": "m",
         "prompt": "say hello",
         "stream": True,
@@ -31,7 +39,7 @@ def test_generate_streams_plain_text(cli: Cli, fake_api: FakeApi) -> None:
 def test_generate_passes_its_options_on(cli: Cli, fake_api: FakeApi) -> None:
     options = ("--system", "Be brief.", "--option", "top_k=1", "--option", "stop=x", "--raw")
     assert cli("generate", "m", "hi", *options, "--format", "json").exit_code == 0
-    assert fake_api.requests[-1].json == {
+    assert unnamed(fake_api) == {
         "model": "m",
         "prompt": "hi",
         "system": "Be brief.",
@@ -57,7 +65,7 @@ def test_run_with_a_prompt_prints_one_answer(cli: Cli, fake_api: FakeApi) -> Non
     result = cli("run", "m", "hi", "--system", "Be brief.", "--option", "seed=7")
     assert result.exit_code == 0
     assert result.stdout == f"{WHOLE}\n"
-    assert fake_api.requests[-1].json == {
+    assert unnamed(fake_api) == {
         "model": "m",
         "messages": [
             {"role": "system", "content": "Be brief."},
@@ -93,10 +101,86 @@ def test_an_answer_that_breaks_off_is_no_success(
     cli: Cli, fake_api: FakeApi, how: str, words: str
 ) -> None:
     setattr(fake_api, how, True)
+    fake_api.nodes = []  # there is nobody else to ask
     result = cli("generate", "m", "hi")
     assert result.exit_code == 1
     assert result.stdout == f"{WHOLE}\n"
     assert words in result.stderr
+
+
+@pytest.fixture
+def other_api() -> Iterator[FakeApi]:
+    with FakeApi() as other:
+        yield other
+
+
+@pytest.mark.parametrize("command", ["generate", "run"])
+def test_an_answer_goes_on_at_another_node(
+    cli: Cli, fake_api: FakeApi, other_api: FakeApi, command: str
+) -> None:
+    """The node dies after two of four tokens; another one has the rest."""
+    other_api.pieces = list(fake_api.pieces)
+    fake_api.pieces = fake_api.pieces[:2]
+    fake_api.cut_stream = True
+    own, other = fake_api.url.partition("//")[2], other_api.url.partition("//")[2]
+    fake_api.nodes = [
+        node(ALPHA, "alpha", address=own),
+        node(BETA, "beta", address=other),
+        node(GAMMA, "gamma", address="127.0.0.1:1", status="offline"),
+    ]
+    result = cli(command, "m", "hi", stdin="")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{WHOLE}\n"
+    assert f"going on at http://{other}" in result.stderr
+    [first], [second] = (
+        api.asked("POST", f"/{'chat' if command == 'run' else command}")
+        for api in (fake_api, other_api)
+    )
+    position = {"resume_from": 2, "received": "Hello, "}
+    assert second.json == first.json | position
+    assert first.token == second.token
+
+
+def test_where_no_token_ends_what_was_shown_is_left_out(
+    cli: Cli, fake_api: FakeApi, other_api: FakeApi
+) -> None:
+    """The other node cut its answer otherwise: all of it is asked for, and shown from there on."""
+    fake_api.pieces = ["Hello, w"]
+    fake_api.cut_stream = True
+    fake_api.nodes = [node(BETA, "beta", address=other_api.url.partition("//")[2])]
+    mismatch = error(409, "no part ends there", "RESUME_MISMATCH")
+    other_api.refuse_once[("POST", "/generate")] = mismatch
+    result = cli("generate", "m", "hi")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{WHOLE}\n"
+    assert "resume_from" not in other_api.requests[-1].json
+
+
+def test_explain_shows_where_a_prompt_would_go(cli: Cli, fake_api: FakeApi) -> None:
+    score = {
+        "node_id": ALPHA, "node": "alpha", "chosen": True, "willing": True, "why_not": "",
+        "loaded": True, "fits": True, "slots": 4, "in_use": 1, "pending_tokens": 30,
+        "cached": 0.75, "uncached_tokens": 12, "prefill_rate": 210.4, "queue_s": 0.0,
+        "load_s": 0.0, "time_to_first_token_s": 0.2,
+    }  # fmt: skip
+    away = score | {"node": "beta", "chosen": False, "willing": False, "why_not": "offline"}
+    tight = score | {"node": "gamma", "chosen": False, "loaded": False, "fits": False}
+    fake_api.explanation = {
+        "policy": "prefix",
+        "why": "its cache has most of the prompt",
+        "scores": [score, tight, away],
+    }
+    result = cli("explain", "m", "why", "is", "it", "--system", "Be brief.")
+    assert result.exit_code == 0
+    first, second, third = result.stdout.splitlines()[1:4]
+    assert first.split() == ["*", "alpha", "0.20", "s", "75", "%", "1/4", "42", "210", "loaded"]
+    assert "does not fit" in second
+    assert third.split()[1:3] == ["-", "75"]
+    assert "prefix: its cache has most of the prompt" in result.stdout
+    asked = fake_api.requests[-1].json
+    assert [message["content"] for message in asked["messages"]] == ["Be brief.", "why is it"]
+    data = json.loads(cli("explain", "m", "x", "-o", "json").stdout)
+    assert data == fake_api.explanation
 
 
 def test_embed(cli: Cli, fake_api: FakeApi) -> None:

@@ -42,6 +42,7 @@ def run(
 ) -> None:
     """Talk with a model; with a PROMPT or piped input, print one answer."""
     from ollama_dist.client import path
+    from ollama_dist.resume import resumable
 
     chat = Chat(session, model, options=parse_options(option or ()), system=system or "")
     if not prompt and sys.stdin.isatty():
@@ -58,7 +59,7 @@ def run(
     if session.wants_data:
         session.data(session.api.infer(path("chat"), chat.request()))
         return
-    with session.api.stream(path("chat"), chat.request()) as items:
+    with resumable(session, path("chat"), chat.request()) as items:
         write_answer(contents(items))
 
 
@@ -154,6 +155,7 @@ class Chat:
         """
         from ollama_dist.client import path
         from ollama_dist.markdown import MarkdownStream
+        from ollama_dist.resume import resumable
 
         self.messages.append({"role": "user", "content": text})
         said: list[str] = []
@@ -161,7 +163,7 @@ class Chat:
         try:
             with (
                 MarkdownStream(self.session.out) as screen,
-                self.session.api.stream(path("chat"), self.request()) as items,
+                resumable(self.session, path("chat"), self.request()) as items,
             ):
                 for piece in contents(items):
                     said.append(piece)

@@ -96,6 +96,7 @@ def generate(
 ) -> None:
     """One answer to one prompt."""
     from ollama_dist.client import path
+    from ollama_dist.resume import resumable
 
     body: dict[str, Any] = {"model": model, "prompt": read_prompt(prompt)}
     if not body["prompt"]:
@@ -112,7 +113,7 @@ def generate(
     if session.wants_data:
         session.data(session.api.infer(url, body))
         return
-    with session.api.stream(url, body) as items:
+    with resumable(session, url, body) as items:
         write_answer(str(item.get("response") or "") for item in items)
 
 
