@@ -62,6 +62,10 @@ class _Answer:
                 except NoConnection as problem:
                     lost = problem
                 except ApiError as problem:
+                    if problem.status == 401:
+                        # The token file of a node is for that node alone.
+                        hint = "Other nodes do not know you: sign in with `ollama-dist auth login`."
+                        raise NoConnection(str(lost), hint=hint, exit_code=1) from None
                     if problem.status not in RETRIED:
                         raise
             time.sleep(PAUSE_S)  # noqa: TID251 - the command line is synchronous

@@ -132,7 +132,7 @@ def _packed(names: "array[int]") -> bytes:
 class PrefixNews(msgspec.Struct, frozen=True, array_like=True):
     """What a beat tells of a node's caches: at most 700 bytes."""
 
-    count: int = 0  # names that it holds in all
+    count: int = 0  # names that it holds in all; negative: nothing is told of them
     names: bytes = b""  # some of them, the newest last; four bytes each, little-endian
 
     def blocks(self) -> list[int]:
@@ -142,6 +142,9 @@ class PrefixNews(msgspec.Struct, frozen=True, array_like=True):
         if sys.byteorder == "big":
             names.byteswap()
         return names.tolist()
+
+
+NOT_TOLD = PrefixNews(-1)
 
 
 @dataclass(slots=True)
@@ -267,6 +270,8 @@ class PrefixIndex:
 
     def hear(self, number: int, news: PrefixNews, now: float) -> None:
         """What a node's beat told."""
+        if news.count < 0:
+            return
         self.tell(number, news.blocks(), now)
         # It holds no more than that; what it did not tell of for longest is gone.
         self._trim(number, news.count, told_before=now - GRACE_S)

@@ -15,7 +15,7 @@ import msgspec
 from ollamad.core.ids import NodeId
 from ollamad.core.inference import LoadedModel
 from ollamad.core.measures import Demand
-from ollamad.core.prefix import PrefixNews
+from ollamad.core.prefix import NOT_TOLD, PrefixNews
 from ollamad.core.speeds import Speed, short_digest
 from ollamad.core.suspicion import CONVICT, SUSPECT, PhiAccrual
 
@@ -205,6 +205,7 @@ def _told(beat: Beat, rumour: Rumour) -> Beat:
             msgspec.structs.replace(speed, pending=pending.get(speed.model, 0))
             for speed in speeds.values()
         ),
+        prefixes=NOT_TOLD,
         waiting=rumour.waiting,
         leaving=rumour.leaving,
     )

@@ -32,7 +32,10 @@ POLICIES: tuple[Policy, ...] = ("prefix", "least-loaded", "round-robin", "random
 WARM = 0.8  # of the prompt: below, what is saved is less than what a queue costs
 STICKY_BOUND_S = 2.0  # what affinity may cost in time to the first token
 OVERLOAD_S = 10.0  # of waiting for a slot: then a cache saves little of it
-HOP_S = 0.003  # what another node costs beside this one: a way there and back, and TLS
+# What another node costs beside this one: each token of the answer takes a way through two loops
+# and TLS, some twentieth of its time; and predictions are not so exact that less would be a reason.
+HOP_S = 0.1
+HERE_FACTOR = 0.8
 NO_ROOM_S = 30.0  # where the model fits only if others are unloaded, or not at all
 CLASS_WIDTH = 1.25
 SHORTEST_WAIT_S = 0.001
@@ -279,6 +282,8 @@ class Fleet:
             uncached = tokens * (1 - prompt.covered(blocks))
             if here >= 0 and nodes >> here & 1:
                 cost = waits[here] + uncached / rates[here] - HOP_S
+                if self._loads[here].loaded:  # else a second load would seem cheap
+                    cost *= HERE_FACTOR
                 if cost < least:
                     found, with_blocks, least = here, blocks, cost
             if nodes.bit_count() <= FEW:

@@ -15,6 +15,7 @@ from ollamad.core.prefix import (
     MAX_BLOCKS,
     MAX_NEW_TOLD,
     MIN_NODE_BLOCKS,
+    NOT_TOLD,
     RETELL_S,
     TOLD_AGAIN,
     Numbers,
@@ -207,6 +208,13 @@ def test_what_a_node_tells_of_no_more_is_forgotten() -> None:
     assert levels(index, new)[0] == 10
     index.hear(0, PrefixNews(), 20.0)
     assert len(index) == 0
+
+
+def test_a_rumour_says_nothing_of_caches() -> None:
+    index = PrefixIndex()
+    index.tell(0, plain("a" * 1280).blocks, 0.0)
+    index.hear(0, NOT_TOLD, 1000.0)
+    assert levels(index, plain("a" * 1280))[0] == 10
 
 
 def test_what_was_sent_since_the_beat_stays() -> None:
