@@ -103,9 +103,17 @@ class AdmissionControl:
 
     @asynccontextmanager
     async def admitted(
-        self, model: Model, asker: Asker, prompt_tokens: float, limit: int | None
+        self,
+        model: Model,
+        asker: Asker,
+        prompt_tokens: float,
+        limit: int | None,
+        *,
+        has_waited: bool = False,
     ) -> AsyncIterator[Admitted]:
         """Wait for room; leaving the context gives it back. Cancelled, it leaves the queue.
+
+        With `has_waited` it does not wait: it was let in before, by an entry node that died.
 
         Raises:
           InferenceError: QUEUE_FULL (503), or the deadline passed before there was room (408).
@@ -120,7 +128,7 @@ class AdmissionControl:
             entered_at=now,
         )
         admitted = Admitted(self, ticket, model)
-        if not self._waiting_for[model.digest] and self._has_room(model):
+        if has_waited or (not self._waiting_for[model.digest] and self._has_room(model)):
             self._reserved[model.digest] += 1
             self.queue.start(ticket)
         else:

@@ -4,6 +4,7 @@ A request that fails on one node (which is gone, has no memory, is draining) goe
 also in the middle of its answer (`scheduler.relay`).
 """
 
+import dataclasses
 import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Protocol
 import msgspec
 import trio
 
-from ollamad.core.admission import ANYBODY, Asker
+from ollamad.core.admission import ANYBODY, HIGHEST, Asker
 from ollamad.core.explanation import Explanation
 from ollamad.core.failover import Answer, parse_mode
 from ollamad.core.ids import NodeId
@@ -179,9 +180,13 @@ class Dispatcher:
             request = msgspec.structs.replace(request, fingerprint=fingerprint)
         prompt = self.router.prompt(request, model)
         tokens = self.router.tokens(prompt, model)
+        told = await self._told_before(model, request)
+        if told is None and resume is not None and resume.from_token:
+            # It was let in once, but nobody is left who knows.
+            asker = dataclasses.replace(asker, priority=HIGHEST)
         async with (
             self._asked_for(model, request.only_loads),
-            self._admitted(model, request, asker, tokens) as admitted,
+            self._admitted(model, request, asker, tokens, told is not None) as admitted,
         ):
             answer = Answer(request, parse_mode(request.failover or self._failover))
 
@@ -203,7 +208,16 @@ class Dispatcher:
             self._outstanding += 1
             self._relays.add(relay)
             try:
-                if not await self._resume(relay, answer, model, request, resume):
+                if told is not None:
+                    node_id, events = told
+                    await relay.begin_behind(node_id, events, resume.known(events) if resume else 0)
+                else:
+                    if resume is not None and resume.from_token:
+                        # It is made again from the beginning, with the same seed.
+                        if resume.received is None:
+                            relay.skip = resume.from_token
+                        else:
+                            answer.have(resume.received)
                     await relay.begin()
                 yield relay
             finally:
@@ -345,40 +359,31 @@ class Dispatcher:
 
     @asynccontextmanager
     async def _admitted(
-        self, model: Model, request: GenerateRequest, asker: Asker, tokens: float
+        self,
+        model: Model,
+        request: GenerateRequest,
+        asker: Asker,
+        tokens: float,
+        has_waited: bool,
     ) -> AsyncIterator[Admitted | None]:
         if request.only_loads:  # nothing is generated, and nobody is to wait for that
             yield None
             return
         limit = request.options.num_predict
-        async with self.admission.admitted(model, asker, tokens, limit) as admitted:
+        async with self.admission.admitted(
+            model, asker, tokens, limit, has_waited=has_waited
+        ) as admitted:
             yield admitted
 
-    async def _resume(
-        self,
-        relay: Relay,
-        answer: Answer,
-        model: Model,
-        request: GenerateRequest,
-        resume: Resume | None,
-    ) -> bool:
-        """Begin with what is known of the answer, if it was asked for before; whether it was."""
+    async def _told_before(
+        self, model: Model, request: GenerateRequest
+    ) -> tuple[NodeId, list[Event]] | None:
+        """Who served that request before, and what it said, if the client has named it."""
         if not request.request_id:
-            return False
-        found = await self._keeper.find(
+            return None
+        return await self._keeper.find(
             request, model.confirmed, self._node_id, self._is_online, self._peers
         )
-        if found is not None:
-            node_id, events = found
-            await relay.begin_behind(node_id, events, resume.known(events) if resume else 0)
-            return True
-        if resume is not None and resume.from_token:
-            # It is made again from the beginning, with the same seed.
-            if resume.received is None:
-                relay.skip = resume.from_token
-            else:
-                answer.have(resume.received)
-        return False
 
     def _is_online(self, node_id: NodeId) -> bool:
         return self._presence(node_id).online

@@ -36,7 +36,7 @@ RECOMPUTED_GOAL = 1.15  # times the ideal
 SPEEDUP_GOAL = 3.0  # of the mean time to the first token, against round-robin
 MODEL = "bench"
 
-TOPICS = "weather trains bread music gardens clocks rivers birds letters lamps boats".split()
+TOPICS = ["weather", "trains", "bread", "music", "gardens", "clocks", "rivers", "birds", "lamps"]
 RULES = [
     f"Rule {number}: when somebody asks about {topic}, answer in one short and friendly sentence."
     for number, topic in enumerate(TOPICS, 1)

@@ -227,9 +227,7 @@ async def test_with_nobody_for_long_the_loss_is_told(
 
 async def test_a_node_that_refuses_is_passed_over(world: World) -> None:
     world.hold(A, B, C)
-    world.load(C)
     world.a.engine.refuse = refusal("INSUFFICIENT_MEMORY")
-    world.load(B)
     world.presences[A] = world.presence(online=False)
     events = await ask_and_cut(world)
     assert text_of(events) == "abcdef"

@@ -155,6 +155,16 @@ async def test_an_answer_that_moved_before_is_known_whole_where_it_went(world: W
     assert text_of((await ask(world.c, resume=Resume(0)))[1]) == "abcdef"
 
 
+async def test_who_goes_on_does_not_wait_again(world: World) -> None:
+    world.b.engine.hang_after = 3
+    await ask(world.a, only=3)
+    world.hold(B)
+    world.load(B, busy=99)
+    world.b.engine.hang_after = None
+    with trio.fail_after(1):
+        assert text_of((await ask(world.c, resume=Resume(3)))[1]) == "def"
+
+
 async def test_a_name_belongs_to_one_request_of_one_identity(world: World) -> None:
     await ask(world.a)
     other = msgspec.structs.replace(NAMED, prompt="another")
