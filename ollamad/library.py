@@ -18,7 +18,15 @@ from ollamad.core.commands import AskReplicas, DeleteModel, SetDesired
 from ollamad.core.description import NO_CHANGES, Changes, Description
 from ollamad.core.ids import NodeId, short
 from ollamad.core.names import is_reference, parse_name
-from ollamad.core.placement import Ledger, View, Whereabouts, base_count, decide, explain
+from ollamad.core.placement import (
+    Ledger,
+    View,
+    Whereabouts,
+    base_count,
+    decide,
+    explain,
+    sole_copies,
+)
 from ollamad.core.state import Model
 from ollamad.core.transfers import Transfer
 from ollamad.core.weights import Choice
@@ -296,6 +304,10 @@ class Library:
     def placement(self, model: Model) -> Whereabouts:
         """Why a model is where it is."""
         return explain(self._view(), model)
+
+    def sole_models(self, node_id: NodeId) -> list[str]:
+        """The models that only that node could serve."""
+        return [model.name for model in sole_copies(self._view(), node_id)]
 
     def wanted_replicas(self) -> dict[str, int]:
         """How many copies of each model (by its name) there should be, but for hot ones."""

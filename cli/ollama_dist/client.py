@@ -110,6 +110,10 @@ class Api:
         """Send a JSON object, or no body; return the answer's JSON object."""
         return self._call("POST", url, body, timeout_s=timeout_s)
 
+    def put(self, url: str, body: Json) -> Json:
+        """Send a JSON object; return the answer's JSON object."""
+        return self._call("PUT", url, body)
+
     def delete(self, url: str) -> Json:
         """Delete what is at `url`; return the answer's JSON object."""
         return self._call("DELETE", url)

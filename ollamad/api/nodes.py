@@ -6,6 +6,7 @@ from ollamad.api.asgi import Reply
 from ollamad.api.calls import Call, reply, rfc3339
 from ollamad.api.schemas import (
     Done,
+    DrainInfo,
     Loaded,
     NodeCapacity,
     NodeInfo,
@@ -39,6 +40,16 @@ async def undrain(call: Call, reference: str) -> Reply:
     member = await call.find_member(reference)
     await call.services.cluster.set_draining(member.id, False)
     return reply(Done(f"Node {member.name} is no longer draining"))
+
+
+def _drain(call: Call, member: Member) -> DrainInfo | None:
+    """What a node that drains still waits for; None if it does not drain."""
+    if not member.draining:
+        return None
+    beat = call.services.cluster.presence(member.id).beat
+    answers = sum(loaded.busy + loaded.queued for loaded in beat.loaded)
+    sole = call.services.library.sole_models(member.id)
+    return DrainInfo(not (answers or sole), answers, sole)
 
 
 def describe(call: Call, member: Member) -> NodeInfo:
@@ -78,6 +89,7 @@ def describe(call: Call, member: Member) -> NodeInfo:
             bandwidth=round(usage.bandwidth, 1),
         ),
         draining=member.draining,
+        drain=_drain(call, member),
         is_leader=member.id == cluster.leader(),
         voter=member.id in cluster.voters(),
         version=member.version,

@@ -282,6 +282,14 @@ class Loaded(msgspec.Struct, frozen=True):
     engine_reason: str
 
 
+class DrainInfo(msgspec.Struct, frozen=True):
+    """What a node that drains still waits for."""
+
+    done: bool
+    answers: int  # that run or wait there
+    sole_models: Sequence[str]  # that only it could serve
+
+
 class NodeInfo(msgspec.Struct, frozen=True):
     id: str
     name: str
@@ -292,6 +300,7 @@ class NodeInfo(msgspec.Struct, frozen=True):
     capacity: NodeCapacity
     usage: NodeUsage
     draining: bool
+    drain: DrainInfo | None  # null: it does not drain
     is_leader: bool
     voter: bool
     version: str

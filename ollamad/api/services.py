@@ -220,6 +220,10 @@ class Library(Protocol):
         """Why a model is where it is."""
         ...
 
+    def sole_models(self, node_id: NodeId) -> Sequence[str]:
+        """The models that only that node could serve."""
+        ...
+
     def wanted_replicas(self) -> Mapping[str, int]:
         """How many copies of each model (by its name) there should be, but for hot ones."""
         ...

@@ -248,6 +248,7 @@ class FakeLibrary:
         ]
         self.transfer_steps: list[Transfer | None] = [self.transfer_list[0]]
         self.description = DESCRIPTION
+        self.sole: list[str] = []
         self.error: Exception | None = None
         self.on_chunk: Callable[[bytes], Any] | None = None
 
@@ -291,6 +292,9 @@ class FakeLibrary:
     def placement(self, model: Model) -> Whereabouts:
         verdict = Verdict(NODE_1, "holds", True, 1.5, "2 by default")
         return Whereabouts(2, "2 by default", (verdict,))
+
+    def sole_models(self, node_id: NodeId) -> Sequence[str]:
+        return self.sole
 
     def wanted_replicas(self) -> Mapping[str, int]:
         return {"smollm2:135m": 2}

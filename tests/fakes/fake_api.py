@@ -329,6 +329,8 @@ class FakeApi:
                 },
             )
         for each in self.models:
+            if each["name"] == name and method == "PUT" and action == ["replicas"]:
+                return Answer(200, {"message": f"{name} should have other copies", "model": each})
             if each["name"] == name and method == "GET":
                 return Answer(200, {"model": each})
             if each["name"] == name and method == "DELETE":
@@ -387,7 +389,7 @@ def _handler_of(api: FakeApi) -> type[BaseHTTPRequestHandler]:
             else:
                 self.send(copy.deepcopy(answer))
 
-        do_GET = do_POST = do_DELETE = do_HEAD = serve
+        do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = serve
 
         def send(self, answer: Answer) -> None:
             body = answer.body

@@ -130,6 +130,72 @@ async def test_leave() -> None:
     assert (last.status, last.code) == (409, "LAST_MEMBER")
 
 
+async def test_a_leave_by_force_and_how_long_it_may_take() -> None:
+    client = ApiClient()
+    body = {"node_id": NODE_2, "force": True, "timeout_seconds": 30}
+    await client.call("POST", "/cluster/leave", body)
+    await client.call("POST", "/cluster/leave", {"node_id": NODE_2})
+    assert client.world.cluster.removals == [(NODE_2, True, 30), (NODE_2, False, 600)]
+    for change in ({"timeout_seconds": 0}, {"timeout_seconds": 1e9}, {"force": "yes"}):
+        bad = await client.call("POST", "/cluster/leave", body | change)
+        assert (bad.status, bad.code) == (400, "INVALID_REQUEST")
+
+
+async def test_what_a_draining_node_waits_for() -> None:
+    client = ApiClient()
+    cluster, library = client.world.cluster, client.world.library
+
+    async def drain() -> Any:
+        return (await client.call("GET", f"/nodes/{NODE_1}")).json["node"]["drain"]
+
+    assert await drain() is None
+    await client.call("POST", f"/nodes/{NODE_1}/drain")
+    library.sole = ["smollm2:135m"]
+    assert await drain() == {"done": False, "answers": 1, "sole_models": ["smollm2:135m"]}
+    library.sole = []
+    assert not (await drain())["done"]
+    cluster.presences[NODE_1] = cluster.presences[NODE_2]
+    assert await drain() == {"done": True, "answers": 0, "sole_models": []}
+
+
+async def test_how_many_copies_a_model_has() -> None:
+    client = ApiClient()
+    url = "/models/smollm2:135m/replicas"
+    answer = await client.call("PUT", url, {"replicas": 3})
+    assert answer.json["message"] == "smollm2:135m should have 2 copies; 2 there now"
+    assert answer.json["model"]["replicas_asked"] == 3
+    assert (await client.call("PUT", url, {"replicas": None})).status == 200
+    assert client.world.library.calls == [
+        ("ask_replicas", "smollm2:135m", 3),
+        ("ask_replicas", "smollm2:135m", 0),
+    ]
+    for body in ({}, {"replicas": 0}, {"replicas": 1001}, {"replicas": "2"}, {"replicas": 1.5}):
+        bad = await client.call("PUT", url, body)
+        assert (bad.status, bad.code) == (400, "INVALID_REQUEST")
+    unknown = await client.call("PUT", "/models/no-such/replicas", {"replicas": 1})
+    assert (unknown.status, unknown.code) == (404, "MODEL_NOT_FOUND")
+
+
+async def test_a_model_says_why_it_is_where_it_is() -> None:
+    client = ApiClient()
+    shown = (await client.call("GET", "/models/smollm2:135m")).json["model"]
+    assert (shown["replicas_wanted"], shown["replicas_asked"], shown["pinned"]) == (2, None, [])
+    assert shown["placement"] == {
+        "reason": "2 by default",
+        "nodes": [
+            {
+                "node_id": NODE_1,
+                "state": "holds",
+                "desired": True,
+                "score_s": 1.5,
+                "reason": "2 by default",
+            }
+        ],
+    }
+    [listed] = (await client.call("GET", "/models")).json["models"]
+    assert (listed["replicas"], listed["replicas_wanted"]) == ([NODE_1, NODE_2], 2)
+
+
 async def test_join_tokens() -> None:
     client = ApiClient()
     plain = await client.call("POST", "/cluster/token")

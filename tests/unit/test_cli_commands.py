@@ -108,6 +108,37 @@ def test_draining(cli: Cli, fake_api: FakeApi, action: str, words: str) -> None:
     assert json.loads(ok(cli("nodes", action, "beta", "-o", "json")))["message"].endswith(words)
 
 
+def test_a_drain_can_be_waited_for(
+    cli: Cli, fake_api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [
+        {"done": False, "answers": 2, "sole_models": ["a:latest", "b:latest"]},
+        {"done": False, "answers": 0, "sole_models": ["b:latest"]},
+        {"done": True, "answers": 0, "sole_models": []},
+    ]
+
+    def step(seconds: float) -> None:
+        fake_api.nodes[1]["drain"] = steps.pop(0)
+
+    step(0)
+    monkeypatch.setattr("ollama_dist.progress.pause", step)
+    assert lines_with(
+        ok(cli("nodes", "show", "beta")), "Drained", "waits for 2 answers and copies of a:latest"
+    )
+    result = cli("nodes", "drain", "beta", "--wait")
+    assert ok(result) == "Node beta is being drained\n"
+    assert result.stderr.splitlines() == [
+        "beta waits for 2 answers and copies of a:latest, b:latest.",
+        "beta waits for copies of b:latest.",
+        "beta is drained.",
+    ]
+    assert lines_with(ok(cli("nodes", "show", "beta")), "Drained", "yes")
+    fake_api.nodes[1]["drain"] = None
+    result = cli("nodes", "drain", "beta", "--wait")
+    assert result.exit_code == 1
+    assert "somebody undrained it" in result.stderr
+
+
 def test_ps_shows_what_is_in_memory_anywhere(cli: Cli, fake_api: FakeApi) -> None:
     on_beta = {
         "name": "big:70b",
@@ -160,6 +191,14 @@ def test_cluster_join_and_leave(cli: Cli, fake_api: FakeApi) -> None:
     }
     assert ok(cli("cluster", "leave", "beta", "--yes")) == "Node left cluster\n"
     assert fake_api.asked("POST", "/cluster/leave")[0].json == {"node_id": "beta"}
+    forced = ("cluster", "leave", "beta", "--yes", "--force", "--timeout", "30s")
+    assert ok(cli(*forced)) == "Node left cluster\n"
+    assert fake_api.asked("POST", "/cluster/leave")[1].json == {
+        "node_id": "beta",
+        "force": True,
+        "timeout_seconds": 30,
+    }
+    assert cli("cluster", "leave", "beta", "-y", "--timeout", "soon").exit_code == 2
     data = json.loads(ok(cli("cluster", "leave", "beta", "-y", "-o", "json")))
     assert data == {"message": "Node left cluster"}
 

@@ -42,6 +42,38 @@ def test_models_show(cli: Cli, fake_api: FakeApi) -> None:
     assert data == {"model": fake_api.models[0]}
 
 
+def test_models_show_says_why_each_node_has_it_or_not(cli: Cli, fake_api: FakeApi) -> None:
+    verdicts = [
+        {"node_id": ALPHA, "state": "holds", "score_s": 1.25, "reason": "3 asked for"},
+        {"node_id": GAMMA, "state": "none", "score_s": None, "reason": "it is offline"},
+    ]
+    fake_api.models[0] |= {
+        "replicas_wanted": 3,
+        "placement": {"reason": "3 asked for", "nodes": verdicts},
+    }
+    shown = ok(cli("models", "show", "smollm2:135m"))
+    assert lines_with(shown, "Copies", "2/3: 3 asked for")
+    assert lines_with(shown, "alpha", "holds", "1.2 s", "3 asked for")
+    assert lines_with(shown, "gamma", "none", "-", "it is offline")
+    assert lines_with(ok(cli("models", "list")), "smollm2:135m", "2/3")
+    # A daemon that does not tell is shown as well.
+    assert lines_with(ok(cli("models", "show", "team/llama3.2:latest")), "Copies", "1")
+
+
+def test_models_replicas(cli: Cli, fake_api: FakeApi) -> None:
+    words = "smollm2:135m should have other copies\n"
+    assert ok(cli("models", "replicas", "smollm2:135m", "3")) == words
+    assert ok(cli("models", "replicas", "smollm2:135m", "default")) == words
+    asked = fake_api.asked("PUT", "/models/smollm2%3A135m/replicas")
+    assert [each.json for each in asked] == [{"replicas": 3}, {"replicas": None}]
+    data = json.loads(ok(cli("models", "replicas", "smollm2:135m", "1", "-o", "json")))
+    assert data["model"] == fake_api.models[0]
+    for nonsense in ("0", "-1", "many", "1.5", "²"):
+        result = cli("models", "replicas", "smollm2:135m", "--", nonsense)
+        assert result.exit_code == 2
+        assert "no number of copies" in result.stderr
+
+
 def test_models_rm(cli: Cli, fake_api: FakeApi) -> None:
     assert ok(cli("models", "rm", "smollm2:135m")) == "Successfully deleted model smollm2:135m\n"
     assert [each["name"] for each in fake_api.models] == ["team/llama3.2:latest"]

@@ -212,6 +212,13 @@ def leave(
         ),
     ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also if models are lost that only it has.")
+    ] = False,
+    timeout: Annotated[
+        str | None,
+        typer.Option("--timeout", metavar="TIME", help="How long copying may take: 30s, 2h."),
+    ] = None,
 ) -> None:
     """Take a node out of the cluster, after moving what only it has."""
     import sys
@@ -221,9 +228,19 @@ def leave(
     if not yes:
         if not sys.stdin.isatty():
             raise UsageProblem("this cannot be undone", hint="Say --yes to do it unasked.")
-        typer.confirm(f"Take {node} out of the cluster?", abort=True, err=True)
-    body = {"node_id": node}
-    _message(session, session.api.post(path("cluster", "leave"), body, timeout_s=SLOW_TIMEOUT_S))
+        lost = ", and lose what only it has" if force else ""
+        typer.confirm(f"Take {node} out of the cluster{lost}?", abort=True, err=True)
+    body: dict[str, Any] = {"node_id": node}
+    wait_s = SLOW_TIMEOUT_S
+    if force:
+        body["force"] = True
+    if timeout is not None:
+        try:
+            body["timeout_seconds"] = parse_duration(timeout)
+        except ValueError as problem:
+            raise UsageProblem(f"--timeout: {problem}") from None
+        wait_s += body["timeout_seconds"]
+    _message(session, session.api.post(path("cluster", "leave"), body, timeout_s=wait_s))
 
 
 def _message(session: Session, answer: dict[str, Any]) -> None:

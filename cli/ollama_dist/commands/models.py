@@ -30,8 +30,23 @@ _COLUMNS = (
     Column("SIZE", right=True),
     Column("PARAMETERS", right=True),
     Column("QUANTIZATION"),
+    Column("COPIES", right=True),
     Column("MODIFIED"),
 )
+
+
+_PLACEMENT_COLUMNS = (
+    Column("NODE", gives_way=True),
+    Column("STATE"),
+    Column("READY IN", right=True),
+    Column("WHY", gives_way=True),
+)
+
+
+def copies(model: dict[str, Any]) -> str:
+    """How many copies there are, of how many there should be."""
+    have, want = len(model.get("replicas") or ()), model.get("replicas_wanted")
+    return f"{have}/{want}" if want else str(have)
 
 
 def summary_rows(models: list[dict[str, Any]], now: datetime) -> list[tuple[object, ...]]:
@@ -45,6 +60,7 @@ def summary_rows(models: list[dict[str, Any]], now: datetime) -> list[tuple[obje
                 size(model.get("size")),
                 details.get("parameter_size") or "-",
                 details.get("quantization_level") or "-",
+                copies(model),
                 ago(model.get("modified_at"), now),
             )
         )
@@ -77,7 +93,7 @@ def show_model(session: Session, model: ModelArgument) -> None:
     """One model: what it is, and which nodes have it."""
     from ollama_dist.client import path
     from ollama_dist.progress import node_names as names_of_nodes
-    from ollama_dist.show import show_facts
+    from ollama_dist.show import show_facts, show_table
 
     answer = session.api.get(path("models", model))
     if session.wants_data:
@@ -102,12 +118,60 @@ def show_model(session: Session, model: ModelArgument) -> None:
         ("Context", details.get("context_length") or "-"),
         ("On nodes", nodes("replicas") or "none"),
         ("Should be on", nodes("desired") or "-"),
+        ("Copies", _copies_fact(found)),
         ("In memory on", nodes("loaded_on") or "none"),
     ]
     if engine := found.get("engine"):
         facts.append(("Engine", engine.get("name") or "none"))
         facts.append(("Because", engine.get("reason") or "-"))
     show_facts(session.out, facts)
+    verdicts = (found.get("placement") or {}).get("nodes") or ()
+    if verdicts:
+        session.out.print()
+        rows = [_placement_row(verdict, names) for verdict in verdicts]
+        show_table(session.out, _PLACEMENT_COLUMNS, rows, "")
+
+
+def _copies_fact(model: dict[str, Any]) -> str:
+    reason = (model.get("placement") or {}).get("reason")
+    return f"{copies(model)}: {reason}" if reason else copies(model)
+
+
+def _placement_row(verdict: dict[str, Any], names: dict[str, str]) -> tuple[object, ...]:
+    node_id, score_s = str(verdict["node_id"]), verdict.get("score_s")
+    return (
+        names.get(node_id) or short_id(node_id),
+        verdict.get("state", "-"),
+        "-" if score_s is None else f"{score_s:.1f} s",
+        verdict.get("reason") or "-",
+    )
+
+
+@app.command("replicas")
+@command
+def replicas(
+    session: Session,
+    model: ModelArgument,
+    count: Annotated[
+        str,
+        typer.Argument(metavar="N", help="How many copies; `default` for the cluster's number."),
+    ],
+) -> None:
+    """Say on how many nodes a model should be."""
+    from ollama_dist.client import path
+
+    wanted: int | None = None
+    if count != "default":
+        if not count.isascii() or not count.isdigit() or not int(count):
+            raise UsageProblem(
+                f"{count!r} is no number of copies", hint="Say 1 or more, or default."
+            )
+        wanted = int(count)
+    answer = session.api.put(path("models", model, "replicas"), {"replicas": wanted})
+    if session.wants_data:
+        session.data(answer)
+    else:
+        session.say(answer.get("message") or "done")
 
 
 @app.command("pull")

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ollama_dist.completion import node_names
+from ollama_dist.errors import CliError
 from ollama_dist.session import Session, command
 from ollama_dist.show import Column
 from ollama_dist.text import ago, percent, plural, short_id, size, until
@@ -18,6 +19,8 @@ NodeArgument = Annotated[
         metavar="NODE", help="A node's name, id or unique prefix.", autocompletion=node_names
     ),
 ]
+
+DRAIN_POLL_S = 0.5  # between two looks at a node that drains
 
 NODE_COLUMNS = (
     Column("  NAME", gives_way=True),
@@ -111,6 +114,8 @@ def show_node(session: Session, node: NodeArgument) -> None:
         ("Hardware", _hardware(found.get("capacity") or {})),
     ]
     facts += [("GPU", _gpu(gpu)) for gpu in found.get("gpus") or ()]
+    if (rest := found.get("drain")) is not None:
+        facts.append(("Drained", "yes" if rest.get("done") else f"waits for {_drain_rest(rest)}"))
     if found.get("status") != "offline":
         facts.append(("Usage", _usage(usage)))
     facts.append(("Models", "\n".join(found.get("models") or ()) or "none"))
@@ -146,9 +151,46 @@ def _usage(usage: dict[str, Any]) -> str:
 
 @app.command("drain")
 @command
-def drain(session: Session, node: NodeArgument) -> None:
-    """Send no new requests to a node; what runs there finishes."""
+def drain(
+    session: Session,
+    node: NodeArgument,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until nothing runs there and nothing is only there.")
+    ] = False,
+) -> None:
+    """Send no new requests to a node; what runs there finishes, what only it has is copied."""
     _switch(session, node, "drain")
+    if wait:
+        _wait_drained(session, node)
+
+
+def _wait_drained(session: Session, node: str) -> None:
+    from ollama_dist import progress
+    from ollama_dist.client import path
+
+    said = ""
+    while True:
+        found = session.api.get(path("nodes", node))["node"]
+        rest = found.get("drain")
+        if rest is None:
+            raise CliError(f"{found.get('name')} does not drain any more: somebody undrained it")
+        if rest.get("done"):
+            session.note(f"{found.get('name')} is drained.")
+            return
+        waits = _drain_rest(rest)
+        if waits != said:
+            session.note(f"{found.get('name')} waits for {waits}.")
+        said = waits
+        progress.pause(DRAIN_POLL_S)
+
+
+def _drain_rest(rest: dict[str, Any]) -> str:
+    """What a node that drains still waits for, in words."""
+    sole, answers = rest.get("sole_models") or (), rest.get("answers") or 0
+    parts = [plural(answers, "answer")] if answers else []
+    if sole:
+        parts.append(f"copies of {', '.join(sole)}")
+    return " and ".join(parts) or "nothing"
 
 
 @app.command("undrain")
