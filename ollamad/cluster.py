@@ -269,12 +269,15 @@ class Cluster:
             raise Unavailable(str(error), code="CONSENSUS_FAILED") from None
 
     def _members_below(self, level: int) -> list[str]:
-        """The names of the members that are online and do not know commands of that level."""
+        """The names of the members that are online and do not know commands of that level.
+
+        Who is known by hearsay only is no older version: those beat to everybody.
+        """
         presences = {n: self.heartbeats.presence(n) for n in self.other_members()}
         return [
             self.state.members[node_id].name
             for node_id, presence in presences.items()
-            if presence.online and presence.beat.level < level
+            if presence.online and presence.beat.started_at and presence.beat.level < level
         ]
 
     async def require(self, command: AnyCommand) -> None:

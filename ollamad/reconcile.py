@@ -15,6 +15,7 @@ import trio
 from ollamad.api.services import ServiceError
 from ollamad.cluster import Cluster
 from ollamad.core.commands import PlaceReplicas, Rejected
+from ollamad.core.gossip import FANOUT
 from ollamad.core.ids import NodeId, short
 from ollamad.core.measures import Demand
 from ollamad.core.placement import (
@@ -26,7 +27,7 @@ from ollamad.core.placement import (
     plan,
     sole_copies,
 )
-from ollamad.core.presence import Beat
+from ollamad.core.presence import BEAT_INTERVAL_S, Beat
 from ollamad.core.speeds import short_digest
 from ollamad.core.state import Member, Model
 
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0  # how often everything is looked at when nothing is told
 BURST_S = 0.1  # changes come together
-# A new leader may not have heard everybody yet; three heartbeats.
+# A new leader may not have heard everybody yet: three heartbeats, and as long as it takes until
+# everybody had its turn in a cluster that gossips.
 SETTLE_S = 3.0
 STREAMS_POLL_S = 0.25
 BEAT_WAIT_S = 1.5  # until what a node tells of itself is of after it began to drain
@@ -158,7 +160,8 @@ class Reconciler:
             return False
         if self._leads_since is None:
             self._leads_since = now
-        return now - self._leads_since >= SETTLE_S
+        turns = len(self._cluster.state.members) / FANOUT
+        return now - self._leads_since >= max(SETTLE_S, turns * BEAT_INTERVAL_S)
 
     async def _follow(self, view: View) -> None:
         if len(view.models) * len(view.sites) > IN_THREAD:

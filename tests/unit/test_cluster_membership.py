@@ -90,8 +90,9 @@ class Node:
         )
         self.id = identity.node_id
         self.offline: set[NodeId] = set()
+        self.beat = Beat(1.0, Usage())  # of everybody else
         self.cluster.heartbeats.presence = (  # type: ignore[method-assign]
-            lambda node_id: Presence(node_id not in self.offline, 1.0, Beat(1.0, Usage()))
+            lambda node_id: Presence(node_id not in self.offline, 1.0, self.beat)
         )
 
     async def let_in(self, *nodes: NodeId) -> None:
@@ -202,6 +203,8 @@ async def test_every_proposal_has_an_id_of_its_own(node: Node) -> None:
 
 async def test_what_an_older_member_cannot_carry_out_waits_for_its_upgrade(node: Node) -> None:
     await node.let_in(B)
+    assert isinstance(await node.cluster.propose(AskReplicas("m", 2)), Rejected)  # by hearsay
+    node.beat = Beat(1.0, Usage(), started_at=1.0)
     before = node.machine.state.fingerprint()
     with pytest.raises(ServiceError, match="upgrade first") as caught:
         await node.cluster.propose(AskReplicas("m", 2))
