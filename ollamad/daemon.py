@@ -23,7 +23,7 @@ from pathlib import Path
 import trio
 
 import ollamad
-from ollamad import cgroups, systemd
+from ollamad import cgroups, logs, systemd
 from ollamad.adapters import ApiHost, ApiInference, LocalEngine
 from ollamad.admission import Admission, Invitation
 from ollamad.api.app import build_app
@@ -130,6 +130,8 @@ class Daemon:
         self._started_at = time.time()
         self._leaving = False
         self._generating = False
+        self._announced = False
+        self._change_limits: Callable[[RateLimits], None] | None = None  # once the API is there
         self._local_token_written = False
         self.departed = False  # this node is no member any more; its cluster is to be forgotten
 
@@ -210,11 +212,7 @@ class Daemon:
         )
         self._reconciler = Reconciler(
             self._cluster,
-            PlacementPolicy(
-                default_replicas=settings.models.replicas,
-                lost_after_s=parse_duration(distribution.lost_after),
-                hot_load=distribution.hot_load,
-            ),
+            _placement(settings),
             drain_timeout_s=parse_duration(settings.drain.timeout),
         )
         self._cluster.hand_over = self._reconciler.hand_over
@@ -302,6 +300,25 @@ class Daemon:
         """Begin to shut down."""
         self._stop.set()
 
+    def reconfigure(self, settings: Settings) -> None:
+        """Take over what can change in a daemon that runs: see `reload`."""
+        self._settings = settings
+        logs.set_level(settings.log.level)
+        self._reconciler.policy = _placement(settings)
+        if self._change_limits is not None:
+            self._change_limits(_rate_limits(settings))
+
+    def _status(self) -> str:
+        """One line for `systemctl status`."""
+        members = self._machine.state.members
+        if self._stop.is_set() or not self._announced:
+            return "stopping" if self._stop.is_set() else "starting"
+        online = sum(self._cluster.is_online(node_id) for node_id in members)
+        role = "leader" if self._raft.is_leader else "follower"
+        quorum = "" if self._cluster.has_quorum else "; no quorum: nothing can be changed"
+        models = len(self._engine.loaded())
+        return f"{role}; {online} of {len(members)} nodes online; {models} models loaded{quorum}"
+
     async def run(self, invitation: Invitation | None) -> None:
         """The task tree. Returns after an orderly shutdown.
 
@@ -311,6 +328,8 @@ class Daemon:
         begun = time.monotonic()
         await self._store.prepare()
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(systemd.feed_watchdog)
+            nursery.start_soon(systemd.keep_status, self._status)
             await nursery.start(self._mesh.run)
             await nursery.start(self._serve_peers)
             await nursery.start(self._serve_api)
@@ -333,7 +352,7 @@ class Daemon:
                 if await self._until_stopped(self._become_ready):
                     self._announce(time.monotonic() - begun)
                     await self._stop.wait()
-            systemd.notify("STOPPING=1")
+            systemd.notify("STOPPING=1\nSTATUS=stopping")
             with trio.move_on_after(SHUTDOWN_TIMEOUT_S):
                 await self._say_goodbye()
             nursery.cancel_scope.cancel()
@@ -394,7 +413,9 @@ class Daemon:
 
     def _announce(self, took_s: float) -> None:
         """Say where the node listens and what to type next."""
-        systemd.notify("READY=1\nSTATUS=serving")
+        self._announced = True
+        systemd.started()
+        systemd.notify("READY=1")
         host, port = self._addresses.api
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
         members = len(self._machine.state.members)
@@ -526,18 +547,18 @@ class Daemon:
             p2p_port=self._addresses.p2p[1],
         )
         origins = parse_origins(self._settings.api.origins)
-        limits = self._settings.rate_limits
         api = ApiSettings(
             auth=auth,
             origins=origins,
             metrics_public=self._settings.metrics.public,
-            rate_limits=RateLimits(limits.general, limits.model_ops, limits.websocket),
+            rate_limits=_rate_limits(self._settings),
         )
         app = build_app(services, api)
         section = self._settings.api
         connections = ConnectionLimits(
             connections_allowed(section.max_connections), section.max_connections_per_address
         )
+        self._change_limits = app.change_limits
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(app.api.hub.run)
@@ -659,6 +680,19 @@ def _origin_settings(section: SourceSettings) -> OriginSettings:
         hf_endpoint=section.hf_endpoint,
         hf_token=section.hf_token,
     )
+
+
+def _placement(settings: Settings) -> PlacementPolicy:
+    return PlacementPolicy(
+        default_replicas=settings.models.replicas,
+        lost_after_s=parse_duration(settings.distribution.lost_after),
+        hot_load=settings.distribution.hot_load,
+    )
+
+
+def _rate_limits(settings: Settings) -> RateLimits:
+    limits = settings.rate_limits
+    return RateLimits(limits.general, limits.model_ops, limits.websocket)
 
 
 def _bound(text: str, port: int) -> tuple[str, int]:

@@ -95,4 +95,9 @@ def set_up(level: str, form: str, *, under_systemd: bool) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    """From which level on our own lines are shown."""
     logging.getLogger("ollamad").setLevel(LEVELS[level])

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -61,6 +61,19 @@ def start(
     data_dir: DataDirOption = None,
 ) -> None:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C."""
+    try:
+        _start(join, bootstrap, dev, config, data_dir)
+    except typer.Exit as exit_:
+        if exit_.exit_code:
+            from ollamad import systemd
+
+            systemd.pause_after_failure()
+        raise
+
+
+def _start(
+    join: str | None, bootstrap: bool, dev: bool, config: Path | None, data_dir: Path | None
+) -> None:
     if join is not None and bootstrap:
         _fail("--join and --bootstrap exclude each other", EXIT_USAGE)
     command_line: dict[str, Any] = {"node.bootstrap": True if bootstrap else None}
@@ -75,8 +88,11 @@ def start(
     from ollamad.errors import StartError
     from ollamad.start import run
 
+    def reread() -> Any:
+        return _read(config, data_dir, command_line, dev=dev)[0].settings
+
     try:
-        run(effective.settings, directory, join)
+        run(effective.settings, directory, join, reread)
     except StartError as error:
         _fail(str(error), EXIT_FAILURE)
 
@@ -163,16 +179,24 @@ def _load(
     from ollamad import settings
 
     try:
-        given = str(data_dir.absolute()) if data_dir else os.environ.get("OLLAMAD_DATA_DIR")
-        fallback = settings.default_data_dir(os.environ, is_root=settings.is_root())
-        directory = Path(given) if given else fallback
-        where = config_dir or settings.default_config_dir(directory)
-        if dev:  # what --dev sets gives way to what somebody set on purpose
-            command_line = _unless_set(command_line, where)
-        command_line["data_dir"] = str(data_dir.absolute()) if data_dir else None
-        effective = settings.load(where, os.environ, command_line)
+        return _read(config_dir, data_dir, command_line, dev=dev)
     except settings.ConfigError as error:
         _fail(str(error), EXIT_USAGE)
+
+
+def _read(
+    config_dir: Path | None, data_dir: Path | None, command_line: dict[str, Any], *, dev: bool
+) -> tuple[Any, Path]:
+    from ollamad import settings
+
+    given = str(data_dir.absolute()) if data_dir else os.environ.get("OLLAMAD_DATA_DIR")
+    fallback = settings.default_data_dir(os.environ, is_root=settings.is_root())
+    directory = Path(given) if given else fallback
+    where = config_dir or settings.default_config_dir(directory)
+    if dev:  # what --dev sets gives way to what somebody set on purpose
+        command_line = _unless_set(command_line, where)
+    command_line = {**command_line, "data_dir": str(data_dir.absolute()) if data_dir else None}
+    effective = settings.load(where, os.environ, command_line)
     return effective, Path(effective.settings.data_dir or fallback).absolute()
 
 
@@ -205,7 +229,7 @@ def _unless_set(command_line: dict[str, Any], config_dir: Path | None) -> dict[s
     return kept
 
 
-def _fail(message: str, code: int) -> Any:
+def _fail(message: str, code: int) -> NoReturn:
     # A refusal may come from a stranger; it must not move the cursor of who reads it.
     shown = "".join(c if c.isprintable() else " " for c in message)
     typer.echo(f"ollamad: {shown}", err=True)

@@ -55,7 +55,7 @@ class Reconciler:
     def __init__(self, cluster: Cluster, policy: Policy, *, drain_timeout_s: float = 60.0) -> None:
         self._cluster = cluster
         self._drain_timeout_s = drain_timeout_s
-        self._policy = policy
+        self.policy = policy
         self._away_since: dict[NodeId, float] = {}
         self._leads_since: float | None = None
         self._said = ""
@@ -80,7 +80,7 @@ class Reconciler:
             sites,
             dict(state.models),
             {name: Demand(name, *means) for name, means in demand.items()},
-            dataclasses.replace(self._policy, automatic=automatic),
+            dataclasses.replace(self.policy, automatic=automatic),
         )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -8,13 +8,14 @@ import logging
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import trio
 
-from ollamad import logs
+from ollamad import logs, systemd
 from ollamad.admission import Invitation, choose_identity, forget_cluster, parse_invitation
 from ollamad.api.serve import CannotListen
 from ollamad.api.services import ServiceError
@@ -23,6 +24,7 @@ from ollamad.datadir import DataDir, DataDirError
 from ollamad.errors import StartError
 from ollamad.peers.identity import IdentityError
 from ollamad.raft.errors import RaftError
+from ollamad.reload import Reloader
 from ollamad.settings import Settings
 from ollamad.store.errors import StoreError
 
@@ -31,8 +33,13 @@ log = logging.getLogger(__name__)
 EXPECTED = (StartError, CannotListen, RaftError, StoreError, ServiceError)
 
 
-def run(settings: Settings, data_dir: Path, join: str | None) -> None:
+def run(
+    settings: Settings, data_dir: Path, join: str | None, reread: Callable[[], Settings]
+) -> None:
     """Run a daemon until it is told to stop.
+
+    Args:
+      reread: gives the settings anew, for SIGHUP; raises ConfigError.
 
     Raises:
       StartError: it cannot start, or had to give up.
@@ -47,20 +54,26 @@ def run(settings: Settings, data_dir: Path, join: str | None) -> None:
     invitation = parse_invitation(join) if join else None
     try:
         with DataDir(data_dir) as directory:
-            trio.run(partial(_run, settings, directory, invitation))
+            trio.run(partial(_run, settings, directory, invitation, reread))
     except (DataDirError, IdentityError, *EXPECTED) as error:
         raise StartError(str(error)) from None
     except BaseExceptionGroup as group:
         _explain(group)
 
 
-async def _run(settings: Settings, directory: DataDir, invitation: Invitation | None) -> None:
+async def _run(
+    settings: Settings,
+    directory: DataDir,
+    invitation: Invitation | None,
+    reread: Callable[[], Settings],
+) -> None:
     identity = await choose_identity(settings, directory, invitation)
     if identity.is_member:
         identity.check_validity(datetime.datetime.now(datetime.UTC))
     daemon = await Daemon.build(settings, directory, identity)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_watch_signals, daemon.stop)
+        nursery.start_soon(_watch_hangups, Reloader(settings, reread, daemon.reconfigure))
         await daemon.run(invitation)
         nursery.cancel_scope.cancel()
     if daemon.departed:
@@ -76,6 +89,15 @@ async def _watch_signals(stop: Callable[[], None]) -> None:
             break
         async for _ in signals:
             os._exit(1)  # whoever asks twice does not want to wait for anything
+
+
+async def _watch_hangups(reloader: Reloader) -> None:
+    """SIGHUP reads the settings again."""
+    with trio.open_signal_receiver(signal.SIGHUP) as signals:
+        async for _ in signals:
+            systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            reloader.reload()
+            systemd.notify("READY=1")
 
 
 def _explain(group: BaseExceptionGroup[BaseException]) -> None:

@@ -1,8 +1,22 @@
-"""Tells systemd how the daemon is (sd_notify): one datagram, no library."""
+"""The daemon under systemd: says how it is, feeds the watchdog, and is in no hurry to fail again.
+
+The protocol is sd_notify: one datagram for each message, no library.
+"""
 
 import os
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import trio
+
+STATUS_INTERVAL_S = 2.0  # between two looks at the status text
+FIRST_PAUSE_S = 1.0  # after a start that failed; doubled each time up to
+LONGEST_PAUSE_S = 60.0
+_WAIT = threading.Event().wait  # there is no event loop yet, or no more
+FAILED_STARTS = "failed-starts"  # a file in the unit's runtime directory, kept over restarts
 
 
 def notify(message: str, environment: Mapping[str, str] = os.environ) -> bool:
@@ -14,7 +28,79 @@ def notify(message: str, environment: Mapping[str, str] = os.environ) -> bool:
         address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            sender.sendto(message.encode(), address)
+            # A manager that does not read must not hold the event loop up.
+            sender.sendto(message.encode(), socket.MSG_DONTWAIT, address)
     except OSError:
         return False
     return True
+
+
+def watchdog_interval_s(environment: Mapping[str, str] = os.environ) -> float | None:
+    """How often the watchdog is to be fed: half of what the unit allows; None without one."""
+    try:
+        allowed_us = int(environment["WATCHDOG_USEC"])
+        is_ours = int(environment.get("WATCHDOG_PID", os.getpid())) == os.getpid()
+    except (KeyError, ValueError):
+        return None
+    return allowed_us / 2e6 if is_ours and allowed_us > 0 else None
+
+
+async def feed_watchdog(environment: Mapping[str, str] = os.environ) -> None:
+    """Tell systemd that the event loop turns, until cancelled; nothing where nobody asks.
+
+    A task of the loop, not a thread: a thread would go on while the loop stands still.
+    """
+    interval_s = watchdog_interval_s(environment)
+    while interval_s is not None:
+        notify("WATCHDOG=1", environment)
+        await trio.sleep(interval_s)
+
+
+async def keep_status(
+    status: Callable[[], str], environment: Mapping[str, str] = os.environ
+) -> None:
+    """Show what `status` says in `systemctl status`, whenever it says something else."""
+    shown = None
+    while environment.get("NOTIFY_SOCKET"):
+        if (text := status()) != shown:
+            shown = text
+            notify(f"STATUS={text}", environment)
+        await trio.sleep(STATUS_INTERVAL_S)
+
+
+def started(environment: Mapping[str, str] = os.environ) -> None:
+    """This start has succeeded, so the next failure is a first one again."""
+    with suppress(OSError, KeyError):
+        _failures(environment).unlink(missing_ok=True)
+
+
+def pause_after_failure(
+    environment: Mapping[str, str] = os.environ,
+    sleep: Callable[[float], object] = _WAIT,
+) -> float:
+    """Wait before this process ends with a failed start, longer each time, under systemd only.
+
+    systemd starts it again after `RestartSec`, always the same. (`RestartSteps` would do this,
+    but systemd has it since version 254 only.) SIGTERM ends the pause and the process.
+
+    Returns:
+      Seconds that it waited.
+    """
+    try:
+        file = _failures(environment)
+        failed = 0
+        with suppress(OSError, ValueError):
+            failed = int(file.read_text())
+        file.write_text(str(failed + 1))
+    except (OSError, KeyError):
+        return 0.0
+    pause_s = float(min(FIRST_PAUSE_S * 2 ** min(failed, 16), LONGEST_PAUSE_S))
+    notify(f"STATUS=did not start; tried again in {pause_s:.0f} s", environment)
+    sleep(pause_s)
+    return pause_s
+
+
+def _failures(environment: Mapping[str, str]) -> Path:
+    if not environment.get("INVOCATION_ID"):
+        raise KeyError("not started by systemd")
+    return Path(environment["RUNTIME_DIRECTORY"]) / FAILED_STARTS

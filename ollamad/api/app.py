@@ -39,6 +39,7 @@ from ollamad.api.feed import Feed
 from ollamad.api.hub import Hub
 from ollamad.api.limits import (
     LoginGuard,
+    RateLimits,
     Throttle,
     address_group,
     headers_of,
@@ -186,6 +187,11 @@ class ApiApp(QuartTrio):
         self.routes = self.url_map.bind("")  # no route depends on the Host
         self.feed = Feed(api)
         self.websockets = Sockets(api.hub, self.feed, api.auth, api.services.cluster)
+
+    def change_limits(self, limits: RateLimits) -> None:
+        """Other rate limits from now on."""
+        self.api.throttle.change(limits)
+        self.api.hub.limit = limits.websocket
 
     async def reply_to(self, request: Request) -> Reply | None:
         """Answer one request; whatever goes wrong is an error answer. None: it was streamed."""

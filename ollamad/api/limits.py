@@ -43,6 +43,11 @@ class Throttle:
 
     def __init__(self, limits: RateLimits, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self._limits: dict[str, RateLimit] = {}
+        self.change(limits)
+
+    def change(self, limits: RateLimits) -> None:
+        """Other limits from now on; what was counted so far is forgotten."""
         self._limits = {
             name: RateLimit(count, PERIOD_S)
             for name, count in (("general", limits.general), ("model_ops", limits.model_ops))

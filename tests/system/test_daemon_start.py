@@ -272,3 +272,54 @@ def test_dev_binds_to_loopback_and_lets_everybody_in(cluster: Cluster) -> None:
     )
     assert ended.returncode == 2
     assert "loopback" in one_line(ended.stderr)
+
+
+def test_a_hangup_reads_the_settings_again(cluster: Cluster) -> None:
+    node = cluster.new_node({"OLLAMAD_RATE_LIMITS__GENERAL": ""})
+    settings = node.directory / "config" / "config.yaml"
+    settings.parent.mkdir()
+    settings.write_text("rate_limits:\n  general: 50\n")
+    node.start()
+
+    def limit() -> str:
+        with node.client() as client:
+            return str(client.get("/nodes").headers["RateLimit-Limit"])
+
+    assert limit() == "50"
+    settings.write_text("rate_limits:\n  general: 70\nlog:\n  level: debug\napi:\n  listen: ':1'\n")
+    node.signal(signal.SIGHUP)
+    wait_until("the limit is the new one", lambda: limit() == "70")
+    log = node.log()
+    assert "rate_limits.general is 70 now, after 50" in log
+    assert "log.level is debug now, after info" in log
+    settings.write_text("rate_limits:\n  generall: 9\n")
+    node.signal(signal.SIGHUP)
+    wait_until(
+        "the mistake is told",
+        lambda: "config.yaml:2: there is no setting 'rate_limits.generall'" in node.log(),
+    )
+    assert limit() == "70"
+    told = node.notifications()
+    assert sum("RELOADING=1" in message for message in told) == 2
+    assert told[-1] == "READY=1" or "STATUS=" in told[-1]
+    assert node.stop() == 0
+
+
+def test_the_service_manager_is_told_how_the_daemon_is_and_that_it_lives(cluster: Cluster) -> None:
+    node = cluster.new_node({"WATCHDOG_USEC": "1000000"})
+    node.start()
+
+    def fed() -> int:
+        return node.notifications().count("WATCHDOG=1")
+
+    wait_until("it is fed", lambda: fed() >= 3)
+    wait_until(
+        "the status is told",
+        lambda: "STATUS=leader; 1 of 1 nodes online; 0 models loaded" in node.notifications(),
+    )
+    node.pause()  # as a loop that is blocked
+    before = fed()
+    time.sleep(1.5)
+    assert fed() == before, "systemd would end it now"
+    node.resume()
+    wait_until("it is fed again", lambda: fed() > before)

@@ -245,7 +245,7 @@ def test_a_second_daemon_in_one_directory_does_not_start(
 ) -> None:
     monkeypatch.setattr(os, "umask", lambda mask: 0)
     with DataDir(tmp_path), pytest.raises(StartError, match="in use by another ollamad"):
-        start.run(Settings(), tmp_path, None)
+        start.run(Settings(), tmp_path, None, Settings)
 
 
 @pytest.mark.usefixtures("root_logger")
@@ -256,7 +256,7 @@ def test_a_clock_that_does_not_fit_stops_the_start(
     ca = make_ca(utc_now())
     TlsNode(tmp_path / "identity").enter(ca, at=utc_now().replace(year=2020))
     with pytest.raises(StartError, match="set the clock"):
-        start.run(Settings(), tmp_path, None)
+        start.run(Settings(), tmp_path, None, Settings)
 
 
 def test_what_ended_the_daemon_becomes_one_line_if_it_was_to_be_expected() -> None:

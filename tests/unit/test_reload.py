@@ -1,0 +1,86 @@
+"""What changes in a daemon that runs, and what waits for a restart."""
+
+import logging
+
+import msgspec
+import pytest
+
+from ollamad.reload import Reloader
+from ollamad.settings import ConfigError, Settings, walk
+
+
+class Reading:
+    """Settings that are read again, and those that were applied."""
+
+    def __init__(self) -> None:
+        self.now = Settings()
+        self.error: ConfigError | None = None
+        self.applied: list[Settings] = []
+        self.reloader = Reloader(self.now, self._read, self.applied.append)
+
+    def change(self, key: str, value: object) -> None:
+        section, _, name = key.partition(".")
+        part = msgspec.structs.replace(getattr(self.now, section), **{name: value})
+        self.now = msgspec.structs.replace(self.now, **{section: part})
+
+    def _read(self) -> Settings:
+        if self.error is not None:
+            raise self.error
+        return self.now
+
+
+@pytest.fixture
+def reading(caplog: pytest.LogCaptureFixture) -> Reading:
+    caplog.set_level(logging.INFO)
+    return Reading()
+
+
+def test_what_can_change_changes_and_is_told(
+    reading: Reading, caplog: pytest.LogCaptureFixture
+) -> None:
+    reading.change("rate_limits.general", 7)
+    reading.change("log.level", "debug")
+    reading.reloader.reload()
+    assert reading.applied == [reading.now]
+    assert sorted(caplog.messages) == [
+        "log.level is debug now, after info",
+        "rate_limits.general is 7 now, after 100",
+    ]
+
+
+def test_what_needs_a_restart_stays_and_holds_nothing_else_up(
+    reading: Reading, caplog: pytest.LogCaptureFixture
+) -> None:
+    reading.change("api.listen", "127.0.0.1:1")
+    reading.change("models.replicas", 3)
+    reading.reloader.reload()
+    (applied,) = reading.applied
+    assert applied.models.replicas == 3
+    assert applied.api.listen == Settings().api.listen
+    assert "api.listen has changed, which needs a restart: it stays as it was" in caplog.messages
+    caplog.clear()
+    reading.reloader.reload()  # it is still not what the daemon was started with
+    assert caplog.messages == ["api.listen has changed, which needs a restart: it stays as it was"]
+
+
+def test_settings_that_cannot_be_read_change_nothing(
+    reading: Reading, caplog: pytest.LogCaptureFixture
+) -> None:
+    reading.error = ConfigError("config.yaml:3: there is no setting 'x'")
+    reading.reloader.reload()
+    assert reading.applied == []
+    assert caplog.messages == [
+        "the settings stay as they are: config.yaml:3: there is no setting 'x'"
+    ]
+
+
+def test_nothing_changed_is_said_too(reading: Reading, caplog: pytest.LogCaptureFixture) -> None:
+    reading.reloader.reload()
+    assert caplog.messages == ["the settings were read again; nothing in them has changed"]
+
+
+def test_no_secret_is_told() -> None:
+    from ollamad.reload import RELOADABLE
+    from ollamad.settings import SECRETS
+
+    assert not [key for key, _ in walk(Settings()) if key in SECRETS and key.startswith(RELOADABLE)]
