@@ -19,7 +19,7 @@ from ollamad.core.state import User
 from ollamad.machine import decode_outcome
 from ollamad.raft import NoQuorum, RaftError
 from ollamad.wire.codec import encode
-from tests.sim.cluster import Cluster, Host
+from tests.sim.cluster import PROGRESS_BOUND_S, Cluster, Host
 from tests.sim.history import History, Kind
 from tests.sim.process import Gone, Life
 
@@ -137,7 +137,7 @@ async def last_words(
     for host in cluster.hosts:
         if host is limping:
             continue
-        client = Client(cluster, history, [host])
+        client = Client(cluster, history, [host], PROGRESS_BOUND_S)
         clients.append(client)
         for kind in (Kind.WRITE, Kind.READ):
             if not await client.operate(kind, "u0"):

@@ -33,6 +33,8 @@ FOUNDING_S = 0.2  # until the founder, alone, surely leads
 CATCH_UP_STEP_S = 1e-6  # for each thing that came while a process was stopped
 CHANGE_TIMEOUT_S = 3.0  # for a change of the voters
 NOTICE_S = 1.5  # until a node learns that a link broke or works again, at most (datagrams)
+NOTICED_S = 2.0  # until the others do not count on a host any more that has stopped
+LATE_S = 3.0  # a straggling frame's delay, at most
 RESTART_S = 2.0  # until somebody starts a daemon again that stopped by itself
 
 
@@ -76,6 +78,8 @@ class Cluster:
         self._tokens = itertools.count()
         self.client_numbers = itertools.count()
         self._is_healed = False
+        self._lame_until = 0.0
+        self._changing_until = 0.0  # by then what was asked of the voters has come or never will
         self.write_at: Callable[[Host], Awaitable[None]] = _nobody_writes
         self._first_ids = frozenset(self.by_id)
         self._lost: Host | None = None  # the host whose disk is gone, and with it its id
@@ -453,6 +457,7 @@ class Cluster:
             return
         change = life.node.add_voter if adding else life.node.remove_voter
         what = "add voter" if adding else "remove voter"
+        self._changing_until = self.world.now + CHANGE_TIMEOUT_S + LATE_S
         try:
             await life.call(change, node_id, CHANGE_TIMEOUT_S)
         except ChangeRefused:
@@ -476,11 +481,18 @@ class Cluster:
 
     # The end.
 
-    def limp(self) -> Host | None:
-        """Let something go on being wrong with one host, if the others can do without it."""
+    async def limp(self) -> Host | None:
+        """Let something go on being wrong with one host, if the others can do without it.
+
+        Returns when the others have had the time to notice.
+        """
         lame = self.scenario.lame
         if lame is None:
             return None
+        await self.settle()
+        await trio.sleep_until(self._changing_until)
+        if self.world.now < self._changing_until:
+            return None  # the voters still change
         host = self._host(lame.who, lame.seconds)
         absent = {host.id} if self._lost is None else {host.id, self._lost.id}
         for other in self.hosts:
@@ -491,7 +503,15 @@ class Cluster:
         self._is_healed = False
         self.strike(Fault(0.0, lame.kind, host.number, lame.args))
         self._is_healed = True
+        self._lame_until = self.world.now + lame.seconds
+        await trio.sleep(NOTICED_S)
         return host
+
+    async def recover(self) -> None:
+        """Heal the host that limps."""
+        if self.scenario.lame is not None and self.scenario.lame.kind is Kind.STALLED_DISK:
+            await trio.sleep_until(self._lame_until)  # nobody takes a write back from the device
+        self.heal()
 
     async def settle(self, limping: Host | None = None) -> float:
         """Wait until all hosts have applied the same; returns how many seconds it took.

@@ -16,7 +16,6 @@ from tests.sim.linearizability import Outcome, judge
 from tests.sim.plan import Scenario
 from tests.sim.world import START_S, World
 
-NOTICED_S = 2.0  # until the others do not count on a host any more that has stopped
 BURST_PATIENCE_S = 1.0  # of a client that writes once, through one host
 
 
@@ -96,12 +95,11 @@ class _Play:
                 nursery.start_soon(client.run, heals_at)
             await trio.sleep_until(heals_at)
             cluster.heal()
-        limping = cluster.limp()
+        limping = await cluster.limp()
         if limping is not None:
-            await trio.sleep(NOTICED_S)
             await cluster.settle(limping)
             clients += await last_words(cluster, history, limping)
-            cluster.heal()
+            await cluster.recover()
         self.settled_s = await cluster.settle()
         clients += await last_words(cluster, history)
         await cluster.settle()

@@ -392,7 +392,7 @@ def test_dev_keeps_loopback_addresses_and_sets_the_rest(
     monkeypatch.setattr("ollamad.start.run", lambda *args: started.append(args))
     monkeypatch.setenv("P2P_LISTEN", "/ip4/127.0.0.2/tcp/1")
     assert run("start", "--dev", "--data-dir", str(tmp_path / "d"))[0] == 0
-    [(found, directory, invitation)] = started
+    [(found, directory, invitation, _)] = started
     assert found.api.listen == "127.0.0.1:8080"
     assert found.p2p.listen == "/ip4/127.0.0.2/tcp/1"
     assert found.auth.loopback_role == "admin"
