@@ -114,6 +114,21 @@ class Api:
         """Send a JSON object; return the answer's JSON object."""
         return self._call("PUT", url, body)
 
+    def bearer(self) -> str | None:
+        """The token that is good for more than one request; None where none is needed."""
+        self.get("/auth/me")
+        return self._fallbacks[0][0]
+
+    def refused(
+        self, status: int, body: bytes | bytearray | None, retry_after: str | None
+    ) -> ApiError:
+        """The error of an answer that did not come by this client."""
+        try:
+            answer = json.loads(body or b"{}")
+        except ValueError:
+            answer = {}
+        return self._refusal(answer if isinstance(answer, dict) else {}, status, retry_after)
+
     def delete(self, url: str) -> Json:
         """Delete what is at `url`; return the answer's JSON object."""
         return self._call("DELETE", url)

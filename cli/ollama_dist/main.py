@@ -8,10 +8,21 @@ import sys
 
 import typer
 
-from ollama_dist.commands import auth, cluster, keys, models, nodes, transfers, users
+from ollama_dist.commands import (
+    auth,
+    cluster,
+    distribution,
+    keys,
+    models,
+    nodes,
+    transfers,
+    users,
+)
 from ollama_dist.commands.chat import run
+from ollama_dist.commands.events import events
 from ollama_dist.commands.explain import explain
 from ollama_dist.commands.inference import embed, generate
+from ollama_dist.commands.top import top
 from ollama_dist.session import root_callback
 
 app = typer.Typer(
@@ -24,6 +35,8 @@ app = typer.Typer(
 )
 app.callback()(root_callback("Talk to a cluster of ollamad daemons; any node will do."))
 app.command("status")(cluster.status)
+app.command("top")(top)
+app.command("events")(events)
 app.command("run")(run)
 app.command("generate")(generate)
 app.command("embed")(embed)
@@ -33,6 +46,7 @@ app.add_typer(models.app, name="models")
 app.add_typer(transfers.app, name="transfers")
 app.add_typer(nodes.app, name="nodes")
 app.add_typer(cluster.app, name="cluster")
+app.add_typer(distribution.app, name="distribution")
 app.add_typer(auth.app, name="auth")
 app.add_typer(users.app, name="users")
 app.add_typer(keys.app, name="keys")
