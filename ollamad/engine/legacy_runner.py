@@ -207,12 +207,16 @@ class Model:
         if any(not isinstance(message["content"], str) for message in messages):
             raise Refusal("ctransformers reads text only, no images")
         if self.chat_template:
+            from jinja2 import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
 
             environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            return environment.from_string(self.chat_template).render(
-                messages=messages, add_generation_prompt=True, bos_token="", eos_token=""
-            )
+            try:
+                return environment.from_string(self.chat_template).render(
+                    messages=messages, add_generation_prompt=True, bos_token="", eos_token=""
+                )
+            except TemplateError as error:
+                raise Refusal(f"the chat template fails: {error}") from None
         if [message["role"] for message in messages] == ["user"]:
             return str(messages[0]["content"])
         turns = [f"### {m['role'].capitalize()}:\n{m['content']}\n\n" for m in messages]

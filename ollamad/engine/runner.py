@@ -55,12 +55,21 @@ def run_runner(argv: Sequence[str]) -> int:
     if arguments.list_devices:
         return _list_devices(arguments)
     if arguments.engine == "llama-server":
-        os.execv(arguments.program, [arguments.program, *server_arguments(arguments)])
+        return _become(arguments.program, server_arguments(arguments))
     if arguments.engine == "ctransformers":
         from ollamad.engine.legacy_runner import serve
 
         return serve(arguments)
     return _serve_embedded(arguments)
+
+
+def _become(program: str, arguments: Sequence[str]) -> int:
+    """Turn into another program; returns only if that cannot be."""
+    try:
+        os.execv(program, [program, *arguments])
+    except OSError as error:
+        print(f"0.00.000.000 E {program} cannot be run: {error}", file=sys.stderr)
+    return 1
 
 
 def server_arguments(arguments: argparse.Namespace) -> list[str]:
@@ -164,7 +173,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 def _list_devices(arguments: argparse.Namespace) -> int:
     """Print the devices that the engine can compute on, one a line."""
     if arguments.engine == "llama-server":
-        os.execv(arguments.program, [arguments.program, "--list-devices"])
+        return _become(arguments.program, ["--list-devices"])
     if arguments.engine == "xllamacpp":
         import xllamacpp
 

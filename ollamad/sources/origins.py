@@ -35,7 +35,7 @@ from ollamad.sources.references import FILE_SCHEME, URL_SCHEMES, Url, parse_url,
 from ollamad.sources.registry import RegistrySource
 
 T = TypeVar("T")
-GGUF_MAGIC: Final = b"GGUF"
+MODEL_MAGICS: Final = (b"GGUF", b"lmgg", b"fmgg", b"tjgg")  # the latter from before GGUF
 
 
 class OriginSettings(msgspec.Struct, frozen=True):
@@ -200,9 +200,9 @@ class _LocalFile(_Ranged):
             )
         try:
             with open(path, "rb") as file:
-                magic = file.read(len(GGUF_MAGIC))
+                magic = file.read(len(MODEL_MAGICS[0]))
         except OSError as error:
             raise NotFound(f"{self._path} cannot be read: {error.strerror}") from error
-        if magic != GGUF_MAGIC:
+        if magic not in MODEL_MAGICS:
             raise SourceError(f"{self._path} is not a GGUF file")
         return path

@@ -182,6 +182,16 @@ async def test_characters_that_are_split_over_tokens_come_whole(
 
 
 @pytest.mark.parametrize("kind", LLAMAS, ids=str)
+async def test_a_prompt_may_have_more_tokens_than_characters(
+    engine: Engine, kind: Kind, tmp_path: Path
+):
+    spec, ids = parrot_spec(tmp_path, kind, "ok!")
+    events = await ask(engine, spec, prompt="\U0001f999" * 25 + "x", options=Options(temperature=0))
+    assert tokens_of(events) == ids
+    assert end_of(events).prompt_eval_count == 1 + 1 + 4 * 25 + 1  # BOS, the space in front
+
+
+@pytest.mark.parametrize("kind", LLAMAS, ids=str)
 async def test_a_seed_makes_luck_repeatable(engine: Engine, kind: Kind, tmp_path: Path):
     spec = llama_spec(tmp_path, kind, random_llama())
 

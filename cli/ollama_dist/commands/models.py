@@ -22,7 +22,7 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model's name.", autocompletion=model_names)
 ]
 
-_GGUF_MAGIC = b"GGUF"
+_MAGICS = (b"GGUF", b"lmgg", b"fmgg", b"tjgg")  # the latter from before GGUF
 CHUNK_BYTES = 1 << 20  # large enough that Python's own work does not count
 
 _COLUMNS = (
@@ -280,13 +280,13 @@ def _check_gguf(file: Path) -> int:
     """The file's size in bytes, once it looks like a model."""
     try:
         with file.open("rb") as opened:
-            magic = opened.read(len(_GGUF_MAGIC))
+            magic = opened.read(len(_MAGICS[0]))
         length = file.stat().st_size
     except IsADirectoryError:
         raise UsageProblem(f"{file} is a directory, not a GGUF file") from None
     except OSError as problem:
         raise UsageProblem(f"cannot read {file}: {problem.strerror}") from None
-    if magic != _GGUF_MAGIC:
+    if magic not in _MAGICS:
         raise UsageProblem(
             f"{file} is not a GGUF file",
             hint="Convert the model to GGUF, or download it in that format.",
