@@ -138,6 +138,6 @@ def test_it_is_not_written_again_for_nothing(tmp_path: Path):
 
 def test_the_estimate_then_covers_everything_that_is_resident():
     record, config = MemoryRecord(), config_of()
-    used = Used(700 * MIB, mapped=SPEC.size + 30 * MIB)
+    used = Used(150 * MIB, mapped=SPEC.size + 200 * MIB)
     record.learn(SPEC, config, used)
     assert record.estimate(SPEC, config).total >= used.anonymous + used.mapped

@@ -4,6 +4,7 @@ With fake runners; those that hang are stopped for real.
 """
 
 import dataclasses
+import math
 import os
 import signal
 import sys
@@ -96,7 +97,10 @@ async def test_a_crashed_model_waits_without_holding_up_others(
         assert answer[:1] == [Chunk("a", (97,))]
 
 
-async def test_a_runner_that_hangs_is_killed_and_its_requests_fail(tmp_path: Path):
+async def test_a_runner_that_hangs_is_killed_and_its_requests_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(process, "BUSY_PATIENCE", math.inf)  # it is not busy: that is the point
     spec = fake_model(tmp_path)
     async with running_engine(tmp_path / "run", stall_timeout_s=STALL_S) as engine:
         async with engine.generate(spec, GenerateRequest(spec.name, "endless")) as events:
