@@ -50,9 +50,10 @@ from ollamad.core.placement import Policy as PlacementPolicy
 from ollamad.core.presence import Beat
 from ollamad.core.routing import parse_policy
 from ollamad.core.state import User
+from ollamad.core.weights import LLAMA_SERVER
 from ollamad.datadir import DataDir
 from ollamad.engine.engine import Engine
-from ollamad.engine.llama_server import Unusable, inspect
+from ollamad.engine.llama_server import Program, Unusable, inspect
 from ollamad.engine.runner import PROMPT_CACHE_MIB
 from ollamad.engine.spec import EngineSettings, usable_cores
 from ollamad.errors import StartError
@@ -117,8 +118,12 @@ class Daemon:
         api_sockets: list[socket.socket],
         p2p_listeners: list[trio.SocketListener],
         raft_listeners: list[trio.SocketListener],
+        llama_server: Program | None = None,
     ) -> None:
         self._settings = settings
+        self._engine_versions = engine_versions()
+        if llama_server is not None:
+            self._engine_versions[LLAMA_SERVER] = llama_server.version
         self._directory = directory
         self._identity = identity
         self._api_sockets = api_sockets
@@ -276,6 +281,7 @@ class Daemon:
           CannotListen: a port is in use or an address is not ours.
           StartError: the llama-server that is to be used cannot be.
         """
+        program = None
         if settings.engine.llama_server:
             try:
                 program = await inspect(settings.engine.llama_server)
@@ -294,6 +300,7 @@ class Daemon:
             api_sockets=api_sockets,
             p2p_listeners=p2p,
             raft_listeners=raft,
+            llama_server=program,
         )
 
     def stop(self) -> None:
@@ -543,7 +550,7 @@ class Daemon:
             build_time=info.build_time,
             git_commit=info.git_commit,
             platform=platform_name(),
-            engine_versions=engine_versions(),
+            engine_versions=self._engine_versions,
             p2p_port=self._addresses.p2p[1],
         )
         origins = parse_origins(self._settings.api.origins)

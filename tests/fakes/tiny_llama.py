@@ -106,6 +106,29 @@ class TinyLlama:
                 break
         return answer, margin
 
+    def adapted(
+        self, seed: int = 5, rank: int = 4, alpha: float = 8.0
+    ) -> "tuple[TinyLlama, bytes]":
+        """This model with a LoRA adapter of noise applied, and the adapter as a file."""
+        generator = np.random.default_rng(seed)
+        weights, data = dict(self.weights), dict[str, bytes]()
+        tensors: dict[str, tuple[tuple[int, ...], int]] = {}
+        for name in ("blk.0.attn_q.weight", "blk.1.ffn_down.weight"):
+            rows, columns = weights[name].shape
+            a = (generator.standard_normal((rank, columns)) * 0.3).astype(np.float32)
+            b = (generator.standard_normal((rows, rank)) * 0.3).astype(np.float32)
+            weights[name] = weights[name] + np.float32(alpha / rank) * (b @ a)
+            for part, matrix in (("a", a), ("b", b)):
+                key = f"{name}.lora_{part}"
+                tensors[key], data[key] = (matrix.shape[::-1], 0), matrix.tobytes()
+        pairs: dict[str, Value] = {
+            "general.type": "adapter",
+            "general.architecture": "llama",
+            "adapter.type": "lora",
+            "adapter.lora.alpha": alpha,
+        }
+        return TinyLlama(self.shape, weights), gguf_bytes(pairs, tensors, data=data)
+
     def _attention(self, h: Array, w: dict[str, Array]) -> Array:
         shape, length = self.shape, len(h)
         q = _rotated((h @ w["attn_q"].T).reshape(length, shape.heads, shape.head_width))

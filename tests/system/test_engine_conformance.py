@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import trio
@@ -255,6 +256,20 @@ async def test_embeddings_are_those_of_the_reference(engine: Engine, kind: Kind,
     expected = [model.embedding(PROMPT_IDS), model.embedding([BOS, TOKENS.index("\u2581be")])]
     assert np.allclose(np.array(answer.vectors), np.array(expected), atol=2e-3)
     assert np.allclose(np.linalg.norm(answer.vectors, axis=1), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [Kind(XLLAMACPP, 3), Kind(LLAMA_SERVER, 3)], ids=str)
+async def test_adapters_change_the_weights(engine: Engine, kind: Kind, tmp_path: Path):
+    model = random_llama()
+    adapted, data = model.adapted()
+    (tmp_path / "adapter").write_bytes(data)
+    spec = llama_spec(tmp_path, kind, model)
+    spec = msgspec.structs.replace(spec, adapter_paths=(str(tmp_path / "adapter"),))
+    expected, margin = adapted.greedy(PROMPT_IDS, 12)
+    assert margin > 0.1
+    assert expected != model.greedy(PROMPT_IDS, 12)[0]
+    options = Options(temperature=0, num_predict=12)
+    assert tokens_of(await ask(engine, spec, prompt=PROMPT, options=options)) == expected
 
 
 @pytest.mark.parametrize("kind", [Kind(CTRANSFORMERS, 0)], ids=str)
