@@ -27,25 +27,28 @@ from ollamad.core.placement import (
     explain,
     sole_copies,
 )
-from ollamad.core.state import Model
+from ollamad.core.state import Layer, Model
 from ollamad.core.transfers import Transfer
 from ollamad.core.weights import Choice
 from ollamad.peers.link import HandlerError, RemoteFailure
 from ollamad.peers.tls import PeerUnreachable
 from ollamad.pulls import PullRequest, Pulls
+from ollamad.pushes import Pushes, PushRequest
 from ollamad.share import Share
 from ollamad.sources.base import Source, SourceError
 from ollamad.sources.references import Wanted, resolve_source
 from ollamad.store.errors import BlobMissing, DigestMismatch, SizeMismatch, StoreError, StoreFull
 from ollamad.store.gguf import GgufError
 from ollamad.store.models import ModelStore
-from ollamad.transfer.fetch import Fetcher
+from ollamad.transfer.fetch import Fetcher, FetchFailed
 from ollamad.transfer.transfers import TransferTable
 from ollamad.wire.codec import encode
 
 log = logging.getLogger(__name__)
 
+UPLOAD_LEASE_S = 3600.0  # an upload waits for so long for the request that makes it a model
 PEER_TIMEOUT_S = 2.0  # for questions that a peer answers from memory
+ADAPTERS_TIMEOUT_S = 600.0  # the same, after some hundred MB of adapters have come
 DERIVE_TIMEOUT_S = 30.0  # some small files and a command through the log, on a busy node
 MAX_MESSAGE_BYTES = 1_000_000  # of a question or an answer between nodes, with room for its head
 
@@ -61,6 +64,8 @@ class DeriveRequest(msgspec.Struct, frozen=True):
     name: str
     base: str
     changes: Changes
+    # Adapters that were uploaded to the node that asks; the other one fetches them from it.
+    adapters: tuple[Layer, ...] = ()
 
 
 class Library:
@@ -93,6 +98,7 @@ class Library:
         self._store = store
         self._engine_of = engine_of
         self._table = table
+        self._fetcher = fetcher
         self._view = view
         self._share = Share(
             cluster=cluster,
@@ -115,6 +121,7 @@ class Library:
             cancel=self.cancel,
             pulls_path=pulls_path,
         )
+        self._pushes = Pushes(cluster=cluster, store=store, source=source, table=table)
         mesh = cluster.mesh
         mesh.answer("library.want", str, self._on_want)
         mesh.answer("library.derive", DeriveRequest, self._on_derive)
@@ -157,33 +164,48 @@ class Library:
 
         A name that is taken is refused, unless the models are the same or `replace`.
         """
-        if len(files) != 1:
-            raise ServiceError(
-                400, "INVALID_REQUEST", "files must name exactly one GGUF file", {"field": "files"}
-            )
-        [digest] = files.values()
+        async with self._store.pins.hold(*files.values(), *changes.adapters) as hold:
+            model = await self._build(name, files, changes)
+            await hold.add(*(layer.digest for layer in model.layers))
+            known = self._cluster.state.find_model(name)
+            if known is not None and known.digest != model.digest and not replace:
+                raise ServiceError(
+                    409,
+                    "MODEL_EXISTS",
+                    f"there is another model {known.name} already; choose another name, "
+                    f"or delete it first: ollama-dist models rm {known.name}",
+                    {"name": known.name},
+                )
+            await self._publish(model, (), 0)
+        for digest in (*files.values(), *changes.adapters):
+            self._store.pins.end_lease(digest)
+        return self._cluster.state.models[parse_name(name).key]
+
+    async def _build(self, name: str, files: Mapping[str, str], changes: Changes) -> Model:
+        """A model of uploaded blobs: weights, and perhaps projectors."""
+        kinds: dict[str, list[str]] = {"model": [], "projector": [], "adapter": []}
         try:
-            model = await self._store.build_model(name, digest)
-            model = await self._store.derive_model(name, model.manifest, changes)
+            for digest in files.values():
+                kinds[await self._store.kind_of(digest)].append(digest)
+            if len(kinds["model"]) != 1 or kinds["adapter"]:
+                raise ServiceError(
+                    400,
+                    "INVALID_REQUEST",
+                    "files must be one GGUF file with a model, and GGUF files of its projectors "
+                    f"if it has any; these are {', '.join(k for k in kinds if kinds[k])}. "
+                    "Adapters go into adapters (ADAPTER in a Modelfile)",
+                    {"field": "files"},
+                )
+            model = await self._store.build_model(
+                name, kinds["model"][0], projectors=kinds["projector"]
+            )
+            return await self._store.derive_model(name, model.manifest, changes)
         except BlobMissing as error:
-            raise ServiceError(
-                400, "BLOB_NOT_FOUND", f"{error}; upload it first", {"digest": digest}
-            ) from None
+            raise ServiceError(400, "BLOB_NOT_FOUND", f"{error}; upload it first") from None
         except GgufError as error:
-            raise ServiceError(400, "INVALID_MODEL_FILE", str(error), {"digest": digest}) from None
+            raise ServiceError(400, "INVALID_MODEL_FILE", str(error)) from None
         except StoreError as error:
             raise _store_failure(error) from None
-        known = self._cluster.state.find_model(name)
-        if known is not None and known.digest != model.digest and not replace:
-            raise ServiceError(
-                409,
-                "MODEL_EXISTS",
-                f"there is another model {known.name} already; choose another name, "
-                f"or delete it first: ollama-dist models rm {known.name}",
-                {"name": known.name},
-            )
-        await self._publish(model, (), 0)
-        return self._cluster.state.models[parse_name(name).key]
 
     async def derive(self, name: str, base: str, changes: Changes = NO_CHANGES) -> Model:
         """Make a model of another one, on a node that holds that; without changes, a copy.
@@ -191,10 +213,19 @@ class Library:
         A model of that name is replaced.
         """
         holder = self._holder(base)
-        request = DeriveRequest(name, base, changes)
+        async with self._store.pins.hold(*changes.adapters):
+            await self._derive(holder, DeriveRequest(name, base, changes))
+        for digest in changes.adapters:
+            self._store.pins.end_lease(digest)
+        return self._cluster.state.models[parse_name(name).key]
+
+    async def _derive(self, holder: NodeId, request: DeriveRequest) -> None:
+        name, digests = request.name, request.changes.adapters
         if holder == self._cluster.node_id:
             await self._derive_here(request)
         else:
+            layers = tuple([await self._uploaded(digest) for digest in digests])
+            request = msgspec.structs.replace(request, adapters=layers)
             if len(encode(request)) > MAX_MESSAGE_BYTES:
                 raise ServiceError(
                     413,
@@ -202,9 +233,25 @@ class Library:
                     "template, messages and licence are "
                     f"larger than {MAX_MESSAGE_BYTES:,} bytes together",
                 )
-            digest = await self._ask(holder, "library.derive", request, DERIVE_TIMEOUT_S)
+            timeout_s = ADAPTERS_TIMEOUT_S if layers else DERIVE_TIMEOUT_S
+            digest = await self._ask(holder, "library.derive", request, timeout_s)
             await self._until_known(name, digest)
-        return self._cluster.state.models[parse_name(name).key]
+
+    async def _uploaded(self, digest: str) -> Layer:
+        """A blob of this node, as others can fetch it."""
+        try:
+            pieces = await self._store.piece_map(digest)
+        except StoreError as error:
+            raise ServiceError(400, "BLOB_NOT_FOUND", f"{error}; upload it first") from None
+        return Layer("", digest, pieces.size, pieces.piece_size, pieces.root())
+
+    async def push(self, name: str, destination: str) -> str:
+        """Have a holder send a model to a registry; returns a transfer id at once."""
+        holder = self._holder(name)
+        request = PushRequest(name, destination)
+        if holder == self._cluster.node_id:
+            return self._pushes.start(request)
+        return await self._ask(holder, "pushes.start", request, PEER_TIMEOUT_S)
 
     async def describe(self, name: str) -> Description:
         """What the small blobs and the file of a model say, read by a node that holds them."""
@@ -268,12 +315,19 @@ class Library:
         return self._share.received.value
 
     async def has_blob(self, digest: str) -> bool:
-        return await self._store.has_blob(digest)
+        """Whether a blob is here; if so it stays for a while, as whoever asks will not send it."""
+        self._store.pins.lease(digest, UPLOAD_LEASE_S)
+        here = await self._store.has_blob(digest)
+        if not here:
+            self._store.pins.end_lease(digest)
+        return here
 
     async def receive_blob(self, digest: str, chunks: AsyncIterator[bytes]) -> None:
         """Store an uploaded blob of this node under its digest, durably."""
         try:
-            await self._store.ingest(chunks, expected_digest=digest)
+            async with self._store.pins.hold() as hold:
+                await self._store.ingest(chunks, expected_digest=digest, hold=hold)
+                self._store.pins.lease(digest, UPLOAD_LEASE_S)
         except (DigestMismatch, SizeMismatch) as error:
             raise ServiceError(400, "DIGEST_MISMATCH", str(error), {"digest": digest}) from None
         except StoreError as error:
@@ -322,6 +376,7 @@ class Library:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._share.run)
             await nursery.start(self._pulls.run)
+            await nursery.start(self._pushes.run)
             task_status.started()
 
     # Bringing in.
@@ -492,7 +547,12 @@ class Library:
 
     async def _on_derive(self, peer: NodeId, request: DeriveRequest) -> str:
         try:
-            return await self._derive_here(request)
+            async with self._store.pins.hold(*request.changes.adapters):
+                for layer in request.adapters:
+                    await self._fetcher.fetch_blob(layer, lambda: [peer], lambda step: None)
+                return await self._derive_here(request)
+        except (FetchFailed, StoreError) as error:
+            raise HandlerError("FETCH_FAILED", str(error)) from None
         except ServiceError as error:
             raise HandlerError(error.code, error.message) from None
 

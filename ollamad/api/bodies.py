@@ -70,7 +70,19 @@ class DownloadBody(msgspec.Struct, frozen=True):
 
 class CreateBody(msgspec.Struct, frozen=True):
     name: Text
-    files: dict[str, str]  # file name -> "sha256:…" of an uploaded blob
+    # File name, or path as the Modelfile has it -> "sha256:…" of an uploaded blob.
+    files: dict[str, str] = {}
+    modelfile: str = ""
+    replace: bool = False  # another model that has that name
+    quantize: str | None = None
+
+
+class CopyBody(msgspec.Struct, frozen=True):
+    destination: Text
+
+
+class PushBody(msgspec.Struct, frozen=True):
+    destination: Text | None = None  # the model's own name, if it is not told
 
 
 class AutoConfigureBody(msgspec.Struct, frozen=True):

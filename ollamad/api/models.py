@@ -7,8 +7,16 @@ from typing import Literal
 import msgspec
 
 from ollamad.api.asgi import Reply
-from ollamad.api.bodies import CreateBody, DownloadBody, ReplicasBody, invalid
+from ollamad.api.bodies import (
+    CopyBody,
+    CreateBody,
+    DownloadBody,
+    PushBody,
+    ReplicasBody,
+    invalid,
+)
 from ollamad.api.calls import Call, read_name, reply, rfc3339
+from ollamad.api.descriptions import model_info, shown_texts
 from ollamad.api.schemas import (
     Blob,
     Cancelled,
@@ -26,9 +34,11 @@ from ollamad.api.schemas import (
     ReplicasAnswer,
     TransferInfo,
     TransferList,
+    Upload,
 )
 from ollamad.api.services import ServiceError
 from ollamad.core.ids import NodeId
+from ollamad.core.modelfile import ModelfileError, digest_of, is_path, parse_modelfile
 from ollamad.core.names import is_reference
 from ollamad.core.state import Model
 from ollamad.core.transfers import Transfer
@@ -44,19 +54,112 @@ async def list_models(call: Call) -> Reply:
 
 
 async def show_model(call: Call, name: str) -> Reply:
+    """The model, and what it says of itself if a node that holds it is there to be asked."""
     model = await call.find_model(name)
-    full = msgspec.structs.replace(_full(call, model), engine=await _engine(call, model))
+    full = _full(call, model)
+    try:
+        description = await call.services.library.describe(model.name)
+    except ServiceError as error:  # nobody who holds it can be asked
+        return reply(
+            OneModel(msgspec.structs.replace(full, engine=None, description_error=error.message))
+        )
+    full = msgspec.structs.replace(
+        full,
+        engine=EngineInfo(description.engine or None, description.engine_reason),
+        model_info=model_info(description, verbose=False),
+        **shown_texts(model, description),
+    )
     return reply(OneModel(full))
 
 
 async def create_model(call: Call) -> Reply:
+    """A model of uploaded files, or as a Modelfile says."""
     body = await call.body(CreateBody)
-    name = read_name(body.name, "name")
-    if not body.files:
-        raise invalid("files", "files must name at least one uploaded blob", expected="object")
+    name = str(read_name(body.name, "name"))
+    if body.quantize:
+        raise quantize_refused()
     files = {file: read_digest(digest, f"files.{file}") for file, digest in body.files.items()}
-    model = await call.services.library.create(str(name), files)
+    library = call.services.library
+    if not body.modelfile:
+        if not files:
+            raise invalid("files", "files must name at least one uploaded blob", expected="object")
+        model = await library.create(name, files, replace=body.replace)
+        return reply(OneModel(_full(call, model)), 201)
+    try:
+        parsed = parse_modelfile(body.modelfile)
+    except ModelfileError as error:
+        raise ServiceError(400, "INVALID_MODELFILE", str(error), {"field": "modelfile"}) from None
+    wanted = [each for each in (*parsed.bases, *parsed.adapters) if digest_of(each) is None]
+    missing = [each for each in wanted if is_path(each) and each not in files]
+    if missing:
+        raise ServiceError(
+            400,
+            "FILES_NEEDED",
+            "the Modelfile names files: upload them to /blobs/DIGEST, and say in files which "
+            f"is which: {', '.join(missing)}",
+            {"files": missing},
+        )
+    adapters = tuple(digest_of(each) or files.get(each, "") for each in parsed.adapters)
+    if not all(adapters):
+        raise ServiceError(
+            400, "INVALID_MODELFILE", "ADAPTER must name a GGUF file with a LoRA adapter"
+        )
+    changes = msgspec.structs.replace(parsed.changes, adapters=adapters)
+    blobs = {each: digest_of(each) or files.get(each, "") for each in parsed.bases}
+    if all(blobs.values()):
+        model = await library.create(name, blobs, changes, replace=body.replace)
+    elif len(blobs) > 1:
+        raise ServiceError(
+            400, "INVALID_MODELFILE", "several FROM must all be files: one model, and projectors"
+        )
+    else:
+        base = await call.find_model(parsed.bases[0])
+        known = call.services.cluster.state.find_model(name)
+        if known is not None and not body.replace:
+            raise ServiceError(
+                409,
+                "MODEL_EXISTS",
+                f"there is a model {known.name} already; choose another name, or replace it",
+                {"name": known.name},
+            )
+        model = await library.derive(name, base.name, changes)
     return reply(OneModel(_full(call, model)), 201)
+
+
+async def copy_model(call: Call, name: str) -> Reply:
+    model = await call.find_model(name)
+    body = await call.body(CopyBody)
+    destination = read_name(body.destination, "destination")
+    known = call.services.cluster.state.find_model(str(destination))
+    if known is not None and known.digest != model.digest:
+        raise ServiceError(
+            409,
+            "MODEL_EXISTS",
+            f"there is another model {known.name} already; delete it first",
+            {"name": known.name},
+        )
+    copied = known or await call.services.library.derive(str(destination), model.name)
+    return reply(OneModel(_full(call, copied)), 201)
+
+
+async def push_model(call: Call, name: str) -> Reply:
+    model = await call.find_model(name)
+    body = await call.body(PushBody, optional=True)
+    destination = str(read_name(body.destination or model.name, "destination"))
+    transfer_id = await call.services.library.push(model.name, destination)
+    return reply(Upload("uploading", model.name, "Model upload started", transfer_id, destination))
+
+
+def quantize_refused() -> ServiceError:
+    """What cannot be done here, and who can."""
+    return ServiceError(
+        400,
+        "NOT_SUPPORTED",
+        "quantize is not supported: the engines here load models, and llama.cpp's quantizer is a "
+        "program of its own. Run llama-quantize on the file, or pull a quantized one, and create "
+        "the model of that",
+        {"field": "quantize"},
+    )
 
 
 async def delete_model(call: Call, name: str) -> Reply:
@@ -218,15 +321,6 @@ def _full(call: Call, model: Model) -> ModelInfo:
         ],
         layers=[LayerInfo(layer.media_type, layer.digest, layer.size) for layer in model.layers],
     )
-
-
-async def _engine(call: Call, model: Model) -> EngineInfo | None:
-    """What runs the model, as a node says that holds it; null if none can be asked."""
-    try:
-        description = await call.services.library.describe(model.name)
-    except ServiceError:
-        return None
-    return EngineInfo(description.engine or None, description.engine_reason)
 
 
 def _transfer(transfer: Transfer) -> TransferInfo:

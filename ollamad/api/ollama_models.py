@@ -7,18 +7,18 @@ transfer, wherever it runs.
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
 import trio
 
 import ollamad
 from ollamad.api.asgi import Reply
-from ollamad.api.bodies import invalid, unsupported
+from ollamad.api.bodies import invalid
 from ollamad.api.calls import Call, reply, rfc3339
 from ollamad.api.conversation import read_messages
+from ollamad.api.descriptions import model_info, shown_texts
 from ollamad.api.dialects import ollama_error
 from ollamad.api.errors import as_service_error
 from ollamad.api.generation import LineLayout, encode
-from ollamad.api.models import has_blob, read_digest, upload_blob
+from ollamad.api.models import has_blob, quantize_refused, read_digest, upload_blob
 from ollamad.api.ollama import find
 from ollamad.api.ollama_bodies import (
     CopyBody,
@@ -27,7 +27,7 @@ from ollamad.api.ollama_bodies import (
     read_options,
 )
 from ollamad.api.services import ServiceError
-from ollamad.core.description import Changes, Description
+from ollamad.core.description import Changes
 from ollamad.core.inference import LoadedModel
 from ollamad.core.names import InvalidName, ModelName, is_reference, parse_name
 from ollamad.core.state import Model
@@ -39,9 +39,10 @@ OLLAMA_VERSION = "0.12.0"
 # A model that stays in memory for ever is told to go in this year: a date that every client's
 # arithmetic can hold. Ollama itself says "in 292 years".
 FOR_EVER = "2300-01-01T00:00:00Z"
-MAX_SHOWN_ITEMS = 5  # of an array in `model_info`, unless it is to be verbose; as in Ollama
 PROGRESS_INTERVAL_S = 0.2  # between two looks at a transfer
 LOST_AFTER_S = 10.0  # a transfer whose node does not tell of it for so long has failed
+
+_ACTS = {"pull": "pulls", "push": "pushes"}
 
 Tell = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -88,22 +89,11 @@ async def show(call: Call) -> Reply:
         raise invalid("model", "model is required")
     model = await find(call, body.wanted, f"model '{body.wanted}' not found")
     description = await call.services.library.describe(model.name)
-    parameters = _parameter_lines(description.parameters)
-    shown: dict[str, Any] = {
-        "license": "\n".join(description.licenses),
-        "modelfile": _modelfile(model, description),
-        "parameters": "\n".join(f"{name:<30} {value}" for name, value in parameters),
-        "template": description.template,
-        "system": description.system,
-        "messages": [
-            {"role": message.role, "content": message.content} for message in description.messages
-        ],
-    }
     return reply(
-        {name: value for name, value in shown.items() if value}
+        shown_texts(model, description)
         | {
             "details": _details(model),
-            "model_info": _model_info(description, verbose=body.verbose is True),
+            "model_info": model_info(description, verbose=body.verbose is True),
             "capabilities": model.details.capabilities,
             "modified_at": rfc3339(model.modified_at),
         }
@@ -139,7 +129,7 @@ async def pull(call: Call) -> Reply | None:
         model = call.services.cluster.state.find_model(wanted)
         if model is not None and library.inference_ready(model):
             await tell({"status": "pulling manifest"})
-            await tell(_pulling(model.digest, model.size, model.size))
+            await tell(_moving("pull", model.digest, model.size, model.size))
         else:
             transfer_id = await library.download(wanted)
             await tell({"status": "pulling manifest"})
@@ -150,26 +140,27 @@ async def pull(call: Call) -> Reply | None:
     return await _with_progress(call, work, stream=body.stream is not False)
 
 
-async def push(call: Call) -> Reply:
+async def push(call: Call) -> Reply | None:
     body = await call.body(NamedBody, any_type=True)
     name = _name(body.wanted, "invalid model name")
-    await find(call, str(name), f"model '{body.wanted}' not found")
-    raise ServiceError(
-        400,
-        "NOT_SUPPORTED",
-        "push is not supported: this cluster sends no models to a registry. Nodes copy models "
-        "among themselves; take the file from a node's store to bring it elsewhere",
-    )
+    model = await find(call, str(name), f"model '{body.wanted}' not found")
+
+    async def work(tell: Tell) -> None:
+        transfer_id = await call.services.library.push(model.name, str(name))
+        await tell({"status": "retrieving manifest"})
+        await _follow(call, transfer_id, tell, verb="push")
+        for status in ("pushing manifest", "success"):
+            await tell({"status": status})
+
+    return await _with_progress(call, work, stream=body.stream is not False)
 
 
 async def create(call: Call) -> Reply | None:
     body = await call.body(CreateBody, any_type=True)
     name = str(_name(body.wanted, "invalid model name"))
     changes = _changes(body)
-    if body.adapters:
-        raise unsupported("adapters")
     if body.quantize or body.quantization:
-        raise unsupported("quantize")
+        raise quantize_refused()
     files = {
         file: read_digest(digest, f"files.{file}") for file, digest in (body.files or {}).items()
     }
@@ -237,7 +228,7 @@ async def _with_progress(
     return None
 
 
-async def _follow(call: Call, transfer_id: str, tell: Tell) -> None:
+async def _follow(call: Call, transfer_id: str, tell: Tell, *, verb: str = "pull") -> None:
     """Tell the progress of a transfer until its end.
 
     Raises:
@@ -250,21 +241,24 @@ async def _follow(call: Call, transfer_id: str, tell: Tell) -> None:
         if transfer is not None:
             heard_at = trio.current_time()
             if transfer.bytes_total:
-                step = _pulling(transfer.digest, transfer.bytes_total, transfer.bytes_done)
+                step = _moving(verb, transfer.digest, transfer.bytes_total, transfer.bytes_done)
                 if step != told:
                     told = step
                     await tell(step)
             match transfer.status:
                 case "completed":
-                    await _until_listed(call, transfer)
+                    if verb == "pull":
+                        await _until_listed(call, transfer)
                     return
                 case "failed":
-                    raise ServiceError(500, "PULL_FAILED", transfer.error)
+                    raise ServiceError(500, "TRANSFER_FAILED", transfer.error)
                 case "cancelled":
-                    raise ServiceError(500, "PULL_CANCELLED", "the pull was cancelled")
+                    raise ServiceError(500, "TRANSFER_CANCELLED", f"the {verb} was cancelled")
         elif trio.current_time() - heard_at > LOST_AFTER_S:
             raise ServiceError(
-                503, "NODE_UNREACHABLE", "the node that pulls the model does not answer"
+                503,
+                "NODE_UNREACHABLE",
+                f"the node that {_ACTS[verb]} the model does not answer",
             )
         await trio.sleep(PROGRESS_INTERVAL_S)
 
@@ -290,6 +284,15 @@ def _changes(body: CreateBody) -> Changes:
         parameters={k: v for k, v in (body.parameters or {}).items() if v is not None},
         messages=read_messages(body.messages),
         licenses=tuple(text for text in licenses if text),
+        adapters=tuple(
+            read_digest(digest, f"adapters.{file}")
+            for file, digest in (body.adapters or {}).items()
+        ),
+        config={
+            key: value
+            for key in ("renderer", "parser", "requires")
+            if (value := getattr(body, key))
+        },
     )
 
 
@@ -300,8 +303,8 @@ def _name(text: str | None, problem: str) -> ModelName:
         raise ServiceError(400, "INVALID_MODEL_NAME", problem) from None
 
 
-def _pulling(digest: str, total: int, completed: int) -> dict[str, Any]:
-    step: dict[str, Any] = {"status": f"pulling {_hex(digest)[:12]}".rstrip()}
+def _moving(verb: str, digest: str, total: int, completed: int) -> dict[str, Any]:
+    step: dict[str, Any] = {"status": f"{verb}ing {_hex(digest)[:12]}".rstrip()}
     if digest:
         step["digest"] = digest
     return step | {"total": total} | ({"completed": completed} if completed else {})
@@ -336,42 +339,3 @@ def _loaded(call: Call, loaded: LoadedModel) -> dict[str, Any]:
 
 def _hex(digest: str) -> str:
     return digest.removeprefix("sha256:")
-
-
-def _parameter_lines(parameters: dict[str, Any]) -> list[tuple[str, str]]:
-    """Each parameter as a Modelfile has it; lists stand on a line for each item."""
-    lines = []
-    for name, value in parameters.items():
-        for item in value if isinstance(value, list) else [value]:
-            lines.append((name, msgspec.json.encode(item).decode()))
-    return lines
-
-
-def _modelfile(model: Model, description: Description) -> str:
-    """A Modelfile that makes this model of itself, as a beginning for another one."""
-    lines = [
-        "# A Modelfile to build a new model on this one.",
-        f"FROM {model.name}",
-    ]
-    if description.template:
-        lines.append(f'TEMPLATE """{description.template}"""')
-    if description.system:
-        lines.append(f'SYSTEM """{description.system}"""')
-    for name, value in _parameter_lines(description.parameters):
-        lines.append(f"PARAMETER {name} {value}")
-    for message in description.messages:
-        lines.append(f"MESSAGE {message.role} {message.content}")
-    for text in description.licenses:
-        lines.append(f'LICENSE """{text}"""')
-    return "\n".join(lines) + "\n"
-
-
-def _model_info(description: Description, *, verbose: bool) -> dict[str, Any]:
-    info = {
-        key: []
-        if isinstance(value, list) and len(value) > MAX_SHOWN_ITEMS and not verbose
-        else value
-        for key, value in description.metadata.items()
-        if key not in ("general.name", "tokenizer.chat_template")
-    }
-    return info | {"general.parameter_count": description.parameter_count}

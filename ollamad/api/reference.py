@@ -204,10 +204,12 @@ DOCS: dict[str, Doc] = {
     f"GET {BASE}/models": Doc("Models", "All models, newest first", answers=_ok(schemas.ModelList)),
     f"POST {BASE}/models": Doc(
         "Models",
-        "Make a model of uploaded blobs",
+        "Make a model as a Modelfile says, or of uploaded blobs",
+        "Files that the Modelfile names are uploaded first, and told in `files`; 400 "
+        "`FILES_NEEDED` lists those that are missing.",
         body=bodies.CreateBody,
         answers=_made(schemas.OneModel),
-        errors=(409,),
+        errors=(404, 409),
         example={"name": "mine", "files": {"model.gguf": DIGEST}},
     ),
     f"GET {BASE}/models/<path:name>": Doc("Models", "One model", answers=_ok(schemas.OneModel)),
@@ -223,6 +225,23 @@ DOCS: dict[str, Doc] = {
         answers=_ok(schemas.Download),
         errors=(409,),
         example={"replicas": 2},
+    ),
+    f"POST {BASE}/models/<path:name>/copy": Doc(
+        "Models",
+        "Give a model another name, too",
+        body=bodies.CopyBody,
+        answers=_made(schemas.OneModel),
+        errors=(409,),
+        example={"destination": "mine"},
+    ),
+    f"POST {BASE}/models/<path:name>/push": Doc(
+        "Models",
+        "Start to send a model to a registry",
+        "Answers at once. The destination is a name with the registry's host.",
+        body=bodies.PushBody,
+        optional_body=True,
+        answers=_ok(schemas.Upload),
+        example={"destination": "registry.lan:5000/me/mine"},
     ),
     f"PUT {BASE}/models/<path:name>/replicas": Doc(
         "Models",

@@ -380,6 +380,18 @@ class ModelInfo(ModelSummary, frozen=True):
     layers: Sequence[LayerInfo]
     # Of `GET /models/:name` only; null while no node that holds it can be asked.
     engine: EngineInfo | msgspec.UnsetType | None = msgspec.UNSET
+    # What it says of itself, there and if it does; else why nobody can be asked.
+    license: str | msgspec.UnsetType = msgspec.UNSET
+    modelfile: str | msgspec.UnsetType = msgspec.UNSET
+    parameters: str | msgspec.UnsetType = msgspec.UNSET
+    template: str | msgspec.UnsetType = msgspec.UNSET
+    system: str | msgspec.UnsetType = msgspec.UNSET
+    messages: Sequence[dict[str, str]] | msgspec.UnsetType = msgspec.UNSET
+    renderer: str | msgspec.UnsetType = msgspec.UNSET
+    parser: str | msgspec.UnsetType = msgspec.UNSET
+    requires: str | msgspec.UnsetType = msgspec.UNSET
+    model_info: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    description_error: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class ModelList(msgspec.Struct, frozen=True):
@@ -406,6 +418,14 @@ class Download(msgspec.Struct, frozen=True):
     model: str
     message: str
     transfer_id: str
+
+
+class Upload(msgspec.Struct, frozen=True):
+    status: str
+    model: str
+    message: str
+    transfer_id: str
+    destination: str
 
 
 class Blob(msgspec.Struct, frozen=True):

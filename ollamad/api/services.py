@@ -202,6 +202,17 @@ class Library(Protocol):
         """
         ...
 
+    async def push(self, name: str, destination: str) -> str:
+        """Start to send a model to a registry and return the transfer's id at once.
+
+        Args:
+          destination: a model name, with the registry's host unless that is Ollama's.
+
+        Raises:
+          ServiceError: 503 when no node that holds it is online.
+        """
+        ...
+
     async def describe(self, name: str) -> Description:
         """What the small blobs and the file of a model say.
 

@@ -20,6 +20,7 @@ class Description(msgspec.Struct, frozen=True):
     parameter_count: int
     engine: str = ""  # that runs it where it was read; empty: none there does
     engine_reason: str = ""  # in words
+    config: dict[str, str] = {}  # renderer, parser, requires
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -30,6 +31,8 @@ class Changes(msgspec.Struct, frozen=True):
     parameters: dict[str, Any] = {}  # are added, or replace those of the same name
     messages: tuple[Message, ...] = ()  # replace
     licenses: tuple[str, ...] = ()  # are added
+    adapters: tuple[str, ...] = ()  # digests of LoRA adapters; replace
+    config: dict[str, str] = {}  # renderer, parser, requires: kept for those who know them
 
 
 NO_CHANGES = Changes()

@@ -6,7 +6,8 @@ import msgspec
 
 from ollamad.core.ids import NodeId
 
-TransferType = Literal["download", "replication"]  # from an origin; from a peer
+# From an origin; from a peer; to a registry.
+TransferType = Literal["download", "replication", "upload"]
 Status = Literal["pending", "active", "completed", "failed", "cancelled"]
 
 

@@ -1,6 +1,6 @@
 """What all model sources have in common: the offer, the sink, and errors that say what to do."""
 
-from collections.abc import AsyncIterable, Callable
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -13,6 +13,10 @@ T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
 
 Progress = Callable[[int], None]  # bytes that came, wasted ones included
+
+
+Read = Callable[[str, int, int], Awaitable[bytes]]  # a part of a blob: digest, offset, length
+Sent = Callable[[int], None]  # bytes of all blobs that are there now
 
 
 class SourceError(Exception):
@@ -135,5 +139,20 @@ class Source(Protocol):
 
         Raises:
           SourceError: the reference is not understood, or the settings are wrong.
+        """
+        ...
+
+    async def push(
+        self,
+        destination: str,
+        manifest: bytes,
+        blobs: Sequence[tuple[str, int]],
+        read: Read,
+        sent: Sent,
+    ) -> None:
+        """Send a model to a registry: what it lacks of these blobs, then the manifest.
+
+        Raises:
+          SourceError: it does not take it. Whatever `read` raises.
         """
         ...

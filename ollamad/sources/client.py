@@ -371,11 +371,14 @@ def explain(url: str, error: Exception) -> str:
     reason = str(error) or type(error).__name__
     if isinstance(error, httpx.TimeoutException):
         reason = "it does not answer"
-    elif "CERTIFICATE_VERIFY_FAILED" in reason:
-        return (
-            f"the certificate of {host} is not trusted ({reason}); if its CA is your own, name "
-            "it: sources.ca_file or SSL_CERT_FILE"
-        )
+    cause: BaseException | None = error
+    while cause is not None:  # some layers above TLS do not pass its words on
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return (
+                f"the certificate of {host} is not trusted ({cause.verify_message}); if its CA "
+                "is your own, name it: sources.ca_file or SSL_CERT_FILE"
+            )
+        cause = cause.__cause__ or cause.__context__
     return (
         f"{host} cannot be reached or broke off ({reason}); check the network, HTTPS_PROXY and "
         "the name, and pull again: what has come is kept"

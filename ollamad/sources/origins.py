@@ -1,7 +1,7 @@
 """All places that models come from, behind one door: a reference opens the right one."""
 
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,9 @@ from ollamad.sources.base import (
     OriginRefused,
     OriginUnreachable,
     Progress,
+    Read,
     RemoteFile,
+    Sent,
     Sink,
     SourceError,
     Target,
@@ -29,6 +31,7 @@ from ollamad.sources.client import OriginClient, shown
 from ollamad.sources.huggingface import HOSTS, HuggingFace
 from ollamad.sources.pipconfig import PipConfig, read_pip_config
 from ollamad.sources.policy import HostList, Policy, origin_of
+from ollamad.sources.push import Pusher
 from ollamad.sources.pypi import SCHEME as PYPI
 from ollamad.sources.pypi import PypiSource, open_client, parse_reference
 from ollamad.sources.references import FILE_SCHEME, URL_SCHEMES, Url, parse_url, resolve_source
@@ -78,6 +81,28 @@ class Origins:
         else:
             async with OriginClient(settings.policy, ca_file=settings.ca_file) as client:
                 yield self._of_client(client, reference)
+
+    async def push(
+        self,
+        destination: str,
+        manifest: bytes,
+        blobs: Sequence[tuple[str, int]],
+        read: Read,
+        sent: Sent,
+    ) -> None:
+        """Send a model to a registry; see `Source.push`."""
+        settings, name = self._settings, parse_name(destination)
+        if name.host.lower() in HOSTS:
+            raise SourceError("Hugging Face takes files, not models: push to an OCI registry")
+        async with OriginClient(settings.policy, ca_file=settings.ca_file) as client:
+            pusher = Pusher(
+                client,
+                name,
+                mirror=settings.mirror,
+                plain_http=settings.policy.allow_http,
+                realms=settings.token_hosts,
+            )
+            await pusher.push(manifest, blobs, read, sent)
 
     def _of_client(self, client: OriginClient, reference: str) -> OpenSource:
         settings = self._settings

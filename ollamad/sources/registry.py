@@ -127,7 +127,7 @@ class RegistryLogin:
     async def _token(self, given: Mapping[str, str], account: tuple[str, str] | None) -> str:
         realm = given.get("realm", "")
         origin, mine = origin_of(realm), origin_of(self._registry.base)
-        if (origin.host, origin.port) != (mine.host, mine.port) and not self._realms.has(origin):
+        if origin.host != mine.host and not self._realms.has(origin):
             raise OriginRefused(
                 f"{mine} sends to {origin} for a token, which is not its own host. If it is to be "
                 f"trusted with passwords for {mine}, allow it: sources.token_hosts: {origin}"

@@ -23,7 +23,7 @@ from ollamad.store.blobs import GRACE_S, KEEP_FREE_BYTES, BlobStore
 from ollamad.store.details import capabilities_of, details_of, facts_of
 from ollamad.store.errors import BlobMissing, ManifestInvalid
 from ollamad.store.files import TEMP_PREFIX
-from ollamad.store.gguf import GgufHeader, Skipped
+from ollamad.store.gguf import GgufError, GgufHeader, Skipped
 from ollamad.store.manifests import Descriptor, Manifest, StoredManifest, describe
 from ollamad.store.weights import read_weights
 
@@ -164,9 +164,7 @@ class ModelStore(BlobStore):
             parts.append((manifests.PARAMS_TYPE, msgspec.json.encode(params).decode()))
         layers = [gguf]
         for digest in projectors:
-            await self.read_header(digest)
-            size = await self.blob_size(digest)
-            layers.append(Descriptor(manifests.PROJECTOR_TYPE, digest, size))
+            layers.append(await self._gguf_part(manifests.PROJECTOR_TYPE, digest))
         for media_type, text in parts:
             layers.append(await self._put_part(media_type, text.encode()))
         config = _Config(
@@ -204,7 +202,10 @@ class ModelStore(BlobStore):
             replaced[manifests.PARAMS_TYPE] = msgspec.json.encode(merged, order="sorted")
         if changes.messages:
             replaced[manifests.MESSAGES_TYPE] = msgspec.json.encode(changes.messages)
-        layers = [layer for layer in parsed.layers if layer.media_type not in replaced]
+        gone = {*replaced, *([manifests.ADAPTER_TYPE] if changes.adapters else [])}
+        layers = [layer for layer in parsed.layers if layer.media_type not in gone]
+        for digest in changes.adapters:
+            layers.append(await self._gguf_part(manifests.ADAPTER_TYPE, digest))
         for text in changes.licenses:
             layers.append(await self._put_part(manifests.LICENSE_TYPE, text.encode()))
         for media_type, data in replaced.items():
@@ -213,7 +214,8 @@ class ModelStore(BlobStore):
             config = msgspec.json.decode(await self._read_small(parsed.config), type=dict[str, Any])
         except msgspec.DecodeError as error:
             raise ManifestInvalid(f"the config of the model cannot be read: {error}") from error
-        return await self._model_of_layers(canonical, config | {"rootfs": _rootfs(layers)}, layers)
+        config |= {"rootfs": _rootfs(layers), **changes.config}
+        return await self._model_of_layers(canonical, config, layers)
 
     async def describe_model(self, model: Model) -> Description:
         """What the small blobs and the file's header of a model say.
@@ -238,6 +240,7 @@ class ModelStore(BlobStore):
                     for key, value in header.metadata.items()
                 },
                 parameter_count=facts.parameter_count,
+                config=await self._config(parsed),
             )
         except msgspec.DecodeError as error:
             raise ManifestInvalid(f"the messages of {model.name}: {error}") from error
@@ -383,12 +386,40 @@ class ModelStore(BlobStore):
         manifest = Manifest(2, manifests.MANIFEST_TYPE, config_blob, tuple(layers))
         return await self.model_of(name, msgspec.json.encode(manifest))
 
+    async def _config(self, manifest: Manifest) -> dict[str, str]:
+        """What the config says beyond what the file itself does."""
+        known = msgspec.json.decode(await self._read_small(manifest.config), type=dict[str, Any])
+        wanted = ("renderer", "parser", "requires")
+        return {key: known[key] for key in wanted if isinstance(known.get(key), str)}
+
     async def _parameters(self, manifest: Manifest) -> dict[str, Any]:
         text = await self._text(manifest, manifests.PARAMS_TYPE)
         try:
             return msgspec.json.decode(text or b"{}", type=dict[str, Any])
         except msgspec.DecodeError as error:
             raise ManifestInvalid(f"the parameters of the model: {error}") from error
+
+    async def kind_of(self, gguf_digest: str) -> str:
+        """What a GGUF blob that is here is for: `model`, `projector` or `adapter`.
+
+        Raises:
+          BlobMissing, GgufError: it is not here, or no GGUF file.
+        """
+        metadata = (await self.read_header(gguf_digest)).metadata
+        if metadata.get("general.type") == "adapter":
+            return "adapter"
+        is_projector = metadata.get("general.type") == "mmproj"
+        if is_projector or metadata.get("general.architecture") == "clip":
+            return "projector"
+        return "model"
+
+    async def _gguf_part(self, media_type: str, digest: str) -> Descriptor:
+        """A layer of a GGUF blob that is here and of that kind."""
+        kind = await self.kind_of(digest)
+        wanted = "adapter" if media_type == manifests.ADAPTER_TYPE else "projector"
+        if kind != wanted:
+            raise GgufError(f"{digest} is a {kind}, not an {wanted}")
+        return Descriptor(media_type, digest, await self.blob_size(digest))
 
     async def _put_part(self, media_type: str, data: bytes) -> Descriptor:
         if len(data) > MAX_SMALL_LAYER_BYTES:

@@ -278,6 +278,10 @@ class FakeLibrary:
         self._log("derive", name, base, changes)
         return model(name)
 
+    async def push(self, name: str, destination: str) -> str:
+        self._log("push", name, destination)
+        return "transfer_001"
+
     async def describe(self, name: str) -> Description:
         self._log("describe", name)
         return self.description

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ollamad.core.transfers import Transfer
 from ollamad.library import Library
 from ollamad.peers.mesh import Mesh
 from ollamad.reconcile import Reconciler
-from ollamad.sources.base import Offer, Progress, RemoteFile, Sink, SourceError, Target
+from ollamad.sources.base import Offer, Progress, Read, RemoteFile, Sent, Sink, SourceError, Target
 from ollamad.store.errors import BlobMissing, PieceCorrupt, PiecesRotten
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher
@@ -137,6 +137,7 @@ class ScriptedSource:
         self.gate: trio.Event | None = None  # the file waits for it
         self.digest = ""  # what the origin promises for it
         self.fetches = 0
+        self.pushed: dict[str, dict[str, bytes]] = {}
 
     @asynccontextmanager
     async def open(self, reference: str) -> AsyncIterator["ScriptedSource"]:
@@ -155,6 +156,17 @@ class ScriptedSource:
 
     async def unpack(self, path: Path, sink: Sink[Any]) -> Any:
         raise NotImplementedError
+
+    async def push(
+        self,
+        destination: str,
+        manifest: bytes,
+        blobs: Sequence[tuple[str, int]],
+        read: Read,
+        sent: Sent,
+    ) -> None:
+        self.pushed[destination] = {d: await read(d, 0, size) for d, size in blobs}
+        sent(sum(size for _, size in blobs))
 
     async def stat(self, file: RemoteFile) -> RemoteFile:
         return msgspec.structs.replace(file, size=len(self.content))

@@ -810,7 +810,7 @@ async def test_create_from_files_replaces() -> None:
     [
         ({"template": "{{ .Prompt }}"}, "Go templates are not supported"),
         ({"quantize": "q4_0"}, "quantize is not supported"),
-        ({"adapters": {"a": DIGEST}}, "adapters is not supported"),
+        ({"adapters": {"a": "x"}}, "adapters.a must be sha256:"),
         ({"parameters": {"num_ctx": "x"}}, 'option "num_ctx" must be of type integer'),
         ({"files": {"a": "sha256:zz"}}, "files.a must be sha256:"),
     ],
@@ -823,10 +823,21 @@ async def test_create_refuses_what_it_cannot_do(body: dict[str, Any], text: str)
     assert client.world.library.calls == []
 
 
-async def test_push_is_refused() -> None:
-    answer = await ask(ApiClient(), "push")
-    assert answer.status == 400
-    assert "push is not supported" in answer.json["error"]
+async def test_push_tells_its_progress(autojump_clock: trio.testing.MockClock) -> None:
+    client = ApiClient()
+    client.world.library.transfer_steps = [transfer("active", 400), transfer("completed", 1000)]
+    answer = await ask(client, "push")
+    step = {"status": "pushing abababababab", "digest": DIGEST, "total": 1000}
+    assert answer.lines == [
+        {"status": "retrieving manifest"},
+        step | {"completed": 400},
+        step | {"completed": 1000},
+        {"status": "pushing manifest"},
+        {"status": "success"},
+    ]
+    assert client.world.library.calls[0] == ("push", MODEL, MODEL)
+    client.world.library.transfer_steps = [transfer("failed", 1, error="refuses access")]
+    assert (await ask(client, "push")).lines[-1] == {"error": "refuses access"}
 
 
 async def test_blobs() -> None:

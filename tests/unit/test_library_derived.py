@@ -1,5 +1,7 @@
 """Models that are made of other models, and described, from any node."""
 
+import hashlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -13,6 +15,7 @@ from ollamad.core.commands import PutModel
 from ollamad.core.description import NO_CHANGES, Changes
 from ollamad.core.inference import Message
 from ollamad.store.manifests import describe
+from tests.fakes.gguf_files import gguf_bytes
 from tests.unit.test_library_models import NAME, REFERENCE, A, B, World, until
 
 JINJA = "{% if tools %}x{% endif %}<think>"
@@ -143,3 +146,83 @@ async def test_what_another_node_made_is_waited_for(
     with pytest.raises(ServiceError) as caught:
         await library._until_known("late", "sha256:other")
     assert (caught.value.status, caught.value.code) == (503, "BEHIND")
+
+
+ADAPTER = gguf_bytes({"general.architecture": "llama", "general.type": "adapter"})
+PROJECTOR = gguf_bytes({"general.architecture": "clip"})
+
+
+async def upload(world: World, node: str, data: bytes) -> str:
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield data
+
+    await world.nodes[node].library.receive_blob(digest, chunks())  # type: ignore[index]
+    return digest
+
+
+@pytest.mark.parametrize("asked", [A, B])
+async def test_an_adapter_reaches_the_node_that_holds_the_base(world: World, asked: str) -> None:
+    digest = await upload(world, asked, ADAPTER)
+    library = world.nodes[asked].library  # type: ignore[index]
+    model = await library.derive("tuned", NAME, Changes(adapters=(digest,)))
+    parts = await world.nodes[A].store.runtime_parts(model)
+    assert [path.read_bytes() for path in parts.adapters] == [ADAPTER]
+    # Another adapter takes its place.
+    other = await upload(world, asked, ADAPTER + b"\0")
+    model = await library.derive("tuned", "tuned", Changes(adapters=(other,)))
+    assert len((await world.nodes[A].store.runtime_parts(model)).adapters) == 1
+
+
+async def test_files_are_told_apart_by_what_they_are(world: World) -> None:
+    library = world.nodes[A].library
+    weights, adapter, projector = [
+        await upload(world, A, data) for data in (gguf_bytes(), ADAPTER, PROJECTOR)
+    ]
+    model = await library.create("sees", {"p": projector, "w": weights})
+    parts = await world.nodes[A].store.runtime_parts(model)
+    assert parts.projector is not None
+    for files, changes in (
+        ({"w": weights, "a": adapter}, NO_CHANGES),
+        ({"p": projector}, NO_CHANGES),
+        ({"w": weights}, Changes(adapters=(projector,))),
+        ({"w": "sha256:" + "0" * 64}, NO_CHANGES),
+    ):
+        with pytest.raises(ServiceError) as caught:
+            await library.create("other", files, changes)
+        assert caught.value.status == 400
+    assert "other:latest" not in world.models
+
+
+async def test_an_upload_waits_for_its_model_while_others_are_dropped(world: World) -> None:
+    """The same bytes are a model's that is deleted just now: they are not freed with it."""
+    [weights] = [
+        layer.digest for layer in world.models[NAME].layers if layer.media_type.endswith("model")
+    ]
+    library = world.nodes[A].library
+    assert await library.has_blob(weights)  # so whoever asks does not send it
+    await library.delete(NAME)
+    await world.settled()
+    model = await library.create("late", {"f": weights})
+    assert await world.nodes[A].holds({layer.digest for layer in model.layers})
+    await library.delete("late")
+    with trio.fail_after(10):
+        while await world.nodes[A].store.has_blob(weights):  # noqa: ASYNC110 - a disk
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("asked", [A, B])
+async def test_a_push_runs_where_the_model_is(world: World, asked: str) -> None:
+    library = world.nodes[asked].library  # type: ignore[index]
+    transfer_id = await library.push(NAME, "reg.lan/me/x:latest")
+    transfer = await library.transfer(transfer_id)
+    assert transfer is not None
+    assert (transfer.node_id, transfer.type) == (A, "upload")
+    source = world.nodes[A].source
+    await until(world.shared, lambda: bool(source.pushed))
+    sent = source.pushed["reg.lan/me/x:latest"]
+    assert set(sent) == {layer.digest for layer in world.models[NAME].layers}
+    assert all(f"sha256:{hashlib.sha256(data).hexdigest()}" == d for d, data in sent.items())
+    with pytest.raises(ServiceError):
+        await library.push("absent", "x")

@@ -1,0 +1,286 @@
+"""Models from an OCI registry and back: Debian's docker-registry, with and without tokens."""
+
+import base64
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ollamad.bringing import Bringer
+from ollamad.core.names import parse_name
+from ollamad.core.state import Model
+from ollamad.sources import ranges
+from ollamad.sources.base import NotFound, OriginRefused, OriginUnreachable, SourceError
+from ollamad.sources.client import OriginClient
+from ollamad.sources.origins import Origins, OriginSettings
+from ollamad.sources.policy import Policy, parse_hosts
+from ollamad.sources.push import Pusher
+from ollamad.sources.references import resolve_source
+from ollamad.sources.registry import challenge_parameters, read_docker_account
+from ollamad.store.errors import StoreFull
+from ollamad.store.manifests import describe
+from ollamad.store.models import ModelStore
+from tests.fakes.gguf_files import gguf_bytes
+from tests.fakes.origin_servers import (
+    RegistryServer,
+    TokenServer,
+    registry_server,
+    token_server,
+)
+
+LOOPBACK = Policy(parse_hosts("127.0.0.1,localhost"), parse_hosts("127.0.0.1,localhost"))
+GGUF = gguf_bytes(tensors={"w": ((1024, 1024), 0)}, fill=random.Random(2).randbytes(1 << 22))
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "BACKOFF_S", 0.001)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenServer]:
+    with token_server(tmp_path_factory.mktemp("tokens")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServer]:
+    with registry_server(tmp_path_factory.mktemp("plain")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    tmp_path_factory: pytest.TempPathFactory, tokens: TokenServer
+) -> Iterator[RegistryServer]:
+    with registry_server(tmp_path_factory.mktemp("guarded"), tokens) as server:
+        yield server
+
+
+@pytest.fixture
+def docker_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Docker's configuration, without accounts."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.delenv("REGISTRY_AUTH_FILE", raising=False)
+    return tmp_path / "config.json"
+
+
+def sign_in(config: Path, host: str, account: str = "me:s3cret") -> None:
+    auth = base64.b64encode(account.encode()).decode()
+    config.write_text(json.dumps({"auths": {f"https://{host}/v1/": {"auth": auth}}}))
+
+
+async def store_at(path: Path) -> ModelStore:
+    store = ModelStore(path, keep_free_bytes=0)
+    await store.prepare()
+    return store
+
+
+async def made(store: ModelStore) -> Model:
+    """A model of Ollama's shape: weights, template, system prompt, parameters, licence."""
+    digest, _ = await store.put_bytes(GGUF)
+    return await store.build_model(
+        "tiny", digest, template="{{ .Prompt }}", system="Be brief.", license="MIT"
+    )
+
+
+async def fill(server: RegistryServer, store: ModelStore, repository: str) -> Model:
+    model = await made(store)
+    blobs = [store.blob_path(layer.digest).read_bytes() for layer in model.layers]
+    server.fill(repository, "latest", model.manifest, blobs)
+    return model
+
+
+async def pull(store: ModelStore, name: str, settings: OriginSettings | None = None) -> Model:
+    bringer = Bringer(store, Origins(settings or OriginSettings(policy=LOOPBACK)))
+    async with store.pins.hold() as hold:
+        return await bringer.bring(
+            resolve_source(name), "mine", hold, lambda step: None, lambda files: None
+        )
+
+
+async def push(
+    store: ModelStore, model: Model, name: str, settings: OriginSettings | None = None
+) -> list[int]:
+    """What was told of its progress."""
+    seen: list[int] = []
+
+    async def read(digest: str, offset: int, length: int) -> bytes:
+        return store.blob_path(digest).read_bytes()[offset : offset + length]
+
+    async with OriginClient(LOOPBACK) as client:
+        pusher = Pusher(client, parse_name(name), plain_http=LOOPBACK.allow_http)
+        blobs = [(blob.digest, blob.size) for blob in describe(model.manifest).blobs]
+        await pusher.push(model.manifest, blobs, read, seen.append)
+    return seen
+
+
+async def test_a_model_comes_as_it_is(plain: RegistryServer, tmp_path: Path) -> None:
+    model = await fill(plain, await store_at(tmp_path / "there"), "me/tiny")
+    store = await store_at(tmp_path / "here")
+    pulled = await pull(store, f"{plain.host}/me/tiny")
+    assert pulled.manifest == model.manifest
+    assert pulled.digest == f"sha256:{hashlib.sha256(model.manifest).hexdigest()}"
+    for layer in model.layers:
+        path = store.blob_path(layer.digest)
+        assert f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" == layer.digest
+    assert (await store.describe_model(pulled)).system == "Be brief."
+    assert store.space.promised == 0
+
+
+async def test_a_mirror_stands_in_for_ollamas_registry(
+    plain: RegistryServer, tmp_path: Path
+) -> None:
+    model = await fill(plain, await store_at(tmp_path / "there"), "library/known")
+    settings = OriginSettings(mirror=plain.url)  # allowed without more: the operator named it
+    pulled = await pull(await store_at(tmp_path / "here"), "known", settings)
+    assert pulled.digest == model.digest
+    with pytest.raises(NotFound, match=r"no model smollm2:7b; check .*did you mean smollm2:135m"):
+        await pull(await store_at(tmp_path / "here"), "smollm2:7b", settings)
+
+
+async def test_a_token_is_got_from_the_realm(
+    guarded: RegistryServer, tokens: TokenServer, tmp_path: Path, docker_config: Path
+) -> None:
+    there = await store_at(tmp_path / "there")
+    model = await made(there)
+    name = f"{guarded.host}/me/tokened"
+    with pytest.raises(SourceError, match="refuses access"):  # who has no account cannot push
+        await push(there, model, name)
+    sign_in(docker_config, guarded.host)
+    total = sum(layer.size for layer in model.layers)
+    seen = await push(there, model, name)
+    assert seen[-1] == total
+    assert seen == sorted(seen)
+    sign_in(docker_config, "nobody")
+    tokens.asked.clear()
+    pulled = await pull(await store_at(tmp_path / "here"), name)
+    assert pulled.digest == model.digest
+    [asked] = tokens.asked  # one token for the manifest and all blobs
+    assert asked["scope"] == "repository:me/tokened:pull"
+    assert asked["service"] == "test-registry"
+    assert {"ts", "nonce"} <= asked.keys()
+
+
+async def test_a_private_model_needs_the_account(
+    guarded: RegistryServer, tokens: TokenServer, tmp_path: Path, docker_config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    there = await store_at(tmp_path / "there")
+    sign_in(docker_config, guarded.host)
+    model = await made(there)
+    name = f"{guarded.host}/me/private"
+    await push(there, model, name)
+    monkeypatch.setattr(tokens, "anonymous_pull", False)
+    here = await store_at(tmp_path / "here")
+    sign_in(docker_config, "other.example")
+    with pytest.raises(SourceError, match=r"refuses access .*sign in there first"):
+        await pull(here, name)
+    sign_in(docker_config, guarded.host, "me:wrong")
+    with pytest.raises(SourceError, match="refuses access"):
+        await pull(here, name)
+    sign_in(docker_config, guarded.host)
+    assert (await pull(here, name)).digest == model.digest
+
+
+async def test_a_realm_elsewhere_gets_no_password(
+    guarded: RegistryServer, tokens: TokenServer, tmp_path: Path, docker_config: Path
+) -> None:
+    """The registry is asked as localhost; its realm is 127.0.0.1, which is another host."""
+    sign_in(docker_config, f"localhost:{guarded.port}")
+    store = await store_at(tmp_path / "here")
+    name = f"localhost:{guarded.port}/me/x"
+    tokens.asked.clear()
+    with pytest.raises(
+        OriginRefused, match=r"not its own host.*sources\.token_hosts: 127\.0\.0\.1"
+    ):
+        await pull(store, name)
+    assert tokens.asked == []
+    allowed = OriginSettings(policy=LOOPBACK, token_hosts=parse_hosts("127.0.0.1"))
+    with pytest.raises(NotFound):
+        await pull(store, name, allowed)
+    assert len(tokens.asked) == 1
+
+
+async def test_what_is_pushed_again_is_not_sent_again(
+    plain: RegistryServer, tmp_path: Path
+) -> None:
+    store = await store_at(tmp_path / "there")
+    model = await made(store)
+    await push(store, model, f"{plain.host}/me/again")
+    for layer in model.layers:
+        store.blob_path(layer.digest).unlink()  # nothing can be read any more
+    seen = await push(store, model, f"{plain.host}/me/again")
+    assert seen[-1] == sum(layer.size for layer in model.layers)
+
+
+async def test_a_blob_that_is_not_what_its_digest_says_never_gets_in(
+    plain: RegistryServer, tmp_path: Path
+) -> None:
+    model = await fill(plain, await store_at(tmp_path / "there"), "me/rotten")
+    weights = next(layer for layer in model.layers if layer.size == len(GGUF))
+    hexes = weights.digest.removeprefix("sha256:")
+    path = plain.root / f"docker/registry/v2/blobs/sha256/{hexes[:2]}/{hexes}/data"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    store = await store_at(tmp_path / "here")
+    try:
+        with pytest.raises(SourceError, match=r"was promised, and .* thrown away"):
+            await pull(store, f"{plain.host}/me/rotten")
+        assert not await store.has_blob(weights.digest)
+        path.write_bytes(good[:-1])
+        with pytest.raises(SourceError, match="has changed while it was fetched"):
+            await pull(store, f"{plain.host}/me/rotten")
+    finally:
+        path.write_bytes(good)
+    assert await store.partials() == [weights.digest]
+    assert (await pull(store, f"{plain.host}/me/rotten")).digest == model.digest
+
+
+async def test_a_model_that_does_not_fit_is_refused_before_it_comes(
+    plain: RegistryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fill(plain, await store_at(tmp_path / "there"), "me/large")
+    store = await store_at(tmp_path / "here")
+    monkeypatch.setattr("ollamad.store.files.free_bytes_of", lambda _: (len(GGUF) + 10, 1 << 40))
+    with pytest.raises(StoreFull, match=r"are needed, .* are free"):
+        await pull(store, f"{plain.host}/me/large")
+    assert list(store.blobs.iterdir()) == []
+
+
+async def test_what_is_not_allowed_is_not_asked(plain: RegistryServer, tmp_path: Path) -> None:
+    store = await store_at(tmp_path / "here")
+    name = f"{plain.host}/me/tiny"
+    with pytest.raises(OriginRefused, match=rf"sources\.allow_private: 127\.0\.0\.1:{plain.port}"):
+        await pull(store, name, OriginSettings())
+    # Allowed to go there, but not without TLS: so TLS is what is tried.
+    only_private = OriginSettings(policy=Policy(allow_private=parse_hosts("127.0.0.0/8")))
+    with pytest.raises(OriginUnreachable):
+        await pull(store, name, only_private)
+
+
+def test_challenges() -> None:
+    text = 'realm="https://a/token",service=b, scope="repository:c/d:pull,push"'
+    assert challenge_parameters(text) == {
+        "realm": "https://a/token", "service": "b", "scope": "repository:c/d:pull,push",
+    }  # fmt: skip
+    assert challenge_parameters("") == {}
+
+
+def test_accounts_are_dockers(tmp_path: Path) -> None:
+    environment = {"HOME": str(tmp_path)}
+    assert read_docker_account("a.example", environment) is None
+    path = tmp_path / ".docker" / "config.json"
+    path.parent.mkdir()
+    sign_in(path, "a.example", "u:p:q")
+    assert read_docker_account("A.example", environment) == ("u", "p:q")
+    assert read_docker_account("b.example", environment) is None
+    path.write_text("{")
+    with pytest.raises(SourceError, match="cannot be understood"):
+        read_docker_account("a.example", environment)
+    path.write_text('{"auths": {"a.example": {"auth": "%%%"}}}')
+    with pytest.raises(SourceError, match="cannot be understood"):
+        read_docker_account("a.example", environment)
