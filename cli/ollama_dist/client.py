@@ -341,7 +341,13 @@ class Api:
         code = one_line(answer.get("code", ""))
         field = str(details.get("field", ""))
         return ApiError(
-            message, status=status, code=code, hint=hint, retry_after_s=wait_s, field=field
+            message,
+            status=status,
+            code=code,
+            hint=hint,
+            retry_after_s=wait_s,
+            field=field,
+            details=details,
         )
 
     def _object(self, response: httpx.Response) -> Json:

