@@ -72,6 +72,7 @@ from ollamad.raft.sqlite_store import SqliteStore
 from ollamad.reconcile import Reconciler
 from ollamad.scheduler.dispatch import Dispatcher
 from ollamad.scheduler.exchange import EMBED, GENERATE, TRANSCRIPT
+from ollamad.scrubbing import Scrubbing
 from ollamad.settings import (
     Settings,
     SourceSettings,
@@ -83,6 +84,7 @@ from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.policy import Policy, parse_hosts
 from ollamad.store.errors import BlobMissing, PieceCorrupt, PiecesRotten
 from ollamad.store.models import ModelStore
+from ollamad.store.scrub import Scrubber
 from ollamad.transfer.fetch import Fetcher
 from ollamad.transfer.lanes import BulkLanes
 from ollamad.transfer.limits import Limit
@@ -140,8 +142,15 @@ class Daemon:
         self._local_token_written = False
         self.departed = False  # this node is no member any more; its cluster is to be forgotten
 
-        models_dir = Path(settings.models.path) if settings.models.path else directory.models
+        adopted = Path(settings.models.path) if settings.models.path else None
+        read_only = adopted is not None and (
+            settings.models.read_only or (adopted.is_dir() and not os.access(adopted, os.W_OK))
+        )
+        shelves = [adopted] if adopted is not None and read_only else []
+        models_dir = directory.models if adopted is None or read_only else adopted
         models_dir.mkdir(parents=True, exist_ok=True)
+        if read_only:
+            log.info("%s is only read; new models go to %s", adopted, models_dir)
         self._host = HostMonitor(models_dir)
         self._addresses = Addresses(
             api=_bound(settings.api.listen, api_sockets[0].getsockname()[1]),
@@ -165,7 +174,7 @@ class Daemon:
             self._machine,
             self._links.send,
         )
-        self._store = ModelStore(models_dir)
+        self._store = ModelStore(models_dir, shelves=shelves)
         self._engine = Engine(
             EngineSettings(
                 runtime_dir=_runtime_dir(directory),
@@ -246,7 +255,16 @@ class Daemon:
             held_path=directory.replicas,
             pulls_path=directory.pulls,
             view=self._reconciler.view,
-            owns_store=not settings.models.path,
+            owns_store=adopted is None or read_only,
+            adopted_path=None if adopted is None else directory.adopted,
+            scrub=lambda lost: Scrubbing(
+                cluster=self._cluster,
+                store=self._store,
+                scrubber=Scrubber(self._store, settings.models.scrub_rate * 1e6),
+                interval_s=parse_duration(settings.models.scrub_interval),
+                lost=lost,
+                path=directory.scrubbed,
+            ),
             engine_of=local_engine.choice,
         )
         self._dispatcher = Dispatcher(

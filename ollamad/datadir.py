@@ -79,6 +79,16 @@ class DataDir:
         return self.path / "models"
 
     @property
+    def adopted(self) -> Path:
+        """Which models of an adopted directory were published."""
+        return self.path / "adopted"
+
+    @property
+    def scrubbed(self) -> Path:
+        """When each blob was last read and checked."""
+        return self.path / "scrubbed"
+
+    @property
     def pulls(self) -> Path:
         """The pulls of this node that are not over."""
         return self.path / "pulls"

@@ -12,6 +12,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
+from ollamad.adoption import Adoption
 from ollamad.api.services import ServiceError
 from ollamad.cluster import Cluster
 from ollamad.core.commands import AskReplicas, DeleteModel, SetDesired
@@ -34,6 +35,7 @@ from ollamad.peers.link import HandlerError, RemoteFailure
 from ollamad.peers.tls import PeerUnreachable
 from ollamad.pulls import PullRequest, Pulls
 from ollamad.pushes import Pushes, PushRequest
+from ollamad.scrubbing import Scrubbing
 from ollamad.share import Share
 from ollamad.sources.base import Source, SourceError
 from ollamad.sources.references import Wanted, resolve_source
@@ -74,6 +76,8 @@ class Library:
     Args:
       source: where models come from that the cluster does not have.
       pulls_path: see `Pulls`.
+      adopted_path: where to remember what was adopted; None: nothing is.
+      scrub: makes the task that reads this node's blobs, given what to tell of lost ones.
       view: the cluster as placement sees it now.
       engine_of: which engine would run a model here, and why.
       unload, held_path, owns_store: see `Share`, which looks after this node's own copies.
@@ -92,6 +96,8 @@ class Library:
         pulls_path: Path,
         view: Callable[[], View],
         owns_store: bool = True,
+        adopted_path: Path | None = None,
+        scrub: Callable[[Callable[[str], Awaitable[None]]], Scrubbing] | None = None,
         engine_of: Callable[[Model], Awaitable[Choice]] | None = None,
     ) -> None:
         self._cluster = cluster
@@ -121,6 +127,16 @@ class Library:
             cancel=self.cancel,
             pulls_path=pulls_path,
         )
+        self._adoption = None
+        if adopted_path is not None:
+            self._adoption = Adoption(
+                cluster=cluster,
+                store=store,
+                publish=self._share.publish,
+                holds=self._share.holds,
+                path=adopted_path,
+            )
+        self._scrubbing = None if scrub is None else scrub(self._share.lost)
         self._pushes = Pushes(cluster=cluster, store=store, source=source, table=table)
         mesh = cluster.mesh
         mesh.answer("library.want", str, self._on_want)
@@ -147,7 +163,7 @@ class Library:
         if source is None and is_reference(name):
             source, name = name, _wanted(name).model_name
         model = self._cluster.state.find_model(name)
-        if model is not None and source is None:
+        if model is not None and model.confirmed and source is None:
             return await self._spread(model, nodes, replicas)
         request = PullRequest(name, source, replicas or 0, tuple(nodes), self._cluster.node_id)
         return (await self._pulls.begin(request)).transfer_id
@@ -377,6 +393,10 @@ class Library:
             await nursery.start(self._share.run)
             await nursery.start(self._pulls.run)
             await nursery.start(self._pushes.run)
+            if self._adoption is not None:
+                nursery.start_soon(self._adoption.run)
+            if self._scrubbing is not None:
+                nursery.start_soon(self._scrubbing.run)
             task_status.started()
 
     # Bringing in.

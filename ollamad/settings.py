@@ -106,6 +106,9 @@ class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str = ""  # empty: `models` in the data directory
+    read_only: bool = False  # of `path`: new models go to the data directory
+    scrub_interval: str = "168h"  # each file is read and checked once in so long; 0: never
+    scrub_rate: int = 20  # megabytes a second that this may read
     replicas: int = 2  # copies of a pulled model, if there are that many nodes
 
 
@@ -558,6 +561,8 @@ _CHECKS: dict[str, Any] = {
     "engine.kv_cache_type": _one_of("f16", "q8_0", "q4_0"),
     "engine.load_timeout": _check_timeout,
     "engine.stall_timeout": _check_timeout,
+    "models.scrub_interval": parse_duration,
+    "models.scrub_rate": _at_least(1),
     "models.replicas": _at_least(1),
     "distribution.lost_after": _check_positive_duration,
     "distribution.hot_load": _check_hot_load,

@@ -50,7 +50,8 @@ class Share:
       unload: frees the memory of a model that is about to go.
       held_path: remembers which models this node holds for the cluster, so that it drops those
         that were deleted while it was down, and nothing else.
-      owns_store: false for a directory that an Ollama uses too: nothing is collected there.
+      owns_store: false for a directory that an Ollama uses too: nothing is collected there,
+        and only what is deleted from the cluster is removed.
     """
 
     def __init__(
@@ -132,6 +133,18 @@ class Share:
             self._publishing.discard(key)
             self._cluster.changes.notify()
         await self._free(before)
+
+    def holds(self, key: str) -> bool:
+        """Whether this node has a model of that name for the cluster, or is publishing one."""
+        return key in self._held or key in self._publishing or key in self._fetches
+
+    async def lost(self, digest: str) -> None:
+        """A blob is not here any more: say so for each model of it, and have it fetched again."""
+        me = self._cluster.node_id
+        for key, model in list(self._cluster.state.models.items()):
+            if me in model.confirmed and any(layer.digest == digest for layer in model.layers):
+                await self._unload(key)
+                await self._confirm(model, present=False)
 
     async def _check_disk(self) -> None:
         """Do not claim to hold what is not on the disk any more (somebody cleaned up)."""
@@ -303,6 +316,11 @@ class Share:
     async def _drop(self, key: str) -> None:
         """Free what this node holds of a model that is not wanted here any more."""
         await self._unload(key)
+        if not self._owns_store and key in self._cluster.state.models:
+            # It was here before the cluster was: only a deletion takes it away.
+            self._held.pop(key, None)
+            self._write_held()
+            return
         digests = await self._blobs_of(key)
         await self._store.delete_manifest(key)
         freed = await self._free(digests)

@@ -281,6 +281,10 @@ class BlobStore:
             await self._keep_map(digest, piece_map)
             return piece_map
 
+    async def known_map(self, digest: str) -> PieceMap | None:
+        """The piece map of a blob as it was kept, if it was; the blob is not read."""
+        return await self.in_thread(functools.partial(self._load_map, digest))
+
     async def open_piece_source(self, digest: str) -> PieceSource:
         """The pieces of a blob that is here or (in this process) on its way; close it when done.
 
