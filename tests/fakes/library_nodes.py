@@ -186,12 +186,24 @@ class LibraryNode:
     """A node's disk and library. `start` may be called again, as after a restart."""
 
     def __init__(
-        self, shared: SharedState, net: PeerNet, node_id: NodeId, root: Path, content: bytes
+        self,
+        shared: SharedState,
+        net: PeerNet,
+        node_id: NodeId,
+        root: Path,
+        content: bytes,
+        *,
+        ollama: Path | None = None,
+        read_only: bool = False,
     ) -> None:
         self.id = node_id
         self.shared = shared
         self.source = ScriptedSource(content)
-        self.store = ModelStore(root / "models", keep_free_bytes=0)
+        self.ollama = ollama  # a directory of models that is adopted
+        self.owns_store = ollama is None or read_only
+        shelves = [ollama] if ollama is not None and read_only else []
+        own = root / "models" if ollama is None or read_only else ollama
+        self.store = ModelStore(own, keep_free_bytes=0, shelves=shelves)
         self.root = root
         self.unloaded: list[str] = []
         self._net = net
@@ -217,6 +229,8 @@ class LibraryNode:
             unload=self._unload,
             held_path=self.root / "held",
             pulls_path=self.root / "pulls",
+            owns_store=self.owns_store,
+            adopted_path=None if self.ollama is None else self.root / "adopted",
             view=self.reconciler.view,
         )
         mesh.handle(METHOD, PieceServer(self.store, lanes, missing=BlobMissing).handle)

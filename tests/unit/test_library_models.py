@@ -30,12 +30,12 @@ OTHER_CONTENT = gguf_bytes({**LLAMA, "general.name": "Other"})
 class World:
     """Three nodes; only A is started."""
 
-    def __init__(self, nursery: trio.Nursery, root: Path) -> None:
+    def __init__(self, nursery: trio.Nursery, root: Path, content: bytes = CONTENT) -> None:
         self.nursery = nursery
         self.shared = SharedState()
         self.net = PeerNet(nursery)
         self.nodes = {
-            n: LibraryNode(self.shared, self.net, n, root / n, CONTENT) for n in (A, B, C)
+            n: LibraryNode(self.shared, self.net, n, root / n, content) for n in (A, B, C)
         }
 
     async def start(self, *nodes: NodeId) -> None:

