@@ -36,10 +36,10 @@ class _None:
 NO_ACCELERATORS: Accelerators = _None()
 
 
-async def can_offload(command: Sequence[str]) -> bool:
+async def can_offload(command: Sequence[str]) -> bool | None:
     """Whether an engine knows other devices than the CPU; it is asked by running it.
 
-    `command` is a runner's that lists devices, one a line. An engine that fails to tell can not.
+    `command` is a runner's that lists devices, one a line. None: it did not tell.
     """
     try:
         with trio.fail_after(DEVICES_TIMEOUT_S):
@@ -48,7 +48,10 @@ async def can_offload(command: Sequence[str]) -> bool:
             )
     except (OSError, trio.TooSlowError) as error:
         log.warning("the engine does not tell its devices: %s", error)
-        return False
+        return None
+    if done.returncode != 0:
+        log.warning("the engine does not tell its devices: it ended with %d", done.returncode)
+        return None
     lines = done.stdout.decode(errors="replace").splitlines()
     devices = [line.strip() for line in lines if line.strip()]
     # llama-server puts a headline over its list, and says `(none)` without a GPU.

@@ -6,7 +6,7 @@ stream. Which models stay in memory is the pool's affair, sampling llama.cpp's.
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 
 import msgspec
 import trio
@@ -42,7 +42,10 @@ from ollamad.engine.spec import (
     runner_config,
 )
 
-EMBED_GROUP = 32  # inputs in one question to the runner: bounds its answer, lets others in between
+# Inputs in one question to the runner, and their tokens: bounds its answer, lets others in between,
+# and it is silent no longer than a slow machine needs for that many.
+EMBED_GROUP = 32
+EMBED_GROUP_TOKENS = 8192
 MAX_SPELLINGS = 1024  # remembered of one model's untold tokens, a few hundred bytes each
 MAX_SCHEMAS = 64  # remembered of one model, some kilobytes each
 NS_PER_MS = 1_000_000
@@ -100,8 +103,7 @@ class Engine:
             async with _slot(resident, self._settings.max_queue):
                 inputs = await _embedding_inputs(resident, request)
                 vectors: list[tuple[float, ...]] = []
-                for first in range(0, len(inputs), EMBED_GROUP):
-                    group = inputs[first : first + EMBED_GROUP]
+                for group in _groups(inputs):
                     vectors += await resident.runner.client.embed(group)
             self._pool.finished_well(resident)
         return Embeddings(
@@ -348,6 +350,20 @@ async def _spell(runner: Runner, gap: Gap) -> tuple[int, ...]:
     )
     tail = after_line[-len(gap.ids) :]
     return tuple(tail if gap.fits(tail) else plain)
+
+
+def _groups(inputs: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+    """The inputs in their order, as many at a time as one question may have."""
+    group: list[list[int]] = []
+    tokens = 0
+    for ids in inputs:
+        if group and (len(group) == EMBED_GROUP or tokens + len(ids) > EMBED_GROUP_TOKENS):
+            yield group
+            group, tokens = [], 0
+        group.append(ids)
+        tokens += len(ids)
+    if group:
+        yield group
 
 
 async def _embedding_inputs(resident: Resident, request: EmbedRequest) -> list[list[int]]:

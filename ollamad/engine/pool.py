@@ -70,8 +70,13 @@ class Resident:
 
 @dataclasses.dataclass(slots=True)
 class _Crashes:
+    """Of one model, as it was: another file or configuration begins anew."""
+
+    digest: str
+    config: RunnerConfig
     in_a_row: int = 0
     last: float = 0.0
+    failure: Failed | None = None  # of the last load, if it was that
 
     def restart_at(self) -> float:
         if self.in_a_row < 2:
@@ -139,7 +144,7 @@ class RunnerPool:
                 raise queue_full()
             self._waiting += 1
             try:
-                await self._back_off(key, spec.name)
+                await self._back_off(key, spec, config)
                 async with self._load_lock:
                     resident = self._find(key, spec, config)
                     if resident is None:
@@ -273,6 +278,7 @@ class RunnerPool:
         )
         failure = await self._nursery.start(self._keep, key, resident)
         if failure is not None:
+            self._note_crash(key, resident, failure)
             raise InferenceError(failure)
         self._residents[key] = resident
         self._notify()
@@ -288,32 +294,47 @@ class RunnerPool:
                 del self._residents[key]
             self._notify()
         if resident.runner.crashed:
-            crashes = self._crashes.setdefault(key, _Crashes())
-            crashes.in_a_row += 1
-            crashes.last = trio.current_time()
+            self._note_crash(key, resident, None)
             log.warning(
                 "the runner of %s ended by itself: %s",
                 resident.spec.name,
                 resident.runner.describe_end(),
             )
 
-    async def _back_off(self, key: _Key, name: str) -> None:
+    async def _back_off(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> None:
         """Wait until a model that has crashed may be started again, if that is soon.
 
         Others may load meanwhile.
+
+        Raises:
+          InferenceError: it is not soon.
         """
         crashes = self._crashes.get(key)
-        if crashes is None:
+        if crashes is None or (crashes.digest, crashes.config) != (spec.digest, config):
             return
         wait_s = crashes.restart_at() - trio.current_time()
-        if wait_s > PATIENCE_S:
-            message = (
-                f"the runner of {name} has crashed {crashes.in_a_row} times in a row; "
-                f"it is started again in {wait_s:.0f} s"
+        if wait_s <= PATIENCE_S:
+            await trio.sleep(max(0.0, wait_s))
+            return
+        times, again = crashes.in_a_row, f"it is started again in {wait_s:.0f} s"
+        retry: dict[str, str | int | float | list[str]] = {"retry_after": math.ceil(wait_s)}
+        if crashes.failure is not None:
+            message = f"{crashes.failure.message} ({times} times in a row; {again})"
+            details = crashes.failure.details | retry
+            raise InferenceError(
+                msgspec.structs.replace(crashes.failure, message=message, details=details)
             )
-            details: dict[str, str | int | float | list[str]] = {"retry_after": math.ceil(wait_s)}
-            raise InferenceError(Failed("RUNNER_DIED", message, 503, details))
-        await trio.sleep(max(0.0, wait_s))
+        message = f"the runner of {spec.name} has crashed {times} times in a row; {again}"
+        raise InferenceError(Failed("RUNNER_DIED", message, 503, retry))
+
+    def _note_crash(self, key: _Key, resident: Resident, failure: Failed | None) -> None:
+        spec, config = resident.spec, resident.wanted
+        crashes = self._crashes.get(key)
+        if crashes is None or (crashes.digest, crashes.config) != (spec.digest, config):
+            crashes = self._crashes[key] = _Crashes(spec.digest, config)
+        crashes.in_a_row += 1
+        crashes.last = trio.current_time()
+        crashes.failure = failure
 
     async def _fitted(self, spec: ModelSpec, config: RunnerConfig) -> RunnerConfig:
         """The configuration with as many layers on GPUs as fit, and no more slots than fit."""
@@ -325,7 +346,7 @@ class RunnerPool:
         elif config.gpu_layers and free_vram:
             layers = config.gpu_layers
             if layers < 0:
-                layers = fitting_layers(spec, self.record.estimate(spec, config), free_vram)
+                layers = await self._layers(spec, config)
             config = dataclasses.replace(config, gpu_layers=layers, offloaded=layers)
         residents = self._residents.values()
         most = self._free_memory() + sum(one.runner.anonymous_bytes() for one in residents)
@@ -338,8 +359,27 @@ class RunnerPool:
         if config.engine not in self._offloads:
             command = [*self._settings.runner_command, "--engine", config.engine]
             command += ["--program", config.program, "--list-devices"]
-            self._offloads[config.engine] = await can_offload(command)
+            told = await can_offload(command)
+            if told is None:
+                return False  # it is asked again
+            self._offloads[config.engine] = told
         return self._offloads[config.engine]
+
+    async def _layers(self, spec: ModelSpec, config: RunnerConfig) -> int:
+        """How many layers fit on the GPUs, when idle models there have made room."""
+        while True:
+            need = self.record.estimate(spec, config)
+            layers = fitting_layers(spec, need, self._accelerators.free_vram())
+            there = [
+                one
+                for one in self._residents.values()
+                if one.config.offloaded and not one.pins and one.keep_alive_s >= 0
+            ]
+            if layers > len(spec.weights.layer_bytes) or not there:
+                return layers
+            victim = min(there, key=lambda one: one.last_used)
+            log.info("%s makes room on the GPU for %s", victim.spec.name, spec.name)
+            await self._end(victim)
 
     async def _make_room(self, name: str, size: int) -> None:
         """End idle models until one that takes `size` bytes fits.

@@ -205,11 +205,12 @@ class Runner:
     async def _probe(self) -> Failed | None:
         """See whether the model works: some load, and fail or crash with the first token."""
         try:
-            (*_, token) = await self.client.tokenize("a", add_special=True, parse_special=False)
+            tokens = await self.client.tokenize("a", add_special=True, parse_special=False)
+            tokens = tokens[-1:] or [0]
             if self._embeds_only:
-                await self.client.embed([[token]])
+                await self.client.embed([tokens])
             else:
-                await self.client.probe_text([token])
+                await self.client.probe_text(tokens)
         except RunnerRefused as refusal:
             return self._failure("LOAD_FAILED", "was loaded, but does not work", str(refusal))
         except RunnerGone:

@@ -20,6 +20,8 @@ import trio.testing
 from ollamad.core.inference import Chunk, Failed, GenerateRequest, InferenceError, Options
 from ollamad.core.weights import Weights
 from ollamad.engine import process
+from ollamad.engine.accelerators import can_offload
+from ollamad.engine.engine import _groups
 from ollamad.engine.memory import GPU_RESERVE_BYTES, MIB
 from tests.fakes.runner_engines import events_of, fake_model, running_engine
 from tests.unit.test_engine_pool import DEADLINE_S, names, runner_pids, until
@@ -308,3 +310,64 @@ async def test_an_engine_that_cannot_use_the_gpu_keeps_everything_in_memory(tmp_
     ) as engine:
         with pytest.raises(InferenceError, match="of memory"):
             await engine.load(spec)
+
+
+async def test_an_idle_model_makes_room_on_the_gpu(tmp_path: Path):
+    weights = Weights(layer_bytes=(100 * MIB,) * 8, vocabulary=1000, width=64)
+    a, b, c = (
+        msgspec.structs.replace(fake_model(tmp_path, name), size=900 * MIB, weights=weights)
+        for name in "abc"
+    )
+
+    class Gpus(FakeGpus):
+        def free_vram(self) -> Sequence[int]:
+            return [GPU_RESERVE_BYTES + (1000 - 1000 * len(runner_pids())) * MIB]
+
+    async with running_engine(tmp_path / "run", accelerators=Gpus([])) as engine:
+        await engine.load(a)
+        await engine.load(b)
+        assert names(engine) == ["b"]
+        assert argument(runner_pids()[0], "--gpu-layers") == "9"
+        async with engine.generate(b, GenerateRequest("b", "endless")) as events:
+            await events.receive()
+            await engine.load(c)  # beside a busy one there is none: in memory then
+            assert names(engine) == ["b", "c"]
+            assert {argument(pid, "--gpu-layers") for pid in runner_pids()} == {"9", "0"}
+
+
+async def test_an_engine_that_does_not_tell_its_devices_is_asked_again(tmp_path: Path):
+    assert await can_offload([str(tmp_path / "missing")]) is None
+    assert await can_offload(["/bin/false"]) is None
+    assert await can_offload(["/bin/echo", "Available devices:\n  (none)"]) is False
+    assert await can_offload(["/bin/echo", "CPU: a processor"]) is False
+    assert await can_offload(["/bin/echo", "Vulkan0: a GPU (8192 MiB)"]) is True
+
+
+async def test_loads_that_fail_again_and_again_are_not_tried_each_time(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+):
+    mock_clock.rate = 1.0
+    spec = fake_model(tmp_path, exit_code=1, last_words="0.0 E bad file")
+    async with running_engine(tmp_path / "run") as engine:
+        messages = []
+        for _ in range(6):
+            mock_clock.jump(1.5)
+            with trio.fail_after(DEADLINE_S), pytest.raises(InferenceError) as caught:
+                await engine.load(spec)
+            assert caught.value.failure.code == "LOAD_FAILED"
+            messages.append(caught.value.failure.message)
+        assert all("exit code 1 (bad file)" in message for message in messages)
+        assert "5 times in a row; it is started again in" in messages[-1]
+        assert caught.value.failure.details["retry_after"] in (2, 3, 4)
+        # Another file of that name, or other options, have a clean record.
+        with pytest.raises(InferenceError) as again:
+            await engine.load(spec, Options(num_ctx=64))
+        assert "in a row" not in again.value.failure.message
+        await engine.load(msgspec.structs.replace(fake_model(tmp_path), digest="sha256:new"))
+
+
+def test_inputs_to_embed_are_asked_for_in_groups_of_bounded_size():
+    assert list(_groups([])) == []
+    assert [len(group) for group in _groups([[1]] * 70)] == [32, 32, 6]
+    assert [len(group) for group in _groups([[1] * 5000] * 3)] == [1, 1, 1]
+    assert [len(group) for group in _groups([[1] * 9000, [1], [1] * 4000, [1] * 4000])] == [1, 3]
