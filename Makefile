@@ -9,7 +9,7 @@ SEEDS ?= 10000
 FIRST ?= 0
 JOBS ?= 2
 
-.PHONY: demo test lint types unit sim simtest system faults bench fuzz build lock format clean help
+.PHONY: demo test lint types unit sim simtest system faults bench fuzz build binary deb packagetest lock format clean help
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,16 @@ build: $(STAMP) ## the wheel, in dist/
 	rm -rf dist
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist
+
+binary: ## the program in one file, dist/ollamad, with the list of its parts
+	$(PYTHON) packaging/binary.py
+
+deb: binary ## the Debian package, in dist/
+	@command -v dh >/dev/null || { echo "debhelper is missing: apt install debhelper"; exit 1; }
+	$(PYTHON) packaging/deb.py
+
+packagetest: $(STAMP) ## the file and the package on bare Debian systems (root; debootstrap, systemd-container)
+	$(BIN)/pytest -q -rs tests/packaging
 
 format: $(STAMP)
 	$(BIN)/ruff format .

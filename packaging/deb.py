@@ -1,0 +1,93 @@
+"""Builds the Debian package of what `packaging/binary.py` has built: python packaging/deb.py
+
+The package holds the folder, not the one file: nothing has to be unpacked at the first start, and
+the service needs no place to do it. On another architecture the same two commands make its
+package; there is nothing here that depends on it.
+"""
+
+import os
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from email.utils import format_datetime
+from pathlib import Path
+
+from binary import BUILD, DIST, FOLDER, ROOT, epoch, version
+
+WORK = ROOT / "build" / "deb"
+COMPLETIONS = {
+    "bash": "usr/share/bash-completion/completions/ollama-dist",
+    "zsh": "usr/share/zsh/vendor-completions/_ollama-dist",
+    "fish": "usr/share/fish/vendor_completions.d/ollama-dist.fish",
+}
+
+
+def main() -> None:
+    number = version()
+    source = WORK / f"ollamad-{number}"
+    shutil.rmtree(WORK, ignore_errors=True)
+    shutil.copytree(ROOT / "packaging" / "debian", source / "debian")
+    (source / "debian" / "changelog").write_text(changelog(number))
+    (source / "debian" / "rules").chmod(0o755)
+    shutil.copy(ROOT / "ollamad.service", source / "debian" / "ollamad.service")
+    fill(source / "root", number)
+    subprocess.run(
+        ["dpkg-buildpackage", "--build=binary", "--no-sign"],
+        cwd=source,
+        env=os.environ | {"SOURCE_DATE_EPOCH": epoch()},
+        check=True,
+    )
+    DIST.mkdir(exist_ok=True)
+    for package in WORK.glob("ollamad_*.deb"):
+        shutil.copy(package, DIST)
+        print(f"dist/{package.name}: {package.stat().st_size / 1e6:.0f} MB")
+
+
+def fill(root: Path, number: str) -> None:
+    """Everything that the package installs, under `root`."""
+    shutil.copytree(FOLDER, root / "usr/lib/ollamad", symlinks=True)
+    for library in (root / "usr/lib/ollamad/_internal").rglob("*.so*"):
+        library.chmod(0o644)
+    programs = root / "usr/bin"
+    programs.mkdir(parents=True)
+    for name in ("ollamad", "ollama-dist"):
+        (programs / name).symlink_to(f"../lib/ollamad/{name}")
+    settings = root / "etc"
+    (settings / "ollamad").mkdir(parents=True)
+    shutil.copy(ROOT / "packaging/config.yaml", settings / "ollamad/config.yaml")
+    (settings / "default").mkdir()
+    shutil.copy(ROOT / "packaging/default", settings / "default/ollamad")
+    docs = root / "usr/share/doc/ollamad"
+    docs.mkdir(parents=True)
+    for path in (ROOT / "README.md", ROOT / "docs/operations.md", DIST / "ollamad.cdx.json"):
+        shutil.copy(path, docs)
+    python = BUILD / "venv/bin/python"
+    subprocess.run(
+        [python, ROOT / "packaging/manpages.py", number, root / "usr/share/man/man1"],
+        env=os.environ | {"SOURCE_DATE_EPOCH": epoch()},
+        check=True,
+    )
+    for shell, path in COMPLETIONS.items():
+        script = subprocess.run(
+            [FOLDER / "ollama-dist"],
+            env={"_OLLAMA_DIST_COMPLETE": f"source_{shell}", "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            check=False,  # Typer ends with 1 after a script
+        ).stdout
+        assert "_OLLAMA_DIST_COMPLETE" in script, f"no completion for {shell}"
+        (root / path).parent.mkdir(parents=True)
+        (root / path).write_text(f"{script.strip()}\n")
+
+
+def changelog(number: str) -> str:
+    moment = format_datetime(datetime.fromtimestamp(int(epoch()), UTC))
+    return (
+        f"ollamad ({number}) stable; urgency=medium\n\n"
+        "  * See CHANGELOG.md of the project.\n\n"
+        f" -- Ollama Distributed <maintainers@ollama-distributed.invalid>  {moment}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
