@@ -130,8 +130,10 @@ class Machine:
 
     def boot(self) -> None:
         self.process = subprocess.Popen(
-            ["systemd-nspawn", "-q", "-D", self.root, "--register=no", "--keep-unit"]
-            + ["--private-network", f"--machine={self.name}", "--console=pipe", "-b"],
+            [
+                *("systemd-nspawn", "-q", "-D", self.root, "--register=no", "--keep-unit"),
+                *("--private-network", f"--machine={self.name}", "--console=pipe", "-b"),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
