@@ -17,6 +17,8 @@ from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from quart_trio.asgi import TrioASGIHTTPConnection
 from quart_trio.wrappers import TrioRequest
 
+from ollamad.api.services import ServiceError
+
 if TYPE_CHECKING:
     from ollamad.api.app import ApiApp
 
@@ -24,6 +26,9 @@ BODY_HIGH_WATER = 1 << 20  # bytes held for a handler that is slower than the ne
 # Seconds that the rest of a refused body is read and dropped: a connection that is closed with
 # unread bytes is reset, and the reset may overtake the answer that says why.
 DRAIN_S = 1.0
+# A body of which less comes in such a time is not on its way: a modem is quicker.
+STALL_S = 60.0
+STALL_BYTES = 64 << 10
 
 FIXED_HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"x-content-type-options", b"nosniff"),
@@ -40,6 +45,12 @@ PAGE_POLICY = (
 )
 
 
+def _stalled() -> ServiceError:
+    return ServiceError(
+        408, "REQUEST_TIMEOUT", f"less than {STALL_BYTES >> 10} KiB came in {STALL_S:.0f} s"
+    )
+
+
 class RequestBody:
     """The bytes of a body, in order, at most BODY_HIGH_WATER (and one message) at a time."""
 
@@ -48,6 +59,8 @@ class RequestBody:
         self._buffer = bytearray()
         self._complete = False
         self._discarding = False
+        self._judged_at = trio.current_time()
+        self._since_judged = 0  # bytes that came
         self._readers = trio.lowlevel.ParkingLot()
         self._writers = trio.lowlevel.ParkingLot()
 
@@ -55,8 +68,21 @@ class RequestBody:
         return self
 
     async def __anext__(self) -> bytes:
-        while not self._buffer and not self._complete:
-            await self._readers.park()
+        """The next bytes.
+
+        Raises:
+          ServiceError: 408, too little came in the last STALL_S.
+        """
+        now = trio.current_time()
+        if now >= self._judged_at + STALL_S:
+            if self._since_judged < STALL_BYTES and not self._complete:
+                raise _stalled()
+            self._judged_at, self._since_judged = now, 0
+        with trio.move_on_after(STALL_S) as patience:
+            while not self._buffer and not self._complete:
+                await self._readers.park()
+        if patience.cancelled_caught:
+            raise _stalled()
         if not self._buffer:
             raise StopAsyncIteration
         data = bytes(self._buffer)
@@ -69,6 +95,7 @@ class RequestBody:
         if not data or self._discarding:
             return
         self._buffer += data
+        self._since_judged += len(data)
         self._readers.unpark_all()
         while len(self._buffer) >= BODY_HIGH_WATER:
             await self._writers.park()

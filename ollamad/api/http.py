@@ -122,8 +122,8 @@ class Connections:
                 self._of_address[key] -= 1
                 if not self._of_address[key]:
                     del self._of_address[key]
-        except OSError:
-            pass  # it was gone before it was looked at
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the client is gone
         except Exception:
             log.exception("a connection failed")
         finally:
@@ -217,6 +217,8 @@ class Connection:
             upgrade = await self._read(protocol)
             if upgrade is None:
                 await protocol.handle(Closed())
+                if protocol.refused:
+                    await self._hear_out()
                 await self._close()
         if upgrade is not None:
             if self._all.sockets is None:
@@ -224,6 +226,13 @@ class Connection:
                 return
             host = self._peer[0] if self._peer is not None else ""
             await self._all.sockets(self._stream, upgrade, host)
+
+    async def _hear_out(self) -> None:
+        """Read what still comes: a close with unread bytes would overtake the refusal."""
+        with trio.move_on_after(REFUSING_S), suppress(trio.BrokenResourceError):
+            await self._stream.send_eof()
+            while await self._stream.receive_some(READ_SIZE):
+                pass
 
     def close_if_idle(self) -> None:
         if self._idle:
@@ -251,7 +260,7 @@ class Connection:
                 return upgrade
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return None
-            if not data:
+            if not data or protocol.refused:
                 return None
             if self._idle and protocol.head_begun:
                 if self._head_until is None:
@@ -269,7 +278,8 @@ class Connection:
             case RawData(data=data):
                 await self._send(data)
             case Closed():
-                await self._close()
+                if not self._protocol.refused:
+                    await self._close()
                 await self._protocol.handle(Closed())
             case Updated(idle=idle):
                 self._idle = idle
@@ -313,6 +323,7 @@ class _Http(H11Protocol):
 
     connection: h11.Connection  # never its stand-in for a WebSocket
     _held = b""  # a head that goes out with its body
+    refused = False
 
     @property
     def head_begun(self) -> bool:
@@ -320,7 +331,10 @@ class _Http(H11Protocol):
         return bool(self.connection.trailing_data[0])
 
     async def refuse(self, error: ServiceError) -> None:
-        """Answer for a request that could not be read."""
+        """Answer for a request that could not be read; the last word on this connection."""
+        if self.refused:
+            return
+        self.refused = True
         await self.send(RawData(whole_answer(error)))
 
     async def stream_send(self, event: StreamEvent) -> None:
@@ -351,14 +365,23 @@ class _Http(H11Protocol):
         return headers
 
     async def _create_stream(self, request: h11.Request) -> None:
-        if len(request.headers) > MAX_HEADERS:
+        if not request.http_version.startswith(b"1."):
+            await self.refuse(
+                ServiceError(505, "HTTP_VERSION_NOT_SUPPORTED", "this server speaks HTTP/1.1")
+            )
+            await self.send(Closed())
+            return
+        # (h11 bounds only heads that come in several reads.)
+        size = sum(len(name) + len(value) for name, value in request.headers)
+        most = self.config.h11_max_incomplete_size
+        if len(request.headers) > MAX_HEADERS or size > most:
             await self.refuse(
                 ServiceError(
                     431,
                     "REQUEST_HEADER_FIELDS_TOO_LARGE",
-                    f"a request may have {MAX_HEADERS} headers, this one has "
-                    f"{len(request.headers)}",
-                    {"limit": MAX_HEADERS},
+                    f"a request may have {MAX_HEADERS} headers with {most:,} bytes, this one has "
+                    f"{len(request.headers)} with {size:,}",
+                    {"limit": MAX_HEADERS, "limit_bytes": most},
                 )
             )
             await self.send(Closed())
