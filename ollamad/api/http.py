@@ -307,6 +307,7 @@ class Connection:
             except (OSError, trio.ClosedResourceError):
                 pass
         self.abort()
+        self._protocol.gone = True
         await self._protocol.handle(Closed())
 
     async def _close(self) -> None:
@@ -324,6 +325,7 @@ class _Http(H11Protocol):
     connection: h11.Connection  # never its stand-in for a WebSocket
     _held = b""  # a head that goes out with its body
     refused = False
+    gone = False  # the client; what it asked before is not to be answered any more
 
     @property
     def head_begun(self) -> bool:
@@ -365,6 +367,8 @@ class _Http(H11Protocol):
         return headers
 
     async def _create_stream(self, request: h11.Request) -> None:
+        if self.gone:
+            raise trio.BrokenResourceError("the client is gone, and left requests behind")
         if not request.http_version.startswith(b"1."):
             await self.refuse(
                 ServiceError(505, "HTTP_VERSION_NOT_SUPPORTED", "this server speaks HTTP/1.1")

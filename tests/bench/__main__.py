@@ -7,7 +7,8 @@ BENCHMARKS = (
     ("tokens through the daemon, against its runner", "bench_inference"),
     ("commits: latency, throughput, failover", "bench_raft"),
     ("memory: estimated, used, corrected", "bench_memory"),
-    ("/health, against a bare ASGI app", "bench_http"),
+    ("/health and /nodes, against a bare ASGI app", "bench_http"),
+    ("5,000 WebSockets: memory, and an event to all", "bench_websocket"),
 )
 
 

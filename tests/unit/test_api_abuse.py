@@ -329,3 +329,17 @@ async def test_a_reset_in_the_middle_of_anything_leaves_no_trace(
         await is_well(server)
         await server.all_done()
     assert caplog.records == []
+
+
+async def test_what_a_client_left_behind_is_not_answered() -> None:
+    async with serving() as server:
+        request = b"GET /api/v1/nodes HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        wire = await server.connect()
+        await wire.stream.send_all(request * 1000)
+        linger = b"\1\0\0\0\0\0\0\0"
+        wire.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        wire.stream.socket.close()
+        await trio.sleep(0.1)
+        await is_well(server)
+        await server.all_done()
+        assert server.client.app.stats.snapshot().total < 900

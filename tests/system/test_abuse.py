@@ -1,0 +1,196 @@
+"""A real daemon and clients that take what they can: memory stays bounded, others are served.
+
+The bounds are stated beside each test, and are on resident memory: what a client costs while it is
+there, with room for what a Python process keeps for itself.
+"""
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.system.conftest import open_cluster
+from tests.system.harness import Node, wait_until
+
+MB = 1 << 20
+LATENCY_S = 5.0  # for others meanwhile; it is milliseconds where a machine has nothing else to do
+HANDSHAKE = (
+    b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+)
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """One node that takes 1,050 connections of one address."""
+    settings = {
+        "OLLAMAD_API__MAX_CONNECTIONS_PER_ADDRESS": "1050",
+        "OLLAMAD_RATE_LIMITS__WEBSOCKET": "0",
+        "OLLAMAD_RATE_LIMITS__GENERAL": "0",
+    }
+    for cluster in open_cluster(tmp_path_factory, **settings):
+        yield cluster.found()
+
+
+class Crowd:
+    """Many plain connections to a node. Leaving the block closes them."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.sockets: list[socket.socket] = []
+
+    def __enter__(self) -> "Crowd":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self.sockets:
+            one.close()
+
+    def add(self, data: bytes) -> socket.socket:
+        one = socket.create_connection((self.node.host.address, self.node.api_port), 30)
+        self.sockets.append(one)
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            one.sendall(data)
+        return one
+
+
+def read_all(one: socket.socket) -> bytes:
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := one.recv(65536):
+            data += part
+    return data
+
+
+def rss(node: Node) -> int:
+    return int(psutil.Process(node.pid).memory_info().rss)
+
+
+def others_are_served(node: Node) -> None:
+    begun = time.monotonic()
+    assert node.get("/health")["status"] == "healthy"
+    assert node.get("/nodes")["nodes"]
+    assert time.monotonic() - begun < LATENCY_S
+
+
+def test_a_thousand_idle_websockets(node: Node) -> None:
+    """At most 48 KiB each; measured are 16."""
+    others_are_served(node)
+    before = rss(node)
+    with Crowd(node) as crowd:
+        for _ in range(1000):
+            crowd.add(HANDSHAKE + b"\r\n")
+        for one in crowd.sockets:
+            assert one.recv(65536).startswith(b"HTTP/1.1 101")
+        text = node.request("GET", f"{node.url}/metrics").text
+        assert "ollamad_websockets 1000.0" in text
+        assert rss(node) - before < 1000 * 48 * 1024
+        others_are_served(node)
+    wait_until(
+        "all are gone",
+        lambda: "ollamad_websockets 0.0" in node.request("GET", f"{node.url}/metrics").text,
+    )
+
+
+def test_handshakes_that_are_not_ended(node: Node) -> None:
+    """At most 64 KiB each, and 15 s; measured are 27."""
+    before = rss(node)
+    with Crowd(node) as crowd:
+        begun = time.monotonic()
+        for _ in range(500):
+            crowd.add(HANDSHAKE)  # and no empty line
+        others_are_served(node)
+        assert rss(node) - before < 500 * 64 * 1024
+        answers = [read_all(one) for one in crowd.sockets]
+        assert time.monotonic() - begun < 60
+        assert all(answer.startswith(b"HTTP/1.1 408") for answer in answers)
+    others_are_served(node)
+
+
+def test_bodies_that_are_too_large_too_deep_or_never_end(node: Node) -> None:
+    """One body may be read up to its limit of 32 MiB; none of these is kept."""
+    before = rss(node)
+    head = (
+        b"POST /api/v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    )
+    deep = b'{"model":"m","format":' + b'{"a":' * 200_000 + b"1" + b"}" * 200_000 + b"}"
+    with Crowd(node) as crowd:
+        for _ in range(50):
+            announced = crowd.add(head + b"Content-Length: 99999999999\r\n\r\n" + b" " * 1000)
+            assert b"413" in announced.recv(65536)[:20]
+        for _ in range(10):
+            one = crowd.add(head + b"Content-Length: %d\r\n\r\n" % len(deep) + deep)
+            assert b"400" in one.recv(65536)[:20]
+        chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
+        one = crowd.add(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError, TimeoutError):
+            for _ in range(40):
+                one.sendall(chunk)
+        assert b"413" in one.recv(65536)[:20]
+        dripping = [crowd.add(head + b"Content-Length: 9000000\r\n\r\n") for _ in range(200)]
+        for _ in range(5):
+            for one in dripping:
+                one.send(b" ")
+        others_are_served(node)
+    assert rss(node) - before < 100 * MB
+
+
+def test_floods_of_headers(node: Node) -> None:
+    """A head may have 32 KiB; nothing of it stays."""
+    before = rss(node)
+    floods = [
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"a: b\r\n" * 5000 + b"\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 1_000_000,
+        b"GET /" + b"x" * 1_000_000,
+    ]
+    with Crowd(node) as crowd:
+        for _ in range(30):
+            for flood in floods:
+                answer = read_all(crowd.add(flood))
+                assert answer == b"" or b" 431 " in answer[:20] or b" 400 " in answer[:20]
+        others_are_served(node)
+    assert rss(node) - before < 30 * MB
+
+
+def test_readers_that_stop_reading(node: Node) -> None:
+    """What waits for a reader is bounded at 128 KiB; its kernel has the rest."""
+    before = rss(node)
+    with Crowd(node) as crowd:
+        ask = masked(b'{"type":"subscribe","channel":"' + b"x" * 2000 + b'"}')
+        for _ in range(100):
+            one = crowd.add(HANDSHAKE + b"\r\n" + ask * 100)  # 100 errors each, unread
+            one.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                for _ in range(50):
+                    one.send(ask * 100)
+        for _ in range(20):  # and requests whose answers nobody reads
+            one = crowd.add(b"")
+            one.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                for _ in range(10):
+                    one.send(b"GET /api/v1/nodes HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+        others_are_served(node)
+        assert rss(node) - before < 120 * 300 * 1024
+    others_are_served(node)
+
+
+def test_more_connections_than_an_address_may_have(node: Node) -> None:
+    with Crowd(node) as crowd:
+        for _ in range(1100):
+            crowd.add(b"GET /api/v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answers = [one.recv(65536) for one in crowd.sockets[-50:]]
+        refused = [answer for answer in answers if b" 429 " in answer[:20]]
+        assert refused
+        body: Any = json.loads(refused[0].partition(b"\r\n\r\n")[2])
+        assert body["code"] == "TOO_MANY_CONNECTIONS"
+    wait_until("they are forgotten", lambda: node.get("/health")["status"] == "healthy")
+
+
+def masked(text: bytes) -> bytes:
+    """A client's frame of more than 125 bytes, with the mask of nothing."""
+    return b"\x81\xfe" + len(text).to_bytes(2, "big") + b"\0\0\0\0" + text
