@@ -36,6 +36,8 @@ ADMIN_CHANNELS = ("logs",)
 
 MAX_MESSAGE = 4096  # characters of a client's message; the longest that makes sense has fifty
 READ_SIZE = 4096  # bytes; what a client can make us answer before others get their turn
+# What a client may send, frames of any kind: the burst is all channels, several times.
+EVENTS_PER_S, BURST = 20, 100
 # The kernel's part of the buffers: a message or two of each kind. It does not count as ours, but
 # it is memory of the host, and what is in it is old when it is read.
 SEND_BUFFER = 64 << 10
@@ -117,6 +119,7 @@ class Session:
         "_headers",
         "_hub",
         "_outbox",
+        "_paced_at",
         "_partial",
         "_peer",
         "_scope",
@@ -158,6 +161,7 @@ class Session:
         self._ws = Connection(ConnectionType.SERVER, trailing_data=trailing)
         self._text: list[str] = []  # parts of a message that is not whole yet
         self._channels: set[str] = set()
+        self._paced_at = 0.0
         self._partial: bytes | memoryview = b""  # the rest of a frame that was begun
         self._outbox: Outbox | None = None  # most sockets never need one
         self._behind_since = 0.0
@@ -314,7 +318,15 @@ class Session:
         while await self._stream.receive_some(READ_SIZE):
             pass
 
+    async def _pace(self) -> None:
+        """Let no client ask for more than EVENTS_PER_S in the long run: it is read later."""
+        now = trio.current_time()
+        self._paced_at = max(self._paced_at, now - BURST / EVENTS_PER_S) + 1 / EVENTS_PER_S
+        if self._paced_at > now:
+            await trio.sleep(self._paced_at - now)
+
     async def _handle(self, event: Any) -> None:
+        await self._pace()
         match event:
             case CloseConnection(code=code, reason=reason):
                 if self._ws.state is ConnectionState.REMOTE_CLOSING:

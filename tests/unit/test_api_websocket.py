@@ -427,10 +427,25 @@ async def test_who_never_reads_again_is_cut_off(
                 await trio.sleep(0.01)
 
 
-async def test_who_does_not_read_the_answers_is_not_read(quick: None) -> None:
+async def test_who_asks_without_end_is_answered_at_a_bounded_rate() -> None:
+    async with serving() as server, await server.open() as socket:
+        for _ in range(5 * websocket.BURST):
+            socket.protocol.send_text(b'{"type":"ping"}')
+        await socket.flush()
+        answers = 0
+        with trio.move_on_after(1.0):
+            while await socket.receive() == {"type": "pong"}:
+                answers += 1
+        assert websocket.BURST <= answers <= websocket.BURST + 3 * websocket.EVENTS_PER_S
+
+
+async def test_who_does_not_read_the_answers_is_not_read(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with serving() as server, await server.open() as socket:
         ask = json.dumps({"type": "subscribe", "channel": "x" * 1000})
         sent = 0
+        monkeypatch.setattr(websocket, "EVENTS_PER_S", 1e6)
         with trio.move_on_after(1.0):
             while True:
                 await socket.send(ask)
