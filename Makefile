@@ -9,7 +9,8 @@ SEEDS ?= 10000
 FIRST ?= 0
 JOBS ?= 2
 
-.PHONY: demo test lint types unit sim simtest system faults bench fuzz build binary deb packagetest lock format clean help
+.PHONY: demo test lint types unit sim simtest system faults bench scale soak fuzz build binary deb \
+  packagetest lock format clean help
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +44,13 @@ faults: $(STAMP) ## nodes killed, paused, cut off and restarted under load (SECO
 
 bench: $(STAMP) ## measure; prints ratios of things measured in the same run
 	@$(BIN)/python -m tests.bench
+
+scale: $(STAMP) ## routing, admission and heartbeats of 10 to 1,000 nodes on virtual time; draws docs/*.png
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/pip install --quiet 'matplotlib>=3.9,<4'
+	@nice $(BIN)/python -m tests.scale --plot docs
+
+soak: $(STAMP) ## mixed load with random kills; looks for leaks (MINUTES=30)
+	@$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30)
 
 fuzz: $(STAMP) ## what reads other hosts' bytes, with atheris (SECONDS=60 for each target)
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet 'atheris>=3,<4'

@@ -7,6 +7,7 @@ models) is a gauge that is not to be summed.
 
 from collections.abc import Iterator
 
+import trio
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -64,8 +65,13 @@ class _Node(Collector):
         )
         yield _gauge(
             "ollamad_inference_queued",
-            "Requests that wait for a slot of this node's runners.",
+            "Requests that wait at this node, to be let in or for a slot of a runner.",
             services.inference.queued(),
+        )
+        yield _gauge(
+            "ollamad_tasks",
+            "Tasks of the event loop; they must not grow with the uptime.",
+            trio.lowlevel.current_statistics().tasks_living,
         )
         yield _gauge("ollamad_websockets", "Open WebSockets.", self._websockets)
         yield from self._host()

@@ -16,14 +16,14 @@ from tests.scale.run import HEADING, Summary, line, simulate
 
 DECISION_GOAL_US = 100.0
 # Beside the largest cluster the others are compared by policy: it takes minutes by itself.
-COMPARED_UP_TO = 100
+COMPARED_UP_TO = 30
 FLAT = 1.5  # the largest cluster's control bytes, times those of the first that gossips
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000])
-    parser.add_argument("--seconds", type=float, default=60.0, help="virtual, of the trace")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 30, 100, 1000])
+    parser.add_argument("--seconds", type=float, default=30.0, help="virtual, of the trace")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plot", type=Path, help="a directory for the pictures")
     chosen = parser.parse_args(arguments)

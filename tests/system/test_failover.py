@@ -6,14 +6,16 @@ undisturbed text, a continuation what the other node says to the prompt and the 
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.system.conftest import MODEL
+from tests.system.conftest import MODEL, open_cluster
 from tests.system.harness import Cluster, Node, ok, wait_until
+from tests.system.namespaces import NamespaceHost, Network, NotPermitted
 
 LENGTH = 70  # tokens of an answer
 CUT = 20  # of them before the fault
@@ -35,7 +37,7 @@ def three(model_on_two: Cluster) -> Cluster:
     return model_on_two
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def whole(three: Cluster) -> None:
     """Each test begins with all nodes, and the model in the memory of both holders."""
     for node in three.nodes:
@@ -114,6 +116,7 @@ class Watched:
         return self.lines[-1]
 
 
+@pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_replay_gives_the_undisturbed_text(three: Cluster, fault: Callable[[Node], None]) -> None:
     undisturbed = ok(three.nodes[2].answer("/generate", **ASK))
@@ -126,6 +129,7 @@ def test_a_replay_gives_the_undisturbed_text(three: Cluster, fault: Callable[[No
     assert watched.end["context"] == undisturbed["context"]
 
 
+@pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_continuation_is_what_the_other_node_says_to_the_tokens_before(
     three: Cluster, fault: Callable[[Node], None]
@@ -165,3 +169,53 @@ def continuation(node: Node, ids: list[int], count: int) -> str:
 
 def spelled(node: Node, ids: list[int]) -> str:
     return str(ask_runner(node, "/detokenize", {"tokens": ids})["content"])
+
+
+@pytest.fixture(scope="module")
+def far_three(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
+    """Three nodes on hosts of their own; the model is on the first two."""
+    settings = {"OLLAMAD_MODELS__REPLICAS": "1", "OLLAMA_NUM_PARALLEL": "2"}
+    try:
+        with Network() as network:
+            for cluster in open_cluster(tmp_path_factory, **settings):
+                cluster.network = network
+                first = cluster.found()
+                cluster.grow(2)
+                first.import_model(smollm2_path, MODEL)
+                first.post(f"/models/{MODEL}/download", {"nodes": [cluster.nodes[1].id]})
+                cluster.wait_replicas(MODEL, cluster.nodes[:2])
+                yield cluster
+    except NotPermitted as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("way", ["the link", "the cable"])
+def test_a_cut_moves_the_answer_and_ends_the_abandoned_half(far_three: Cluster, way: str) -> None:
+    """Nothing is reset: only silence tells, and asking through others."""
+    network = far_three.network
+    assert isinstance(network, Network)
+    entry = far_three.nodes[2]
+
+    def cut(serving: Node) -> None:
+        assert isinstance(serving.host, NamespaceHost)
+        if way == "the cable":
+            network.unplug(serving.host)
+        else:
+            assert isinstance(entry.host, NamespaceHost)
+            network.cut(serving.host, entry.host)
+
+    try:
+        watched = Watched(far_three, cut, CUT, options=ASK["options"] | {"num_thread": 1})
+        [move] = watched.end["failovers"]
+        assert move["from_node"] == watched.first.id
+        assert watched.end["eval_count"] == LENGTH
+        print(f"{way}: {watched.longest_silence_s:.2f} s without a token")
+        assert watched.longest_silence_s < 15
+    finally:
+        network.heal()
+    far_three.wait_whole(60)
+    wait_until("the abandoned half has ended", lambda: not busy_on(watched.first), 20)
+
+
+def busy_on(node: Node) -> int:
+    return sum(model["busy"] for model in node.loaded())
