@@ -162,6 +162,7 @@ class PrefixCache:
 
     def __init__(self) -> None:
         self._models: dict[str, list[_Sequence]] = {}  # the most recent first
+        self._counts: dict[int, int] = {}  # in how many sequences a name is
         self._new: dict[int, float] = {}  # name -> when it came
         self._turn = 0  # which of the others are told next
         self._held: list[int] | None = None
@@ -171,31 +172,45 @@ class PrefixCache:
     ) -> None:
         """A prompt was evaluated; `room` is the tokens of the cache beside the slots."""
         sequences = self._models.setdefault(digest, [])
-        known = {name for sequence in sequences for name in sequence.blocks}
         blocks = prompt.blocks
-        # What it goes on is the same sequence, grown.
-        sequences[:] = [one for one in sequences if one.blocks != blocks[: len(one.blocks)]]
+        kept: list[_Sequence] = []
         if blocks:
-            sequences.insert(0, _Sequence(blocks, tokens))
-        for place, sequence in enumerate(sequences):
-            if place >= max(1, slots):
+            self._count(blocks, 1, now)
+            kept.append(_Sequence(blocks, tokens))
+        for sequence in sequences:
+            # What it goes on is the same sequence, grown.
+            keeps = sequence.blocks != blocks[: len(sequence.blocks)]
+            if keeps and len(kept) >= max(1, slots):
                 room -= sequence.tokens
-                if room < 0:
-                    del sequences[place:]
-                    break
-        for name in blocks:
-            if name not in known:
-                self._new.pop(name, None)
-                self._new[name] = now
+                keeps = room >= 0
+            if keeps:
+                kept.append(sequence)
+            else:
+                self._count(sequence.blocks, -1, now)
+        self._models[digest] = kept
         self._held = None
 
     def keep_only(self, digests: Iterable[str]) -> bool:
         """Only these models are in memory still; whether another one was held."""
         gone = self._models.keys() - set(digests)
         for digest in gone:
-            del self._models[digest]
+            for sequence in self._models.pop(digest):
+                self._count(sequence.blocks, -1, 0.0)
             self._held = None
         return bool(gone)
+
+    def _count(self, blocks: Sequence[int], sign: int, now: float) -> None:
+        """So many sequences more, or fewer, have these blocks."""
+        counts = self._counts
+        for name in blocks:
+            count = counts.get(name, 0) + sign
+            if count:
+                if sign > 0 and count == 1:
+                    self._new.pop(name, None)
+                    self._new[name] = now
+                counts[name] = count
+            else:
+                del counts[name]
 
     def blocks(self) -> Sequence[int]:
         """The names of all that is held, of the most recent first."""
@@ -213,8 +228,7 @@ class PrefixCache:
         held = self._all_held()
         for name in [name for name, at in self._new.items() if now - at > RETELL_S]:
             del self._new[name]
-        is_held = set(held)
-        told = [name for name in self._new if name in is_held][-MAX_NEW_TOLD:]
+        told = [name for name in self._new if name in self._counts][-MAX_NEW_TOLD:]
         again = []
         if len(held) > len(told):
             if self._turn >= len(held):

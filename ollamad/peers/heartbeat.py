@@ -78,24 +78,27 @@ class Heartbeats:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Beat until cancelled."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                task_status.started()
-                next_round = trio.current_time()
-                while True:
-                    self._note_members(frozenset(self._peers()))
-                    now = trio.current_time()
-                    if now >= next_round:
-                        next_round = max(next_round + BEAT_INTERVAL_S, now)
-                        self._begin_round(nursery)
-                    for node_id in self._table.suspects(now):
-                        self._suspect(node_id)
-                    for node_id in self._table.sweep(now):
-                        self._lose(node_id, "it is silent")
-                    await trio.sleep(BEAT_INTERVAL_S / 4)
-        finally:
-            self._nursery = None
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            try:
+                await self._beat(nursery)
+            finally:
+                self._nursery = None  # it takes no more questions
+
+    async def _beat(self, nursery: trio.Nursery) -> None:
+        next_round = trio.current_time()
+        while True:
+            self._note_members(frozenset(self._peers()))
+            now = trio.current_time()
+            if now >= next_round:
+                next_round = max(next_round + BEAT_INTERVAL_S, now)
+                self._begin_round(nursery)
+            for node_id in self._table.suspects(now):
+                self._suspect(node_id)
+            for node_id in self._table.sweep(now):
+                self._lose(node_id, "it is silent")
+            await trio.sleep(BEAT_INTERVAL_S / 4)
 
     async def farewell(self, beat: Beat) -> None:
         """Tell everybody who is online that this node stops now."""

@@ -211,7 +211,8 @@ class Router:
 
     def holds(self, node_id: NodeId, prompt: Prompt) -> None:
         """That node has evaluated such a prompt just now."""
-        self._index.tell(self._numbers.number(node_id), prompt.blocks, self._now())
+        # The first blocks last, so that of what is forgotten they go last.
+        self._index.tell(self._numbers.number(node_id), reversed(prompt.blocks), self._now())
 
     # What others tell.
 
