@@ -165,8 +165,8 @@ class Measured:
     decisions_s: list[float] = field(default_factory=list)  # processor time of each
     bytes_sent: int = 0
     beats: int = 0
+    asked: int = 0
     refused: int = 0
-    longest_queue: int = 0
     done: list[Question] = field(default_factory=list)
     busy: list[tuple[float, float]] = field(default_factory=list)  # when, share of the slots
     queued: list[tuple[float, int]] = field(default_factory=list)
@@ -253,6 +253,7 @@ class Node:
 
     def ask(self, question: Question) -> None:
         world = self.world
+        world.measured.asked += 1
         question.asked_at = world.clock.now
         model = world.model
         request = question.request()
