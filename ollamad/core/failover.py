@@ -164,7 +164,7 @@ class Answer:
     def _finish(self, event: Finished) -> Event:
         if self._text.is_owed or self._thought.is_owed or self._calls_owed:
             return _diverged()
-        if not self.failovers and not self._resumed:
+        if not self.failovers:
             return event
         count = event.eval_count + self._resumed
         return msgspec.structs.replace(event, eval_count=count, failovers=self.failovers)

@@ -102,9 +102,9 @@ def test_a_newcomer_is_not_charged_for_what_others_only_began() -> None:
 
 def test_who_was_idle_has_saved_nothing_up() -> None:
     queue = FairQueue()
-    for _ in range(10):
-        ticket = enter(queue, "a")
-        assert served(queue) == "a"
+    for identity in "b" + 10 * "a":  # b was here once, long ago
+        ticket = enter(queue, identity)
+        assert served(queue) == identity
         queue.settle(ticket, 100.0, 50)
     for _ in range(4):
         enter(queue, "a")

@@ -319,6 +319,22 @@ async def test_measured_speeds_are_told_and_believed(world: World) -> None:
     assert told.prompt_tokens == pytest.approx(1000, abs=10)
 
 
+async def test_what_is_on_its_way_counts_until_its_prompt_was_read(world: World) -> None:
+    router, model = world.a.dispatcher.router, world.model
+
+    def pending() -> int:
+        return world.a.dispatcher.explain(turn("y")).scores[0].pending_tokens
+
+    prompt = router.prompt(turn("x" * 4000), model)
+    with router.sending(B, model, prompt) as first:
+        with router.sending(B, model, prompt, 0.5):
+            assert pending() == pytest.approx(1500, abs=10)
+        assert pending() == pytest.approx(1000, abs=10), "given up before its first token"
+        first.begun()
+        assert pending() == 0
+    assert router._sent == {}
+
+
 @pytest.mark.parametrize("odd", [0.0, -5.0, math.nan, math.inf])
 async def test_odd_figures_of_a_beat_spoil_no_decision(world: World, odd: float) -> None:
     world.b.engine.hang_after = None

@@ -15,6 +15,7 @@ from ollamad.core.inference import (
     GenerateRequest,
     InferenceError,
 )
+from ollamad.scheduler.dispatch import SILENCE_S, WATCH_INTERVAL_S
 from tests.fakes.engines import drain, refusal
 from tests.fakes.peer_net import PeerNet
 from tests.unit.test_scheduler_dispatch import ASK, NAME, A, B, C, World
@@ -316,3 +317,26 @@ async def test_the_abandoned_half_is_cancelled(world: World) -> None:
         assert isinstance(events[-1], Finished)
         await wait_all_tasks_blocked()
         assert world.b.engine.running == 0
+
+
+async def test_a_node_that_says_nothing_is_asked_whether_it_lives(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    asked: list[tuple[str, float]] = []
+
+    async def probe(node_id: str) -> None:
+        asked.append((node_id, trio.current_time() - begun))
+        world.net.down.add(B)
+        world.net.cut(B)  # what a probe does that finds nobody
+
+    world.a.dispatcher._probe = probe
+    nursery.start_soon(world.a.dispatcher.run)
+    world.b.engine.hang_after = 2
+    begun = trio.current_time()
+    async with world.a.dispatcher.generate(ASK) as relay:
+        events = await drain(relay)
+    assert text_of(events) == "abcdef"
+    [(node_id, after_s)] = asked
+    assert node_id == B
+    assert SILENCE_S <= after_s <= SILENCE_S + 2 * WATCH_INTERVAL_S
+    nursery.cancel_scope.cancel()
