@@ -8,6 +8,7 @@ questions go to a cluster of each policy, and to one node with a slot for every 
 the least that can be evaluated. All in one run, one cluster after the other.
 """
 
+import argparse
 import json
 import random
 import signal
@@ -84,10 +85,10 @@ class Result:
         return sorted(self.firsts_s)[int(0.99 * (len(self.firsts_s) - 1) + 0.5)]
 
 
-def converse(nodes: Sequence[Node]) -> Result:
+def converse(nodes: Sequence[Node], count: int) -> Result:
     """All sessions to their end."""
     rng = random.Random(7)
-    sessions = [Session(number) for number in range(SESSIONS)]
+    sessions = [Session(number) for number in range(count)]
     result = Result()
     lock = threading.Lock()
     failures: list[BaseException] = []
@@ -152,7 +153,7 @@ def one(node: Node, messages: list[dict[str, str]]) -> tuple[float, dict[str, An
     raise httpx.ReadError("the stream ended early")
 
 
-def run(policy: str, count: int, slots: int, model: Path, directory: Path) -> Result:
+def run(policy: str, count: int, slots: int, sessions: int, model: Path, directory: Path) -> Result:
     """A cluster of its own for a policy; the model is in the memory of every node."""
     environment = {
         "OLLAMAD_SCHEDULER__POLICY": policy,
@@ -178,21 +179,26 @@ def run(policy: str, count: int, slots: int, model: Path, directory: Path) -> Re
             for other in others:
                 first.post(f"/nodes/{other.id}/undrain")
         time.sleep(2)  # all know of all
-        return converse(cluster.nodes)
+        result = converse(cluster.nodes, sessions)
+    print(f"{policy}, {count} nodes: {result.mean_s:.3f} s, {result.recomputed}", flush=True)
+    return result
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sessions", type=int, default=SESSIONS)
+    sessions = parser.parse_args(arguments).sessions
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the daemons must not outlive it
     model = smollm2_file()
     with tempfile.TemporaryDirectory(prefix="ollamad-bench-") as name:
         directory = Path(name)
-        results = {"one node": run("prefix", 1, SESSIONS, model, directory / "one")}
+        results = {"one node": run("prefix", 1, sessions, sessions, model, directory / "one")}
         for policy in POLICIES:
-            results[policy] = run(policy, NODES, 4, model, directory / policy[:4])
+            results[policy] = run(policy, NODES, 4, sessions, model, directory / policy[:4])
     ideal = results["one node"].recomputed
     slowest = results["round-robin"].mean_s
     print(
-        f"{SESSIONS} sessions, {TURNS} turns, {AT_ONCE} at once, {NODES} nodes; "
+        f"{sessions} sessions, {TURNS} turns, {AT_ONCE} at once, {NODES} nodes; "
         f"{results['prefix'].prompt_tokens} tokens of prompts"
     )
     print(
@@ -213,4 +219,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
