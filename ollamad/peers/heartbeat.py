@@ -135,7 +135,9 @@ class Heartbeats:
             if node_id not in self._telling:  # else the last beat is still on its way
                 heard = self._gossip.pass_on(self._members, node_id)
                 told = msgspec.structs.replace(beat, heard=heard) if heard else beat
-                nursery.start_soon(self._tell_alone, node_id, told)
+                # Noted now, not by the task: on a machine that stands still it may run late.
+                self._telling[node_id] = scope = trio.CancelScope()
+                nursery.start_soon(self._tell_alone, node_id, told, scope)
 
     def _note_members(self, members: Collection[NodeId]) -> None:
         if members == self._members:
@@ -231,14 +233,13 @@ class Heartbeats:
         log.warning("node %s is offline: %s", short(node_id), why)
         self._on_change(node_id, False)
 
-    async def _tell_alone(self, node_id: NodeId, beat: Beat) -> None:
+    async def _tell_alone(self, node_id: NodeId, beat: Beat, scope: trio.CancelScope) -> None:
         """Tell one node, unless it leaves meanwhile."""
-        with trio.CancelScope() as scope:
-            self._telling[node_id] = scope
-            try:
+        try:
+            with scope:
                 await self._tell(node_id, beat)
-            finally:
-                del self._telling[node_id]
+        finally:
+            del self._telling[node_id]
 
     async def _tell(self, node_id: NodeId, beat: Beat) -> None:
         try:

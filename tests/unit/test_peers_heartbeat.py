@@ -245,6 +245,21 @@ async def test_one_node_that_hangs_does_not_slow_the_others(
     assert a.changes == [(B, True)]
 
 
+async def test_a_round_that_comes_before_the_last_one_began_harms_nothing(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """On a machine that stood still for a second, both are due at once (found by the soak)."""
+    a, b = await world.start(A), await world.start(B)
+    await trio.sleep(ONE_ROUND)
+    nursery = a.heartbeats._nursery
+    assert nursery is not None
+    for _ in range(3):
+        a.heartbeats._begin_round(nursery)
+    await trio.sleep(ONE_ROUND)
+    assert a.heartbeats._telling == {}
+    assert b.sees(a)
+
+
 async def test_a_goodbye_counts_at_once(world: World, autojump_clock: MockClock) -> None:
     a, b = await world.start(A), await world.start(B)
     await trio.sleep(ONE_ROUND)
