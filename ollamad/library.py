@@ -362,13 +362,12 @@ class Library:
     async def ask_replicas(self, name: str, replicas: int) -> Model:
         """Have so many copies of a model in the cluster; 0: as many as by default.
 
-        Nodes that were asked for by name stay, if they are no more than that.
+        On which nodes is the cluster's choice again, also if some were asked for by name.
         """
         model = self._cluster.state.find_model(name)
         if model is None:
             raise ServiceError(404, "MODEL_NOT_FOUND", f"model {name!r} not found", {"model": name})
-        pinned = model.pinned if len(model.pinned) <= replicas else ()
-        await self._cluster.require(AskReplicas(model.name, replicas, pinned))
+        await self._cluster.require(AskReplicas(model.name, replicas))
         return self._cluster.state.find_model(name) or model
 
     def placement(self, model: Model) -> Whereabouts:

@@ -15,6 +15,7 @@ from ollamad.api.services import ServiceError
 from ollamad.core.commands import AddJoinToken, DeleteModel, PutModel, SetDesired, SetDraining
 from ollamad.core.ids import NodeId
 from ollamad.core.state import JoinToken, Model
+from ollamad.machine import Machine
 from ollamad.sources.base import SourceError
 from tests.fakes.gguf_files import LLAMA, gguf_bytes
 from tests.fakes.library_nodes import LibraryNode, SharedState, join, until
@@ -268,7 +269,9 @@ async def test_a_deleted_model_is_gone_from_every_node(world: World) -> None:
         assert await world.nodes[node_id].store.list_manifests() == []
 
 
-async def test_a_node_that_was_down_drops_what_was_deleted(world: World) -> None:
+@pytest.mark.parametrize("how", ["log", "snapshot"])
+async def test_a_node_that_was_down_drops_what_was_deleted(world: World, how: str) -> None:
+    """Also where it gets a snapshot, and never sees that the model was deleted."""
     await world.start(B)
     digests = await world.pulled(A, B)
     node = world.nodes[B]
@@ -276,6 +279,11 @@ async def test_a_node_that_was_down_drops_what_was_deleted(world: World) -> None
     await world.nodes[A].library.delete(NAME)
     await world.settled()
     assert await node.holds(digests) == digests
+    if how == "snapshot":
+        before, after = Machine(), Machine()
+        before.state = world.shared.state
+        after.restore(before.snapshot())
+        world.shared.state = after.state
     await world.start(B)
     await until(world.shared, lambda: node.unloaded == [NAME])
     await world.settled()
