@@ -318,6 +318,8 @@ async def test_a_copy_that_is_needed_after_all_is_kept(world: World) -> None:
     assert world.held_by() == "A", "B had lost it meanwhile"
     digests = {layer.digest for layer in world.model.layers}
     assert await world.nodes[A].holds(digests) == digests
+    assert await world.nodes[A].store.read_manifest(NAME) == world.model.manifest
+    assert world.nodes[A].unloaded == []
 
 
 # Draining.
