@@ -203,7 +203,8 @@ class Router:
         sent.tokens = max(0.0, sent.tokens + tokens)
         known = self._known.get(model.digest)
         number = self._numbers.of.get(node_id)
-        if known is not None and number in known.fleet.loads:
+        is_member = node_id in self._state().members  # else it has left with a request open
+        if known is not None and is_member and number in known.fleet.loads:
             assert number is not None
             known.fleet.put(number, self._load(node_id, known.model))
         if not sent.requests:
@@ -218,6 +219,8 @@ class Router:
 
     def hear(self, node_id: NodeId, beat: Beat) -> None:
         """A beat of another node has come."""
+        if node_id not in self._state().members:
+            return  # it has left, and says goodbye
         number = self._numbers.number(node_id)
         self._index.hear(number, beat.prefixes, self._now())
         for known in self._known.values():

@@ -10,6 +10,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from ollamad.core.ids import NodeId
 from ollamad.core.inference import GenerateRequest, InferenceError
 from ollamad.core.measures import DemandMeter
+from ollamad.core.presence import Beat, Usage
 from ollamad.scheduler.dispatch import USUAL_DRAIN_TIMEOUT_S, Dispatcher
 from tests.fakes.engines import drain
 from tests.fakes.peer_net import PeerNet
@@ -180,6 +181,17 @@ async def test_every_request_is_counted_as_demand_where_it_came_in(
     await trio.sleep(50)
     [told] = meters[A].read(trio.current_time())
     assert told.recent == 0.0
+
+
+async def test_a_node_that_has_left_may_still_beat_and_answer(
+    world: World, autojump_clock: MockClock
+) -> None:
+    async with world.a.dispatcher.generate(ASK) as relay:
+        assert relay.node_id == B
+        first = await relay.receive()
+        del world.state.members[B]
+        world.a.dispatcher.hear(B, Beat(2.0, Usage(), leaving=True))
+        assert text_of([first, *await drain(relay)]) == "abcdef"
 
 
 async def test_a_dispatcher_runs_its_draining(
