@@ -478,6 +478,7 @@ class Daemon:
             waiting=self._dispatcher.admission.waiting,
             demand=self._demand.read(trio.current_time()),
             receive_rate=self._library.receive_rate,
+            no_room=self._library.no_room(),
         )
 
     def _limit(self, rate: str) -> Limit:

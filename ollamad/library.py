@@ -325,6 +325,10 @@ class Library:
         else:
             await self._ask(transfer.node_id, "library.cancel", transfer_id, PEER_TIMEOUT_S)
 
+    def no_room(self) -> tuple[str, ...]:
+        """The models that this node should hold and found no room for lately."""
+        return self._share.no_room()
+
     @property
     def receive_rate(self) -> float:
         """Bytes a second at which copies came from peers lately; 0 if none did."""

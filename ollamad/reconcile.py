@@ -41,6 +41,7 @@ SETTLE_S = 3.0
 STREAMS_POLL_S = 0.25
 BEAT_WAIT_S = 1.5  # until what a node tells of itself is of after it began to drain
 DRAIN_MARGIN_S = 5.0  # for streams to move after the timeout
+FAULT_PAUSE_S = 30.0  # after a bug showed itself
 IN_THREAD = 5_000  # models times nodes: from there on a plan takes longer than the loop may
 
 
@@ -59,6 +60,7 @@ class Reconciler:
         self._away_since: dict[NodeId, float] = {}
         self._leads_since: float | None = None
         self._said = ""
+        self._thread = trio.CapacityLimiter(1)
 
     def view(self) -> View:
         """The cluster as this node knows it now."""
@@ -88,9 +90,14 @@ class Reconciler:
         task_status.started()
         while True:
             changed = self._cluster.changes.next()
-            view = self.view()
-            if self._may_decide():
-                await self._follow(view)
+            try:
+                view = self.view()
+                if self._may_decide():
+                    await self._follow(view)
+            except Exception:
+                # It would end this daemon, and the next leader's, for models that can wait.
+                log.exception("placing models failed; the next try is in %.0f s", FAULT_PAUSE_S)
+                await trio.sleep(FAULT_PAUSE_S)
             with trio.move_on_after(INTERVAL_S):
                 await changed.wait()
             await trio.sleep(BURST_S)
@@ -150,6 +157,7 @@ class Reconciler:
             ),
             disk_free=beat.usage.disk_free,
             memory=capacity.memory_bytes + capacity.gpu_memory_bytes,
+            no_room=frozenset(beat.no_room),
             rates=Rates(beat.receive_rate, median(loads) if loads else 0.0),
         )
 
@@ -165,7 +173,7 @@ class Reconciler:
 
     async def _follow(self, view: View) -> None:
         if len(view.models) * len(view.sites) > IN_THREAD:
-            placements = await trio.to_thread.run_sync(plan, view)
+            placements = await trio.to_thread.run_sync(plan, view, limiter=self._thread)
         else:
             placements = plan(view)
         for placement in placements:

@@ -19,7 +19,7 @@ from ollamad.core.measures import Rate
 from ollamad.core.names import parse_name
 from ollamad.core.state import Model
 from ollamad.peers.identity import write_private
-from ollamad.store.errors import StoreError
+from ollamad.store.errors import StoreError, StoreFull
 from ollamad.store.manifests import describe
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
@@ -34,6 +34,8 @@ PARTIAL_AGE_S = 7 * 86400.0  # a pull that was cancelled or failed can go on for
 RECHECK_S = 5.0  # how often a node compares what it holds with what it should hold
 FIRST_RETRY_S = 2.0  # after a failed fetch; doubles up to MAX_RETRY_S
 MAX_RETRY_S = 60.0
+NO_ROOM_S = 600.0  # so long other nodes are asked first
+MAX_NO_ROOM = 16  # models told in a heartbeat
 
 
 class _Fetch(msgspec.Struct, frozen=True):
@@ -78,6 +80,7 @@ class Share:
         # Name keys of models that are on the disk and on their way into the state: hands off.
         self._publishing: set[str] = set()
         self._unfreed: set[str] = set()  # blobs to free once nobody holds them any more
+        self._no_room: dict[str, float] = {}  # names of models -> until when it is told
         self._retry_at: dict[str, float] = {}
         self._retry_after: dict[str, float] = {}
         self._nursery: trio.Nursery | None = None
@@ -108,6 +111,12 @@ class Share:
         """Begin to fetch a model that this node should hold; the transfer's id."""
         running = self._fetches.get(parse_name(model.name).key)
         return running.transfer_id if running is not None else self._start_fetch(model)
+
+    def no_room(self) -> tuple[str, ...]:
+        """The models that were to come here lately and found no room; a few of them."""
+        now = trio.current_time()
+        self._no_room = {name: until for name, until in self._no_room.items() if until > now}
+        return tuple(list(self._no_room)[-MAX_NO_ROOM:])
 
     async def publish(self, model: Model, desired: tuple[NodeId, ...]) -> None:
         """Make a model whose blobs are here known to the cluster.
@@ -229,10 +238,8 @@ class Share:
                 async with self._store.pins.hold(*(layer.digest for layer in model.layers)):
                     await self._fetch_held(model, transfer_id)
                 self._table.complete(transfer_id)
-                done = self._table.get(transfer_id)
-                if done is not None and done.speed:
-                    self.received.note(done.bytes_total, done.bytes_total / done.speed)
                 self._retry_after.pop(key, None)
+                self._no_room.pop(model.name, None)
                 log.info("%s is here now", model.name)
             if scope.cancelled_caught:
                 self._table.cancelled(transfer_id)
@@ -241,6 +248,8 @@ class Share:
             pause = min(MAX_RETRY_S, 2 * self._retry_after.get(key, FIRST_RETRY_S / 2))
             self._retry_after[key] = pause
             self._retry_at[key] = trio.current_time() + pause
+            if isinstance(error, StoreFull):
+                self._no_room[model.name] = trio.current_time() + NO_ROOM_S
             log.warning("fetching %s failed: %s; next try in %.0f s", model.name, error, pause)
             self._table.fail(transfer_id, str(error))
         finally:
@@ -268,7 +277,7 @@ class Share:
         await self._free({layer.digest for layer in model.layers})
 
     async def _fetch_layers(self, model: Model, transfer_id: str) -> None:
-        before = 0
+        before, begun = 0, trio.current_time()
 
         def holders() -> Sequence[NodeId]:
             current = self._cluster.state.find_model(model.name)
@@ -294,6 +303,7 @@ class Share:
             await self._fetcher.fetch_blob(layer, holders, progress)
             before += layer.size
             received_before += received
+        self.received.note(received_before, trio.current_time() - begun)
 
     async def _confirm(self, model: Model, *, present: bool) -> None:
         """Say that this node holds a model, or not any more; waits out elections."""

@@ -62,6 +62,7 @@ class Site:
     disk_free: int = 0  # bytes
     memory: int = 0  # bytes of the machine, GPUs included
     rates: Rates = field(default_factory=Rates)
+    no_room: frozenset[str] = frozenset()  # models that it found no room for
 
     @property
     def available(self) -> bool:
@@ -320,7 +321,8 @@ def _counts(view: View, model: Model, node_id: NodeId, live: list[NodeId]) -> bo
     if site is None:
         return False
     if site.available:
-        return True
+        refuses = model.name in site.no_room and node_id not in {*model.confirmed, *model.pinned}
+        return not refuses
     if site.away_s > view.policy.lost_after_s:
         return False
     # It may be for a moment only, so nothing moves; but what nobody can serve does, at once.
@@ -337,6 +339,8 @@ def _obstacle(ledger: Ledger, model: Model, site: Site, *, keep_only: bool = Fal
         return "it drains"
     missing = ledger.missing(site.node_id, model)
     room = site.disk_free - ledger.coming_bytes[site.node_id] - KEEP_FREE_BYTES
+    if missing and model.name in site.no_room:
+        return "it had no room for it"
     if missing > room:
         return (
             f"too little disk: {missing / GB:.1f} GB are missing there, and "

@@ -85,6 +85,7 @@ class Beat(msgspec.Struct, frozen=True):
     waiting: int = 0  # requests that wait there to be admitted
     demand: tuple[Demand, ...] = ()  # for models, by requests that came in there
     receive_rate: float = 0.0  # bytes/s of the last copies from peers; 0: not measured
+    no_room: tuple[str, ...] = ()  # models that it should hold and found no room for
     heard: tuple[Rumour, ...] = ()  # of others, in clusters where not all tell all (core.gossip)
 
 

@@ -149,6 +149,7 @@ def test_without_automatic_distribution_only_what_was_asked_for_is_kept_up(
 
 
 SMALL, LARGE = model("A", size=1 * GB), model("A", size=20 * GB)
+NO_ROOM = {"no_room": frozenset([NAME])}
 FULL = {"disk_free": KEEP_FREE_BYTES}
 
 
@@ -176,6 +177,12 @@ QUICK = {"rates": Rates(1e9, 1e8)}  # to come, not to load
         (SMALL, {"C": {"disk_free": KEEP_FREE_BYTES + GB}, "B": FULL, "D": FULL, "E": FULL}, "AC"),
         (LARGE, {"B": {"memory": 20 * GB}}, "AC"),
         (SMALL, dict.fromkeys("BCDE", FULL), "A"),
+        # Who found no room for it is left out, but for who was asked for by name.
+        (SMALL, {"B": NO_ROOM}, "AC"),
+        (model("AB", "A"), {"B": NO_ROOM}, "AC"),
+        (model("AB"), {"B": NO_ROOM}, "AB"),  # it was so once
+        (model("AB", "A"), dict.fromkeys("BCDE", NO_ROOM), "AB"),  # it tries again
+        (model("AB", "A", pinned=(B,)), {"B": NO_ROOM}, "AB"),
         # The only copy goes wherever it can be kept, also where it cannot run.
         (LARGE, {"A": DRAINS} | {n: {"memory": GB} for n in "BCDE"}, "AB"),
         # Apart: not on the same machine, even if that is cheaper.
@@ -409,7 +416,8 @@ def arrived(before: View, nodes: Iterable[NodeId]) -> View:
         for name, placed in list(models.items()):
             online = [n for n in placed.confirmed if n in before.sites and before.sites[n].online]
             confirmed = set(placed.confirmed)
-            if node_id in placed.desired and any(n != node_id for n in online):
+            has_room = name not in before.sites[node_id].no_room
+            if has_room and node_id in placed.desired and any(n != node_id for n in online):
                 confirmed.add(node_id)
             spare = node_id not in placed.desired and not before.sites[node_id].draining
             others = [n for n in online if n != node_id]
@@ -425,7 +433,7 @@ def all_arrived(before: View) -> View:
 
 NODE_NAMES = "ABCDEFGH"
 SITES = st.builds(
-    lambda name, host, away, draining, disk, memory, receive: Site(
+    lambda name, host, away, draining, disk, memory, receive, no_room: Site(
         NodeId(name),
         f"host-{host}",
         away == 0.0,
@@ -434,6 +442,7 @@ SITES = st.builds(
         disk * GB,
         memory * GB,
         Rates(receive, receive),
+        frozenset(no_room),
     ),
     st.sampled_from(NODE_NAMES),
     st.integers(0, 3),
@@ -442,6 +451,7 @@ SITES = st.builds(
     st.integers(0, 60),
     st.sampled_from([2, 8, 64]),
     st.sampled_from([0.0, 1e6, 1e8, 1e9]),
+    st.sampled_from([(), (), (), ("m0:latest", "m1:latest")]),
 )
 NODE_SETS = st.sets(st.sampled_from(NODE_NAMES), max_size=5).map(
     lambda found: "".join(sorted(found))

@@ -28,12 +28,13 @@ from ollamad.core.commands import (
 from ollamad.core.ids import NodeId
 from ollamad.core.inference import LoadedModel
 from ollamad.core.measures import Demand
-from ollamad.core.placement import Policy
+from ollamad.core.placement import Placement, Policy, View
 from ollamad.core.presence import Beat, Usage
 from ollamad.core.speeds import Speed, short_digest
 from ollamad.core.state import Model, Settings
 from ollamad.reconcile import Reconciler
-from tests.fakes.gguf_files import gguf_bytes
+from ollamad.store.errors import StoreFull
+from tests.fakes.gguf_files import TENSORS, gguf_bytes
 from tests.fakes.library_nodes import LibraryNode, SharedState, join, until
 from tests.fakes.peer_net import PeerNet
 
@@ -283,8 +284,57 @@ async def test_what_stands_in_the_way_is_told_once(
 
     monkeypatch.setattr(world.nodes[A].cluster, "propose", refuse)
     await world.start(B)
+    await until(world.shared, lambda: "upgrade first" in caplog.text)
     await world.rest()
-    assert caplog.text.count("upgrade first") == 1
+    assert caplog.text.count("upgrade first") == 1, caplog.text
+
+
+async def test_who_has_no_room_after_all_gives_its_place_to_another(world: World) -> None:
+    await world.start(B, C)
+    world.lead(D)
+    await world.pulled(A)
+    node = world.nodes[B]
+
+    async def full(*arguments: object) -> object:
+        await trio.lowlevel.checkpoint()
+        raise StoreFull(9, 1)
+
+    node.store.open_partial = full  # type: ignore[method-assign, assignment]
+    world.shared.apply(SetDesired(NAME, (A, B)))
+    await until(world.shared, lambda: node.library.no_room() == (NAME,))
+    node.cluster.beat(no_room=node.library.no_room())
+    world.lead(A)
+    await world.comes_to_be_on("AC")
+
+
+async def test_a_bug_in_a_decision_ends_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(reconcile_module, "FAULT_PAUSE_S", 0.05)
+    await world.pulled(A)
+    faults = [ZeroDivisionError("a bug"), KeyError("another one")]
+    real = reconcile_module.plan
+
+    def plan(view: View) -> list[Placement]:
+        if faults:
+            raise faults.pop()
+        return real(view)
+
+    monkeypatch.setattr(reconcile_module, "plan", plan)
+    await world.start(B)
+    await world.comes_to_be_on("AB")
+    assert "a bug" in caplog.text
+
+
+async def test_how_fast_copies_come_is_measured(world: World) -> None:
+    tensors = TENSORS | {"blk.0.ffn_up.weight": ((1024, 8000), 0)}
+    for node in world.nodes.values():
+        node.source.content = gguf_bytes(tensors=tensors)
+    await world.start(B)
+    await world.pulled(A)
+    await world.comes_to_be_on("AB")
+    assert world.nodes[A].library.receive_rate == 0, "from the origin is no link"
+    assert 1e6 < world.nodes[B].library.receive_rate < 1e11
 
 
 # The last copy.
