@@ -183,7 +183,7 @@ def _parameters(route: RouteRow, doc: Doc) -> list[dict[str, Any]]:
         text = "Have a majority confirm first that nothing newer is missing."
         schema = {"type": "string", "enum": ["true", "false"], "default": "false"}
         found.append({"name": "consistent", "in": "query", "description": text, "schema": schema})
-    if doc.stream and doc.tag != "Models":
+    if doc.stream and route.role == "inference":
         for name, (text, values) in _INFERENCE_HEADERS.items():
             schema = {"type": "string", "enum": values}
             found.append({"name": name, "in": "header", "description": text, "schema": schema})
