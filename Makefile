@@ -11,6 +11,7 @@ JOBS ?= 2
 
 .PHONY: demo test lint types unit sim simtest system faults bench scale soak fuzz build binary deb \
   packagetest lock format clean help
+.PHONY: demo test lint types unit sim simtest system faults bench fuzz fuzzapi build lock format clean help
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,7 +19,7 @@ help:
 demo: $(STAMP) ## three daemons on this machine: a tour (ARGS=--once ends by itself)
 	@$(BIN)/python -m tests.demo.tour $(ARGS)
 
-test: lint types unit simtest system ## everything that must be green
+test: lint types unit simtest system fuzzapi ## everything that must be green
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -53,8 +54,13 @@ soak: $(STAMP) ## mixed load with random kills; looks for leaks (MINUTES=30)
 	@$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30)
 
 fuzz: $(STAMP) ## what reads other hosts' bytes, with atheris (SECONDS=60 for each target)
+fuzz: $(STAMP) ## what reads foreign bytes: with atheris and schemathesis (SECONDS=60 for each target)
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet 'atheris>=3,<4'
 	@nice $(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60)
+	@nice $(BIN)/python -m tests.fuzz.api --seconds $$((4 * $(or $(SECONDS),60)))
+
+fuzzapi: $(STAMP) ## the API by its OpenAPI document, for a minute, always with the same seed
+	@$(BIN)/python -m tests.fuzz.api --seconds 60 --seed 1
 
 build: $(STAMP) ## the wheel, in dist/
 	rm -rf dist

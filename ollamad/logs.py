@@ -18,7 +18,13 @@ LEVELS = {
 
 # What other hosts can cause to be logged, as often as they like. The first argument of such a line
 # is who caused it.
-FROM_OUTSIDE = ("ollamad.peers.", "ollamad.raft.links", "ollamad.admission", "trio.serve_listeners")
+FROM_OUTSIDE = (
+    "ollamad.peers.",
+    "ollamad.raft.links",
+    "ollamad.admission",
+    "ollamad.api.refused",
+    "trio.serve_listeners",
+)
 LINES_PER_HOST = 10  # of one kind, and
 LINES_OF_A_KIND = 200  # in all, from any number of hosts
 LINES_PERIOD_S = 60.0

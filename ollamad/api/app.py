@@ -6,6 +6,7 @@ known), and the handler. What is not in the table does not exist.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -47,11 +48,13 @@ from ollamad.api.limits import (
 )
 from ollamad.api.metrics import RequestStats
 from ollamad.api.origins import Origins, preflight_headers
-from ollamad.api.services import ServiceError, Services, Unavailable
+from ollamad.api.reference import BASE
+from ollamad.api.services import NoQuorum, ServiceError, Services, Unavailable
 from ollamad.api.websocket import Sockets
 from ollamad.core.state import Role
 
-BASE = "/api/v1"
+audit = logging.getLogger("ollamad.api.audit")
+
 METRICS = "/metrics"  # for Prometheus; JSON is below BASE
 PUBLIC = None
 READ_TIMEOUT_S = 5.0  # for the majority to confirm a consistent read
@@ -216,7 +219,10 @@ class ApiApp(QuartTrio):
             endpoint, arguments = self.routes.match(request.path, request.method)
             return await self.views[endpoint](request, **arguments)
         except Exception as error:
-            return _error_reply(self._limited(request, error), request.id, request.path)
+            error = self._limited(request, error)
+            if isinstance(error, NoQuorum) and not error.details:
+                error.details["voters_missing"] = status.missing_voters(self.api.services.cluster)
+            return _error_reply(error, request.id, request.path)
         except BaseExceptionGroup as error:
             _, rest = error.split(trio.Cancelled)
             if rest is None:
@@ -289,13 +295,19 @@ def _view(api: Api, route: Route) -> View:
             if caller.key is not None:
                 keys.spend_request(api.services, caller.key)
         call = Call(api, request, caller)
+        _log_change(route, request, caller, peer)
         if not route.bounded:
             return await route.handler(call, **arguments)
         with trio.move_on_after(api.settings.deadline_s):
             if route.method != "GET" or route.role is PUBLIC:
                 return await route.handler(call, **arguments)
             return await _read(call, route.handler, arguments)
-        raise ServiceError(408, "REQUEST_TIMEOUT", "the request took longer than its deadline")
+        raise ServiceError(
+            408,
+            "REQUEST_TIMEOUT",
+            f"the request took longer than {api.settings.deadline_s:g} s",
+            {"limit_s": api.settings.deadline_s},
+        )
 
     return view
 
@@ -314,6 +326,15 @@ async def _read(call: Call, handler: Handler, arguments: dict[str, str]) -> Repl
     if reply is not None and (age_ms := status.state_age_ms(cluster)) is not None:
         reply.headers["X-State-Age-Ms"] = str(age_ms)
     return reply
+
+
+def _log_change(route: Route, request: Request, caller: Identity | None, peer: str) -> None:
+    """Who changed what, and by which request; what only reads or asks a model is not told."""
+    is_password = route.path == f"{BASE}/users/<username>/password"
+    if route.method in ("GET", "HEAD") or not (is_password or route.role in ("operator", "admin")):
+        return
+    who = caller.username if caller else "somebody"
+    audit.info("%s at %s: %s %s, request %s", who, peer, route.method, request.path, request.id)
 
 
 def _has_limits(path: str) -> bool:

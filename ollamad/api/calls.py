@@ -2,7 +2,7 @@
 
 import dataclasses
 import ipaddress
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -42,6 +42,9 @@ _REJECTION_STATUS = {
     "INVALID_ROLE": 400,
     "NO_CLUSTER": 503,
 }
+# Those that are about one field of the body.
+_REJECTED_FIELD = {"INVALID_USERNAME": "username", "INVALID_ROLE": "role"}
+NO_DETAILS: Mapping[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,6 +121,7 @@ class Call:
                 415,
                 "UNSUPPORTED_MEDIA_TYPE",
                 f"send JSON with Content-Type: application/json, not {mimetype}",
+                {"content_type": mimetype, "expected": "application/json"},
             )
         if expected is not None and expected > MAX_JSON_BYTES:
             raise _too_large()
@@ -130,7 +134,12 @@ class Call:
                 if size > MAX_JSON_BYTES:
                     raise _too_large()
         if scope.cancelled_caught:
-            raise ServiceError(408, "REQUEST_TIMEOUT", "the request's body did not arrive in time")
+            raise ServiceError(
+                408,
+                "REQUEST_TIMEOUT",
+                "the request's body did not arrive in time",
+                {"limit_s": BODY_TIMEOUT_S, "received_bytes": size},
+            )
         data = b"".join(parts)
         if not data.strip():
             if optional:
@@ -186,15 +195,15 @@ class Call:
             with suppress(NoQuorum):
                 await self.services.cluster.read_barrier(CATCH_UP_TIMEOUT_S)
 
-    async def propose(self, command: AnyCommand) -> None:
+    async def propose(self, command: AnyCommand, **details: str) -> None:
         """Replicate a command.
 
         Raises:
-          ServiceError: it was rejected, or there is no quorum.
+          ServiceError: it was rejected, with these details, or there is no quorum.
         """
         outcome = await self.services.cluster.propose(command)
         if isinstance(outcome, Rejected):
-            raise rejection_error(outcome)
+            raise rejection_error(outcome, details)
 
 
 Handler = Callable[..., Awaitable[Reply | None]]
@@ -217,11 +226,13 @@ def read_name(text: str, field: str = "model") -> ModelName:
         raise ServiceError(400, "INVALID_MODEL_NAME", str(error), {"field": field}) from None
 
 
-def rejection_error(rejected: Rejected) -> ServiceError:
+def rejection_error(rejected: Rejected, details: Mapping[str, str] = NO_DETAILS) -> ServiceError:
     """The error that a client sees for a command that the state refused."""
     status = _REJECTION_STATUS.get(rejected.code, 409)
+    if (field := _REJECTED_FIELD.get(rejected.code)) is not None:
+        details = {"field": field}
     return ServiceError(
-        status, rejected.code, rejected.message, retry_after_s=2 if status == 503 else None
+        status, rejected.code, rejected.message, details, retry_after_s=2 if status == 503 else None
     )
 
 

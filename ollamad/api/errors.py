@@ -5,7 +5,7 @@ from http import HTTPStatus
 
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
-from ollamad.api.services import ServiceError
+from ollamad.api.services import Detail, ServiceError
 from ollamad.core.inference import InferenceError
 
 USUAL_RETRY_S = 2  # where nothing tells better: an election, a restart
@@ -48,13 +48,16 @@ def _known(error: BaseException) -> ServiceError | None:
             )
         case HTTPException(code=int(status)) if 400 <= status < 500:
             phrase = HTTPStatus(status).phrase
+            details: dict[str, Detail] = {}
             if status == 404:
-                message = "there is no such route"
+                message = "there is no such route; GET /api/v1/openapi.json has them all"
             elif isinstance(error, MethodNotAllowed) and error.valid_methods:
-                message = f"this route takes {', '.join(sorted(error.valid_methods))}"
+                allowed = sorted(error.valid_methods)
+                message = f"this route takes {', '.join(allowed)}"
+                details = {"allowed": allowed}
             else:
                 message = phrase.lower()
-            return ServiceError(status, phrase.upper().replace(" ", "_"), message)
+            return ServiceError(status, phrase.upper().replace(" ", "_"), message, details)
         case BaseExceptionGroup(exceptions=members):
             return next(filter(None, map(_known, members)), None)
         case _:

@@ -54,7 +54,7 @@ async def create_key(call: Call) -> Reply:
 
 
 async def delete_key(call: Call, key_id: str) -> Reply:
-    await call.propose(DeleteKey(key_id))
+    await call.propose(DeleteKey(key_id), id=key_id)
     return reply(Done(f"API key {key_id} is deleted"))
 
 

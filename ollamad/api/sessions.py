@@ -1,5 +1,7 @@
 """Handlers: log in, refresh, log out, and who am I."""
 
+import logging
+
 from ollamad.api.asgi import Reply
 from ollamad.api.auth import TokenPair
 from ollamad.api.bodies import LoginBody, RefreshBody
@@ -8,14 +10,20 @@ from ollamad.api.schemas import Done, Me, SessionUser, TokenAnswer
 from ollamad.api.services import ServiceError
 from ollamad.core.state import User
 
+audit = logging.getLogger("ollamad.api.audit")
+refused = logging.getLogger("ollamad.api.refused")  # of strangers: see `logs.FROM_OUTSIDE`
+
 
 async def login(call: Call) -> Reply:
     body = await call.body(LoginBody)
     call.api.logins.attempt(body.username, call.address)
     user = await call.api.auth.check_password(body.username, body.password)
     if user is None:
+        # Not the name that was given: it may be a password in the wrong field.
+        refused.warning("%s: a wrong username or password", call.address)
         raise ServiceError(401, "INVALID_CREDENTIALS", "the username or the password is wrong")
     call.api.logins.success(body.username, call.address)
+    audit.info("%s at %s: signed in, request %s", user.username, call.address, call.request.id)
     return reply(_pair(user, call.api.auth.open_session(user)))
 
 

@@ -217,12 +217,17 @@ def trouble(api: Api) -> str | None:
     lost_s = cluster.quorum_lost_for_s
     if cluster.has_quorum or lost_s <= api.settings.election_timeout_s:
         return None
-    voters, members = cluster.voters(), cluster.state.members
-    missing = sorted(
-        members[voter].name if voter in members else short(voter)
-        for voter in voters
-        if not cluster.presence(voter).online
-    )
+    voters, missing = cluster.voters(), missing_voters(cluster)
     who = f"of {len(voters)} voters these are missing: {', '.join(missing)}; start them, or, if "
     who += "they are lost for good, see `ollamad recover`"
     return f"no quorum for {lost_s:.0f} s: {who if missing else 'the voters cannot agree'}"
+
+
+def missing_voters(cluster: Cluster) -> list[str]:
+    """The names of the voters that are not there."""
+    members = cluster.state.members
+    return sorted(
+        members[voter].name if voter in members else short(voter)
+        for voter in cluster.voters()
+        if not cluster.presence(voter).online
+    )

@@ -29,12 +29,12 @@ async def create_user(call: Call) -> Reply:
         call.services.wall(),
         generation=secrets.token_hex(8),
     )
-    await call.propose(AddUser(user))
+    await call.propose(AddUser(user), username=user.username)
     return reply(OneUser(_shown(user)), 201)
 
 
 async def delete_user(call: Call, username: str) -> Reply:
-    await call.propose(DeleteUser(username))
+    await call.propose(DeleteUser(username), username=username)
     return reply(Done(f"User {username} is deleted; their tokens are dead"))
 
 
@@ -56,7 +56,8 @@ async def set_password(call: Call, username: str) -> Reply:
         # Otherwise a stolen token would be good for more than its half hour.
         await _check_current(call, username, body.current_password)
     hashed = await call.api.auth.hash_password(body.password)
-    await call.propose(SetPassword(username, hashed, secrets.token_hex(8)))
+    command = SetPassword(username, hashed, secrets.token_hex(8))
+    await call.propose(command, username=username)
     return reply(Done(f"The password of {username} is changed; log in again"))
 
 
