@@ -59,6 +59,9 @@ def start(
     ] = False,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay in the foreground, which it always does.")
+    ] = False,
 ) -> None:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C."""
     try:

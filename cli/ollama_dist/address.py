@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 DEFAULT_HOST = "http://127.0.0.1:8080"
 DEFAULT_PORT = 8080  # of API_LISTEN; a URL without a port means its scheme's own port
+OLLAMA_PORT = 11434  # what OLLAMA_HOST means when it names none
 _SCHEME_PORTS = {"http": 80, "https": 443}
 
 
@@ -56,3 +57,18 @@ def parse_address(text: str) -> Address:
     shown = f"[{host}]" if ":" in host else host
     path = parts.path.rstrip("/").removesuffix("/api/v1")
     return Address(url=f"{parts.scheme}://{shown}:{port}{path}", host=host)
+
+
+def of_ollama(text: str) -> str:
+    """What OLLAMA_HOST means, in the form of `--host`; it may be written as for a server."""
+    wanted = text.strip().strip("\"'")
+    if not wanted or "://" in wanted:
+        return wanted
+    with contextlib.suppress(ValueError):
+        wanted = f"[{ipaddress.IPv6Address(wanted.strip('[]'))}]"
+    host, colon, port = wanted.rpartition(":")
+    if not colon or not port.isdecimal():
+        host, port = wanted, str(OLLAMA_PORT)
+    if host in ("", "0.0.0.0", "[::]"):
+        host = "127.0.0.1"
+    return f"{host}:{port}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ollama_dist import errors
-from ollama_dist.address import DEFAULT_HOST, Address, parse_address
+from ollama_dist.address import DEFAULT_HOST, Address, of_ollama, parse_address
 from ollama_dist.errors import CliError, UsageProblem
 from ollama_dist.text import one_line, printable
 
@@ -45,7 +45,7 @@ class Session:
         output: Output | None = None,
         no_color: bool = False,
     ) -> None:
-        self.host = host or DEFAULT_HOST
+        self.host = host or of_ollama(os.environ.get("OLLAMA_HOST", "")) or DEFAULT_HOST
         self.token = token
         self.output = output or Output.TABLE
         self.color = not no_color and not os.environ.get("NO_COLOR")

@@ -8,7 +8,7 @@ import msgspec
 
 import ollamad
 from ollamad.api import schemas
-from ollamad.api.reference import BASE, DOCS, TAGS, WEBSOCKET, Doc
+from ollamad.api.reference import BASE, DOCS, LINES, TAGS, WEBSOCKET, Doc
 from ollamad.core.state import Role
 
 REF = "#/components/schemas/{name}"
@@ -209,7 +209,8 @@ def _responses(
                 content["application/json"]["example"] = example
         if doc.stream and status == 200:
             content.setdefault("application/json", {"schema": {"type": "object"}})
-            content[doc.stream] = {"schema": {"type": "string"}}
+            # Lines are text to a client; the parts of an event stream are parsed before.
+            content[doc.stream] = {"schema": {"type": "string"} if doc.stream == LINES else {}}
         if content:
             response["content"] = content
         responses[str(status)] = response

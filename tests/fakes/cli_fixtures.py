@@ -42,7 +42,14 @@ def fake_api() -> Iterator[FakeApi]:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home, and no settings from outside."""
-    for name in ("OLLAMA_DIST_TOKEN", "OLLAMAD_DATA_DIR", "NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+    for name in (
+        "OLLAMA_DIST_TOKEN",
+        "OLLAMA_HOST",
+        "OLLAMAD_DATA_DIR",
+        "NO_COLOR",
+        "FORCE_COLOR",
+        "COLUMNS",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))

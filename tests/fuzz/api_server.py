@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 
+import msgspec
 import trio
 
 from ollamad.api.app import build_app
@@ -24,6 +25,9 @@ async def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.ERROR)
     world = make_world()
     world.clock.now = time.time()
+    [transfer] = world.library.transfer_list
+    done = msgspec.structs.replace(transfer, status="completed", finished_at=time.time())
+    world.library.transfer_steps = [done]  # a pull that is watched ends
     settings = ApiSettings(auth=AuthSettings(loopback_role="none"), rate_limits=RateLimits(0, 0, 0))
     app = build_app(world.services, settings)
     token = mint_local_token(world.cluster.state, settings.auth, NODE_1, now=world.clock.now)

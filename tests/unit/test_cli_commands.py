@@ -241,6 +241,11 @@ def test_the_environment_names_host_and_token(
     monkeypatch.setenv("OLLAMA_DIST_TOKEN", "from-environment")
     ok(cli.bare("models", "list"))
     assert fake_api.requests[-1].token == "from-environment"
+    # That of Ollama's own clients, where there is no other.
+    monkeypatch.delenv("OLLAMA_DIST_HOST")
+    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{fake_api.port}")
+    ok(cli.bare("models", "list"))
+    assert len(fake_api.asked("GET", "/models")) == 2
 
 
 def test_names_of_others_cannot_steer_the_terminal(cli: Cli, fake_api: FakeApi) -> None:

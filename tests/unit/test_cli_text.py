@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from rich.console import Console
 
-from ollama_dist.address import parse_address
+from ollama_dist.address import of_ollama, parse_address
 from ollama_dist.client import path
 from ollama_dist.commands.inference import parse_options
 from ollama_dist.errors import CliError, UsageProblem
@@ -240,3 +240,27 @@ def test_a_table_fits_80_columns_by_shortening_what_gives_way() -> None:
     assert "98.1 MB" in lines[1]
     assert "[red]x" in lines[2]
     assert "�[31m" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("box", "http://box:11434"),
+        ("box:8080", "http://box:8080"),
+        ("http://box:8080", "http://box:8080"),
+        ("https://box/", "https://box:443"),
+        ("0.0.0.0", "http://127.0.0.1:11434"),
+        ("0.0.0.0:8080", "http://127.0.0.1:8080"),
+        (":8080", "http://127.0.0.1:8080"),
+        ("::1", "http://[::1]:11434"),
+        ("[::1]", "http://[::1]:11434"),
+        ("[::1]:8080", "http://[::1]:8080"),
+        ('"box"', "http://box:11434"),
+    ],
+)
+def test_the_host_of_ollamas_clients_is_understood(text: str, url: str) -> None:
+    assert parse_address(of_ollama(text)).url == url
+
+
+def test_no_host_of_ollamas_clients_is_none() -> None:
+    assert of_ollama(" ") == ""
