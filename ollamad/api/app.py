@@ -203,7 +203,13 @@ class ApiApp(QuartTrio):
         self.views: dict[str, View] = {}
         self.routes = self.url_map.bind("")  # no route depends on the Host
         self.feed = Feed(api)
-        self.websockets = Sockets(api.hub, self.feed, api.auth, api.services.cluster)
+        self.websockets = Sockets(
+            api.hub,
+            self.feed,
+            api.auth,
+            api.services.cluster,
+            functools.partial(keys.spend_request, api.services),
+        )
 
     def change_limits(self, limits: RateLimits) -> None:
         """Other rate limits from now on."""

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 from urllib.parse import parse_qs, unquote
 
@@ -30,6 +30,7 @@ from ollamad.api.hub import CHANNELS, Hub, frame_of
 from ollamad.api.limits import address_group, too_many
 from ollamad.api.outbox import Outbox
 from ollamad.api.services import Cluster, ServiceError, Unavailable
+from ollamad.core.state import ApiKey
 
 PATHS = ("/ws", "/api/v1/ws")
 ADMIN_CHANNELS = ("logs",)
@@ -419,11 +420,19 @@ def _dropped_notice(count: int) -> bytes:
 class Sockets:
     """Takes over connections that ask for a WebSocket: refuses them, or runs their sessions."""
 
-    def __init__(self, hub: Hub, greeter: Greeter, auth: Identifier, cluster: Cluster) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        greeter: Greeter,
+        auth: Identifier,
+        cluster: Cluster,
+        spend_request: Callable[[ApiKey], None],
+    ) -> None:
         self._hub = hub
         self._greeter = greeter
         self._auth = auth
         self._cluster = cluster
+        self._spend_request = spend_request
 
     async def __call__(self, stream: trio.SocketStream, upgrade: Upgrade, host: str) -> None:
         request_id = secrets.token_hex(8)
@@ -439,6 +448,8 @@ class Sockets:
             caller = self._admit(headers, host)
             if self._hub.is_full(address_group(host)):
                 raise _too_many(self._hub.limit, host)
+            if caller.key is not None:
+                self._spend_request(caller.key)
             head = accept_head(headers, (with_id, *FIXED_HEADERS))
         except Exception as error:
             refusal = as_service_error(error, request_id)

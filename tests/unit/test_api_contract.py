@@ -8,7 +8,13 @@ import pytest
 from ollamad.api.app import BASE, ROUTES
 from tests.fakes.api_client import ApiClient
 from tests.fakes.api_services import NODE_1, PASSWORD, STRANGER
-from tests.fakes.document import DOCUMENT, differences, parse, read_examples
+from tests.fakes.document import (
+    DOCUMENT,
+    differences,
+    parse,
+    read_examples,
+    read_socket_examples,
+)
 
 # How to ask for each route of the document: path arguments, and a body where it shows none.
 REQUESTS: dict[str, tuple[str, Any]] = {
@@ -42,6 +48,16 @@ EXAMPLES = read_examples()
 def test_the_document_was_read() -> None:
     assert set(EXAMPLES) == set(REQUESTS)
     assert all("Response" in example for example in EXAMPLES.values())
+
+
+def test_no_example_of_the_document_is_left_out() -> None:
+    requests, rest = DOCUMENT.read_text().split("## WebSocket API")
+    messages, errors = rest.split("## Error Handling")
+    assert requests.count("```json") == sum(map(len, EXAMPLES.values()))
+    assert messages.count("```json") == sum(
+        map(len, read_socket_examples())
+    )  # held by their own tests
+    assert errors.count("```json") == 1  # the shape of errors, below
 
 
 def test_differences_are_found() -> None:

@@ -67,6 +67,16 @@ async def test_programs_of_this_host_need_no_token_unless_that_is_off() -> None:
         assert (await server.refused()).status == 401
 
 
+async def test_a_connection_is_a_request_of_a_keys_quota() -> None:
+    async with serving() as server:
+        made = await server.client.call("POST", "/keys", {"role": "viewer", "request_quota": 1})
+        path = f"/ws?token={made.json['key']}"
+        async with await SocketClient.open(server.port, path) as socket:
+            assert (await socket.receive())["type"] == "cluster_status"
+        refused = await server.refused(path)
+        assert (refused.status, refused.json["code"]) == (429, "QUOTA_EXCEEDED")
+
+
 async def test_a_node_that_cannot_tell_yet_says_so() -> None:
     async with serving() as server:
         server.world.cluster.is_caught_up = False
