@@ -12,7 +12,9 @@ DEFAULT_ORIGINS = (
 )  # fmt: skip
 
 METHODS = "GET, HEAD, POST, PUT, DELETE, OPTIONS"
-EXPOSED = "X-Request-Id, X-Ollamad-Node"  # what a page may read beside the body
+# What a page may read beside the body.
+_LIMITS = "RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset, Retry-After"
+EXPOSED = f"X-Request-Id, X-Ollamad-Node, {_LIMITS}"
 MAX_AGE_S = 12 * 3600  # how long a browser remembers that it may ask
 
 

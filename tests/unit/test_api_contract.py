@@ -54,9 +54,8 @@ def test_no_example_of_the_document_is_left_out() -> None:
     requests, rest = DOCUMENT.read_text().split("## WebSocket API")
     messages, errors = rest.split("## Error Handling")
     assert requests.count("```json") == sum(map(len, EXAMPLES.values()))
-    assert messages.count("```json") == sum(
-        map(len, read_socket_examples())
-    )  # held by their own tests
+    # Those of the WebSocket are held by its own tests.
+    assert messages.count("```json") == sum(map(len, read_socket_examples()))
     assert errors.count("```json") == 1  # the shape of errors, below
 
 
