@@ -28,7 +28,7 @@ from ollamad.core.placement import (
     explain,
     sole_copies,
 )
-from ollamad.core.state import Layer, Model
+from ollamad.core.state import Layer, Model, ModelDetails
 from ollamad.core.transfers import Transfer
 from ollamad.core.weights import Choice
 from ollamad.peers.link import HandlerError, RemoteFailure
@@ -41,6 +41,7 @@ from ollamad.sources.base import Source, SourceError
 from ollamad.sources.references import Wanted, resolve_source
 from ollamad.store.errors import BlobMissing, DigestMismatch, SizeMismatch, StoreError, StoreFull
 from ollamad.store.gguf import GgufError
+from ollamad.store.manifests import Descriptor
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher, FetchFailed
 from ollamad.transfer.transfers import TransferTable
@@ -121,7 +122,8 @@ class Library:
             source=source,
             table=table,
             publish=self._publish,
-            announce=lambda request, files: None,
+            announce=self._announce,
+            withdraw=self._share.following.untell,
             running=self._running_pull,
             transfer=self.transfer,
             cancel=self.cancel,
@@ -412,12 +414,18 @@ class Library:
                 return transfer
         return None
 
-    async def _publish(self, model: Model, nodes: Sequence[NodeId], replicas: int) -> None:
-        """Make a model that this node holds known to the cluster, and place its copies.
+    def _announce(self, request: PullRequest, files: Sequence[Descriptor]) -> list[NodeId]:
+        """Have those fetch a model's large files already that will get copies of it."""
+        me = self._cluster.node_id
+        layers = tuple(Layer(f.media_type, f.digest, f.size, 1, "") for f in files)
+        coming = Model(request.name, "", b"", ModelDetails(), layers, 0.0)
+        placed = self._placed(coming, request.nodes, request.replicas)
+        others = [n for n in placed.desired if n != me and self._cluster.is_online(n)]
+        self._share.following.tell(request.name, request.key, files, others)
+        return others
 
-        On those nodes and no others, unless somebody said how many; else as many as the model of
-        that name had before.
-        """
+    def _placed(self, model: Model, nodes: Sequence[NodeId], replicas: int) -> Model:
+        """A model that this node has or is getting, with where it should be; see `_publish`."""
         me = self._cluster.node_id
         known = self._cluster.state.find_model(model.name)
         if known is not None and not nodes:
@@ -432,7 +440,17 @@ class Library:
             confirmed=(me,),
         )
         view = self._view()
-        await self._share.publish(model, decide(view, Ledger(view), model).desired)
+        desired = decide(view, Ledger(view), model).desired
+        return msgspec.structs.replace(model, desired=desired)
+
+    async def _publish(self, model: Model, nodes: Sequence[NodeId], replicas: int) -> None:
+        """Make a model that this node holds known to the cluster, and place its copies.
+
+        On those nodes and no others, unless somebody said how many; else as many as the model of
+        that name had before.
+        """
+        placed = self._placed(model, nodes, replicas)
+        await self._share.publish(placed, placed.desired)
 
     # Spreading.
 

@@ -78,8 +78,10 @@ class Begun(msgspec.Struct, frozen=True):
 
 # Makes a model that is here known to the cluster: with the nodes and copies that were asked for.
 Publish = Callable[[Model, Sequence[NodeId], int], Awaitable[None]]
-# Tells nodes that will get a model to begin with its large files; see `Share.follow`.
-Announce = Callable[[PullRequest, Sequence[Descriptor]], None]
+# Tells nodes that will get a model to begin with its large files, and which they are.
+Announce = Callable[[PullRequest, Sequence[Descriptor]], Sequence[NodeId]]
+# Tells them that nothing more comes from here.
+Withdraw = Callable[[str, Sequence[NodeId]], None]
 
 
 class Pulls:
@@ -99,6 +101,7 @@ class Pulls:
         table: TransferTable,
         publish: Publish,
         announce: Announce,
+        withdraw: Withdraw,
         running: Callable[[str], Awaitable[Transfer | None]],
         transfer: Callable[[str], Awaitable[Transfer | None]],
         cancel: Callable[[str], Awaitable[None]],
@@ -110,6 +113,7 @@ class Pulls:
         self._table = table
         self._publish = publish
         self._announce = announce
+        self._withdraw = withdraw
         self._running = running
         self._transfer = transfer
         self._cancel = cancel
@@ -268,15 +272,20 @@ class Pulls:
     async def _bring(
         self, request: PullRequest, wanted: Wanted, report: Callable[[Step], None]
     ) -> None:
+        told: list[NodeId] = []
         async with self._store.pins.hold() as hold:
-            model = await self._bringer.bring(
-                wanted,
-                request.name,
-                hold,
-                report,
-                lambda files: self._announce(request, files),
-            )
-            await self._publish(model, request.nodes, request.replicas)
+            try:
+                model = await self._bringer.bring(
+                    wanted,
+                    request.name,
+                    hold,
+                    report,
+                    lambda files: told.extend(self._announce(request, files)),
+                )
+                await self._publish(model, request.nodes, request.replicas)
+            except BaseException:
+                self._withdraw(request.key, told)
+                raise
 
     async def _hand_on(
         self, request: PullRequest, transfer_id: str, error: SourceError | StoreError

@@ -18,6 +18,7 @@ from ollamad.core.ids import NodeId
 from ollamad.core.measures import Rate
 from ollamad.core.names import parse_name
 from ollamad.core.state import Model
+from ollamad.following import Following
 from ollamad.peers.identity import write_private
 from ollamad.store.errors import StoreError, StoreFull
 from ollamad.store.manifests import describe
@@ -72,6 +73,7 @@ class Share:
         self._fetcher = fetcher
         self._table = table
         self._unload = unload
+        self.following = Following(cluster=cluster, store=store, fetcher=fetcher, table=table)
         self._held_path = held_path
         self._owns_store = owns_store
         self.received = Rate()  # of copies from peers
@@ -90,6 +92,7 @@ class Share:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self._held = _read_held(self._held_path)
+            await nursery.start(self.following.run)
             task_status.started()
             if self._owns_store:
                 nursery.start_soon(self._collect_garbage)
@@ -236,6 +239,7 @@ class Share:
         try:
             with scope:
                 async with self._store.pins.hold(*(layer.digest for layer in model.layers)):
+                    await self.following.take_over(key)
                     await self._fetch_held(model, transfer_id)
                 self._table.complete(transfer_id)
                 self._retry_after.pop(key, None)

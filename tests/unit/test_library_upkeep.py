@@ -1,12 +1,13 @@
 """Models that were there before, pulls that go on after a restart, and blobs that rot."""
 
+import hashlib
 import random
 from pathlib import Path
 
 import pytest
 import trio
 
-from ollamad import adoption, pulls
+from ollamad import adoption, bringing, pulls
 from ollamad.core.commands import AskReplicas, SetDesired
 from ollamad.core.ids import NodeId
 from ollamad.core.pieces import MIB
@@ -158,6 +159,68 @@ async def test_nobody_gets_through(world: World) -> None:
     error = a.transfer(transfer_id).error
     assert "no route from A" in error
     assert "no route from B" in error
+
+
+# Following.
+
+
+@pytest.fixture
+def small_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bringing, "GROWING_BYTES", 1)
+
+
+def held_by(node: LibraryNode, digest: str) -> int:
+    """How many pieces of a blob that is on its way are here."""
+    blob = node.store._partials.get(digest)
+    return 0 if blob is None else sum(blob.have)
+
+
+@pytest.mark.usefixtures("small_counts")
+async def test_peers_fetch_while_the_origin_still_sends(world: World) -> None:
+    a, b = world.nodes[A], world.nodes[B]
+    digest = a.source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}"
+    a.source.gate = trio.Event()
+    await a.library.download(REFERENCE, nodes=[A, B])
+    # The last piece is to come: all others are at both nodes, and the model is nowhere yet.
+    await until(world.shared, lambda: held_by(b, digest) == 4)
+    assert world.models == {}
+    a.source.gate.set()
+    await until(world.shared, lambda: world.confirmed() == (A, B))
+    assert b.store.blob_path(digest).read_bytes() == LARGE
+    assert (a.source.fetches, b.source.fetches) == (1, 0)
+    await until(world.shared, lambda: {t.status for t in b.table.list()} == {"completed"})
+
+
+@pytest.mark.usefixtures("small_counts")
+async def test_who_follows_in_vain_is_told(world: World) -> None:
+    a, b = world.nodes[A], world.nodes[B]
+    digest = a.source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}"
+    a.source.gate = trio.Event()
+    transfer_id = await a.library.download(REFERENCE, nodes=[A, B])
+    await until(world.shared, lambda: held_by(b, digest) == 4)
+    await a.library.cancel(transfer_id)
+    await until(world.shared, lambda: [t.status for t in b.table.list()] == ["cancelled"])
+    assert await b.store.partials() == [digest]  # for the next time
+    a.source.gate = None
+    await a.library.download(REFERENCE, nodes=[A, B])
+    await until(world.shared, lambda: world.confirmed() == (A, B))
+
+
+@pytest.mark.usefixtures("small_counts")
+async def test_what_an_origin_sends_wrongly_stays_nowhere(world: World) -> None:
+    a, b = world.nodes[A], world.nodes[B]
+    digest = a.source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}"
+    a.source.content = LARGE[:-1] + bytes([LARGE[-1] ^ 1])
+    transfer_id = await a.library.download(REFERENCE, nodes=[A, B])
+    await until(world.shared, lambda: a.transfer(transfer_id).status == "failed")
+    await until(world.shared, lambda: all(t.finished_at for t in b.table.list()))
+    for node in (a, b):
+        assert not await node.store.has_blob(digest)
+    a.source.content = LARGE
+    await a.library.download(REFERENCE, nodes=[A, B])
+    await until(world.shared, lambda: world.confirmed() == (A, B))
+    for node in (a, b):
+        assert node.store.blob_path(digest).read_bytes() == LARGE
 
 
 # Rot.
