@@ -62,7 +62,7 @@ class Adoption:
             found = await (
                 self._store.shelved_manifests() if shelved else self._store.list_manifests()
             )
-        except StoreError as error:
+        except (StoreError, OSError) as error:
             log.warning("models that are there already cannot be listed: %s", error)
             return
         for stored in found:
@@ -75,7 +75,7 @@ class Adoption:
             except ServiceError as error:
                 log.info("%s is not adopted yet: %s", stored.name, error)
                 continue  # no quorum; the next scan tries again
-            except (StoreError, GgufError) as error:
+            except (StoreError, GgufError, OSError) as error:
                 log.warning("%s is there, but cannot be used: %s", stored.name, error)
             self._seen[key] = mark
             write_private(self._path, encode(self._seen))

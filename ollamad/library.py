@@ -183,7 +183,7 @@ class Library:
         A name that is taken is refused, unless the models are the same or `replace`.
         """
         async with self._store.pins.hold(*files.values(), *changes.adapters) as hold:
-            model = await self._build(name, files, changes)
+            plain, model = await self._build(name, files, changes)
             await hold.add(*(layer.digest for layer in model.layers))
             known = self._cluster.state.find_model(name)
             if known is not None and known.digest != model.digest and not replace:
@@ -197,10 +197,13 @@ class Library:
             await self._publish(model, (), 0)
         for digest in (*files.values(), *changes.adapters):
             self._store.pins.end_lease(digest)
+        await self._share.free({layer.digest for layer in plain.layers})  # what was in between
         return self._cluster.state.models[parse_name(name).key]
 
-    async def _build(self, name: str, files: Mapping[str, str], changes: Changes) -> Model:
-        """A model of uploaded blobs: weights, and perhaps projectors."""
+    async def _build(
+        self, name: str, files: Mapping[str, str], changes: Changes
+    ) -> tuple[Model, Model]:
+        """A model of uploaded blobs (weights, perhaps projectors): as it is, and with changes."""
         kinds: dict[str, list[str]] = {"model": [], "projector": [], "adapter": []}
         try:
             for digest in files.values():
@@ -217,7 +220,7 @@ class Library:
             model = await self._store.build_model(
                 name, kinds["model"][0], projectors=kinds["projector"]
             )
-            return await self._store.derive_model(name, model.manifest, changes)
+            return model, await self._store.derive_model(name, model.manifest, changes)
         except BlobMissing as error:
             raise ServiceError(400, "BLOB_NOT_FOUND", f"{error}; upload it first") from None
         except GgufError as error:

@@ -265,6 +265,9 @@ class Pulls:
         except (SourceError, ServiceError, StoreError, GgufError, OSError) as error:
             log.warning("pulling %s failed: %s", request.name, error)
             self._table.fail(transfer_id, str(error))
+        except Exception:  # what an origin makes us stumble over must not end the daemon
+            log.exception("pulling %s failed by a bug", request.name)
+            self._table.fail(transfer_id, "the pull failed by a bug, which is in the node's log")
         # Not when the daemon ends: then it is to go on.
         self._here.pop(request.key, None)
         self._remember()

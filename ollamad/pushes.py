@@ -88,6 +88,9 @@ class Pushes:
         except (SourceError, StoreError) as error:
             log.warning("pushing %s failed: %s", model.name, error)
             self._table.fail(transfer_id, str(error))
+        except Exception:  # as in `Pulls`
+            log.exception("pushing %s failed by a bug", model.name)
+            self._table.fail(transfer_id, "the push failed by a bug, which is in the node's log")
         finally:
             self._here.pop(destination, None)
 

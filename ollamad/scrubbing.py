@@ -98,7 +98,7 @@ class Scrubbing:
                 await self._lost(digest)
         except BlobMissing:
             await self._lost(digest)
-        except StoreError as error:
+        except (StoreError, OSError) as error:
             log.error("reading %s: %s", digest, error)
 
     def _layers(self) -> dict[str, Layer]:

@@ -102,7 +102,7 @@ class Share:
                 try:
                     await self._reconcile()
                     if self._unfreed:
-                        await self._free(self._unfreed)
+                        await self.free(self._unfreed)
                 except ServiceError as error:
                     log.info("models: %s", error)  # no quorum; the next round tries again
                 except StoreError as error:
@@ -144,7 +144,7 @@ class Share:
         finally:
             self._publishing.discard(key)
             self._cluster.changes.notify()
-        await self._free(before)
+        await self.free(before)
 
     def holds(self, key: str) -> bool:
         """Whether this node has a model of that name for the cluster, or is publishing one."""
@@ -270,7 +270,7 @@ class Share:
         await self._store.write_manifest(model.name, model.manifest)
         self._remember(key, model.digest)
         await self._confirm(model, present=True)
-        await self._free(before)
+        await self.free(before)
 
     async def _abandon(self, model: Model) -> None:
         """Free what came of a model that this node is not to have after all."""
@@ -278,7 +278,7 @@ class Share:
         for layer in model.layers:
             if layer.digest not in wanted:
                 await self._store.discard_partial(layer.digest)
-        await self._free({layer.digest for layer in model.layers})
+        await self.free({layer.digest for layer in model.layers})
 
     async def _fetch_layers(self, model: Model, transfer_id: str) -> None:
         before, begun = 0, trio.current_time()
@@ -337,7 +337,7 @@ class Share:
             return
         digests = await self._blobs_of(key)
         await self._store.delete_manifest(key)
-        freed = await self._free(digests)
+        freed = await self.free(digests)
         self._held.pop(key, None)
         self._write_held()
         log.info("%s is gone from this node; %.1f MB freed", key, freed / 1e6)
@@ -350,7 +350,7 @@ class Share:
             return set()
         return {blob.digest for blob in manifest.blobs}
 
-    async def _free(self, digests: set[str]) -> int:
+    async def free(self, digests: set[str]) -> int:
         """Remove those of the blobs that no model here needs; the bytes that it freed.
 
         Those that somebody holds now are tried again later.

@@ -129,6 +129,8 @@ class OriginClient:
         answered = False
         for _ in range(MAX_REDIRECTS + 2):
             sent = {"Accept-Encoding": "identity", **(headers or {})}
+            if origin != first:
+                sent.pop("Authorization", None)
             login = basic if origin == first and basic is not None else self._login(plain)
             if origin == first and credentials is not None and (value := credentials.header()):
                 sent["Authorization"] = value
@@ -151,8 +153,7 @@ class OriginClient:
                     continue
                 # What is sent is not sent to somebody else.
                 if response.has_redirect_location and method in ("GET", "HEAD"):
-                    plain = urllib.parse.urljoin(plain, response.headers["Location"])
-                    plain, _ = split_credentials(plain)
+                    plain, _ = split_credentials(join(plain, response.headers["Location"]))
                     origin = self._policy.check_redirect(origin, plain, vouched=vouched)
                     continue
                 yield response
@@ -314,6 +315,18 @@ async def unwinding(chunks: AsyncIterator[bytes]) -> AsyncGenerator[AsyncIterato
             scope.cancel()
             while await anext(chunks, None) is not None:
                 pass  # what was buffered; the next real read is the cancelled one
+
+
+def join(url: str, reference: str) -> str:
+    """Where a reference in an answer from `url` leads.
+
+    Raises:
+      OriginRefused: nowhere.
+    """
+    try:
+        return urllib.parse.urljoin(url, reference)
+    except ValueError:
+        raise OriginRefused(f"{shown(url)} leads to something that is no URL") from None
 
 
 def shown(url: str) -> str:

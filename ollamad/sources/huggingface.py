@@ -15,7 +15,7 @@ import msgspec
 
 from ollamad.core.names import DEFAULT_TAG, ModelName
 from ollamad.sources.base import NotFound, Offer, RemoteFile, SourceError
-from ollamad.sources.client import OriginClient
+from ollamad.sources.client import OriginClient, join
 
 HOSTS: Final = frozenset({"hf.co", "huggingface.co"})
 ENDPOINT: Final = "https://huggingface.co"
@@ -99,7 +99,7 @@ class HuggingFace:
             more = _NEXT.search(answer.headers.get("Link", ""))
             if more is None:
                 break
-            url = urllib.parse.urljoin(url, more[1])
+            url = join(url, more[1])
         return entries
 
     def _file(self, repository: str, entry: _Entry) -> RemoteFile:

@@ -15,7 +15,7 @@ import trio
 from ollamad.core.names import ModelName
 from ollamad.core.pieces import MIB
 from ollamad.sources.base import NotFound, OriginRefused, OriginUnreachable, Read, Sent, SourceError
-from ollamad.sources.client import OriginClient, TryAgain, check_status, explain, shown
+from ollamad.sources.client import OriginClient, TryAgain, check_status, explain, join, shown
 from ollamad.sources.policy import HostList, origin_of
 from ollamad.sources.registry import Registry, RegistryLogin
 
@@ -103,7 +103,7 @@ class Pusher:
         Raises:
           OriginRefused: on another host.
         """
-        place = urllib.parse.urljoin(url, str(answer.headers.get("Location", "")) or url)
+        place = join(url, str(answer.headers.get("Location", "")) or url)
         there, here = origin_of(place), origin_of(self._registry.base)
         if (there.host, there.port) != (here.host, here.port):
             raise OriginRefused(

@@ -180,7 +180,10 @@ async def test_files_are_told_apart_by_what_they_are(world: World) -> None:
     weights, adapter, projector = [
         await upload(world, A, data) for data in (gguf_bytes(), ADAPTER, PROJECTOR)
     ]
-    model = await library.create("sees", {"p": projector, "w": weights})
+    model = await library.create("sees", {"p": projector, "w": weights}, Changes(system="x"))
+    # Nothing is left of the steps in between.
+    named = {layer.digest for m in world.models.values() for layer in m.layers}
+    assert set(world.nodes[A].store._blob_files()) == named | {adapter}
     parts = await world.nodes[A].store.runtime_parts(model)
     assert parts.projector is not None
     for files, changes in (

@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from ollamad.core.pieces import MIB
 from ollamad.core.state import Model
 from ollamad.sources import client, ranges
 from ollamad.sources.base import NotFound, OriginRefused, OriginUnreachable, SourceError
+from ollamad.sources.huggingface import BearerToken
 from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.policy import Policy, parse_hosts
 from ollamad.sources.references import resolve_source
@@ -42,6 +45,7 @@ location /moved/ { rewrite ^/moved/(.*)$ http://localhost:PORT/$1 redirect; }
 location /here/ { rewrite ^/here/(.*)$ /$1 redirect; }
 location /round/ { rewrite ^ /round/x redirect; }
 location /inside/ { return 302 http://169.254.169.254/latest/meta-data; }
+location /nowhere/ { return 302 "http://[broken/x"; }
 location /secret/ { return 302 http://192.168.0.1/x.gguf; }
 """
 
@@ -140,6 +144,7 @@ async def test_what_is_no_model(server: Nginx, store: ModelStore) -> None:
         ("denied/a.gguf", SourceError, "refuses access"),
         ("absent.gguf", NotFound, "there is no"),
         ("round/a.gguf", SourceError, "redirects again and again"),
+        ("nowhere/a.gguf", OriginRefused, "leads to something that is no URL"),
     ],
 )
 async def test_errors_say_what_to_do(
@@ -330,6 +335,40 @@ async def test_plain_http_and_private_addresses_need_the_setting(
         OriginRefused, match=r"localhost:\d+ is at (127\.0\.0\.1|::1), which is not"
     ):
         await pull(store, url.replace("127.0.0.1", "localhost"), only_http)
+
+
+async def test_passwords_stay_with_their_host(server: Nginx) -> None:
+    """A redirect that is followed does not take them along."""
+    seen: list[str] = []
+
+    class Recorder(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers.get("Authorization", ""))
+            self.send_response(302 if self.path == "/first" else 200)
+            if self.path == "/first":
+                self.send_header("Location", f"http://localhost:{port}/second")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    recorder = ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
+    port = recorder.server_address[1]
+    thread = threading.Thread(target=recorder.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        policy = Policy(LOOPBACK.allow_http, LOOPBACK.allow_private, any_redirects=True)
+        async with client.OriginClient(policy) as origin:
+            await origin.document(f"http://me:pw@127.0.0.1:{port}/first")
+            await origin.document(f"http://127.0.0.1:{port}/first", {"Authorization": "Bearer x"})
+            token = BearerToken("t")
+            await origin.document(f"http://127.0.0.1:{port}/first", credentials=token)
+    finally:
+        recorder.shutdown()
+        thread.join()
+        recorder.server_close()
+    assert [value[:6] for value in seen] == ["Basic ", "", "Bearer", "", "Bearer", ""]
 
 
 # TLS and proxies.
