@@ -1,0 +1,165 @@
+"""Models from real servers into a real cluster: a registry, a slow link, Modelfiles, an Ollama."""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.gguf_files import LLAMA, gguf_bytes
+from tests.fakes.origin_servers import Nginx, RegistryServer, nginx, registry_server
+from tests.system.conftest import open_cluster
+from tests.system.harness import Cluster, Node, ok, run_cli, wait_until
+from tests.system.test_pull import end_of, pull
+
+MIB = 1 << 20
+LARGE = gguf_bytes(tensors={"w": ((4096, 2048), 0)}, fill=random.Random(5).randbytes(32 * MIB))
+HEX = hashlib.sha256(LARGE).hexdigest()
+SLOW = "location /slow/ { alias ROOT/; limit_rate 1m; limit_rate_after 1m; }"
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServer]:
+    with registry_server(tmp_path_factory.mktemp("registry")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
+    directory = tmp_path_factory.mktemp("web")
+    with nginx(directory, SLOW.replace("ROOT", str(directory / "www"))) as server:
+        (server.root / "large.gguf").write_bytes(LARGE)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes that may ask this machine, without TLS."""
+    settings = {
+        "OLLAMAD_SOURCES__ALLOW_HTTP": "127.0.0.1",
+        "OLLAMAD_SOURCES__ALLOW_PRIVATE": "127.0.0.0/8",
+        "OLLAMAD_SOURCES__CONNECTIONS": "2",
+    }
+    for cluster in open_cluster(tmp_path_factory, **settings):
+        cluster.found()
+        cluster.grow()
+        yield cluster
+
+
+def blobs(node: Node) -> dict[str, int]:
+    """The files of a node's store by their names, and their sizes."""
+    return {p.name: p.stat().st_size for p in (node.data_dir / "models" / "blobs").iterdir()}
+
+
+def asked_pieces(web: Nginx, since: int = 0) -> list[int]:
+    """The pieces that were asked for, by the server's log."""
+    pieces: list[int] = []
+    for line in web.requests("/slow/large.gguf")[since:]:
+        first, _, last = line.split('"')[1].removeprefix("bytes=").partition("-")
+        if last != "0":
+            pieces += range(int(first) // MIB, int(last) // MIB + 1)
+    return pieces
+
+
+def test_a_model_is_made_pushed_deleted_and_pulled_again(
+    two: Cluster, registry: RegistryServer, tmp_path: Path
+) -> None:
+    first, second = two.nodes
+    (tmp_path / "weights.gguf").write_bytes(gguf_bytes(LLAMA | {"general.name": "mine"}))
+    (tmp_path / "Modelfile").write_text(
+        'FROM ./weights.gguf\nSYSTEM """Be brief."""\nPARAMETER stop END\nLICENSE MIT\n'
+    )
+    made = run_cli(first, "models", "create", "mine", "-f", str(tmp_path / "Modelfile"))
+    assert made.returncode == 0, made.stderr
+    name = f"{registry.host}/me/mine:1"
+    pushed = run_cli(second, "models", "push", "mine", name)
+    assert pushed.returncode == 0, pushed.stderr
+    digest = first.get("/models/mine")["model"]["digest"]
+    first.delete("/models/mine")
+    for node in two.nodes:
+        wait_until("its blobs are gone", lambda n=node: not blobs(n))
+    pulled = run_cli(second, "models", "pull", name)
+    assert pulled.returncode == 0, pulled.stderr
+    two.wait_replicas(name, two.nodes)
+    shown = first.get(f"/models/{name.replace('/', '%2F')}")["model"]
+    assert shown["digest"] == digest
+    assert (shown["system"], shown["license"]) == ("Be brief.", "MIT")
+    printed = run_cli(first, "models", "show", name, "--modelfile")
+    assert 'PARAMETER stop "END"' in printed.stdout
+    first.delete(f"/models/{name.replace('/', '%2F')}")
+
+
+def test_a_killed_pull_goes_on_by_itself_and_each_piece_comes_once(
+    two: Cluster, web: Nginx
+) -> None:
+    """The second node follows meanwhile, and gets the model from the first."""
+    first, second = two.nodes
+    source = f"{web.url}/slow/large.gguf#sha256={HEX}"
+    transfer_id = pull(first, "large", source=source)
+    puller = first if transfer_id.startswith(first.id[:6]) else second
+    other = second if puller is first else first
+
+    def done(node: Node) -> int:
+        moving = [t for t in node.get("/transfers")["transfers"] if t["node_id"] == node.id]
+        return max((t["bytes_done"] for t in moving if "large" in t["model_name"]), default=0)
+
+    wait_until("both have some of it", lambda: done(puller) > 8 * MIB and done(other) > 4 * MIB)
+    puller.kill()
+    proved = done(other) // MIB  # what the follower has was proved at the puller
+    assert proved >= 4
+    seen = len(web.requests("/slow/large.gguf"))
+    before = set(asked_pieces(web))
+    puller.start()
+    asked = other.request
+    wait_until("it is whole", lambda: asked("GET", "/models/large").status_code == 200, 120)
+    two.wait_replicas("large", two.nodes, 90)
+    again = [piece for piece in asked_pieces(web, seen) if piece in before]
+    # Twice came only what was under way when it was killed, or had just been asked for.
+    fully = web.bytes_sent("/slow/large.gguf")
+    assert fully < len(LARGE) + 6 * MIB, (fully, again)
+    for node in two.nodes:
+        assert blobs(node)[f"sha256-{HEX}"] == len(LARGE)
+        path = node.data_dir / "models" / "blobs" / f"sha256-{HEX}"
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == HEX
+    first.delete("/models/large")
+
+
+def test_what_is_not_allowed_is_told_with_its_setting(two: Cluster) -> None:
+    node = two.nodes[0]
+    for source, words in (
+        ("http://10.0.0.1/x.gguf", "sources.allow_http: 10.0.0.1"),
+        ("https://169.254.169.254/latest", "sources.allow_private: 169.254.169.254"),
+        ("/etc/passwd", "sources.local_files"),
+    ):
+        ended = end_of(node, pull(node, "refused", source=source))
+        assert ended["status"] == "failed"
+        assert words in ended["error"]
+
+
+def test_an_ollamas_directory_is_adopted_and_only_read(
+    tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path
+) -> None:
+    ollama = tmp_path_factory.mktemp("ollama")
+    for cluster in open_cluster(tmp_path_factory):
+        donor = cluster.found()  # what an Ollama would have written
+        donor.import_model(smollm2_path, "adopted")
+        manifests = donor.data_dir / "models"
+        donor.stop()
+        manifests.rename(ollama / "models")
+    before = {p: p.stat().st_mtime_ns for p in (ollama / "models").rglob("*")}
+    settings = {
+        "OLLAMA_MODELS": str(ollama / "models"),
+        "OLLAMAD_MODELS__READ_ONLY": "true",
+    }
+    for cluster in open_cluster(tmp_path_factory, **settings):
+        node = cluster.found()
+        cluster.wait_replicas("adopted", [node])
+        asked = {"model": "adopted", "prompt": "The capital of France is", "raw": True}
+        options = {"temperature": 0, "num_predict": 4, "num_thread": 1}
+        assert "Paris" in ok(node.answer("/generate", options=options, **asked))["response"]
+        node.post("/models/adopted/copy", {"destination": "mine"})
+        node.delete("/models/adopted")
+        node.restart()
+        assert [m["name"] for m in node.get("/models")["models"]] == ["mine:latest"]
+    assert {p: p.stat().st_mtime_ns for p in (ollama / "models").rglob("*")} == before
