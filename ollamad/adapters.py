@@ -1,7 +1,7 @@
 """Fits parts to each other that do not know each other: engine to scheduler, host to API."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 
@@ -38,12 +38,15 @@ class LocalEngine:
 
     @asynccontextmanager
     async def generate(self, model: Model, request: GenerateRequest) -> AsyncIterator[EventSource]:
-        spec = await self._spec(model)
-        async with self._engine.generate(spec, request) as events:
-            yield _OnDemand(events)
+        # Held, so that no file of it is freed before a runner has opened it.
+        async with self._held(model):
+            spec = await self._spec(model)
+            async with self._engine.generate(spec, request) as events:
+                yield _OnDemand(events)
 
     async def embed(self, model: Model, request: EmbedRequest) -> Embeddings:
-        return await self._engine.embed(await self._spec(model), request)
+        async with self._held(model):
+            return await self._engine.embed(await self._spec(model), request)
 
     async def choice(self, model: Model) -> Choice:
         """The engine that runs a model here; without a name if none does, and why."""
@@ -51,6 +54,9 @@ class LocalEngine:
             return self._engine.choice(await self._spec(model))
         except InferenceError as error:
             return Choice("", error.failure.message)
+
+    def _held(self, model: Model) -> AbstractAsyncContextManager[object]:
+        return self._store.pins.hold(*(layer.digest for layer in model.layers))
 
     async def _spec(self, model: Model) -> ModelSpec:
         try:

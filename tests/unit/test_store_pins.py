@@ -1,11 +1,16 @@
 """Freeing never meets a hold: not one from before, not one that comes in the middle."""
 
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from ollamad.adapters import LocalEngine
+from ollamad.core.inference import GenerateRequest
+from ollamad.engine.spec import ModelSpec
 from ollamad.store import models
 from ollamad.store.models import ModelStore
 from ollamad.store.pins import Pins
@@ -166,3 +171,31 @@ async def test_shelves_are_read_and_never_written(tmp_path: Path) -> None:
     assert not await theirs.has_blob(more.layers[-1].digest)
     assert await ours.has_blob(more.layers[-1].digest)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "ollama").rglob("*")} == before
+
+
+class Loading:
+    """An engine that is about to open the model's file."""
+
+    def __init__(self, while_loading: Callable[[], Awaitable[None]]) -> None:
+        self._while_loading = while_loading
+
+    @asynccontextmanager
+    async def generate(self, spec: ModelSpec, request: GenerateRequest) -> AsyncIterator[None]:
+        await self._while_loading()
+        assert await trio.Path(spec.gguf_path).read_bytes() == gguf_bytes()
+        yield
+
+
+async def test_a_model_that_is_being_loaded_keeps_its_files(store: ModelStore) -> None:
+    """It is dropped in the moment between finding its file and opening it."""
+    digest, _ = await store.put_bytes(gguf_bytes())
+    model = await store.build_model("tiny", digest)
+
+    async def drop() -> None:
+        freed = await store.free(lambda: (), among=[digest], grace_s=0)
+        assert freed == models.Freed(0, frozenset({digest}))
+
+    engine = LocalEngine(Loading(drop), store)  # type: ignore[arg-type]
+    async with engine.generate(model, GenerateRequest(model="tiny")):
+        pass
+    assert (await store.free(lambda: (), among=[digest], grace_s=0)).size > 0
