@@ -23,7 +23,6 @@ from ollamad.core.inference import (
     InferenceError,
     LoadedModel,
     Options,
-    Output,
 )
 from ollamad.core.weights import Choice
 from ollamad.engine.accelerators import NO_ACCELERATORS, Accelerators
@@ -32,7 +31,7 @@ from ollamad.engine.chat import ChatAssembler
 from ollamad.engine.llama_client import CompletionEvent, RunnerGone, RunnerRefused, Timings
 from ollamad.engine.pool import Resident, RunnerPool, queue_full
 from ollamad.engine.process import Runner
-from ollamad.engine.prompt import read_prompt, template_arguments, too_long
+from ollamad.engine.prompt import Prompt, prompt_ids, read_prompt, template_arguments, too_long
 from ollamad.engine.sampling import chat_body, completion_body, json_schema, token_limit
 from ollamad.engine.spec import (
     EngineSettings,
@@ -49,6 +48,7 @@ EMBED_GROUP_TOKENS = 8192
 MAX_SPELLINGS = 1024  # remembered of one model's untold tokens, a few hundred bytes each
 MAX_SCHEMAS = 64  # remembered of one model, some kilobytes each
 NS_PER_MS = 1_000_000
+TOO_LONG = "exceed_context_size_error"  # llama.cpp's word for a prompt that is
 NO_OPTIONS = Options()
 
 
@@ -184,72 +184,19 @@ class Engine:
             async with self._resident(spec, config, request.keep_alive_s) as resident:
                 load_duration = time.perf_counter_ns() - started
                 async with _slot(resident, self._settings.max_queue):
-                    prompt = await read_prompt(resident.runner, request, spec, config)
-                    if request.only_counts:
-                        yield Finished("stop", prompt_eval_count=prompt.length)
-                        return
                     schema = json_schema(request.format)
                     await _check_schema(resident.runner, schema)
-                    limit = token_limit(options, config.context_length)
-                    if not request.shift:
-                        limit = min(limit, config.context_length - len(prompt.ids))
-                    if request.is_parsed:
-                        body = chat_body(
-                            template_arguments(request, prompt.messages),
-                            request,
-                            options,
-                            limit,
-                            schema,
-                        )
-                        chat = ChatAssembler(request.logprobs)
-                        async with contextlib.aclosing(
-                            _chat(resident.runner, body, chat)
-                        ) as outputs:
-                            async for output in outputs:
-                                yield output
-                        self._pool.finished_well(resident)
-                        yield _chat_finished(chat, started, load_duration)
-                        return
-                    ids = [*prompt.ids, *request.resume]
-                    limit -= len(request.resume)
-                    if request.resume and (len(ids) >= config.context_length or limit <= 0):
-                        # The answer was complete but for the word that it is.
-                        yield Finished("length", context=_context(request, ids))
-                        return
-                    body = completion_body(
-                        await prompt.asked(resident.runner, request.resume),
-                        request,
-                        options,
-                        limit,
-                        schema,
-                    )
-                    emitted: list[int] = []
-                    stream = await resident.runner.client.open_completion(body)
-                    try:
-                        assembler = Assembler(request.logprobs)
-                        while not (event := await stream.receive()).stop:
-                            for piece in assembler.feed(event):
-                                chunk = await _complete(resident.runner, piece)
-                                emitted += chunk.tokens
-                                yield chunk
-                    finally:
-                        stream.close()
-                    pieces, kept = assembler.finish(event.stop_type)
-                    if kept:
-                        text = await resident.runner.client.detokenize(kept)
-                        pieces.append(Chunk(text, tuple(kept), assembler.likely))
-                    for piece in pieces:
-                        chunk = await _complete(resident.runner, piece)
-                        emitted += chunk.tokens
-                        yield chunk
-                self._pool.finished_well(resident)
-                yield _finished(
-                    event,
-                    started,
-                    load_duration,
-                    _context(request, [*ids, *emitted]),
-                    resumed=len(request.resume),
-                )
+                    work = _Work(resident.runner, spec, request, options, config, schema)
+                    async with contextlib.aclosing(work.events()) as events:
+                        async for event in events:
+                            if isinstance(event, Finished):
+                                self._pool.finished_well(resident)
+                                event = msgspec.structs.replace(
+                                    event,
+                                    total_duration=time.perf_counter_ns() - started,
+                                    load_duration=load_duration,
+                                )
+                            yield event
         except InferenceError as error:
             yield error.failure
 
@@ -266,6 +213,114 @@ class Engine:
             total_duration=duration,
             load_duration=duration if reason == "load" else 0,
         )
+
+
+class _Work:
+    """One generation of a runner that has a slot for it; durations are told by who owns it."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        spec: ModelSpec,
+        request: GenerateRequest,
+        options: Options,
+        config: RunnerConfig,
+        schema: msgspec.Raw | None,
+    ) -> None:
+        self._runner = runner
+        self._spec = spec
+        self._request = request
+        self._options = options
+        self._config = config
+        self._schema = schema
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        request = self._request
+        # What needs the prompt's ids or its length beforehand.
+        exactly = bool(request.resume or request.context or request.only_counts)
+        exactly = exactly or not request.shift
+        if not exactly:
+            try:
+                async with contextlib.aclosing(self._attempt(exactly=False)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except RunnerRefused as refusal:
+                if refusal.error.type != TOO_LONG:
+                    raise
+            # Nothing was said yet: what is too long is refused before it is read.
+        async with contextlib.aclosing(self._attempt(exactly=True)) as events:
+            async for event in events:
+                yield event
+
+    async def _attempt(self, *, exactly: bool) -> AsyncGenerator[Event, None]:
+        request, config = self._request, self._config
+        prompt = await read_prompt(self._runner, request, self._spec, config, exactly=exactly)
+        if request.only_counts:
+            yield Finished("stop", prompt_eval_count=prompt.length)
+            return
+        limit = token_limit(self._options, config.context_length)
+        if not request.shift:
+            limit = min(limit, config.context_length - len(prompt.ids))
+        if request.is_parsed:
+            arguments = template_arguments(request, prompt.messages)
+            body = chat_body(arguments, request, self._options, limit, self._schema)
+            answer = self._chat(body)
+        else:
+            answer = self._complete(prompt, limit)
+        async with contextlib.aclosing(answer) as events:
+            async for event in events:
+                yield event
+
+    async def _chat(self, body: bytes) -> AsyncGenerator[Event, None]:
+        """An answer whose thoughts and calls are told apart."""
+        assembler = ChatAssembler(self._request.logprobs)
+        stream = await self._runner.client.open_chat(body)
+        try:
+            while (event := await stream.receive()) is not None:
+                for output in assembler.feed(event):
+                    yield output
+        finally:
+            stream.close()
+        yield _chat_finished(assembler)
+
+    async def _complete(self, prompt: Prompt, limit: int) -> AsyncGenerator[Event, None]:
+        """An answer token by token."""
+        request, runner = self._request, self._runner
+        resumed = len(request.resume)
+        limit -= resumed
+        if resumed:
+            is_full = len(prompt.ids) + resumed >= self._config.context_length
+            if is_full or limit <= 0:
+                # The answer was complete but for the word that it is.
+                ids = (*prompt.ids, *request.resume)
+                yield Finished("length", context=ids if _can_go_on(request) else ())
+                return
+        asked = await prompt.asked(runner, request.resume)
+        body = completion_body(asked, request, self._options, limit, self._schema)
+        emitted: list[int] = []
+        stream = await runner.client.open_completion(body)
+        try:
+            assembler = Assembler(request.logprobs)
+            while not (event := await stream.receive()).stop:
+                for piece in assembler.feed(event):
+                    chunk = await _complete(runner, piece)
+                    emitted += chunk.tokens
+                    yield chunk
+        finally:
+            stream.close()
+        pieces, kept = assembler.finish(event.stop_type)
+        if kept:
+            text = await runner.client.detokenize(kept)
+            pieces.append(Chunk(text, tuple(kept), assembler.likely))
+        for piece in pieces:
+            chunk = await _complete(runner, piece)
+            emitted += chunk.tokens
+            yield chunk
+        context: tuple[int, ...] = ()
+        if _can_go_on(request):
+            context = (*await prompt_ids(runner, prompt), *request.resume, *emitted)
+        yield _finished(event, context, resumed=resumed)
 
 
 class _Events(trio.abc.ReceiveChannel[Event]):
@@ -386,23 +441,9 @@ async def _embedding_inputs(resident: Resident, request: EmbedRequest) -> list[l
     return inputs
 
 
-async def _chat(
-    runner: Runner, body: bytes, assembler: ChatAssembler
-) -> AsyncGenerator[Output, None]:
-    stream = await runner.client.open_chat(body)
-    try:
-        while (event := await stream.receive()) is not None:
-            for output in assembler.feed(event):
-                yield output
-    finally:
-        stream.close()
-
-
-def _chat_finished(chat: ChatAssembler, started: int, load_duration: int) -> Finished:
+def _chat_finished(chat: ChatAssembler) -> Finished:
     return Finished(
         reason="length" if chat.reason == "length" else "stop",
-        total_duration=time.perf_counter_ns() - started,
-        load_duration=load_duration,
         prompt_eval_count=chat.usage.prompt_tokens,
         prompt_eval_duration=int(chat.timings.prompt_ms * NS_PER_MS),
         eval_count=chat.usage.completion_tokens,
@@ -411,25 +452,15 @@ def _chat_finished(chat: ChatAssembler, started: int, load_duration: int) -> Fin
     )
 
 
-def _context(request: GenerateRequest, ids: list[int]) -> tuple[int, ...]:
-    """What a later request can go on from: token ids cannot tell an image."""
-    can_go_on = request.messages is None and not request.raw and not request.images
-    return tuple(ids) if can_go_on else ()
+def _can_go_on(request: GenerateRequest) -> bool:
+    """Whether a later request can go on from the ids of this one: they cannot tell an image."""
+    return request.messages is None and not request.raw and not request.images
 
 
-def _finished(
-    event: CompletionEvent,
-    started: int,
-    load_duration: int,
-    context: tuple[int, ...],
-    *,
-    resumed: int,
-) -> Finished:
+def _finished(event: CompletionEvent, context: tuple[int, ...], *, resumed: int) -> Finished:
     timings = event.timings or Timings()
     return Finished(
         reason="length" if event.stop_type == "limit" else "stop",
-        total_duration=time.perf_counter_ns() - started,
-        load_duration=load_duration,
         prompt_eval_count=event.tokens_evaluated - resumed,
         prompt_eval_duration=int(timings.prompt_ms * NS_PER_MS),
         eval_count=event.tokens_predicted,
@@ -443,7 +474,7 @@ def _finished(
 def _translated(refusal: RunnerRefused) -> InferenceError:
     """What the client should see of an error that the runner answered with."""
     error = refusal.error
-    if error.type == "exceed_context_size_error":
+    if error.type == TOO_LONG:
         return too_long(error.n_prompt_tokens, error.n_ctx)
     if 400 <= refusal.status < 500:
         return InferenceError(Failed(code="INVALID_REQUEST", message=error.message, status=400))

@@ -68,6 +68,7 @@ class Runner:
         self.exited = trio.Event()
         self.empty_prompt: list[int] = []  # what the tokenizer makes of nothing: mostly BOS
         self.spellings: dict[Gap, tuple[int, ...]] = {}  # ids that were looked up before
+        self.bos_text: str | None = None  # of that, if it is one token; once it was asked for
         self.media_marker = ""  # for an image in a prompt, once it was asked for
         self.infill: tuple[int, int, int] | None = None  # tokens for filling in, if it has them,
         self.infill_known = False  # which was looked up

@@ -42,18 +42,24 @@ _renderers = trio.CapacityLimiter(2)  # threads: a long chat must not hold the e
 class Prompt(NamedTuple):
     """What the model reads: the token ids, and the messages that they stand for.
 
-    With images there is a text instead, with a marker where each of them belongs.
+    With images there is a text instead, with a marker where each of them belongs; also where
+    nobody asked for the ids.
     """
 
     ids: list[int]
     messages: list[Message]  # none when the prompt is raw
-    length: int  # in tokens; only about so many if there are images
+    length: int  # in tokens; only about so many if there are images, 0 if nobody asked
     text: str = ""
     images: tuple[bytes, ...] = ()
 
-    async def asked(self, runner: Runner, resume: Sequence[int]) -> list[int] | dict[str, Any]:
+    async def asked(
+        self, runner: Runner, resume: Sequence[int]
+    ) -> list[int] | str | dict[str, Any]:
         """The prompt as the runner is asked, behind which the answer begins with `resume`."""
         if not self.images:
+            if self.text and not resume:
+                bos = await _bos_text(runner)
+                return self.text.removeprefix(bos) if bos else self.text
             return [*self.ids, *resume]
         begun = await runner.client.detokenize(resume) if resume else ""
         return {
@@ -63,9 +69,17 @@ class Prompt(NamedTuple):
 
 
 async def read_prompt(
-    runner: Runner, request: GenerateRequest, spec: ModelSpec, config: RunnerConfig
+    runner: Runner,
+    request: GenerateRequest,
+    spec: ModelSpec,
+    config: RunnerConfig,
+    *,
+    exactly: bool = True,
 ) -> Prompt:
     """The prompt of a request, with room for a token of the answer.
+
+    If not `exactly`, the ids are left to the runner, and it may be too long: the runner will say
+    so. That is the quick way, since each question to the runner delays the first token.
 
     Raises:
       InferenceError: the prompt is too long (and nothing may be dropped), its template is wrong,
@@ -76,6 +90,13 @@ async def read_prompt(
         raise _cannot(spec, "vision")
     template = None if request.is_parsed else _template_of(request, spec)
     reader = _Reader(runner, request, template)
+    if not exactly and not request.suffix and not request.has_images:
+        if request.raw:
+            return Prompt([], [], 0, request.prompt)
+        messages = _conversation(request, spec)
+        # With thoughts and calls to be told apart, llama.cpp makes the prompt itself.
+        text = "" if request.is_parsed else await reader.render(messages)
+        return Prompt([], messages, 0, text)
     if request.suffix:
         ids = await reader.infill(spec)
         return _checked(Prompt(ids, [], len(ids)), limit)
@@ -241,6 +262,21 @@ def _cannot(spec: ModelSpec, capability: str) -> InferenceError:
     message = f"{parse_name(spec.name).full} does not support {capability}"
     details: dict[str, Any] = {"model": spec.name, "capability": capability}
     return InferenceError(Failed("NOT_SUPPORTED", message, 400, details))
+
+
+async def _bos_text(runner: Runner) -> str:
+    """The text of what the tokenizer puts before everything; empty if that is nothing."""
+    if runner.bos_text is None:
+        is_one = len(runner.empty_prompt) == 1
+        runner.bos_text = await runner.client.detokenize(runner.empty_prompt) if is_one else ""
+    return runner.bos_text
+
+
+async def prompt_ids(runner: Runner, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt, looked up if nobody asked for them before."""
+    if prompt.text and not prompt.images:
+        return await _tokenize(runner, prompt.text, False)
+    return prompt.ids
 
 
 async def _tokenize(runner: Runner, text: str, continued: bool) -> list[int]:

@@ -35,7 +35,7 @@ _ANY_JSON_OBJECT = msgspec.Raw(b'{"type":"object"}')
 
 
 def completion_body(
-    prompt: Sequence[int] | dict[str, Any],
+    prompt: Sequence[int] | str | dict[str, Any],
     request: GenerateRequest,
     options: Options,
     limit: int,
@@ -43,7 +43,7 @@ def completion_body(
 ) -> bytes:
     """The JSON body that asks the runner for a streamed completion of at most `limit` tokens.
 
-    The prompt is token ids, or text with images.
+    The prompt is token ids, a text, or a text with images.
     """
     body = _sampling(request, options, limit, schema)
     body |= {"prompt": prompt, "return_tokens": True}

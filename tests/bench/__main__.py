@@ -8,6 +8,7 @@ BENCHMARKS = (
     ("a decision of routing among 1,000 nodes", "bench_decisions"),
     ("conversations on three nodes, by policy of routing", "bench_routing"),
     ("time without a token when a node is lost", "bench_failover"),
+    ("what each surface adds to the runner", "bench_surfaces"),
     ("commits: latency, throughput, failover", "bench_raft"),
     ("memory: estimated, used, corrected", "bench_memory"),
     ("/health and /nodes, against a bare ASGI app", "bench_http"),

@@ -30,6 +30,7 @@ import msgspec
 import trio
 
 BOS = 1
+BOS_TEXT = "<s>"
 MARKER = "[image]"
 WIDTH = 3  # of the embeddings
 
@@ -78,8 +79,14 @@ class FakeRunner:
                 question = msgspec.json.decode(body) if body else {}
                 target = request.target.decode()
                 prompt = question.get("prompt", [])
-                refuses = "refuse" in ("" if isinstance(prompt, dict) else text_of(prompt))
-                if question.get("stream") and not refuses:
+                told = prompt if isinstance(prompt, str | dict) else text_of(prompt)
+                refuses = "refuse" in told
+                length = self.length_of(question)
+                if question.get("stream") and length >= self.arguments.ctx:
+                    error = {"type": "exceed_context_size_error", "message": "too long"}
+                    error |= {"n_prompt_tokens": length, "n_ctx": self.arguments.ctx}
+                    await answer(400, {"error": error})
+                elif question.get("stream") and not refuses:
                     headers = [("Transfer-Encoding", "chunked")]
                     await send(h11.Response(status_code=200, headers=headers))
                     self.processing += 1
@@ -104,11 +111,11 @@ class FakeRunner:
                 count = self.arguments.parallel
                 return 200, [{"id": i, "is_processing": i < self.processing} for i in range(count)]
             case "/tokenize":
-                text = question["content"]
-                ids = self.behaviour.spellings.get(text) or [ord(character) for character in text]
-                return 200, {"tokens": [BOS] * question["add_special"] + ids}
+                ids = self.tokens_of(question["content"], add_special=question["add_special"])
+                return 200, {"tokens": ids}
             case "/detokenize":
-                return 200, {"content": text_of(question["tokens"])}
+                is_bos = question["tokens"] == [BOS]
+                return 200, {"content": BOS_TEXT if is_bos else text_of(question["tokens"])}
             case "/apply-template":
                 lines = [f"{m['role']}:{m['content']}\n" for m in question["messages"]]
                 return 200, {"prompt": "".join(lines)}
@@ -126,6 +133,19 @@ class FakeRunner:
             case _:
                 return 400, {"error": {"code": 400, "message": "failed to parse grammar"}}
 
+    def length_of(self, question: dict[str, Any]) -> int:
+        """How many tokens a streamed answer has to read; 0 where that is not looked at."""
+        match question:
+            case {"prompt": str(text)}:
+                return len(self.tokens_of(text, add_special=True))
+            case {"messages": list(messages), "stream": True}:
+                return sum(len(str(m["content"])) + len(m["role"]) + 2 for m in messages)
+        return 0
+
+    def tokens_of(self, text: str, *, add_special: bool) -> list[int]:
+        spelling = self.behaviour.spellings.get(text)
+        return [BOS] * add_special + (spelling or [ord(character) for character in text])
+
     async def chat(self, question: dict[str, Any], send: Any) -> None:
         echo = {"choices": [{"delta": {"content": msgspec.json.encode(question).decode()}}]}
         for event in self.behaviour.chat or [echo]:
@@ -134,6 +154,8 @@ class FakeRunner:
 
     async def complete(self, question: dict[str, Any], send: Any) -> None:
         asked = question["prompt"]
+        if isinstance(asked, str):
+            asked = self.tokens_of(asked, add_special=True)
         if isinstance(asked, dict):  # with pictures, which are told by their numbers
             pictures = [f"<{base64.b64decode(each).decode()}>" for each in asked["multimodal_data"]]
             text = asked["prompt_string"]
@@ -207,6 +229,7 @@ if __name__ == "__main__":
     parser.add_argument("--socket")
     parser.add_argument("--model")
     parser.add_argument("--parallel", type=int)
+    parser.add_argument("--ctx", type=int)
     parser.add_argument("--list-devices", action="store_true")
     if parser.parse_known_args()[0].list_devices:
         print("CPU: a processor\nCUDA0: a GPU")
