@@ -11,7 +11,7 @@ import trio
 
 import ollamad
 from ollamad.api.asgi import Reply
-from ollamad.api.bodies import invalid
+from ollamad.api.bodies import checked_template, invalid
 from ollamad.api.calls import Call, reply, rfc3339
 from ollamad.api.conversation import read_messages
 from ollamad.api.descriptions import model_info, shown_texts
@@ -270,12 +270,8 @@ async def _until_listed(call: Call, transfer: Transfer) -> None:
 
 
 def _changes(body: CreateBody) -> Changes:
-    if body.template and "{%" not in body.template:
-        raise invalid(
-            "template",
-            "template must be a Jinja template: Go templates are not supported. Leave it out, and "
-            "the template in the model's file is used",
-        )
+    if body.template and "{%" not in body.template:  # else it is Jinja, which the runner reads
+        checked_template(body.template)
     read_options(body.parameters)
     licenses = (body.license,) if isinstance(body.license, str) else body.license or ()
     return Changes(

@@ -16,7 +16,10 @@ from typing import Any
 import httpx
 import ollama
 import pytest
+import trio
 
+from tests.fakes import ollama_templates as published
+from tests.fakes.chat_templates import THINKING, TOOLS
 from tests.fakes.gguf_files import LLAMA, gguf_bytes, write_gguf
 from tests.fakes.package_index import PackageIndex, wheel_bytes
 from tests.system.conftest import open_cluster
@@ -29,47 +32,6 @@ LONG = GREEDY | {"num_predict": 1500, "stop": ["no such text"]}
 CAPITAL = "The capital of France is"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 JINJA = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
-
-# As models that call functions have it.
-TOOLS = r"""
-{%- if tools %}
-{{- '<|im_start|>system\nYou may call tools.\n# Tools\n<tools>' }}
-{%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}
-{{- '\n</tools>\nFor each function call, return a JSON object within <tool_call></tool_call> ' }}
-{{- 'tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n' }}
-{{- '</tool_call><|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages %}
-{%- if message.role == 'assistant' and message.tool_calls %}
-{{- '<|im_start|>assistant\n' }}{%- if message.content %}{{- message.content }}{%- endif %}
-{%- for tool_call in message.tool_calls %}
-{{- '\n<tool_call>\n{"name": "' }}{{- tool_call.function.name }}{{- '", "arguments": ' }}
-{{- tool_call.function.arguments | tojson }}{{- '}\n</tool_call>' }}
-{%- endfor %}{{- '<|im_end|>\n' }}
-{%- elif message.role == 'tool' %}
-{{- '<|im_start|>user\n<tool_response>\n' + message.content }}
-{{- '\n</tool_response><|im_end|>\n' }}
-{%- else %}
-{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-# As models that think have it.
-THINKING = """\
-{%- for m in messages %}<|im_start|>{{ m.role }}
-{% if m.reasoning_content %}<think>
-{{ m.reasoning_content }}
-</think>
-
-{% endif %}{{ m.content }}<|im_end|>
-{% endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% if enable_thinking is defined and enable_thinking is false %}<think>
-
-</think>
-
-{% else %}<think>
-{% endif %}{% endif %}"""
 
 
 @pytest.fixture(scope="module")
@@ -456,8 +418,61 @@ def test_create_with_a_template(client: ollama.Client) -> None:
         assert answer.eval_count
     finally:
         client.delete("plain")
-    with pytest.raises(ollama.ResponseError, match="Go templates are not supported"):
-        client.create("plain", from_=MODEL, template="{{ .System }} {{ .Prompt }}")
+    with pytest.raises(ollama.ResponseError, match="template cannot be used: line 1"):
+        client.create("plain", from_=MODEL, template="{{ if }} {{ .Prompt }}")
+
+
+def test_templates_of_ollamas_own_kind(client: ollama.Client) -> None:
+    """The model's and the request's; one with a suffix lets the model fill in."""
+    client.create("chatml", from_=MODEL, template=published.CHATML)
+    client.create("coder", from_=MODEL, template=published.INFILL)
+    try:
+        assert client.show("chatml").template == published.CHATML
+        system = [{"role": "system", "content": "Be brief."}, *QUESTION]
+        plain = client.chat(MODEL, system, options=SHORT)
+        assert client.chat("chatml", system, options=SHORT).message == plain.message
+        bare = client.generate("chatml", CAPITAL, template="{{ .Prompt }}", options=SHORT)
+        assert "Paris" in bare.response
+        assert "insert" in (client.show("coder").capabilities or [])
+        filled = client.generate("coder", "def add(a, b):", suffix="return c", options=SHORT)
+        assert filled.eval_count == 6
+        marks = len(["fim_prefix", "fim_suffix", "fim_middle"])
+        assert (filled.prompt_eval_count or 0) > marks
+    finally:
+        client.delete("chatml")
+        client.delete("coder")
+
+
+def test_how_likely_the_tokens_were(client: ollama.Client) -> None:
+    answer = client.generate(MODEL, CAPITAL, raw=True, logprobs=True, top_logprobs=2, options=SHORT)
+    assert answer.logprobs
+    assert "".join(each.token for each in answer.logprobs) == answer.response
+    assert all(len(each.top_logprobs or []) == 2 for each in answer.logprobs)
+    parts = client.chat(MODEL, QUESTION, logprobs=True, options=SHORT, stream=True)
+    told = [each for part in parts for each in part.logprobs or []]
+    assert len(told) == 6
+    assert all(each.logprob <= 0 for each in told)
+
+
+async def test_cancelled_and_concurrent(two: Cluster, async_client: ollama.AsyncClient) -> None:
+    async def one() -> str:
+        answer = await async_client.generate(MODEL, CAPITAL, raw=True, options=SHORT)
+        return answer.response or ""
+
+    texts: list[str] = []
+
+    async def keep() -> None:
+        texts.append(await one())
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(keep)
+    assert len(set(texts)) == 1
+    with trio.move_on_after(1) as scope:
+        async for _ in await async_client.chat(MODEL, QUESTION, options=LONG, stream=True):
+            pass
+    assert scope.cancelled_caught
+    wait_until("it has ended", lambda: busy(two) == 0, 10)
 
 
 async def test_create_from_an_uploaded_file(

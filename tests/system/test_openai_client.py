@@ -8,11 +8,14 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import ollama
 import openai
+import pydantic
 import pytest
 
+from tests.fakes.chat_templates import TOOLS
 from tests.system.conftest import open_cluster
 from tests.system.harness import ANSWER_TIMEOUT_S, Cluster, Node, wait_until
 
@@ -124,6 +127,136 @@ def test_structured_output(client: openai.OpenAI) -> None:
     content = answer.choices[0].message.content
     assert content is not None
     assert json.loads(content)["capital"] in ("Paris", "Rome")
+
+
+def test_how_likely_the_tokens_were(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=3)
+    [choice] = answer.choices
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert "".join(each.token for each in choice.logprobs.content) == choice.message.content
+    for each in choice.logprobs.content:
+        assert each.top_logprobs[0].token == each.token  # greedy
+        assert len(each.top_logprobs) == 3
+    legacy = client.completions.create(**GREEDY, prompt="One two", max_tokens=3, logprobs=2)
+    told = legacy.choices[0].logprobs
+    assert told is not None
+    assert told.tokens is not None
+    assert "".join(told.tokens) == legacy.choices[0].text
+    assert told.text_offset is not None
+    assert told.text_offset[0] == 0
+
+
+def test_several_choices(client: openai.OpenAI) -> None:
+    asked = CHAT | {"temperature": 1.0, "seed": 7, "n": 3}
+    answer = client.chat.completions.create(**asked)
+    texts = [choice.message.content for choice in answer.choices]
+    assert len(set(texts)) > 1
+    assert client.chat.completions.create(**asked).choices[0].message.content == texts[0]
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert all(streamed)
+    best = client.completions.create(
+        model=MODEL, prompt=["One two", "Ada and"], max_tokens=4, best_of=2, seed=1
+    )
+    assert [choice.index for choice in best.choices] == [0, 1]
+    banned = client.chat.completions.create(**CHAT, logit_bias={"504": -100})
+    assert not (banned.choices[0].message.content or "").startswith("The")
+
+
+def test_a_tool_that_must_be_called(two: Cluster, client: openai.OpenAI) -> None:
+    with ollama.Client(
+        host=two.nodes[0].url,
+        headers={"Authorization": f"Bearer {two.nodes[0].admin_token()}"},
+        trust_env=False,
+    ) as other:
+        other.create("calling", from_=MODEL, template=TOOLS)
+    try:
+        tools: list[Any] = [
+            {
+                "type": "function",
+                "function": {
+                    "name": name,
+                    "parameters": {
+                        "type": "object",
+                        "properties": {"town": {"enum": ["Paris", "Rome"]}},
+                        "required": ["town"],
+                    },
+                },
+            }
+            for name in ("weather", "time")
+        ]
+        asked = CHAT | {"model": "calling", "max_tokens": 60, "tools": tools}
+        asked["tool_choice"] = {"type": "function", "function": {"name": "time"}}
+        wait_until("it is known here", lambda: client.models.retrieve("calling"))
+        [choice] = client.chat.completions.create(**asked).choices
+        [call] = choice.message.tool_calls or []
+        assert call.type == "function"
+        assert call.function.name == "time"
+        assert json.loads(call.function.arguments)["town"] in ("Paris", "Rome")
+        assert choice.finish_reason == "tool_calls"
+        response = client.responses.create(
+            model="calling",
+            input=QUESTION,
+            tools=[{"type": "function", **tools[0]["function"], "strict": True}],
+            tool_choice="required",
+            temperature=0,
+            max_output_tokens=60,
+        )
+        [item] = [item for item in response.output if item.type == "function_call"]
+        assert item.name == "weather"
+    finally:
+        two.nodes[0].delete("/models/calling")
+
+
+# Responses.
+
+
+def test_a_response(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_output_tokens": 12}
+    whole = client.responses.create(**asked, input=QUESTION, instructions="Be brief.")
+    assert whole.output_text
+    assert whole.usage is not None
+    assert whole.usage.output_tokens <= 12
+    with client.responses.stream(**asked, input=QUESTION, instructions="Be brief.") as stream:
+        kinds = [event.type for event in stream]
+        assert stream.get_final_response().output_text == whole.output_text
+    assert kinds[0] == "response.created"
+    assert kinds[-1] in ("response.completed", "response.incomplete")
+    again = client.responses.create(
+        **asked, input=[*QUESTION, *whole.output, {"role": "user", "content": "And of Italy?"}]
+    )
+    assert again.output_text
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(**asked, input="x", previous_response_id=whole.id)
+    assert caught.value.param == "previous_response_id"
+
+
+def test_a_response_of_a_form(client: openai.OpenAI) -> None:
+    class Town(pydantic.BaseModel):
+        capital: Literal["Paris", "Rome"]
+
+    response = client.responses.parse(
+        model=MODEL, input=QUESTION, text_format=Town, temperature=0, max_output_tokens=60
+    )
+    assert response.output_parsed is not None
+    assert response.output_parsed.capital in ("Paris", "Rome")
+
+
+def test_responses_asynchronously(two: Cluster) -> None:
+    async def text() -> str:
+        async with openai.AsyncOpenAI(**options_of(two.nodes[1])) as client:
+            said = ""
+            async for event in await client.responses.create(
+                model=MODEL, input="Say hello.", max_output_tokens=8, stream=True
+            ):
+                if event.type == "response.output_text.delta":
+                    said += event.delta
+            return said
+
+    assert asyncio.run(text())
 
 
 # Completions, embeddings, models.

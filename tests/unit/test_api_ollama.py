@@ -808,7 +808,7 @@ async def test_create_from_files_replaces() -> None:
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        ({"template": "{{ .Prompt }}"}, "Go templates are not supported"),
+        ({"template": "{{ if }}"}, "the template cannot be used: line 1"),
         ({"quantize": "q4_0"}, "quantize is not supported"),
         ({"adapters": {"a": "x"}}, "adapters.a must be sha256:"),
         ({"parameters": {"num_ctx": "x"}}, 'option "num_ctx" must be of type integer'),

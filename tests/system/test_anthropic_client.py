@@ -1,0 +1,152 @@
+"""Programs written for Anthropic: its own Python package, with only the base URL changed.
+
+The client asks the second node; the model is on the first one.
+"""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+
+from tests.system.conftest import open_cluster
+from tests.system.harness import ANSWER_TIMEOUT_S, Cluster, Node, wait_until
+
+MODEL = "smollm2:135m"
+QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+ASKED: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 12, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
+    for cluster in open_cluster(tmp_path_factory, OLLAMAD_MODELS__REPLICAS="1"):
+        first = cluster.found()
+        cluster.grow(1)
+        first.import_model(smollm2_path, MODEL)
+        cluster.wait_replicas(MODEL, [first])
+        yield cluster
+
+
+def options_of(node: Node) -> dict[str, Any]:
+    # The package sends it as X-Api-Key.
+    return {
+        "base_url": node.url,
+        "api_key": node.admin_token(),
+        "timeout": ANSWER_TIMEOUT_S,
+        "max_retries": 0,
+    }
+
+
+@pytest.fixture
+def client(two: Cluster) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(**options_of(two.nodes[1])) as client:
+        yield client
+
+
+def text_of(message: Any) -> str:
+    return "".join(block.text for block in message.content if block.type == "text")
+
+
+def test_a_message_whole_and_streamed(client: anthropic.Anthropic) -> None:
+    whole = client.messages.create(**ASKED, system="Be brief.")
+    assert (whole.type, whole.role, whole.model) == ("message", "assistant", MODEL)
+    assert whole.stop_reason in ("end_turn", "max_tokens")
+    assert 0 < whole.usage.output_tokens <= 12
+    with client.messages.stream(**ASKED, system="Be brief.") as stream:
+        streamed = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert streamed == text_of(final) == text_of(whole)
+    assert final.stop_reason == whole.stop_reason
+    assert final.usage.output_tokens == whole.usage.output_tokens
+    assert final.usage.input_tokens + (final.usage.cache_read_input_tokens or 0) > 10
+    kinds = [event.type for event in client.messages.create(**ASKED, stream=True)]
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+
+
+def test_asynchronously(two: Cluster, client: anthropic.Anthropic) -> None:
+    async def text() -> str:
+        async with (
+            anthropic.AsyncAnthropic(**options_of(two.nodes[1])) as other,
+            other.messages.stream(**ASKED) as stream,
+        ):
+            return "".join([part async for part in stream.text_stream])
+
+    assert asyncio.run(text()) == text_of(client.messages.create(**ASKED))
+
+
+def test_a_conversation_and_how_it_stops(client: anthropic.Anthropic) -> None:
+    turns = [*QUESTION, {"role": "assistant", "content": "Paris."}]
+    turns.append({"role": "user", "content": [{"type": "text", "text": "Count: 1, 2, 3"}]})
+    whole = text_of(client.messages.create(**ASKED | {"messages": turns}))
+    stop = whole[3:5]
+    stopped = client.messages.create(**ASKED | {"messages": turns}, stop_sequences=[stop])
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", stop)
+    assert text_of(stopped) == whole[: whole.index(stop)]
+    cut = client.messages.create(**ASKED | {"max_tokens": 2})
+    assert (cut.stop_reason, cut.usage.output_tokens) == ("max_tokens", 2)
+
+
+def test_counting(client: anthropic.Anthropic) -> None:
+    counted = client.messages.count_tokens(model=MODEL, messages=QUESTION, system="Be brief.")
+    message = client.messages.create(**ASKED, system="Be brief.")
+    usage = message.usage
+    assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+
+
+def test_models(client: anthropic.Anthropic) -> None:
+    listed = client.models.list().data
+    assert MODEL in [model.id for model in listed]
+    assert client.models.retrieve(MODEL).display_name == MODEL
+
+
+def test_errors_are_the_packages_own(two: Cluster, client: anthropic.Anthropic) -> None:
+    with pytest.raises(anthropic.NotFoundError, match="nope"):
+        client.messages.create(**ASKED | {"model": "nope"})
+    with pytest.raises(anthropic.BadRequestError, match="temperature"):
+        client.messages.create(**ASKED | {"temperature": 3})
+    tool = {"name": "add", "input_schema": {"type": "object"}}
+    with pytest.raises(anthropic.BadRequestError, match="does not support tools"):
+        client.messages.create(**ASKED, tools=[tool])
+    bad = options_of(two.nodes[1]) | {"api_key": "wrong.wrong.wrong"}
+    with anthropic.Anthropic(**bad) as stranger, pytest.raises(anthropic.AuthenticationError):
+        stranger.messages.create(**ASKED)
+
+
+def test_bare_http(two: Cluster) -> None:
+    node = two.nodes[1]
+    headers = {"X-Api-Key": node.admin_token(), "anthropic-version": "2023-06-01"}
+    url = f"{node.url}/v1/messages"
+    answer = httpx.post(url, json=ASKED, headers=headers, timeout=ANSWER_TIMEOUT_S, trust_env=False)
+    assert answer.status_code == 200
+    assert answer.json()["content"][0]["type"] == "text"
+    wrong = httpx.post(url, content=b"{", headers=headers, trust_env=False)
+    assert wrong.status_code == 400
+    assert wrong.json()["type"] == "error"
+    assert wrong.json()["error"]["type"] == "invalid_request_error"
+    lines = []
+    with httpx.stream(
+        "POST", url, json=ASKED | {"stream": True}, headers=headers, timeout=60, trust_env=False
+    ) as stream:
+        lines = [line for line in stream.iter_lines() if line]
+    names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
+    types = [json.loads(line[6:])["type"] for line in lines if line.startswith("data: ")]
+    assert names == types
+
+
+def test_a_client_that_leaves_ends_the_generation(
+    two: Cluster, client: anthropic.Anthropic
+) -> None:
+    def busy() -> int:
+        return sum(loaded["busy"] for node in two.nodes for loaded in node.loaded())
+
+    asked = ASKED | {"max_tokens": 1500, "stop_sequences": ["no such text"]}
+    stream = client.messages.create(**asked, stream=True)
+    next(iter(stream))
+    wait_until("it runs", lambda: busy() == 1)
+    stream.close()
+    wait_until("it has ended", lambda: busy() == 0)
