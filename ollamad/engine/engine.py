@@ -239,38 +239,32 @@ class _Work:
         # What needs the prompt's ids or its length beforehand.
         exactly = bool(request.resume or request.context or request.only_counts)
         exactly = exactly or not request.shift
-        if not exactly:
+        while True:
+            answer = await self._begin(exactly=exactly)
             try:
-                async with contextlib.aclosing(self._attempt(exactly=False)) as events:
+                async with contextlib.aclosing(answer) as events:
                     async for event in events:
                         yield event
                 return
             except RunnerRefused as refusal:
-                if refusal.error.type != TOO_LONG:
+                # What is too long is refused before it is read, so nothing was said yet.
+                if exactly or refusal.error.type != TOO_LONG:
                     raise
-            # Nothing was said yet: what is too long is refused before it is read.
-        async with contextlib.aclosing(self._attempt(exactly=True)) as events:
-            async for event in events:
-                yield event
+            exactly = True
 
-    async def _attempt(self, *, exactly: bool) -> AsyncGenerator[Event, None]:
+    async def _begin(self, *, exactly: bool) -> AsyncGenerator[Event, None]:
+        """The answer, of which nothing is asked yet."""
         request, config = self._request, self._config
         prompt = await read_prompt(self._runner, request, self._spec, config, exactly=exactly)
         if request.only_counts:
-            yield Finished("stop", prompt_eval_count=prompt.length)
-            return
+            return _counted(prompt)
         limit = token_limit(self._options, config.context_length)
         if not request.shift:
             limit = min(limit, config.context_length - len(prompt.ids))
         if request.is_parsed:
             arguments = template_arguments(request, prompt.messages)
-            body = chat_body(arguments, request, self._options, limit, self._schema)
-            answer = self._chat(body)
-        else:
-            answer = self._complete(prompt, limit)
-        async with contextlib.aclosing(answer) as events:
-            async for event in events:
-                yield event
+            return self._chat(chat_body(arguments, request, self._options, limit, self._schema))
+        return self._complete(prompt, limit)
 
     async def _chat(self, body: bytes) -> AsyncGenerator[Event, None]:
         """An answer whose thoughts and calls are told apart."""
@@ -321,6 +315,10 @@ class _Work:
         if _can_go_on(request):
             context = (*await prompt_ids(runner, prompt), *request.resume, *emitted)
         yield _finished(event, context, resumed=resumed)
+
+
+async def _counted(prompt: Prompt) -> AsyncGenerator[Event, None]:
+    yield Finished("stop", prompt_eval_count=prompt.length)
 
 
 class _Events(trio.abc.ReceiveChannel[Event]):
