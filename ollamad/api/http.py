@@ -11,6 +11,7 @@ A WebSocket leaves here after its head: it is handed over with its stream.
 """
 
 import logging
+import os
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -293,8 +294,15 @@ class Connection:
         """Write it all. A client that takes nothing for UNREAD_TIMEOUT_S is gone for us."""
         if not data or self._closed:
             return
+        rest = memoryview(data)
+        if not self._send_lock.locked():
+            # Mostly the kernel takes it all at once: that saves two passes of the loop for each
+            # token of a stream, which waits for its next one anyway.
+            with suppress(OSError):  # if it is gone, that shows below
+                rest = rest[os.write(self._stream.socket.fileno(), rest) :]
+            if not rest:
+                return
         async with self._send_lock:
-            rest = memoryview(data)
             try:
                 # Half an answer that is cancelled would be taken for a whole one.
                 with trio.CancelScope(shield=True) as patience:
