@@ -48,6 +48,7 @@ EMBED_GROUP_TOKENS = 8192
 MAX_SPELLINGS = 1024  # remembered of one model's untold tokens, a few hundred bytes each
 MAX_SCHEMAS = 64  # remembered of one model, some kilobytes each
 NS_PER_MS = 1_000_000
+CONTEXT_STEP = 256  # tokens; llama.cpp rounds a context up to so many
 TOO_LONG = "exceed_context_size_error"  # llama.cpp's word for a prompt that is
 NO_OPTIONS = Options()
 
@@ -239,16 +240,20 @@ class _Work:
         # What needs the prompt's ids or its length beforehand.
         exactly = bool(request.resume or request.context or request.only_counts)
         exactly = exactly or not request.shift
+        # The runner's contexts are whole steps; within one, only we know what is too long.
+        exactly = exactly or self._config.context_length % CONTEXT_STEP > 0
+        said = False
         while True:
             answer = await self._begin(exactly=exactly)
             try:
                 async with contextlib.aclosing(answer) as events:
                     async for event in events:
+                        said = True
                         yield event
                 return
             except RunnerRefused as refusal:
-                # What is too long is refused before it is read, so nothing was said yet.
-                if exactly or refusal.error.type != TOO_LONG:
+                # What is too long is refused before it is read.
+                if exactly or said or refusal.error.type != TOO_LONG:
                     raise
             exactly = True
 

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from ollamad.core.inference import Chunk, Event, Failed, Finished, GenerateRequest, Message
+from ollamad.core.inference import Chunk, Event, Failed, Finished, GenerateRequest, Message, Options
 from ollamad.engine.engine import Engine
+from ollamad.engine.llama_client import LlamaClient
 from ollamad.engine.spec import ModelSpec
 from tests.fakes import ollama_templates as published
 from tests.fakes.fake_runner import BOS, MARKER
@@ -144,3 +145,47 @@ async def test_counting_does_not_answer(engine: Engine, tmp_path: Path):
     assert isinstance(end, Finished)
     assert (end.reason, end.eval_count) == ("stop", 0)
     assert end.prompt_eval_count == 1 + len("user:hi\n")
+
+
+async def test_a_chat_costs_one_question_before_it_is_answered(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spec = fake_model(tmp_path)
+    await engine.load(spec)
+    asked: list[str] = []
+    plain = LlamaClient._ask
+
+    async def noted(self: LlamaClient, target: str, *rest: Any) -> Any:
+        asked.append(target)
+        return await plain(self, target, *rest)
+
+    monkeypatch.setattr(LlamaClient, "_ask", noted)
+    hi = (Message("user", "hi"),)
+    said(await run(engine, spec, messages=hi))
+    # Once for the model: what its tokenizer begins with.
+    assert asked == ["/apply-template", "/detokenize"]
+    asked.clear()
+    said(await run(engine, spec, messages=hi))
+    said(await run(engine, spec, messages=hi, think="on"))
+    said(await run(engine, spec, prompt="x", raw=True))
+    assert asked == ["/apply-template"]
+
+
+async def test_what_the_runner_finds_too_long_is_read_again(engine: Engine, tmp_path: Path):
+    spec = msgspec.structs.replace(fake_model(tmp_path), template=ECHO)
+    options = Options(num_ctx=256)
+    turns = tuple(
+        Message(("user", "assistant")[number % 2], f"{number:02}") for number in range(80)
+    )
+    text = said(await run(engine, spec, messages=turns, options=options))
+    assert text.endswith("user=78;assistant=79;")
+    assert 200 < len(text) < 255
+    for fields in ({"messages": turns, "truncate": False}, {"prompt": "x" * 300, "raw": True}):
+        events = await run(engine, spec, options=options, **fields)
+        assert isinstance(events[-1], Failed)
+        assert events[-1].code == "PROMPT_TOO_LONG"
+        assert events[-1].details["context_length"] == 256
+    # Where llama.cpp makes the prompt itself, the oldest messages go as well.
+    asked = json.loads(said(await run(engine, spec, messages=turns, options=options, think="on")))
+    assert len(asked["messages"]) < 40
+    assert asked["messages"][-1]["content"] == "79"
