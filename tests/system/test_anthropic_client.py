@@ -18,7 +18,9 @@ from tests.system.harness import ANSWER_TIMEOUT_S, Cluster, Node, wait_until
 
 MODEL = "smollm2:135m"
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
-ASKED: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 12, "temperature": 0}
+PLAIN: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 12}
+# The package itself knows of no temperature any more.
+ASKED: dict[str, Any] = PLAIN | {"extra_body": {"temperature": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def test_errors_are_the_packages_own(two: Cluster, client: anthropic.Anthropic) 
     with pytest.raises(anthropic.NotFoundError, match="nope"):
         client.messages.create(**ASKED | {"model": "nope"})
     with pytest.raises(anthropic.BadRequestError, match="temperature"):
-        client.messages.create(**ASKED | {"temperature": 3})
+        client.messages.create(**ASKED | {"extra_body": {"temperature": 3}})
     tool = {"name": "add", "input_schema": {"type": "object"}}
     with pytest.raises(anthropic.BadRequestError, match="does not support tools"):
         client.messages.create(**ASKED, tools=[tool])
@@ -121,7 +123,7 @@ def test_bare_http(two: Cluster) -> None:
     node = two.nodes[1]
     headers = {"X-Api-Key": node.admin_token(), "anthropic-version": "2023-06-01"}
     url = f"{node.url}/v1/messages"
-    answer = httpx.post(url, json=ASKED, headers=headers, timeout=ANSWER_TIMEOUT_S, trust_env=False)
+    answer = httpx.post(url, json=PLAIN, headers=headers, timeout=ANSWER_TIMEOUT_S, trust_env=False)
     assert answer.status_code == 200
     assert answer.json()["content"][0]["type"] == "text"
     wrong = httpx.post(url, content=b"{", headers=headers, trust_env=False)
@@ -130,7 +132,7 @@ def test_bare_http(two: Cluster) -> None:
     assert wrong.json()["error"]["type"] == "invalid_request_error"
     lines = []
     with httpx.stream(
-        "POST", url, json=ASKED | {"stream": True}, headers=headers, timeout=60, trust_env=False
+        "POST", url, json=PLAIN | {"stream": True}, headers=headers, timeout=60, trust_env=False
     ) as stream:
         lines = [line for line in stream.iter_lines() if line]
     names = [line.removeprefix("event: ") for line in lines if line.startswith("event: ")]
