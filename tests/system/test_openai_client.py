@@ -166,6 +166,48 @@ def test_several_choices(client: openai.OpenAI) -> None:
     assert not (banned.choices[0].message.content or "").startswith("The")
 
 
+def addition(name: str) -> dict[str, Any]:
+    number = {"type": "integer"}
+    parameters = {
+        "type": "object",
+        "properties": {"a": number, "b": number},
+        "required": ["a", "b"],
+    }
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def sums() -> list[dict[str, Any]]:
+    """A conversation whose next message is clear even to a small model."""
+    messages: list[dict[str, Any]] = []
+    for a, b in ((1, 2), (3, 4), (5, 5)):
+        arguments = json.dumps({"a": a, "b": b})
+        function = {"name": "add", "arguments": arguments}
+        call = {"id": f"call_{a}", "type": "function", "function": function}
+        messages += [
+            {"role": "user", "content": f"What is {a} plus {b}?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": f"call_{a}", "content": str(a + b)},
+            {"role": "assistant", "content": f"It is {a + b}."},
+        ]
+    return [*messages, {"role": "user", "content": "What is 6 plus 7?"}]
+
+
+def as_items(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """A message of a chat as items of a response."""
+    if message["role"] == "tool":
+        about = {"call_id": message["tool_call_id"], "output": message["content"]}
+        return [{"type": "function_call_output"} | about]
+    if calls := message.get("tool_calls"):
+        return [
+            {"type": "function_call", "call_id": call["id"], **call["function"]} for call in calls
+        ]
+    return [message]
+
+
 def test_a_tool_that_must_be_called(two: Cluster, client: openai.OpenAI) -> None:
     with ollama.Client(
         host=two.nodes[0].url,
@@ -174,42 +216,32 @@ def test_a_tool_that_must_be_called(two: Cluster, client: openai.OpenAI) -> None
     ) as other:
         other.create("calling", from_=MODEL, template=TOOLS)
     try:
-        tools: list[Any] = [
-            {
-                "type": "function",
-                "function": {
-                    "name": name,
-                    "parameters": {
-                        "type": "object",
-                        "properties": {"town": {"enum": ["Paris", "Rome"]}},
-                        "required": ["town"],
-                    },
-                },
-            }
-            for name in ("weather", "time")
-        ]
-        # A call that is cut off is none.
-        asked = CHAT | {"model": "calling", "max_tokens": 200, "tools": tools}
-        asked["parallel_tool_calls"] = False
-        asked["tool_choice"] = {"type": "function", "function": {"name": "time"}}
         wait_until("it is known here", lambda: client.models.retrieve("calling"))
-        [choice] = client.chat.completions.create(**asked).choices
-        [call] = choice.message.tool_calls or []
-        assert call.type == "function"
-        assert call.function.name == "time"
-        assert json.loads(call.function.arguments)["town"] in ("Paris", "Rome")
-        assert choice.finish_reason == "tool_calls"
+        tools = [addition("add"), addition("sum")]
+        asked = CHAT | {"model": "calling", "max_tokens": 80, "messages": sums(), "tools": tools}
+        asked["parallel_tool_calls"] = False
+        # By itself the model calls what it called before.
+        for choice, name in (("auto", "add"), (named("sum"), "sum")):
+            [answer] = client.chat.completions.create(**asked, tool_choice=choice).choices
+            [call] = answer.message.tool_calls or []
+            assert call.type == "function"
+            assert call.function.name == name
+            assert json.loads(call.function.arguments) == {"a": 6, "b": 7}
+            assert answer.finish_reason == "tool_calls"
+        items: list[Any] = []
+        for message in sums():
+            items += as_items(message)
         response = client.responses.create(
             model="calling",
-            input=QUESTION,
-            tools=[{"type": "function", **tools[0]["function"], "strict": True}],
-            tool_choice="required",
+            input=items,
+            tools=[{"type": "function", **addition("sum")["function"], "strict": True}],
+            tool_choice={"type": "function", "name": "sum"},
             parallel_tool_calls=False,
             temperature=0,
-            max_output_tokens=200,
+            max_output_tokens=80,
         )
         [item] = [item for item in response.output if item.type == "function_call"]
-        assert item.name == "weather"
+        assert (item.name, json.loads(item.arguments)) == ("sum", {"a": 6, "b": 7})
     finally:
         two.nodes[0].delete("/models/calling")
 
