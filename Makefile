@@ -42,8 +42,10 @@ system: $(STAMP) ## real daemons, the real model
 
 faults: $(STAMP) ## nodes killed, paused, cut off and restarted under load (SECONDS=120 each)
 	OLLAMAD_FAULT_SECONDS=$(or $(SECONDS),120) $(BIN)/pytest -q -rP tests/system/test_consensus_*.py
+	OLLAMAD_SWARM_KILLS=$(or $(KILLS),50) $(BIN)/pytest -q -rP tests/system/test_swarm_faults.py
 
 bench: $(STAMP) ## measure; prints ratios of things measured in the same run
+	@$(BIN)/python -c 'import libtorrent' 2>/dev/null || $(BIN)/pip install --quiet 'libtorrent>=2' || true
 	@$(BIN)/python -m tests.bench
 
 scale: $(STAMP) ## routing, admission and heartbeats of 10 to 1,000 nodes on virtual time; draws docs/*.png

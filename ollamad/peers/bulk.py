@@ -46,6 +46,10 @@ SEND_TIMEOUT_S = 60.0  # for a peer to take some bytes; a live link does in mill
 # Bytes that wait in the kernel for the link. More would only make pieces late that others could
 # pass on: they count as sent, but are not.
 NOT_SENT_LOW_WATER = 128 * 1024
+# Bytes that must have come before a thread is woken for them (but for the end of a message): on a
+# slow link it would be woken for each packet, which costs more than all the rest.
+READ_LOW_WATER = 32 * 1024
+MAX_RECORD = 17 * 1024  # bytes of a TLS record, and some
 RECORDS_BYTES = 256 * 1024  # read from the socket at once, and encrypted before they are sent
 MAX_THREADS = 256  # each for one blocking call on one connection; what is served is bounded before
 
@@ -66,6 +70,8 @@ class BulkConnection:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._buffer = memoryview(bytearray(0))
+        self._low_water = 1
+        self.received = 0  # bytes, as they came over the network
         self._ended = threading.Event()
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -150,8 +156,19 @@ class BulkConnection:
         Raises:
           EOFError: the other side closed the connection.
         """
+        if self._tls is None:
+            while view:
+                view = view[self._read_socket(view, len(view)) :]
+            return
         while view:
-            view = view[self._receive_some(view) :]
+            try:
+                count: int = self._tls.read(len(view), view)  # type: ignore[assignment]
+            except ssl.SSLWantReadError:
+                self._fill(len(view))
+                continue
+            if not count:
+                raise EOFError("the other side closed the connection")
+            view = view[count:]
 
     def pause(self, seconds: float) -> None:
         """Do nothing for so long, or until it is shut."""
@@ -167,27 +184,23 @@ class BulkConnection:
         """Give the socket back, when no thread uses it any more."""
         self._socket.close()
 
-    def _receive_some(self, view: memoryview) -> int:
-        if self._tls is None:
-            count = self._socket.recv_into(view)
-            if not count:
-                raise EOFError("the other side closed the connection")
-            return count
-        while True:
-            try:
-                count = self._tls.read(len(view), view)  # type: ignore[assignment]
-            except ssl.SSLWantReadError:
-                self._fill()
-            else:
-                if not count:
-                    raise EOFError("the other side closed the connection")
-                return count
+    def _fill(self, expected: int = 0) -> None:
+        """Read some of what will be so many bytes of data at least."""
+        # OpenSSL may hold up to a record that it has taken in and that is not complete.
+        count = self._read_socket(self._buffer, max(1, expected - MAX_RECORD))
+        self._incoming.write(self._buffer[:count])
 
-    def _fill(self) -> None:
-        count = self._socket.recv_into(self._buffer)
+    def _read_socket(self, view: memoryview, sure: int) -> int:
+        """Read what is there, once READ_LOW_WATER is or all of what will come for `sure`."""
+        low_water = min(READ_LOW_WATER, sure)
+        if low_water != self._low_water:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
+            self._low_water = low_water
+        count = self._socket.recv_into(view)
         if not count:
             raise EOFError("the other side closed the connection")
-        self._incoming.write(self._buffer[:count])
+        self.received += count
+        return count
 
     def _flush(self) -> None:
         if data := self._outgoing.read():

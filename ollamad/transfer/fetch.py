@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 MAX_SOURCES = 16  # holders used at once; more hardly add speed, and cost messages
 RECHECK_S = 1.0  # how often new holders, back-offs and stalls are looked at
+KEEP_UP_S = 0.25  # how often what came is hashed and perhaps synced
 GOT_INTERVAL_S = 0.1  # how late a holder that spreads learns what came
 GIVE_UP_AFTER_S = 120.0  # without a byte from anybody: long enough for a host to reboot
 MIN_RETRY_S = 1.0  # before a holder is asked again for a piece that it refused
@@ -154,11 +155,13 @@ class _Session:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     sinks: dict[int, Sink] = field(default_factory=dict)  # of open requests
     asked: trio.Event = field(default_factory=trio.Event)  # replaced when set: there are some
+    woken: trio.Event = field(default_factory=trio.Event)  # replaced when set: perhaps more to ask
     unwanted: list[int] = field(default_factory=list)  # pieces to cancel
     spreads: bool = False  # it wants to hear what came
     told: int = 0  # pieces that it was told of
     told_at: float = 0.0
-    counted: int = 0  # bytes of what its lane received
+    counted: int = 0  # bytes of pieces that its lane received
+    heard: int = 0  # see `FetchLane`
 
 
 class _Fetch:
@@ -182,7 +185,7 @@ class _Fetch:
         self._authority = authority
         self._book = HolderBook()
         self._sessions: dict[NodeId, _Session] = {}
-        self._changed = trio.Event()  # replaced when set: something to ask or to do differently
+        self._changed = trio.Event()  # replaced when set: see `_notify`
         self._adopting = trio.Lock()
         self._adopted = trio.Event()
         self._map: PieceMap | None = None
@@ -242,15 +245,15 @@ class _Fetch:
 
     async def _keep_up(self) -> None:
         """Hash and sync what came, beside the fetching."""
+        await self._adopted.wait()
+        assert self._blob is not None
         while True:
-            changed = self._changed
-            if self._blob is not None:
-                try:
-                    await self._blob.keep_up()
-                except Exception as error:
-                    self._fail(error)
-                    return
-            await changed.wait()
+            try:
+                await self._blob.keep_up()
+            except Exception as error:
+                self._fail(error)
+                return
+            await trio.sleep(KEEP_UP_S)
 
     def _explain(self, waited_s: float) -> str:
         missing = self._layer.size - self._verified
@@ -296,6 +299,7 @@ class _Fetch:
                     self._settled(session, index, sink.length)
             if self._picker is not None:
                 self._picker.left(holder)
+            self._wake_all()  # what it owed is missing again
             self._notify()
         if lied:
             self._ban(holder, reason)
@@ -416,6 +420,7 @@ class _Fetch:
         have = bits_of(self._blob.have)
         self._count_verified(have & ~self._picker.have)
         self._picker.learned(_bits(hashes), have)
+        self._wake_all()
         self._notify()
 
     async def _ask(self, session: _Session, stream: Stream, lane: FetchLane) -> None:
@@ -423,7 +428,7 @@ class _Fetch:
         assert self._picker is not None
         picker, side, holder = self._picker, session.side, session.holder
         while True:
-            changed = self._changed
+            session.woken = trio.Event()
             while session.unwanted:
                 if message := side.cancel(session.unwanted.pop()):
                     await stream.send(message)
@@ -433,7 +438,7 @@ class _Fetch:
                 await stream.send(side.request(index))
                 session.asked.set()
             with trio.move_on_after(GOT_INTERVAL_S if news else RECHECK_S):
-                await changed.wait()
+                await session.woken.wait()
             now = trio.current_time()
             self._count(session, lane)
             if not lane.is_waiting and picker.is_stalled(holder, now):
@@ -471,7 +476,7 @@ class _Fetch:
         match event:
             case pieces.PiecesGained(bits):
                 self._picker.gained(session.holder, bits, trio.current_time())
-                self._notify()
+                session.woken.set()
             case pieces.HashesReceived(hashes):
                 self._learn(session, hashes)
             case pieces.MapReceived(piece_map):
@@ -508,11 +513,12 @@ class _Fetch:
                 pause = max(MIN_RETRY_S, ended.retry_after_s)
                 again_at = 0.0 if ended.code is EndCode.CANCELLED else trio.current_time() + pause
                 self._picker.ended(session.holder, index, again_at)
+                self._wake_all()  # the piece is missing again
             elif sink.is_new:
                 self._settled(session, index, sink.length)
             else:
                 self._picker.arrived(session.holder, index, sink.length, trio.current_time())
-            self._notify()
+            session.woken.set()
 
     def _settled(self, session: _Session, index: int, size: int) -> None:
         """A piece is here, and right."""
@@ -523,6 +529,9 @@ class _Fetch:
         for other in self._picker.asked_of(index):
             if other in self._sessions:
                 self._sessions[other].unwanted.append(index)
+                self._sessions[other].woken.set()
+        if self._picker.is_done:
+            self._notify()
         self._report(session.holder)
 
     # Bookkeeping.
@@ -532,8 +541,9 @@ class _Fetch:
         return len(self._sessions) >= MAX_SOURCES
 
     def _count(self, session: _Session, lane: FetchLane) -> None:
-        size = lane.received - session.counted
-        if size:
+        size, heard = lane.received - session.counted, lane.heard
+        if heard != session.heard:
+            session.heard = heard
             session.counted += size
             self._received += size
             self._alive = trio.current_time()
@@ -556,7 +566,13 @@ class _Fetch:
         self._failure = self._failure or error
         self._notify()
 
+    def _wake_all(self) -> None:
+        """There may be more to ask of every holder."""
+        for session in self._sessions.values():
+            session.woken.set()
+
     def _notify(self) -> None:
+        """There may be something to do for the fetch as a whole."""
         self._changed.set()
         self._changed = trio.Event()
 

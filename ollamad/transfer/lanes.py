@@ -112,6 +112,10 @@ class ReceivingLane(_Lane):
         self.received = 0
         self.is_waiting = False
 
+    @property
+    def heard(self) -> int:
+        return self._connection.received
+
     async def receive(self) -> int | RequestEnded:
         return await self._connection.run(self._receive)
 

@@ -128,6 +128,10 @@ class FetchLane(Protocol):
         """Bytes of pieces that came so far; grows in the middle of a piece, too."""
 
     @property
+    def heard(self) -> int:
+        """A number that grows whenever something comes, also in the middle of a block."""
+
+    @property
     def is_waiting(self) -> bool:
         """Whether it is this side that holds it up now: its disk or its limit."""
 
@@ -182,6 +186,10 @@ class Lanes(Protocol):
 class Connection(Protocol):
     """What a lane needs of its connection; all but `run`, `shut` and `close` block,
     and end when it is shut."""
+
+    @property
+    def received(self) -> int:
+        """Bytes that came over the network; grows while others block."""
 
     async def run(self, work: Callable[[], T]) -> T: ...
     def send(self, data: bytes) -> None: ...

@@ -35,10 +35,9 @@ log = logging.getLogger(__name__)
 
 MAX_EXCHANGES = 64  # at once in all; beyond that the others are quicker
 MAX_EXCHANGES_PER_PEER = 8  # blobs that one peer fetches at once
-NEWS_INTERVAL_S = 0.1  # how late a peer learns of pieces that have just arrived here
+NEWS_INTERVAL_S = 0.2  # how late a peer learns of pieces that have just arrived here
 TELL_TIMEOUT_S = 60.0  # for a peer to take a message; a live link does in milliseconds
 BUSY_RETRY_S = 2.0
-UNKNOWN_RETRY_S = 5.0  # the blob may be about to come
 MISSING_RETRY_S = 1.0
 UNREADABLE_RETRY_S = 60.0  # a broken disk does not heal at once
 
@@ -95,8 +94,9 @@ class PieceServer:
                 find = self._shelf.open_growing_source if want.growing else None
                 source = await (find or self._shelf.open_piece_source)(want.digest)
             except self._missing:
-                bye = encode_bye("unknown_blob", "it does not have the blob", UNKNOWN_RETRY_S)
-                await stream.send(bye)
+                # It may be about to come, where several nodes begin to fetch at the same time; the
+                # fetcher asks again after longer and longer pauses.
+                await stream.send(encode_bye("unknown_blob", "it does not have the blob"))
                 return
             try:
                 await self._serve(peer, want, source, stream)

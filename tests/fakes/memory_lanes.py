@@ -155,6 +155,10 @@ class MemoryReceivingLane:
         self.received = 0
         self.is_waiting = False
 
+    @property
+    def heard(self) -> int:
+        return self.received
+
     async def receive(self) -> int | RequestEnded:
         while True:
             try:

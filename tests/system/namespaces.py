@@ -159,6 +159,27 @@ class Network:
     def plug(self, host: NamespaceHost) -> None:
         self._in_bridge(f"link set {host.port} up")
 
+    def limit(self, host: NamespaceHost, mbit: int) -> None:
+        """Give a host a slow cable, in both directions. Needs `tc`.
+
+        Raises:
+          NotPermitted: `tc` is not there, or the kernel has no token bucket.
+        """
+        shape = f"root tbf rate {mbit}mbit burst 64kb latency 50ms".split()
+        for namespace, device in ((host.namespace, "eth0"), (self._bridge, host.port)):
+            try:
+                subprocess.run(
+                    ["tc", "-n", namespace, "qdisc", "add", "dev", device, *shape],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                    timeout=IP_TIMEOUT_S,
+                )
+            except FileNotFoundError:
+                raise NotPermitted("`tc` is not there; install iproute2") from None
+            except subprocess.CalledProcessError as error:
+                raise NotPermitted(f"no link can be slowed: {error.stderr.strip()}") from None
+
     # Inside.
 
     def _attach_this_process(self) -> None:
