@@ -163,6 +163,7 @@ class _Exchange:
         self._news = trio.Event()  # replaced when set: there may be something to tell
         self._asked = trio.Event()  # replaced when set: there may be something to send
         self._sent = 0  # bytes of pieces
+        self._seen = 0  # of these, when that was last looked at
 
     def notify(self) -> None:
         self._news.set()
@@ -195,7 +196,11 @@ class _Exchange:
         have = bits_of(self._source.have)
         if self._spreading is None:
             return have
-        return self._spreading.spread.show(self, have, trio.current_time())
+        now, spreading = trio.current_time(), self._spreading
+        if self._sent != self._seen:
+            self._seen = self._sent
+            spreading.spread.moved(now)
+        return spreading.spread.show(self, have, now)
 
     async def _listen(self) -> None:
         """Take what the fetcher says, until it leaves.
@@ -244,7 +249,7 @@ class _Exchange:
                     self._side.ended()
                     if self._spreading is not None:
                         if was_sent:
-                            self._spreading.spread.got(self, 1 << index)
+                            self._spreading.spread.sent(self, index, trio.current_time())
                         else:
                             self._spreading.spread.ended(self, index)
                         self._spreading.changed()

@@ -5,7 +5,7 @@ its head is one message.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import trio
@@ -31,6 +31,8 @@ class LaneNet:
     def __init__(self) -> None:
         self.hooks: dict[NodeId, Hook] = {}  # on what that node sends
         self.down: set[NodeId] = set()
+        # What holds up what comes to a node: its link.
+        self.downlinks: dict[NodeId, Callable[[int], Awaitable[None]]] = {}
         self.plain = 0  # lanes that were opened without encryption
         self._tickets: dict[bytes, MemoryTicket] = {}
         self._open: dict[NodeId, list[MemoryStream]] = {}
@@ -148,8 +150,14 @@ class MemorySendingLane:
 class MemoryReceivingLane:
     """The fetcher's end. A sink with a `gate` waits for it, as for a slow disk."""
 
-    def __init__(self, stream: MemoryStream, sinks: Mapping[int, Sink]) -> None:
+    def __init__(
+        self,
+        stream: MemoryStream,
+        sinks: Mapping[int, Sink],
+        downlink: Callable[[int], Awaitable[None]] | None = None,
+    ) -> None:
         self._stream = stream
+        self._downlink = downlink
         self._sinks = sinks
         self._reader = LaneReader(sinks)
         self.received = 0
@@ -170,6 +178,8 @@ class MemoryReceivingLane:
             frame = self._reader.read(message[: FRAME.size])
             if isinstance(frame, RequestEnded):
                 return frame
+            if self._downlink is not None:
+                await self._downlink(len(message))
             self.received += frame.size
             sink = self._sinks[frame.index]
             gate = getattr(sink, "gate", None)
