@@ -81,7 +81,7 @@ def others_are_served(node: Node) -> None:
 
 
 def test_a_thousand_idle_websockets(node: Node) -> None:
-    """At most 48 KiB each; measured are 16."""
+    """At most 48 KiB each; measured are 19."""
     others_are_served(node)
     before = rss(node)
     with Crowd(node) as crowd:
@@ -100,7 +100,7 @@ def test_a_thousand_idle_websockets(node: Node) -> None:
 
 
 def test_handshakes_that_are_not_ended(node: Node) -> None:
-    """At most 64 KiB each, and 15 s; measured are 27."""
+    """At most 64 KiB each, and 15 s."""
     before = rss(node)
     with Crowd(node) as crowd:
         begun = time.monotonic()
