@@ -1,12 +1,12 @@
 """Fits parts to each other that do not know each other: engine to scheduler, host to API."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 
 from ollamad.api.services import Embedded, Generation
-from ollamad.core.admission import ANYBODY, Asker
+from ollamad.core.admission import ANYBODY, Asker, QueuedRequest
 from ollamad.core.explanation import Explanation
 from ollamad.core.inference import (
     Embeddings,
@@ -113,6 +113,9 @@ class ApiInference:
 
     def explain(self, request: GenerateRequest) -> Explanation:
         return self._dispatcher.explain(request)
+
+    def queue(self) -> Sequence[QueuedRequest]:
+        return self._dispatcher.admission.queued()
 
     def queued(self) -> int:
         in_runners = sum(model.queued for model in self._engine.loaded())

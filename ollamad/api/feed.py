@@ -8,14 +8,16 @@ their transfers only while somebody listens.
 import logging
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 import trio
 
 from ollamad.api.calls import Api, rfc3339
 from ollamad.api.status import describe_cluster
+from ollamad.core.admission import QueuedRequest
 from ollamad.core.alerts import Alert, AlertBook, findings
 from ollamad.core.events import (
     ModelEvent,
@@ -32,8 +34,16 @@ LOOK_INTERVAL_S = 1.0  # heartbeats bring usage and loaded models so often
 # Looks are at least so far apart: a burst of writes is one look, and its events are still prompt.
 SETTLE_S = 0.05
 TRANSFERS_INTERVAL_S = 1.0
+QUEUE_INTERVAL_S = 1.0
 # Lines of the log that wait to be told; more at once are dropped and counted.
 MAX_LOG_LINES = 200
+
+
+def queue_message(queue: Sequence[QueuedRequest], wall: int) -> dict[str, Any]:
+    """Where each request that waits at this node stands."""
+    requests = [msgspec.structs.asdict(request) for request in queue]
+    data = {"waiting": len(requests), "requests": requests}
+    return {"type": "queue_status", "timestamp": wall, "data": data}
 
 
 class Feed:
@@ -65,6 +75,7 @@ class Feed:
             nursery.start_soon(self._tell_metrics)
             nursery.start_soon(self._tell_transfers)
             nursery.start_soon(self._tell_log)
+            nursery.start_soon(self._tell_queue)
             task_status.started()
             await self._tell_state()
 
@@ -133,6 +144,18 @@ class Feed:
                 await self._hub.publish(message, "models", "transfers", key=key)
             known = {transfer.id: transfer for transfer in listed}
             await trio.sleep(TRANSFERS_INTERVAL_S)
+
+    async def _tell_queue(self) -> None:
+        """Who waits at this node, every second, and once when nobody does any more."""
+        told = 0
+        while True:
+            await trio.sleep(QUEUE_INTERVAL_S)
+            if self._hub.wants("queue"):
+                queue = self._services.inference.queue()
+                if queue or told:
+                    message = queue_message(queue, int(self._services.wall()))
+                    await self._hub.publish(message, "queue", key="queue")
+                told = len(queue)
 
     async def _tell_log(self) -> None:
         send, receive = trio.open_memory_channel[logging.LogRecord](MAX_LOG_LINES)

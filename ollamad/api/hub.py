@@ -15,7 +15,7 @@ import trio
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import Ping, TextMessage
 
-CHANNELS = ("metrics", "cluster", "models", "nodes", "transfers", "alerts", "logs")
+CHANNELS = ("metrics", "cluster", "models", "nodes", "transfers", "alerts", "queue", "logs")
 
 # Readers that are written to before others get their turn: some 2 ms.
 TURN = 256

@@ -497,6 +497,7 @@ after that only what is subscribed:
 | `models` | `model_event`: download_started, download_progress, download_completed, … |
 | `transfers` | `model_event` with the progress of transfers |
 | `alerts` | `alert`, raised once and cleared once |
+| `queue` | `queue_status` every second while requests wait at this node |
 | `logs` | the node's log (admin) |
 
 What is not understood is answered with `{"type":"error","error","code"}`, and the socket stays

@@ -14,7 +14,7 @@ from typing import Protocol
 import msgspec
 import trio
 
-from ollamad.core.admission import ANYBODY, Asker, Place
+from ollamad.core.admission import ANYBODY, Asker, Place, QueuedRequest
 from ollamad.core.commands import AnyCommand, Outcome
 from ollamad.core.description import NO_CHANGES, Changes, Description
 from ollamad.core.explanation import Explanation
@@ -307,6 +307,10 @@ class Inference(Protocol):
 
     def explain(self, request: GenerateRequest) -> Explanation:
         """Where such a request would go now, and why."""
+        ...
+
+    def queue(self) -> Sequence[QueuedRequest]:
+        """The requests that wait at this node to be let in, first to last."""
         ...
 
     def queued(self) -> int:

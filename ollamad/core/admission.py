@@ -15,6 +15,8 @@ import math
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
+import msgspec
+
 PRIORITIES = {"low": -1, "normal": 0, "high": 1}
 HIGHEST = max(PRIORITIES.values())
 LIFTED_AFTER_S = 30.0  # a class, for each such time of waiting
@@ -30,6 +32,16 @@ class Place:
     position: int
     waiting: int  # for any model, at this node
     estimate_s: float
+
+
+class QueuedRequest(msgspec.Struct, frozen=True):
+    """A request that waits, as everybody may see it."""
+
+    request_id: str  # the client's own name for it; empty if it gave none
+    model: str
+    position: int  # 1: the next one for its model
+    estimate_seconds: float
+    waited_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +69,7 @@ class Ticket:
     priority: int = 0
     deadline: float = math.inf  # when it must have begun
     entered_at: float = 0.0
+    name: str = ""  # the client's own
     number: int = 0  # in the order of arrival
     counted: float = 0.0  # charged, and not settled yet
 

@@ -19,6 +19,7 @@ from ollamad.core.admission import (
     Asker,
     FairQueue,
     Place,
+    QueuedRequest,
     Ticket,
     estimate_s,
     retry_after_s,
@@ -95,11 +96,23 @@ class AdmissionControl:
         """Requests that wait at this node."""
         return len(self._waiters)
 
-    def places(self) -> list[tuple[Ticket, Place]]:
+    def queued(self) -> tuple[QueuedRequest, ...]:
         """Everybody who waits at this node, first to last."""
+        if not self._waiters:
+            return ()
         self._update_places()
-        order = self.queue.order(trio.current_time())
-        return [(ticket, self._waiters[ticket].place) for ticket in order]
+        now = trio.current_time()
+        waiters = [self._waiters[ticket] for ticket in self.queue.order(now)]
+        return tuple(
+            QueuedRequest(
+                waiter.ticket.name,
+                waiter.model.name,
+                waiter.place.position,
+                waiter.place.estimate_s,
+                round(now - waiter.ticket.entered_at, 1),
+            )
+            for waiter in waiters
+        )
 
     @asynccontextmanager
     async def admitted(
@@ -110,6 +123,7 @@ class AdmissionControl:
         limit: int | None,
         *,
         has_waited: bool = False,
+        name: str = "",
     ) -> AsyncIterator[Admitted]:
         """Wait for room; leaving the context gives it back. Cancelled, it leaves the queue.
 
@@ -126,6 +140,7 @@ class AdmissionControl:
             priority=asker.priority,
             deadline=math.inf if asker.deadline_s is None else now + asker.deadline_s,
             entered_at=now,
+            name=name,
         )
         admitted = Admitted(self, ticket, model)
         if has_waited or (not self._waiting_for[model.digest] and self._has_room(model)):

@@ -371,7 +371,7 @@ class Dispatcher:
             return
         limit = request.options.num_predict
         async with self.admission.admitted(
-            model, asker, tokens, limit, has_waited=has_waited
+            model, asker, tokens, limit, has_waited=has_waited, name=request.request_id
         ) as admitted:
             yield admitted
 

@@ -18,7 +18,7 @@ from ollamad.api.services import (
     ServiceError,
     Services,
 )
-from ollamad.core.admission import ANYBODY, Asker, Place
+from ollamad.core.admission import ANYBODY, Asker, Place, QueuedRequest
 from ollamad.core.commands import AnyCommand, FoundCluster, Outcome, Proposal, SetDraining, apply
 from ollamad.core.description import NO_CHANGES, Changes, Description
 from ollamad.core.explanation import Explanation
@@ -361,6 +361,7 @@ class FakeInference:
     waiting: int = 0
     askers: list[Asker] = dataclasses.field(default_factory=list)
     resumes: list[Resume | None] = dataclasses.field(default_factory=list)
+    queue_now: tuple[QueuedRequest, ...] = ()
     places: tuple[Place, ...] = ()  # where it stands while it waits
     explanation: Explanation = EXPLANATION
 
@@ -403,6 +404,9 @@ class FakeInference:
             raise self.refusal
         vectors = tuple((float(i), 0.5, -0.25) for i, _ in enumerate(request.inputs))
         return Embedded(NODE_2, Embeddings(vectors, prompt_eval_count=4, total_duration=9))
+
+    def queue(self) -> Sequence[QueuedRequest]:
+        return self.queue_now
 
     def queued(self) -> int:
         return self.waiting

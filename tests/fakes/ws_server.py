@@ -71,6 +71,7 @@ async def serving(**settings: Any) -> AsyncIterator[Server]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What happens every few seconds happens every few milliseconds."""
     monkeypatch.setattr(feed, "METRICS_INTERVAL_S", 0.02)
+    monkeypatch.setattr(feed, "QUEUE_INTERVAL_S", 0.02)
     monkeypatch.setattr(feed, "LOOK_INTERVAL_S", 0.02)
     monkeypatch.setattr(feed, "SETTLE_S", 0.0)
     monkeypatch.setattr(feed, "TRANSFERS_INTERVAL_S", 0.02)

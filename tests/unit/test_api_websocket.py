@@ -12,6 +12,7 @@ import trio.testing
 from ollamad.api import feed, hub, websocket
 from ollamad.api.auth import AuthSettings
 from ollamad.api.limits import RateLimits
+from ollamad.core.admission import QueuedRequest
 from ollamad.core.commands import DeleteModel, Revoke, SetDraining
 from ollamad.core.presence import Beat, Presence, Usage
 from tests.fakes import ws_server
@@ -280,6 +281,30 @@ async def test_transfers_are_asked_for_only_while_somebody_listens(quick: None) 
         event = await socket.receive_type("model_event")
         assert event["event_type"] == "download_failed"
         assert (event["data"]["status"], event["data"]["error"]) == ("failed", "disk full")
+
+
+async def test_who_waits_sees_its_place_until_nobody_waits(quick: None) -> None:
+    async with serving() as server, await server.open() as socket:
+        await socket.subscribe("queue")
+        inference = server.world.inference
+        inference.queue_now = (QueuedRequest("mine", "smollm2:135m", 2, 4.5, 1.5),)
+        told = await socket.receive_type("queue_status")
+        assert told["data"] == {
+            "waiting": 1,
+            "requests": [
+                {
+                    "request_id": "mine",
+                    "model": "smollm2:135m",
+                    "position": 2,
+                    "estimate_seconds": 4.5,
+                    "waited_seconds": 1.5,
+                }
+            ],
+        }
+        inference.queue_now = ()
+        while told["data"]["waiting"]:
+            told = await socket.receive_type("queue_status")
+        assert told["data"] == {"waiting": 0, "requests": []}
 
 
 async def test_an_alert_is_told_once_and_to_who_comes_later(quick: None) -> None:

@@ -16,7 +16,7 @@ from ollamad.core.routing import BEYOND_SLOTS
 from ollamad.core.speeds import Speed, short_digest
 from tests.fakes.engines import drain
 from tests.fakes.peer_net import PeerNet
-from tests.unit.test_scheduler_dispatch import ASK, DONE, EMBED_ASK, A, B, C, World
+from tests.unit.test_scheduler_dispatch import ASK, DONE, EMBED_ASK, NAME, A, B, C, World
 
 ROOM = 1 + BEYOND_SLOTS  # of the one node that has the model here
 
@@ -140,6 +140,22 @@ async def test_places_are_told_anew_while_the_queue_moves(
     assert last.places[-1].position == 1
     for each in made:
         await each.end()
+
+
+async def test_everybody_who_waits_is_listed(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    control = world.a.dispatcher.admission
+    assert control.queued() == ()
+    made = await clients(world, nursery, *"a" * (ROOM + 2))
+    await trio.sleep(2)
+    first, second = control.queued()
+    assert (first.model, first.position, second.position) == (NAME, 1, 2)
+    assert first.waited_seconds == pytest.approx(2.0, abs=0.1)
+    assert second.estimate_seconds > 0
+    for each in made:
+        await each.end()
+    assert control.queued() == ()
 
 
 async def test_a_deadline_ends_the_wait(
