@@ -8,6 +8,7 @@ Pure: the clock is an argument. Times are monotonic seconds of this node, except
 and what is shown to people, which are Unix seconds.
 """
 
+import math
 from dataclasses import dataclass
 
 import msgspec
@@ -140,6 +141,11 @@ class PresenceTable:
         """It has answered a question."""
         if node_id in self._online:
             self._heard[node_id].signs.hear(now)
+
+    def silence_s(self, node_id: NodeId, now: float) -> float:
+        """Since its last sign of life."""
+        heard = self._heard.get(node_id)
+        return now - heard.signs.last if heard is not None else math.inf
 
     def suspects(self, now: float) -> list[NodeId]:
         """The nodes that are silent for longer than is likely."""

@@ -30,6 +30,9 @@ ANSWER_TIMEOUT_S = 2.0  # a link whose peer does not answer this long is dropped
 FAREWELL_TIMEOUT_S = 0.5
 # A loop that is held up, by a sync or the collector, answers within that.
 PING_TIMEOUT_S = 1.0
+# On a machine that is overloaded an answer may take longer. Who beat that recently is not given up
+# for a question without an answer; only for one that was refused.
+SURE_SILENCE_S = 2.0
 HELPERS = 2  # others that are asked to ask a suspect: one of them may be away itself
 MAX_PINGS_FOR = 16  # at once, for others; each takes PING_TIMEOUT_S at the most
 
@@ -118,9 +121,13 @@ class Heartbeats:
             return True
         self._probing.add(node_id)
         try:
-            if await self._reaches(node_id):
-                self._table.reached(node_id, trio.current_time())
+            reached = await self._reaches(node_id)
+            now = trio.current_time()
+            if reached:
+                self._table.reached(node_id, now)
                 return True
+            if reached is None and self._is_heard(node_id):
+                return True  # it is slow; whoever doubts it asks again
             self._mesh.drop(node_id)
             if self._table.convict(node_id, trio.current_time()):
                 log.warning("node %s is offline: it does not answer", short(node_id))
@@ -184,10 +191,10 @@ class Heartbeats:
         if self._nursery is not None and self._table.of(node_id).online:
             self._nursery.start_soon(self.probe, node_id)
 
-    async def _reaches(self, node_id: NodeId) -> bool:
-        """Whether that node answers us."""
+    async def _reaches(self, node_id: NodeId) -> bool | None:
+        """Whether that node answers us; None if it says nothing in time."""
         by_others = False
-        directly = False
+        directly: bool | None = False
 
         async def ask_directly() -> None:
             nonlocal directly
@@ -195,28 +202,35 @@ class Heartbeats:
 
         async def ask_through(helper: NodeId) -> None:
             nonlocal by_others
-            by_others |= await self._answers(helper, PING_FOR, node_id)
+            by_others |= bool(await self._answers(helper, PING_FOR, node_id))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask_directly)
             for helper in self._helpers(node_id):
                 nursery.start_soon(ask_through, helper)
-        if directly or not by_others:
+        is_slow = directly is None and self._is_heard(node_id)
+        if directly or is_slow or not by_others:
             return directly
         # It lives, so the connection may be what is dead: another one, before it is given up.
         self._mesh.drop(node_id)
         return await self._answers(node_id, PING, False)
 
+    def _is_heard(self, node_id: NodeId) -> bool:
+        """Whether it has shown that it lives a moment ago."""
+        return self._table.silence_s(node_id, trio.current_time()) < SURE_SILENCE_S
+
     def _helpers(self, suspect: NodeId) -> list[NodeId]:
         others = [n for n in self._members if n != suspect and self._table.of(n).online]
         return self._rng.sample(others, min(HELPERS, len(others)))
 
-    async def _answers(self, node_id: NodeId, method: str, question: object) -> bool:
-        try:
-            with trio.fail_after(PING_TIMEOUT_S):
+    async def _answers(self, node_id: NodeId, method: str, question: object) -> bool | None:
+        """What it answers; false if it cannot be asked, None if it does not answer in time."""
+        with trio.move_on_after(PING_TIMEOUT_S):
+            try:
                 return await self._mesh.call(node_id, method, question, bool)
-        except (trio.TooSlowError, PeerUnreachable, RemoteFailure):
-            return False
+            except (PeerUnreachable, RemoteFailure):
+                return False
+        return None
 
     async def _ping_for(self, peer: NodeId, node_id: NodeId) -> bool:
         if node_id not in self._members:
@@ -225,7 +239,7 @@ class Heartbeats:
             raise HandlerError("BUSY", "too many questions at once")
         self._pings_for += 1
         try:
-            return await self._answers(node_id, PING, False)
+            return bool(await self._answers(node_id, PING, False))
         finally:
             self._pings_for -= 1
 

@@ -152,7 +152,8 @@ async def test_a_dead_connection_to_a_node_that_lives_is_made_anew(
 
     world.net.meshes[B].handle("ping", deaf_once)
     dials = world.net.dials.count((A, B))
-    assert await a.heartbeats.probe(B)
+    b.members = {B, C}  # what it sends does not reach A
+    await trio.sleep(5)
     assert a.sees(b)
     assert c.sees(b)
     assert world.net.dials.count((A, B)) == dials + 1
@@ -171,9 +172,28 @@ async def test_a_node_that_only_others_reach_is_offline_here(
         await real(peer, request, stream)
 
     world.net.meshes[B].handle("ping", deaf)
-    assert not await a.heartbeats.probe(B)
+    b.members = {B, C}  # what it sends does not reach A either
+    await trio.sleep(5)
     assert not a.sees(b)
     assert c.sees(b)
+
+
+async def test_a_node_that_is_slow_but_beats_is_not_given_up(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """An overloaded machine: its answers take longer than a question waits."""
+    a, b = await world.start(A), await world.start(B)
+    await trio.sleep(5)
+
+    async def slow(peer: NodeId, request: bytes, stream: Stream) -> None:
+        await trio.sleep(3)
+
+    world.net.meshes[B].handle("ping", slow)
+    dials = world.net.dials.count((A, B))
+    for _ in range(3):
+        assert await a.heartbeats.probe(B)
+    assert a.sees(b)
+    assert world.net.dials.count((A, B)) == dials, "its links, and what runs over them, stay"
 
 
 async def test_questions_for_others_are_bounded_and_for_members_only(
