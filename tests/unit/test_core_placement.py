@@ -510,9 +510,13 @@ def test_the_same_cluster_gives_the_same_plan_in_whatever_order_it_is_told(
 @settings(max_examples=150, deadline=None)
 @given(views())
 def test_a_plan_that_was_followed_is_followed_by_none(before: View) -> None:
-    """Before anything else changes."""
+    """Before anything else changes; but where a copy was called off there is room for another."""
     before = dataclasses.replace(before, demand={})  # its copies come one by one
-    assert plan(follow(before, plan(before))) == []
+    first = plan(before)
+    again = plan(follow(before, first))
+    assert all(set(p.desired) >= set(p.model.desired) for p in again), "nothing is taken back"
+    called_off = {n for p in first for n in set(p.model.desired) - set(p.desired)}
+    assert all(set(p.desired) - set(p.model.desired) <= called_off for p in again)
 
 
 @settings(max_examples=150, deadline=None)

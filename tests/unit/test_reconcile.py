@@ -91,8 +91,8 @@ class World:
     def policy(self, **changes: Any) -> None:
         for node in self.nodes.values():
             if hasattr(node, "reconciler"):
-                policy = dataclasses.replace(node.reconciler._policy, **changes)
-                node.reconciler._policy = policy
+                policy = dataclasses.replace(node.reconciler.policy, **changes)
+                node.reconciler.policy = policy
 
     async def rest(self) -> None:
         """Some rounds pass."""
