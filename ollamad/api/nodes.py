@@ -113,4 +113,5 @@ def _loaded(model: LoadedModel) -> Loaded:
         queued=model.queued,
         engine=model.engine,
         engine_reason=model.engine_reason,
+        size_used=model.size_used,
     )

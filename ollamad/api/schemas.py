@@ -280,6 +280,7 @@ class Loaded(msgspec.Struct, frozen=True):
     queued: int
     engine: str  # what runs it; empty if the node does not say
     engine_reason: str
+    size_used: int  # as it was last seen; 0 where that is not known
 
 
 class DrainInfo(msgspec.Struct, frozen=True):
