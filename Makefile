@@ -9,9 +9,8 @@ SEEDS ?= 10000
 FIRST ?= 0
 JOBS ?= 2
 
-.PHONY: demo test lint types unit sim simtest system faults bench scale soak fuzz build binary deb \
+.PHONY: demo test lint types unit sim simtest system faults bench scale soak fuzz fuzzapi build binary deb \
   packagetest lock format clean help
-.PHONY: demo test lint types unit sim simtest system faults bench fuzz fuzzapi build lock format clean help
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,7 +54,6 @@ scale: $(STAMP) ## routing, admission and heartbeats of 10 to 1,000 nodes on vir
 soak: $(STAMP) ## mixed load with random kills; looks for leaks (MINUTES=30)
 	@$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),30)
 
-fuzz: $(STAMP) ## what reads other hosts' bytes, with atheris (SECONDS=60 for each target)
 fuzz: $(STAMP) ## what reads foreign bytes: with atheris and schemathesis (SECONDS=60 for each target)
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet 'atheris>=3,<4'
 	@nice $(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60)
