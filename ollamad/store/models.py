@@ -418,7 +418,7 @@ class ModelStore(BlobStore):
         kind = await self.kind_of(digest)
         wanted = "adapter" if media_type == manifests.ADAPTER_TYPE else "projector"
         if kind != wanted:
-            raise GgufError(f"{digest} is a {kind}, not an {wanted}")
+            raise GgufError(f"{digest} is a {kind}, where the {wanted} should be")
         return Descriptor(media_type, digest, await self.blob_size(digest))
 
     async def _put_part(self, media_type: str, data: bytes) -> Descriptor:

@@ -454,7 +454,10 @@ async def test_an_empty_body_and_bad_json() -> None:
     assert answer.status == 400
     assert set(answer.json) == {"error"}
     answer = await client.call("GET", "/api/nothing")
-    assert (answer.status, answer.json) == (404, {"error": "there is no such route; GET /api/v1/openapi.json has them all"})
+    assert (answer.status, answer.json) == (
+        404,
+        {"error": "there is no such route; GET /api/v1/openapi.json has them all"},
+    )
     assert (await client.call("GET", "/api/generate")).status == 405
 
 

@@ -430,6 +430,7 @@ def hub(server: Nginx) -> OriginSettings:
     small = gguf_bytes()
     names = ["Tiny-Q8_0.gguf", "Tiny-Q4_K_M.gguf", "Tiny-F16.gguf", "mmproj-Tiny-F16.gguf"]
     contents = {name: GGUF if "Q4_K_M" in name else small for name in names}
+    contents[names[-1]] = gguf_bytes(metadata={"general.architecture": "clip"})
     entries = [{"type": "directory", "path": "docs", "oid": "1"}, lfs("README.md", b"x")]
     entries += [lfs(name, data) for name, data in contents.items()]
     entries += [lfs(f"Big-Q2_K-0000{n}-of-00002.gguf", small) for n in (1, 2)]
