@@ -554,7 +554,12 @@ def test_a_cluster_that_is_left_alone_comes_to_rest_with_what_was_wanted(before:
             continue
         decision = decide(state, ledger, placed)
         live = [n for n in placed.confirmed if state.sites[n].available]
-        away = [n for n in decision.desired if not state.sites[n].available]
+        away = [  # or there, and without room for it: nobody else could take its place
+            n
+            for n in decision.desired
+            if not state.sites[n].available
+            or (placed.name in state.sites[n].no_room and n not in placed.confirmed)
+        ]
         room = [
             v
             for v in explain(state, placed).nodes
