@@ -52,8 +52,8 @@ from ollamad.peers.join import Sponsor, sponsor_waiting_node
 from ollamad.peers.link import HandlerError, RemoteFailure
 from ollamad.peers.mesh import Mesh
 from ollamad.peers.tls import Gate, PeerUnreachable
+from ollamad.raft.errors import ChangeRefused, OutcomeUnknown, RaftError
 from ollamad.raft.errors import NoQuorum as RaftNoQuorum
-from ollamad.raft.errors import OutcomeUnknown, RaftError
 from ollamad.raft.node import RaftNode
 from ollamad.raft.recovery import LogEnd
 from ollamad.wire.codec import encode
@@ -364,6 +364,7 @@ class Cluster:
             raise ServiceError(
                 409, "LAST_MEMBER", "the last node cannot leave; stop it instead, nothing is lost"
             )
+        self._check_that_a_majority_stays(node_id)
         was_draining = self.state.members[node_id].draining
         await self.set_draining(node_id, True)
         try:
@@ -377,6 +378,26 @@ class Cluster:
                 if not was_draining:
                     await self.propose(SetDraining(node_id, False))
             raise
+
+    def _check_that_a_majority_stays(self, leaving: NodeId) -> None:
+        """Refuse before anything is moved what the leader would refuse in the end."""
+        voters = self._raft.voters
+        if leaving not in voters:
+            return
+        rest = voters - {leaving}
+        away = sorted(
+            self.state.members[voter].name if voter in self.state.members else short(voter)
+            for voter in rest
+            if voter != self.node_id and not self.is_online(voter)
+        )
+        if away and 2 * (len(rest) - len(away)) <= len(rest):
+            raise ServiceError(
+                409,
+                "MAJORITY_AT_RISK",
+                f"{', '.join(away)} is away, and without this node too no majority of the voters "
+                "would be left; start it, or take it out first",
+                {"away": away},
+            )
 
     # Tasks.
 
@@ -546,8 +567,12 @@ class Cluster:
         elif (gone := sorted(voters & long_gone)) and (spare or len(voters) % 2 == 0):
             # Where somebody takes its place; and without a dead voter an odd number is left, which
             # needs one vote less. It becomes a voter again when it returns.
-            log.info("%s has been away for long and is no voter any more", short(gone[0]))
-            await self._raft.remove_voter(gone[0], CHANGE_TIMEOUT_S)
+            for node_id in gone:
+                # The leader refuses to lose one that it needs, whatever its heartbeats say.
+                with suppress(ChangeRefused):
+                    await self._raft.remove_voter(node_id, CHANGE_TIMEOUT_S)
+                    log.info("%s has been away for long and votes no more", short(node_id))
+                    return
 
     async def _remove_voter(self, node_id: NodeId) -> None:
         """Have the leader take a node out of the voters, whoever leads meanwhile."""

@@ -344,12 +344,12 @@ class Fence:
             return
         if not core.is_follower_of_mine(sender):
             return
-        if self._answers[0] != message.term:
-            self._answers = (message.term, {})
-        self._answers[1][sender] = core.clock()
         end = core.last_index() + 1
         if message.next_index < 2 or (message.success and message.next_index > end):
             raise MalformedMessage(f"{short(sender)} answers about entry {message.next_index}")
+        if self._answers[0] != message.term:
+            self._answers = (message.term, {})
+        self._answers[1][sender] = core.clock()
         core.deliver_ack(sender, min(message.next_index, end), message.success, message.reset)
         if message.snapshot_held is not None:
             core.snapshot_answered(sender, message.snapshot_held)
@@ -490,11 +490,25 @@ class Fence:
             return False
         # The entry itself is committed by the new voters: without a majority of them that is
         # there, nothing could ever be agreed on again.
-        since = core.clock() - self._timing.election_max_s
-        answered = {node for node, at in self._answers[1].items() if at > since}
-        if not _is_majority(answered | {self._self_id}, voters):
+        if not _is_majority(self._able_to_commit() | {self._self_id}, voters):
             return False
         return all(self.caught_up(added) for added in voters - journal.voters)
+
+    def _able_to_commit(self) -> set[NodeId]:
+        """The nodes that answered this leader within a timeout, in its term, and are not behind."""
+        core = self._core
+        term, answers = self._answers
+        since = core.clock() - self._timing.election_max_s
+        return {
+            node
+            for node, at in answers.items()
+            if term == core.term() and at > since and self._is_near_the_end(node)
+        }
+
+    def _is_near_the_end(self, node_id: NodeId) -> bool:
+        core = self._core
+        needed = max(FOUNDING_INDEX, core.last_index() - CATCH_UP_ENTRIES)
+        return core.match_index(node_id) >= needed
 
     def caught_up(self, node_id: NodeId) -> bool:
         """Whether this leader's learner would not hold up commits as a voter."""
@@ -502,8 +516,7 @@ class Fence:
         if core.state() != LEADER or not core.is_connected(node_id):
             return False
         alive = core.clock() - core.last_heard(node_id) < self._timing.election_max_s
-        needed = max(FOUNDING_INDEX, core.last_index() - CATCH_UP_ENTRIES)
-        return alive and core.match_index(node_id) >= needed
+        return alive and self._is_near_the_end(node_id)
 
     def _may_lead(self) -> bool:
         # Else it would commit nothing: a leader counts no entry that its disk lacks.

@@ -83,6 +83,7 @@ class Cluster:
         self.write_at: Callable[[Host], Awaitable[None]] = _nobody_writes
         self._first_ids = frozenset(self.by_id)
         self._lost: Host | None = None  # the host whose disk is gone, and with it its id
+        self._replaced = trio.Event()
         self._founder_voters = frozenset(host.id for host in self.hosts[: scenario.voters])
         if not scenario.grows:
             self._preform()
@@ -391,12 +392,19 @@ class Cluster:
     async def _replace(self, lost: NodeId, new: NodeId) -> None:
         """What the daemons' supervisor does: the voter that is gone makes room for the new one."""
         for node_id, adding in ((lost, False), (new, True)):
-            while (leader := self.leader()) is None or (
-                leader.life is not None and (node_id in leader.life.node.voters) != adding
-            ):
+            while not self._votes(node_id, adding):
+                leader = self.leader()
                 if leader is not None:
                     await self._change(leader, node_id, adding)
                 await trio.sleep(self.rng.uniform(0.2, 1.0))
+        self._replaced.set()
+
+    def _votes(self, node_id: NodeId, expected: bool) -> bool:
+        """Whether it is committed that the node is a voter, or is none."""
+        leader = self.leader()
+        if leader is None or leader.life is None or leader.life.node._change_is_open():
+            return False
+        return (node_id in leader.life.node.voters) == expected
 
     def _down(self, host: Host, seconds: float) -> None:
         host.downs += 1
@@ -480,6 +488,15 @@ class Cluster:
             self.counts["transfer: done"] += 1
 
     # The end.
+
+    async def replace(self) -> None:
+        """Wait until the node that lost its disk is no voter any more, and its successor is."""
+        if self._lost is None:
+            return
+        with trio.move_on_after(PROGRESS_BOUND_S) as scope:
+            await self._replaced.wait()
+        if scope.cancelled_caught:
+            self.checker.violated("progress", f"{self._lost.id} is not replaced as a voter")
 
     async def limp(self) -> Host | None:
         """Let something go on being wrong with one host, if the others can do without it.

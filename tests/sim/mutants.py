@@ -175,14 +175,14 @@ MUTANTS = (
     Mutant(
         "a voter goes though the majority that remains is not there",
         "raft/fence.py",
-        "if not _is_majority(answered | {self._self_id}, voters):",
+        "if not _is_majority(self._able_to_commit() | {self._self_id}, voters):",
         "if False:",
     ),
     Mutant(
         "who was heard is who was elected by",
         "raft/fence.py",
-        "answered = {node for node, at in self._answers[1].items() if at > since}",
-        "answered = {node for node in voters if core.last_heard(node) > since}",
+        "if not _is_majority(self._able_to_commit() | {self._self_id}, voters):",
+        "if not self.has_quorum():",
     ),
     Mutant(
         "the clock moves within a step",

@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from ollamad.raft.private import Timing
 
+LIMP_S = 35.0  # at least: longer than anybody's patience with the others
 CALM_S = 8.0  # after a wiped disk: by then every frame of the host that is gone has come
 LEADER = -1  # in the place of a host's number: whoever leads when the fault comes
 
@@ -183,7 +184,7 @@ def _with_a_wipe(rng: random.Random, drawn: Scenario) -> tuple[Fault, ...]:
 
 
 def _lame(rng: random.Random, hosts: int) -> Lame:
-    seconds = rng.uniform(5.0, 30.0)
+    seconds = LIMP_S + rng.uniform(5.0, 30.0)
     who = LEADER if rng.random() < 0.5 else rng.randrange(hosts)
     kind = rng.choice((Kind.STALLED_DISK, Kind.FULL_DISK, Kind.PAUSE, Kind.SLOW_DISK, Kind.ISOLATE))
     match kind:

@@ -95,6 +95,7 @@ class _Play:
                 nursery.start_soon(client.run, heals_at)
             await trio.sleep_until(heals_at)
             cluster.heal()
+        await cluster.replace()
         limping = await cluster.limp()
         if limping is not None:
             await cluster.settle(limping)

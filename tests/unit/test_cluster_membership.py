@@ -366,6 +366,21 @@ async def test_a_removal_by_force_waits_for_nothing(node: Node) -> None:
     assert node.members == {node.id}
 
 
+async def test_nobody_is_taken_out_whom_the_majority_needs(node: Node) -> None:
+    for other in (B, C):
+        await node.let_in(other)
+    node.raft.voters |= {B, C}
+    node.offline = {C}
+    for force in (False, True):
+        with pytest.raises(ServiceError, match="no majority of the voters") as caught:
+            await node.cluster.remove(B, force=force)
+        assert (caught.value.status, caught.value.code) == (409, "MAJORITY_AT_RISK")
+        assert caught.value.details == {"away": [node.cluster.state.members[C].name]}
+    assert not node.cluster.state.members[B].draining, "nothing was begun"
+    await node.cluster.remove(C, force=True)
+    await node.cluster.remove(B, force=True)
+
+
 async def test_the_only_voter_cannot_be_removed(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:

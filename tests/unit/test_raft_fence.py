@@ -427,6 +427,16 @@ def test_no_removal_that_leaves_too_few_voters_that_are_there() -> None:
     assert solo.may_change_voters(ids("ac"))
 
 
+def test_a_voter_that_answers_but_cannot_follow_is_no_majority() -> None:
+    solo = Solo("abc", log="1" * 300)
+    solo.lead()
+    solo.receive("c", Ack(2, 304, True, False))
+    solo.tick()
+    solo.receive("b", Ack(2, 2, False, False))  # as one that cannot read our snapshot
+    assert not solo.may_change_voters(ids("ab"))
+    assert solo.may_change_voters(ids("ac"))
+
+
 def ids(names: str) -> frozenset[NodeId]:
     return frozenset(map(NodeId, names))
 
