@@ -205,6 +205,7 @@ class Library:
     ) -> tuple[Model, Model]:
         """A model of uploaded blobs (weights, perhaps projectors): as it is, and with changes."""
         kinds: dict[str, list[str]] = {"model": [], "projector": [], "adapter": []}
+        digest = ""
         try:
             for digest in files.values():
                 kinds[await self._store.kind_of(digest)].append(digest)
@@ -224,7 +225,7 @@ class Library:
         except BlobMissing as error:
             raise ServiceError(400, "BLOB_NOT_FOUND", f"{error}; upload it first") from None
         except GgufError as error:
-            raise ServiceError(400, "INVALID_MODEL_FILE", str(error)) from None
+            raise ServiceError(400, "INVALID_MODEL_FILE", str(error), {"digest": digest}) from None
         except StoreError as error:
             raise _store_failure(error) from None
 

