@@ -239,8 +239,13 @@ async def test_an_answer_goes_on_beyond_the_context(engine: Engine, spec: ModelS
     assert engine.loaded()[0].context_length == 256
 
 
+# Tens of milliseconds where nothing else runs, but the batch that is being read is read to its end,
+# and a busy machine takes its time for that. An answer that goes on takes more than ten seconds.
+FREED_S = 5.0
+
+
 @pytest.mark.parametrize("in_the_prompt", [False, True])
-async def test_leaving_frees_the_slot_within_a_second(
+async def test_leaving_frees_the_slot_at_once(
     engine: Engine, spec: ModelSpec, tmp_path: Path, in_the_prompt: bool
 ):
     prompt = "The weather is fine today. " * 140 if in_the_prompt else "1 2 3"
@@ -259,7 +264,7 @@ async def test_leaving_frees_the_slot_within_a_second(
             left = time.perf_counter()
     while any(slot.is_processing for slot in await client.slots()):  # noqa: ASYNC110
         await trio.sleep(0.005)
-    assert time.perf_counter() - left < 1
+    assert time.perf_counter() - left < FREED_S
     client.close()
 
 

@@ -148,6 +148,7 @@ def test_the_command_line_goes_on_when_its_node_dies(
     whole = run_cli(other, *question)
     assert whole.returncode == 0, whole.stderr
     begun = threading.Event()
+    wait_until("nothing else is being answered", lambda: not busy(cluster))
 
     def kill() -> None:
         wait_until("it is being answered", lambda: busy(cluster))
