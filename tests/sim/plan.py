@@ -132,8 +132,8 @@ class Scenario:
         return self.voters + self.spares
 
 
-def scenario(seed: int) -> Scenario:
-    """The scenario of that seed."""
+def scenario(seed: int, *, wipes: bool = True) -> Scenario:
+    """The scenario of that seed; without `wipes`, disks are never lost for good."""
     rng = random.Random(f"{seed} plan")
     late = random.Random(
         f"{seed} late"
@@ -164,7 +164,7 @@ def scenario(seed: int) -> Scenario:
         lame=_lame(late, voters + spares) if late.random() < 0.4 else None,
         creep_s=late.choice((0.0, 0.0, 1e-6, 1e-4)),
     )
-    if voters >= 3 and not drawn.grows and late.random() < 0.25:
+    if wipes and voters >= 3 and not drawn.grows and late.random() < 0.25:
         return dataclasses.replace(drawn, faults=_with_a_wipe(late, drawn))
     return drawn
 

@@ -179,7 +179,7 @@ class WatchedNode(RaftNode):
 class Clock:
     """A host's clock, which may be fast or slow, and moves on while it is being read."""
 
-    def __init__(self, world: World, offset_s: float, creep_s: float) -> None:
+    def __init__(self, world: World, offset_s: float, creep_s: float = 0.0) -> None:
         self._world = world
         self._creep_s = creep_s
         self._since = world.now
