@@ -239,19 +239,26 @@ async def test_an_answer_goes_on_beyond_the_context(engine: Engine, spec: ModelS
     assert engine.loaded()[0].context_length == 256
 
 
-# Tens of milliseconds where nothing else runs, but the batch that is being read is read to its end,
-# and a busy machine takes its time for that. An answer that goes on takes more than ten seconds.
-FREED_S = 5.0
-
-
 @pytest.mark.parametrize("in_the_prompt", [False, True])
-async def test_leaving_frees_the_slot_at_once(
+async def test_leaving_frees_the_slot_within_a_second(
     engine: Engine, spec: ModelSpec, tmp_path: Path, in_the_prompt: bool
 ):
     prompt = "The weather is fine today. " * 140 if in_the_prompt else "1 2 3"
     request = GenerateRequest(spec.name, prompt, raw=True, options=Options(num_predict=1000))
     await engine.load(spec)
     client = client_of(tmp_path)
+    limit_s = 1.0
+    if in_the_prompt:
+        # llama.cpp reads a batch of 512 tokens to its end; how long that takes now is measured now.
+        begun = time.perf_counter()
+        await run(
+            engine,
+            spec,
+            prompt="It rains a lot here. " * 85,
+            raw=True,
+            options=Options(num_predict=1),
+        )
+        limit_s += time.perf_counter() - begun
     async with engine.generate(spec, request) as events:
         if in_the_prompt:
             with trio.move_on_after(0.3) as scope:
@@ -264,7 +271,7 @@ async def test_leaving_frees_the_slot_at_once(
             left = time.perf_counter()
     while any(slot.is_processing for slot in await client.slots()):  # noqa: ASYNC110
         await trio.sleep(0.005)
-    assert time.perf_counter() - left < FREED_S
+    assert time.perf_counter() - left < limit_s
     client.close()
 
 
