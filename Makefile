@@ -27,7 +27,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-unit: $(STAMP) ## without real daemons
+unit: $(STAMP) ## without real daemons (OLLAMAD_FRESH=1: with new examples)
 	$(BIN)/pytest -q -n $(WORKERS) tests/unit tests/test_imports.py
 
 simtest: $(STAMP) ## a few hundred seeds of the simulator, and those that ever failed

@@ -482,15 +482,15 @@ class Fence:
         core, journal = self._core, self._journal
         if len(voters ^ journal.voters) != 1:
             return False
-        if self._self_id not in voters:
-            self.should_transfer = True  # the next leader will be asked again
-            return False
         # Ongaro's correction of single-server changes: first an entry of our own term.
         if core.commit_index() < max(journal.membership_index, core.term_start_index()):
             return False
         # The entry itself is committed by the new voters: without a majority of them that is
         # there, nothing could ever be agreed on again.
         if not _is_majority(self._able_to_commit() | {self._self_id}, voters):
+            return False
+        if self._self_id not in voters:
+            self.should_transfer = True  # the next leader will be asked again
             return False
         return all(self.caught_up(added) for added in voters - journal.voters)
 

@@ -472,7 +472,8 @@ class RaftNode:
         """Make a learner that has caught up a voter.
 
         Raises:
-          ChangeRefused: it has not caught up, another change is under way, or there are enough.
+          ChangeRefused: it has not caught up, another change is under way, there are enough, or
+            too few of the voters are there to agree on anything afterwards.
           NoQuorum, OutcomeUnknown, NodeFailed: as `propose`.
         """
         await self._change_voters(node_id, True, timeout_s)
@@ -481,7 +482,8 @@ class RaftNode:
         """Make a voter a learner. A leader that is to go hands over first.
 
         Raises:
-          ChangeRefused: it is the last voter, or another change is under way.
+          ChangeRefused: it is the last voter, another change is under way, or too few of those
+            that remain are there to agree on anything afterwards.
           NoQuorum, OutcomeUnknown, NodeFailed: as `propose`.
         """
         await self._change_voters(node_id, False, timeout_s)
@@ -503,9 +505,11 @@ class RaftNode:
                 change = encode_change(voters, wanted)
                 await self._submit(change, remaining_s, refusal_is_final=True)
             except ChangeRefused:
-                if self._clock() + self._timing.heartbeat_s >= deadline:
+                # Never in step: two leaders that are to go would hand over to each other for ever.
+                pause_s = self._timing.heartbeat_s * self._rng.uniform(1, 2)
+                if self._clock() + pause_s >= deadline:
                     raise
-                await trio.sleep(self._timing.heartbeat_s)
+                await trio.sleep(pause_s)
 
     def _change_is_open(self) -> bool:
         return self._core.commit_index() < self._journal.membership_index
