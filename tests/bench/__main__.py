@@ -14,7 +14,6 @@ BENCHMARKS = (
     ("/health and /nodes, against a bare ASGI app", "bench_http"),
     ("5,000 WebSockets: memory, and an event to all", "bench_websocket"),
     ("a file to many nodes, and to one", "bench_swarm"),
-    ("/health, against a bare ASGI app", "bench_http"),
 )
 
 
