@@ -13,6 +13,7 @@ BENCHMARKS = (
     ("memory: estimated, used, corrected", "bench_memory"),
     ("/health and /nodes, against a bare ASGI app", "bench_http"),
     ("5,000 WebSockets: memory, and an event to all", "bench_websocket"),
+    ("what a transfer costs those who use the nodes", "bench_interference"),
     ("a file to many nodes, and to one", "bench_swarm"),
 )
 
