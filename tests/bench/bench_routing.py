@@ -42,6 +42,8 @@ RULES = [
     f"Rule {number}: when somebody asks about {topic}, answer in one short and friendly sentence."
     for number, topic in enumerate(TOPICS, 1)
 ]
+WORDS = " ".join(RULES).split()
+QUOTED = 100  # words of a text that each question brings along, as people paste them
 SYSTEM = "You are the assistant of a small town. " + " ".join(2 * RULES)
 
 
@@ -55,10 +57,12 @@ class Session:
     )
 
     def ask(self, turn: int) -> None:
-        """Add the user's next message; each is its own."""
-        words = f"Question {turn} of visitor {self.number}: what should I know about the"
+        """Add the user's next message, with a text that it is about; each is its own."""
         topic = TOPICS[(self.number * TURNS + turn) % len(TOPICS)]
-        self.messages.append({"role": "user", "content": f"{words} {topic} here today?"})
+        rng = random.Random(1000 * self.number + turn)
+        text = " ".join(rng.choice(WORDS) for _ in range(QUOTED))
+        words = f"Question {turn} of visitor {self.number}: what does this say about the {topic}?"
+        self.messages.append({"role": "user", "content": f"{words} {text}"})
 
 
 @dataclass
@@ -159,7 +163,7 @@ def run(policy: str, count: int, slots: int, sessions: int, model: Path, directo
         "OLLAMAD_SCHEDULER__POLICY": policy,
         "OLLAMAD_MODELS__REPLICAS": str(count),
         "OLLAMA_NUM_PARALLEL": str(slots),
-        "OLLAMA_CONTEXT_LENGTH": "2048",
+        "OLLAMA_CONTEXT_LENGTH": "4096",
         "OLLAMA_KEEP_ALIVE": "-1",
     }
     with Cluster(directory, environment) as cluster:
