@@ -35,6 +35,7 @@ from ollamad.api.calls import error_reply
 from ollamad.api.dialects import native_error
 from ollamad.api.limits import address_group, too_many
 from ollamad.api.services import ServiceError
+from ollamad.api.turns import Turns
 
 READ_SIZE = 64 << 10
 MAX_HEADERS = 100  # a browser sends twenty
@@ -95,6 +96,7 @@ class Connections:
         self.config = config
         self.context = WorkerContext(None)
         self.sockets = sockets
+        self.turns = Turns()
         self._limits = limits
         self._open: dict[Connection, None] = {}
         self._of_address: Counter[str] = Counter()
@@ -113,7 +115,7 @@ class Connections:
             if refusal is not None:
                 await self._refuse(stream, refusal)
                 return
-            connection = Connection(self, stream, peer)
+            connection = Connection(self, stream, peer, key)
             self._open[connection] = None
             self._of_address[key] += 1
             try:
@@ -186,11 +188,16 @@ class Connection:
     """One connection: reads for the protocol, and writes what it says."""
 
     def __init__(
-        self, all_: Connections, stream: trio.SocketStream, peer: tuple[str, int] | None
+        self,
+        all_: Connections,
+        stream: trio.SocketStream,
+        peer: tuple[str, int] | None,
+        address: str,
     ) -> None:
         self._all = all_
         self._stream = stream
         self._peer = peer
+        self._address = address  # as limits count it
         self._send_lock = trio.Lock()
         self._idle = True
         self._closed = False
@@ -214,6 +221,7 @@ class Connection:
                 server,
                 self._on_event,
             )
+            protocol.turns, protocol.address = self._all.turns, self._address
             self._protocol = protocol
             upgrade = await self._read(protocol)
             if upgrade is None:
@@ -331,9 +339,17 @@ class _Http(H11Protocol):
     """hypercorn's protocol without HTTP/2 and without its WebSocket; fewer writes."""
 
     connection: h11.Connection  # never its stand-in for a WebSocket
+    turns: Turns
+    address: str
+    _ahead = False  # whether the next request was sent before the last one was answered
     _held = b""  # a head that goes out with its body
     refused = False
     gone = False  # the client; what it asked before is not to be answered any more
+
+    async def handle(self, event: Event) -> None:
+        if isinstance(event, RawData):
+            self._ahead = False
+        await super().handle(event)
 
     @property
     def head_begun(self) -> bool:
@@ -375,6 +391,8 @@ class _Http(H11Protocol):
         return headers
 
     async def _create_stream(self, request: h11.Request) -> None:
+        await self.turns.take(self.address, ahead=self._ahead)
+        self._ahead = True  # if one more is here already
         if self.gone:
             raise trio.BrokenResourceError("the client is gone, and left requests behind")
         if not request.http_version.startswith(b"1."):

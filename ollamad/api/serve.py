@@ -10,7 +10,6 @@ import logging
 import resource
 import socket
 from collections.abc import Sequence
-from functools import partial
 
 import trio
 from hypercorn.config import Config
@@ -20,6 +19,10 @@ from hypercorn.utils import repr_socket_addr, wrap_app
 from ollamad.api.http import ConnectionLimits, Connections, SocketHandler
 
 BACKLOG = 512  # connections that wait for accept; a burst of clients after a leader change
+ACCEPTED_PER_PASS = 32  # of trio's loop; each takes a tenth of a millisecond
+# The process or the host has no files or memory for one more connection.
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+NO_ROOM_PAUSE_S = 0.1
 GRACEFUL_TIMEOUT_S = 3.0  # for open answers at shutdown; the whole daemon has 10 s
 # What an answer that was cancelled may take to unwind before its connection is cut under it.
 ABORT_AFTER_S = 1.0
@@ -124,19 +127,13 @@ async def serve_api(
     config.accesslog = None
     config.errorlog = _server_log
     connections = Connections(wrap_app(app, 0, "asgi"), config, limits, websockets)
-    listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in sockets]
     urls = [f"http://{repr_socket_addr(one.family, one.getsockname())}" for one in sockets]
     async with trio.open_nursery() as aborting:
+        aborting.start_soon(connections.turns.run)
         async with trio.open_nursery() as serving:
             async with trio.open_nursery() as accepting:
-                accepting.start_soon(
-                    partial(
-                        trio.serve_listeners,
-                        connections.serve,
-                        listeners,
-                        handler_nursery=serving,
-                    )
-                )
+                for one in sockets:
+                    accepting.start_soon(_accept, one, connections, serving)
                 task_status.started(urls)
                 await shutdown.wait()
                 accepting.cancel_scope.cancel()
@@ -170,6 +167,30 @@ def connections_allowed(wanted: int) -> int:
             most,
         )
     return min(wanted or most, most)
+
+
+async def _accept(listener: socket.socket, connections: Connections, serving: trio.Nursery) -> None:
+    """Serve what connects, until cancelled; then the listener is closed.
+
+    trio's own would accept one in each pass of its loop, and have many wait that connect at once.
+    """
+    with listener:
+        listener.setblocking(False)
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            for _ in range(ACCEPTED_PER_PASS):
+                try:
+                    accepted, _ = listener.accept()
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    if error.errno in NO_ROOM:
+                        log.error("cannot take connections for now: %s", error.strerror)
+                        await trio.sleep(NO_ROOM_PAUSE_S)
+                        break
+                    continue  # that client has gone already
+                stream = trio.SocketStream(trio.socket.from_stdlib_socket(accepted))
+                serving.start_soon(connections.serve, stream)
 
 
 async def _bind_all(bind: str) -> list[socket.socket]:
