@@ -23,6 +23,9 @@ IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 ANY_HOST: Final = "*"
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+# All of IPv6 that is routed on the internet. What lies outside has other meanings, some of which
+# lead to IPv4 addresses behind this node (64:ff9b:1::/48, ::ffff:0:0:0/96, ::/96).
+_INTERNET: Final = ipaddress.IPv6Network("2000::/3")
 _PORTS: Final = {"https": 443, "http": 80}
 
 
@@ -170,6 +173,11 @@ class Policy:
 
 def is_public(address: IpAddress) -> bool:
     """Whether an address is one of the internet at large."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return is_public(address.ipv4_mapped)
+        if address not in _INTERNET and address not in _NAT64:
+            return False
     return address.is_global and not address.is_multicast
 
 

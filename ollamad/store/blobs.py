@@ -48,6 +48,7 @@ from ollamad.store.files import (
     blob_name,
     digest_of_name,
     free_bytes_of,
+    make_directories,
     read_exactly,
     temp_path,
     write_atomically,
@@ -401,9 +402,14 @@ class BlobStore:
         Raises:
           StoreError: it is being received right now; close that first.
         """
+        paths = PartialPaths(self.blob_path(digest))
         if digest in self._partials:
             raise StoreError(f"{digest} is being received")
-        await self.in_thread(PartialPaths(self.blob_path(digest)).remove)
+        self._partials[digest] = None  # nobody begins to receive it meanwhile
+        try:
+            await self.in_thread(paths.remove)
+        finally:
+            del self._partials[digest]
 
     async def discard_old_partials(self, keep: Iterable[str], age_s: float) -> list[str]:
         """Throw away partial blobs that nobody receives and nothing came of for so long."""
@@ -442,7 +448,9 @@ class BlobStore:
     async def _is_here(self, digest: str) -> bool:
         """Whether a blob is here; if so it counts as new, so that nobody frees it at once."""
         path = await self.in_thread(functools.partial(self._find, digest))
-        return path is not None and await self.in_thread(functools.partial(_touch, path))
+        if path is None or path.parent != self.blobs:  # what is on a shelf is never freed
+            return path is not None
+        return await self.in_thread(functools.partial(_touch, path))
 
     async def _open_shared(self, path: Path) -> SharedFile:
         opening = functools.partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
@@ -476,7 +484,7 @@ class BlobStore:
         return missing
 
     def _prepare(self) -> None:
-        self.blobs.mkdir(parents=True, exist_ok=True)
+        make_directories(self.blobs)
         probe = temp_path(self.blobs)
         probe.touch()
         probe.unlink()
@@ -572,6 +580,6 @@ def _touch(path: Path) -> bool:
         os.utime(path)
     except FileNotFoundError:
         return False
-    except PermissionError:  # an adopted store may belong to somebody else
+    except OSError:  # an adopted store may belong to somebody else
         return path.is_file()
     return True

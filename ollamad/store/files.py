@@ -53,6 +53,14 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_directories(directory: Path) -> None:
+    """Have a directory, and those above it, so that they outlive a power cut."""
+    missing = [d for d in (directory, *directory.parents) if not d.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        fsync_directory(made.parent)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a small file so that a crash leaves either the old bytes or the new ones."""
     temp = temp_path(path.parent)

@@ -10,6 +10,7 @@ read and have that hash. A power cut so costs a moment of reading; never a piece
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import os
@@ -21,7 +22,13 @@ from pathlib import Path
 from typing import Final
 
 from ollamad.core.pieces import PieceMap
-from ollamad.store.files import SharedFile, disk_error, fsync_directory, hash_range
+from ollamad.store.files import (
+    SharedFile,
+    disk_error,
+    fsync_directory,
+    hash_range,
+    write_atomically,
+)
 
 PARTIAL_SUFFIX: Final = ".partial"
 JOURNAL_SUFFIX: Final = ".journal"
@@ -71,7 +78,7 @@ class Journal:
           OSError: the disk refused.
         """
         with self._lock:
-            os.write(journal, _record(index + 1, got))  # O_APPEND and 40 bytes: whole or absent
+            _append(journal, _record(index + 1, got))
             self._count += 1
 
     def sync(self, journal: int, data: int) -> None:
@@ -85,7 +92,7 @@ class Journal:
         if count > self._synced:
             os.fdatasync(data)
             with self._lock:
-                os.write(journal, _record(_SYNCED, count.to_bytes(32, "big")))
+                _append(journal, _record(_SYNCED, count.to_bytes(32, "big")))
                 self._synced = count
 
 
@@ -132,15 +139,15 @@ def open_partial_files(paths: PartialPaths, sizes: PieceMap) -> OpenedPartial:
 def write_journal(paths: PartialPaths, sizes: PieceMap, hashes: dict[int, bytes]) -> None:
     """Begin a journal of these pieces, whose bytes are synced. Blocks on the disk.
 
+    It takes the place of the one that is there at once, so that a crash loses neither.
+
     Raises:
-      OSError: the disk refused, or there is one.
+      StoreError, StoreFull: the disk refused.
     """
     records = [_record(index + 1, got) for index, got in hashes.items()]
     synced = _record(_SYNCED, len(hashes).to_bytes(32, "big"))
-    with open(paths.journal, "xb") as file:
-        file.write(_head(sizes) + b"".join(records) + synced + _record(_BOOT, boot_id()))
-        file.flush()
-        os.fsync(file.fileno())
+    content = _head(sizes) + b"".join(records) + synced + _record(_BOOT, boot_id())
+    write_atomically(paths.journal, content)
 
 
 def sizes_of_partial(paths: PartialPaths) -> int | None:
@@ -200,7 +207,6 @@ def _recover(paths: PartialPaths, sizes: PieceMap) -> dict[int, bytes] | None:
     }
     if doubtful or read < len(journal) or boot != boot_id() or len(hashes) < len(records):
         _check(paths, sizes, hashes, {index for index, _ in doubtful})
-        paths.journal.unlink()
         write_journal(paths, sizes, hashes)
     return hashes
 
@@ -224,6 +230,18 @@ def _check(
 def _head(sizes: PieceMap) -> bytes:
     numbers = struct.pack(">QI", sizes.size, sizes.piece_size)
     return _MAGIC + _HEAD.pack(sizes.size, sizes.piece_size, zlib.crc32(numbers))
+
+
+def _append(journal: int, record: bytes) -> None:
+    """Add a record, whole or not at all: nothing would be believed that follows half of one.
+
+    Raises:
+      OSError: the disk refused.
+    """
+    written = os.write(journal, record)
+    if written < len(record):  # the disk became full within it
+        os.ftruncate(journal, os.fstat(journal).st_size - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _record(number: int, content: bytes) -> bytes:

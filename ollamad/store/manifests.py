@@ -12,7 +12,7 @@ import msgspec
 
 from ollamad.core.names import InvalidName, ModelName, parse_name
 from ollamad.store.errors import InvalidDigest, ManifestInvalid, ManifestMissing, StoreError
-from ollamad.store.files import TEMP_PREFIX, blob_name, write_atomically
+from ollamad.store.files import TEMP_PREFIX, blob_name, make_directories, write_atomically
 
 MANIFEST_TYPE: Final = "application/vnd.docker.distribution.manifest.v2+json"
 CONFIG_TYPE: Final = "application/vnd.docker.container.image.v1+json"
@@ -111,7 +111,7 @@ def write_manifest(root: Path, name: ModelName, data: bytes) -> None:
     """
     path = manifest_path(root, name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directories(path.parent)
     except OSError as error:
         raise StoreError(f"the manifest of {name} cannot be written: {error}") from error
     write_atomically(path, data)

@@ -340,7 +340,6 @@ class PartialBlob(PieceSource):
 
     def _keep_only(self, descriptor: int, sound: dict[int, bytes]) -> None:
         os.fdatasync(descriptor)
-        self._paths.journal.unlink(missing_ok=True)
         write_journal(self._paths, self._map, sound)
 
     def _publish(self, descriptor: int, target: Path) -> None:

@@ -20,7 +20,8 @@ HOST = Origin("https", "models.example", 443)
         "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0",
         "100.64.0.1", "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fc00::1",
         "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::", "2002:a00:1::",
-        "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe",
+        "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::7f00:1", "::127.0.0.1",
+        "::ffff:0:127.0.0.1", "fec0::1", "2001:0:7f00:1::",
     ],
 )  # fmt: skip
 def test_private_addresses_are_refused(address: str) -> None:
@@ -28,7 +29,9 @@ def test_private_addresses_are_refused(address: str) -> None:
         Policy().check_address(HOST, ipaddress.ip_address(address))
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+)
 def test_public_addresses_are_not(address: str) -> None:
     Policy().check_address(HOST, ipaddress.ip_address(address))
 

@@ -10,6 +10,7 @@ import pytest
 from ollamad.core.inference import Message, Options
 from ollamad.core.names import InvalidName
 from ollamad.core.pieces import MIN_PIECE_SIZE
+from ollamad.store import files
 from ollamad.store.errors import BlobMissing, ManifestInvalid, ManifestMissing
 from ollamad.store.gguf import GgufError
 from ollamad.store.manifests import (
@@ -313,6 +314,24 @@ async def test_a_replaced_manifest_is_never_half_written(
     assert len(list(store.manifests.rglob("*/*/*/*"))) == 1
     await store.write_manifest("a", b"new")
     assert await store.read_manifest("a") == b"new"
+
+
+async def test_the_directories_of_a_manifest_outlive_a_power_cut(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each new directory is in one that is synced after it was made."""
+    synced: set[Path] = set()
+    monkeypatch.setattr(files, "fsync_directory", synced.add)
+    await store.write_manifest("me/new:7b", b"{}")
+    assert synced == {
+        store.manifests.joinpath(*parts)
+        for parts in (
+            (),
+            ("registry.ollama.ai",),
+            ("registry.ollama.ai", "me"),
+            ("registry.ollama.ai", "me", "new"),
+        )
+    }
 
 
 # Freeing.

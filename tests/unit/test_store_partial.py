@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ollamad.core.pieces import MIB, PieceHasher, PieceMap
 from ollamad.store import files, journal, partial
 from ollamad.store.blobs import BlobStore
 from ollamad.store.errors import (
+    BeingReceived,
     BlobMissing,
     DigestMismatch,
     InvalidPieceMap,
@@ -534,6 +536,108 @@ async def test_a_piece_beyond_the_end_of_a_cut_file_is_not_believed(store: BlobS
     blob = await store.open_partial(DIGEST, MAP)
     assert blob.have == b"\1\0\0\0"
     blob.close()
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+async def test_a_crash_while_the_journal_is_written_anew_loses_no_piece(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """As happens at the first opening after each boot of the machine."""
+    blob = await store.open_partial(DIGEST, MAP)
+    for index in (0, 2):
+        await blob.write_piece(index, PIECES[index])
+    blob.close()
+
+    def crash(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        other_boot(patch)
+        patch.setattr(*((os, "fsync", crash) if step == "fsync" else (Path, "replace", crash)))
+        with pytest.raises(KeyboardInterrupt):
+            await store.open_partial(DIGEST, MAP)
+    blob = await (await reopened(store)).open_partial(DIGEST, MAP)
+    assert blob.have == b"\1\0\1\0"
+    blob.close()
+
+
+async def test_a_record_that_a_full_disk_cut_spoils_no_later_one(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = await store.open_partial(DIGEST, MAP)
+    await blob.write_piece(0, PIECES[0])
+    real = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: real(file, data[: len(data) // 2]))
+        with pytest.raises(StoreFull):
+            await blob.write_piece(1, PIECES[1])
+    assert blob.have == b"\1\0\0\0"
+    await blob.write_piece(2, PIECES[2])  # there is room again
+    blob.close()
+    blob = await (await reopened(store)).open_partial(DIGEST, MAP)
+    assert blob.have == b"\1\0\1\0"
+    blob.close()
+
+
+async def test_what_is_being_thrown_away_is_not_begun_again_at_the_same_time(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = await store.open_partial(DIGEST, MAP)
+    await blob.write_piece(0, PIECES[0])
+    blob.close()
+    entered, go_on = threading.Event(), threading.Event()
+    real = journal.PartialPaths.remove
+
+    def slow(self: journal.PartialPaths) -> None:
+        entered.set()
+        go_on.wait(10)
+        real(self)
+
+    monkeypatch.setattr(journal.PartialPaths, "remove", slow)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.discard_partial, DIGEST)
+        await trio.to_thread.run_sync(entered.wait, 10)
+        with pytest.raises(BeingReceived):
+            await store.open_partial(DIGEST, MAP)
+        go_on.set()
+    monkeypatch.undo()
+    blob = await store.open_partial(DIGEST, MAP)
+    assert blob.have_count == 0
+    for index, piece in enumerate(PIECES):
+        await blob.write_piece(index, piece)
+    await blob.finish()
+
+
+async def test_a_blob_that_came_in_pieces_appears_only_when_it_is_synced(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of durable steps: bytes, rename, directory, and only then the journal goes."""
+    blob = await store.open_partial(DIGEST, MAP)
+    for index, piece in enumerate(PIECES):
+        await blob.write_piece(index, piece)
+    steps: list[str] = []
+    real_sync, real_rename, real_unlink = os.fsync, Path.rename, Path.unlink
+    data = (store.blobs / f"{BLOB}.partial").stat().st_ino
+
+    def sync(descriptor: int) -> None:
+        number = os.fstat(descriptor).st_ino
+        names = {data: "sync data", store.blobs.stat().st_ino: "sync directory"}
+        steps.append(names.get(number, "sync another"))
+        real_sync(descriptor)
+
+    def rename(self: Path, target: Path) -> Path:
+        steps.append("rename")
+        return real_rename(self, target)
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        steps.append(f"unlink {self.suffix}")
+        real_unlink(self, missing_ok)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    await blob.finish()
+    assert steps[:4] == ["sync data", "rename", "sync directory", "unlink .journal"]
 
 
 WRITER = """

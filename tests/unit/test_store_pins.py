@@ -1,5 +1,7 @@
 """Freeing never meets a hold: not one from before, not one that comes in the middle."""
 
+import errno
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -166,11 +168,25 @@ async def test_shelves_are_read_and_never_written(tmp_path: Path) -> None:
     source.close()
     assert await ours.remove_blob(digest) == 0
     assert (await ours.free(lambda: (), grace_s=0)).size == 0
+    # What comes and is there already is not written, and theirs does not count as newer.
+    await ours.put_bytes(gguf_bytes())
     # What is derived lands in our own directory.
     more = await ours.build_model("more", digest, system="Be brief.")
     assert not await theirs.has_blob(more.layers[-1].digest)
     assert await ours.has_blob(more.layers[-1].digest)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "ollama").rglob("*")} == before
+
+
+async def test_a_blob_on_a_disk_that_cannot_be_written_is_here_all_the_same(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, _ = await store.put_bytes(b"x")
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert (await store.put_bytes(b"x"))[0] == digest
 
 
 class Loading:
