@@ -17,12 +17,11 @@ from ollamad.core.commands import SetDesired
 from ollamad.core.ids import NodeId
 from ollamad.core.names import parse_name
 from ollamad.core.state import Model
-from ollamad.peers.identity import write_private
+from ollamad.notes import Note
 from ollamad.store.errors import StoreError
 from ollamad.store.gguf import GgufError
 from ollamad.store.manifests import StoredManifest, manifest_digest
 from ollamad.store.models import ModelStore
-from ollamad.wire.codec import MalformedMessage, decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -45,18 +44,19 @@ class Adoption:
         self._store = store
         self._publish = publish
         self._holds = holds
-        self._path = path
+        self._note = Note(path, dict[str, str], {})
         self._seen: dict[str, str] = {}  # by name key: which manifest, written when
 
     async def run(self) -> None:
         """Until cancelled."""
-        self._seen = _read_seen(self._path)
+        self._seen = self._note.read()
         while True:
             await self.scan()
             await trio.sleep(RESCAN_S)
 
     async def scan(self) -> None:
         """Look at the directory once."""
+        self._note.catch_up()
         try:
             shelved = bool(self._store.shelves)
             found = await (
@@ -78,7 +78,7 @@ class Adoption:
             except (StoreError, GgufError, OSError) as error:
                 log.warning("%s is there, but cannot be used: %s", stored.name, error)
             self._seen[key] = mark
-            write_private(self._path, encode(self._seen))
+            self._note.write(self._seen)
 
     async def _adopt(self, stored: StoredManifest) -> None:
         me = self._cluster.node_id
@@ -98,10 +98,3 @@ class Adoption:
         elif me not in known.confirmed:
             await self._store.model_of(stored.name, stored.data)  # whole, and what it says
             await self._cluster.require(SetDesired(known.name, tuple(sorted({me, *known.desired}))))
-
-
-def _read_seen(path: Path) -> dict[str, str]:
-    try:
-        return decode(path.read_bytes(), dict[str, str])
-    except (FileNotFoundError, MalformedMessage):
-        return {}

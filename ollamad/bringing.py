@@ -86,7 +86,7 @@ class Bringer:
                 digest, projectors = await run.bring_files(offer)
             licence = wanted.licence or offer.licence
             return await self._store.build_model(
-                name, digest, license=licence or None, projectors=projectors
+                name, digest, license=licence or None, projectors=projectors, hold=hold
             )
 
 
@@ -157,13 +157,13 @@ class _Run:
             missing = await self._store.missing_bytes(sizes)
             with self._store.space.reserve(missing | {"": package.size or 0}):
                 await self._bring(package, hold)
-            path = await self._store.find_blob(package.digest)
-            try:
-                digest, _ = await self._origin.unpack(path, self._ingest)
-            except SourceError:
-                # It is what the index promised, and no model: no use to keep it.
-                await self._store.remove_blob(package.digest)
-                raise
+                path = await self._store.find_blob(package.digest)
+                try:
+                    digest, _ = await self._origin.unpack(path, self._ingest)
+                except SourceError:
+                    # It is what the index promised, and no model: no use to keep it.
+                    await self._store.remove_blob(package.digest)
+                    raise
         await self._store.free(lambda: (), among=[package.digest], grace_s=0)
         return digest
 

@@ -43,6 +43,7 @@ from ollamad.store.errors import BlobMissing, DigestMismatch, SizeMismatch, Stor
 from ollamad.store.gguf import GgufError
 from ollamad.store.manifests import Descriptor
 from ollamad.store.models import ModelStore
+from ollamad.store.pins import Hold
 from ollamad.transfer.fetch import Fetcher, FetchFailed
 from ollamad.transfer.transfers import TransferTable
 from ollamad.wire.codec import encode
@@ -183,8 +184,7 @@ class Library:
         A name that is taken is refused, unless the models are the same or `replace`.
         """
         async with self._store.pins.hold(*files.values(), *changes.adapters) as hold:
-            plain, model = await self._build(name, files, changes)
-            await hold.add(*(layer.digest for layer in model.layers))
+            plain, model = await self._build(name, files, changes, hold)
             known = self._cluster.state.find_model(name)
             if known is not None and known.digest != model.digest and not replace:
                 raise ServiceError(
@@ -194,14 +194,17 @@ class Library:
                     f"or delete it first: ollama-dist models rm {known.name}",
                     {"name": known.name},
                 )
-            await self._publish(model, (), 0)
+            try:
+                await self._publish(model, (), 0)
+            except StoreError as error:
+                raise _store_failure(error) from None
         for digest in (*files.values(), *changes.adapters):
             self._store.pins.end_lease(digest)
         await self._share.free({layer.digest for layer in plain.layers})  # what was in between
         return self._cluster.state.models[parse_name(name).key]
 
     async def _build(
-        self, name: str, files: Mapping[str, str], changes: Changes
+        self, name: str, files: Mapping[str, str], changes: Changes, hold: Hold
     ) -> tuple[Model, Model]:
         """A model of uploaded blobs (weights, perhaps projectors): as it is, and with changes."""
         kinds: dict[str, list[str]] = {"model": [], "projector": [], "adapter": []}
@@ -219,9 +222,9 @@ class Library:
                     {"field": "files"},
                 )
             model = await self._store.build_model(
-                name, kinds["model"][0], projectors=kinds["projector"]
+                name, kinds["model"][0], projectors=kinds["projector"], hold=hold
             )
-            return model, await self._store.derive_model(name, model.manifest, changes)
+            return model, await self._store.derive_model(name, model.manifest, changes, hold)
         except BlobMissing as error:
             raise ServiceError(400, "BLOB_NOT_FOUND", f"{error}; upload it first") from None
         except GgufError as error:
@@ -525,14 +528,20 @@ class Library:
         if base is None:
             raise ServiceError(404, "MODEL_NOT_FOUND", f"model {request.base!r} not found")
         try:
-            model = await self._store.derive_model(request.name, base.manifest, request.changes)
+            # Held, since the other one may be deleted while this one is made of it.
+            async with self._store.pins.hold() as hold:
+                model = await self._store.derive_model(
+                    request.name, base.manifest, request.changes, hold
+                )
+                known = self._cluster.state.find_model(request.name)
+                if known is None or known.digest != model.digest:
+                    asked = base if known is None else known
+                    model = msgspec.structs.replace(
+                        model, replicas=asked.replicas, pinned=asked.pinned
+                    )
+                    await self._share.publish(model, base.desired or (self._cluster.node_id,))
         except (StoreError, GgufError) as error:
             raise _store_failure(error) from None
-        known = self._cluster.state.find_model(request.name)
-        if known is None or known.digest != model.digest:
-            asked = base if known is None else known
-            model = msgspec.structs.replace(model, replicas=asked.replicas, pinned=asked.pinned)
-            await self._share.publish(model, base.desired or (self._cluster.node_id,))
         return model.digest
 
     async def _describe_here(self, name: str) -> Description:

@@ -23,7 +23,7 @@ from ollamad.core.names import parse_name
 from ollamad.core.pulling import Candidate, rank
 from ollamad.core.state import Model
 from ollamad.core.transfers import Transfer
-from ollamad.peers.identity import write_private
+from ollamad.notes import Note
 from ollamad.peers.link import HandlerError, RemoteFailure
 from ollamad.peers.tls import PeerUnreachable
 from ollamad.sources.base import OriginUnreachable, Source, SourceError
@@ -33,7 +33,6 @@ from ollamad.store.gguf import GgufError
 from ollamad.store.manifests import Descriptor
 from ollamad.store.models import ModelStore
 from ollamad.transfer.transfers import TransferTable
-from ollamad.wire.codec import MalformedMessage, decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ class Pulls:
         self._running = running
         self._transfer = transfer
         self._cancel = cancel
-        self._path = pulls_path
+        self._note = Note(pulls_path, list[PullRequest], [])
         self._here: dict[str, tuple[str, PullRequest]] = {}  # key -> transfer id, request
         self._choosing: dict[str, trio.Lock] = {}
         self._unreachable: dict[tuple[NodeId, str], float] = {}  # node and origin -> when
@@ -129,7 +128,7 @@ class Pulls:
         """Run this node's pulls, those of the last run first; until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            for request in _read_pulls(self._path):
+            for request in self._note.read():
                 with suppress(ServiceError):
                     self._start(request)
                     log.info("the pull of %s goes on where it was", request.name)
@@ -339,8 +338,7 @@ class Pulls:
             raise
 
     def _remember(self) -> None:
-        requests = [request for _, request in self._here.values()]
-        write_private(self._path, encode(requests))
+        self._note.write([request for _, request in self._here.values()])
 
     # What other nodes ask.
 
@@ -369,10 +367,3 @@ def _shown(reference: str) -> str:
     if separator and "@" in address.partition("/")[0]:
         return f"{scheme}://{address.partition('@')[2]}"
     return plain if rest else reference
-
-
-def _read_pulls(path: Path) -> list[PullRequest]:
-    try:
-        return decode(path.read_bytes(), list[PullRequest])
-    except (FileNotFoundError, MalformedMessage):
-        return []

@@ -15,11 +15,10 @@ import trio
 
 from ollamad.cluster import Cluster
 from ollamad.core.state import Layer
-from ollamad.peers.identity import write_private
+from ollamad.notes import Note
 from ollamad.store.errors import BlobMissing, StoreError
 from ollamad.store.models import ModelStore
 from ollamad.store.scrub import Scrubber, discard_rotten
-from ollamad.wire.codec import MalformedMessage, decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +51,13 @@ class Scrubbing:
         self._scrubber = scrubber
         self._interval_s = interval_s
         self._lost = lost
-        self._path = path
+        self._note = Note(path, dict[str, float], {})
         self._wall = wall
         self._read_at: dict[str, float] = {}
 
     async def run(self) -> None:
         """Until cancelled."""
-        self._read_at = _read_times(self._path)
+        self._read_at = self._note.read()
         while self._interval_s > 0:
             await self.round()
             await trio.sleep(ROUND_S)
@@ -75,7 +74,7 @@ class Scrubbing:
                 break
             if digest in self._layers():
                 await self._check(layers[digest])
-        write_private(self._path, encode(self._read_at))
+        self._note.write(self._read_at)
         clearing = functools.partial(discard_rotten, self._store, KEEP_ROTTEN_S, self._wall())
         await self._store.in_thread(clearing)
 
@@ -110,10 +109,3 @@ class Scrubbing:
             if me in model.confirmed
             for layer in model.layers
         }
-
-
-def _read_times(path: Path) -> dict[str, float]:
-    try:
-        return decode(path.read_bytes(), dict[str, float])
-    except (FileNotFoundError, MalformedMessage):
-        return {}

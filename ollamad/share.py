@@ -19,13 +19,12 @@ from ollamad.core.measures import Rate
 from ollamad.core.names import parse_name
 from ollamad.core.state import Model
 from ollamad.following import Following
-from ollamad.peers.identity import write_private
-from ollamad.store.errors import StoreError, StoreFull
+from ollamad.notes import Note
+from ollamad.store.errors import BlobMissing, StoreError, StoreFull
 from ollamad.store.manifests import describe
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
 from ollamad.transfer.transfers import TransferTable
-from ollamad.wire.codec import MalformedMessage, decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ class Share:
         self._table = table
         self._unload = unload
         self.following = Following(cluster=cluster, store=store, fetcher=fetcher, table=table)
-        self._held_path = held_path
+        self._note = Note(held_path, dict[str, str], {})
         self._owns_store = owns_store
         self.received = Rate()  # of copies from peers
         self._held: dict[str, str] = {}
@@ -91,7 +90,7 @@ class Share:
         """Keep what this node holds equal to what it should hold; until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            self._held = _read_held(self._held_path)
+            self._held = self._note.read()
             await nursery.start(self.following.run)
             task_status.started()
             if self._owns_store:
@@ -99,13 +98,14 @@ class Share:
             await self._check_disk()
             while True:
                 changed = self._cluster.changes.next()
+                self._note.catch_up()
                 try:
                     await self._reconcile()
                     if self._unfreed:
                         await self.free(self._unfreed)
                 except ServiceError as error:
                     log.info("models: %s", error)  # no quorum; the next round tries again
-                except StoreError as error:
+                except (StoreError, OSError) as error:
                     log.error("models: %s", error)
                 with trio.move_on_after(RECHECK_S):
                     await changed.wait()
@@ -128,6 +128,12 @@ class Share:
           ServiceError: the cluster could not agree. StoreError: the disk refused.
         """
         async with self._store.pins.hold(*(layer.digest for layer in model.layers)):
+            for layer in model.layers:
+                # Whoever made it may not have held all of it while another model was deleted.
+                if not await self._store.has_blob(layer.digest):
+                    raise BlobMissing(
+                        f"blob {layer.digest} of {model.name} was deleted meanwhile; try again"
+                    )
             await self._publish(model, desired)
 
     async def _publish(self, model: Model, desired: tuple[NodeId, ...]) -> None:
@@ -380,7 +386,7 @@ class Share:
                     log.info("freed %.1f MB, which no model uses", freed.size / 1e6)
                 for digest in await self._store.discard_old_partials(wanted, PARTIAL_AGE_S):
                     log.info("threw away what had come of %s; nobody asked for the rest", digest)
-            except StoreError as error:
+            except (StoreError, OSError) as error:
                 log.warning("freeing unused blobs: %s", error)
 
     def _remember(self, key: str, digest: str) -> None:
@@ -388,11 +394,4 @@ class Share:
         self._write_held()
 
     def _write_held(self) -> None:
-        write_private(self._held_path, encode(self._held))
-
-
-def _read_held(path: Path) -> dict[str, str]:
-    try:
-        return decode(path.read_bytes(), dict[str, str])
-    except (FileNotFoundError, MalformedMessage):
-        return {}
+        self._note.write(self._held)

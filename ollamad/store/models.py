@@ -25,6 +25,7 @@ from ollamad.store.errors import BlobMissing, ManifestInvalid
 from ollamad.store.files import TEMP_PREFIX
 from ollamad.store.gguf import GgufError, GgufHeader, Skipped
 from ollamad.store.manifests import Descriptor, Manifest, StoredManifest, describe
+from ollamad.store.pins import Hold
 from ollamad.store.weights import read_weights
 
 log = logging.getLogger(__name__)
@@ -139,10 +140,12 @@ class ModelStore(BlobStore):
         params: Options | None = None,
         license: str | Sequence[str] | None = None,
         projectors: Sequence[str] = (),
+        hold: Hold | None = None,
     ) -> Model:
         """Make a model of a GGUF blob that is here: writes its small blobs, not the manifest.
 
-        `projectors` are digests of more GGUF blobs, which let it see or hear.
+        `projectors` are digests of more GGUF blobs, which let it see or hear. With a `hold` the
+        small blobs are held from the moment that they are here.
 
         The same parts always give the same manifest, on whatever node.
 
@@ -166,7 +169,7 @@ class ModelStore(BlobStore):
         for digest in projectors:
             layers.append(await self._gguf_part(manifests.PROJECTOR_TYPE, digest))
         for media_type, text in parts:
-            layers.append(await self._put_part(media_type, text.encode()))
+            layers.append(await self._put_part(media_type, text.encode(), hold))
         config = _Config(
             model_format=details.format,
             model_family=details.family,
@@ -175,13 +178,16 @@ class ModelStore(BlobStore):
             file_type=details.quantization_level,
             rootfs=_rootfs(layers),
         )
-        return await self._model_of_layers(canonical, config, layers)
+        return await self._model_of_layers(canonical, config, layers, hold)
 
-    async def derive_model(self, name: str, base: bytes, changes: Changes) -> Model:
+    async def derive_model(
+        self, name: str, base: bytes, changes: Changes, hold: Hold | None = None
+    ) -> Model:
         """Make a model of another one's manifest: writes its small blobs, not the manifest.
 
         Layers that the changes do not concern are kept, unknown ones too. Without changes the
-        manifest, and so the digest, is the same.
+        manifest, and so the digest, is the same. With a `hold` all its blobs are held from the
+        moment that they are here.
 
         Raises:
           BlobMissing: a blob of the other one is not here.
@@ -189,9 +195,11 @@ class ModelStore(BlobStore):
           StoreError, StoreFull: the disk refused.
         """
         canonical = str(parse_name(name))
+        parsed = describe(base)
+        if hold is not None:
+            await hold.add(*(blob.digest for blob in parsed.blobs))
         if changes == Changes():
             return await self.model_of(canonical, base)
-        parsed = describe(base)
         replaced: dict[str, bytes] = {}
         if changes.template:
             replaced[manifests.TEMPLATE_TYPE] = changes.template.encode()
@@ -207,15 +215,15 @@ class ModelStore(BlobStore):
         for digest in changes.adapters:
             layers.append(await self._gguf_part(manifests.ADAPTER_TYPE, digest))
         for text in changes.licenses:
-            layers.append(await self._put_part(manifests.LICENSE_TYPE, text.encode()))
+            layers.append(await self._put_part(manifests.LICENSE_TYPE, text.encode(), hold))
         for media_type, data in replaced.items():
-            layers.append(await self._put_part(media_type, data))
+            layers.append(await self._put_part(media_type, data, hold))
         try:
             config = msgspec.json.decode(await self._read_small(parsed.config), type=dict[str, Any])
         except msgspec.DecodeError as error:
             raise ManifestInvalid(f"the config of the model cannot be read: {error}") from error
         config |= {"rootfs": _rootfs(layers), **changes.config}
-        return await self._model_of_layers(canonical, config, layers)
+        return await self._model_of_layers(canonical, config, layers, hold)
 
     async def describe_model(self, model: Model) -> Description:
         """What the small blobs and the file's header of a model say.
@@ -380,9 +388,14 @@ class ModelStore(BlobStore):
         return await self.blobs_except(named, grace_s=grace_s)
 
     async def _model_of_layers(
-        self, name: str, config: "_Config | dict[str, Any]", layers: Sequence[Descriptor]
+        self,
+        name: str,
+        config: "_Config | dict[str, Any]",
+        layers: Sequence[Descriptor],
+        hold: Hold | None,
     ) -> Model:
-        config_blob = await self._put_part(manifests.CONFIG_TYPE, msgspec.json.encode(config))
+        data = msgspec.json.encode(config)
+        config_blob = await self._put_part(manifests.CONFIG_TYPE, data, hold)
         manifest = Manifest(2, manifests.MANIFEST_TYPE, config_blob, tuple(layers))
         return await self.model_of(name, msgspec.json.encode(manifest))
 
@@ -421,10 +434,10 @@ class ModelStore(BlobStore):
             raise GgufError(f"{digest} is a {kind}, where the {wanted} should be")
         return Descriptor(media_type, digest, await self.blob_size(digest))
 
-    async def _put_part(self, media_type: str, data: bytes) -> Descriptor:
+    async def _put_part(self, media_type: str, data: bytes, hold: Hold | None) -> Descriptor:
         if len(data) > MAX_SMALL_LAYER_BYTES:
             raise ManifestInvalid(f"a {media_type} of {len(data):,} bytes is too large")
-        digest, _ = await self.put_bytes(data)
+        digest, _ = await self.put_bytes(data, hold=hold)
         return Descriptor(media_type, digest, len(data))
 
     async def _paths(self, manifest: Manifest, media_type: str) -> tuple[Path, ...]:

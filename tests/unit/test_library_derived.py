@@ -11,10 +11,13 @@ from trio.testing import wait_all_tasks_blocked
 
 from ollamad import library as library_module
 from ollamad.api.services import ServiceError
-from ollamad.core.commands import PutModel
+from ollamad.core.commands import DeleteModel, PutModel
 from ollamad.core.description import NO_CHANGES, Changes
 from ollamad.core.inference import Message
+from ollamad.core.state import Model
+from ollamad.store.errors import BlobMissing
 from ollamad.store.manifests import describe
+from ollamad.store.models import ModelStore
 from tests.fakes.gguf_files import gguf_bytes
 from tests.unit.test_library_models import NAME, REFERENCE, A, B, World, until
 
@@ -40,6 +43,35 @@ async def test_a_copy_is_the_same_model(world: World, asked: str) -> None:
     assert (model.name, model.digest) == ("Copy:latest", world.models[NAME].digest)
     await until(world.shared, lambda: world.confirmed("copy:latest") == (A,))
     assert await world.nodes[A].store.read_manifest("copy") == model.manifest
+
+
+@pytest.mark.parametrize("changes", [NO_CHANGES, Changes(system="Arr.")])
+async def test_a_model_whose_base_is_deleted_while_it_is_made_has_all_its_blobs(
+    world: World, monkeypatch: pytest.MonkeyPatch, changes: Changes
+) -> None:
+    node, real = world.nodes[A], ModelStore.model_of
+
+    async def slow(self: ModelStore, name: str, manifest: bytes) -> Model:
+        model = await real(self, name, manifest)
+        world.shared.apply(DeleteModel(NAME))
+        await until(world.shared, lambda: NAME not in node.library._share._held)
+        return model
+
+    monkeypatch.setattr(ModelStore, "model_of", slow)
+    model = await node.library.derive("other", NAME, changes)
+    digests = {layer.digest for layer in model.layers}
+    await world.settled()
+    assert await node.holds(digests) == digests
+    await until(world.shared, lambda: world.confirmed("other:latest") == (A,))
+
+
+async def test_what_lost_a_blob_before_it_was_published_is_not_published(world: World) -> None:
+    node = world.nodes[A]
+    model = msgspec.structs.replace(world.models[NAME], name="other:latest")
+    await node.store.remove_blob(model.layers[-1].digest)
+    with pytest.raises(BlobMissing, match="was deleted meanwhile; try again"):
+        await node.library._share.publish(model, (A,))
+    assert "other:latest" not in world.models
 
 
 @pytest.mark.parametrize("asked", [A, B])

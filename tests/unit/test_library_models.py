@@ -3,6 +3,8 @@
 Stores, transfers and links are real, the consensus applies at once or when a test lets it.
 """
 
+import errno
+import os
 from pathlib import Path
 
 import msgspec
@@ -10,13 +12,17 @@ import pytest
 import trio
 
 from ollamad import library as library_module
+from ollamad import notes
 from ollamad import share as share_module
 from ollamad.api.services import ServiceError
 from ollamad.core.commands import AddJoinToken, DeleteModel, PutModel, SetDesired, SetDraining
+from ollamad.core.description import Changes
 from ollamad.core.ids import NodeId
 from ollamad.core.state import JoinToken, Model
 from ollamad.machine import Machine
+from ollamad.notes import Note
 from ollamad.sources.base import SourceError
+from ollamad.store.models import ModelStore
 from tests.fakes.gguf_files import LLAMA, gguf_bytes
 from tests.fakes.library_nodes import LibraryNode, SharedState, join, until
 from tests.fakes.peer_net import PeerNet
@@ -251,6 +257,51 @@ async def test_another_model_of_that_name(world: World) -> None:
     with pytest.raises(ServiceError) as caught:
         await node.library.create("Mine", {"x": await upload(node, OTHER_CONTENT)})
     assert (caught.value.status, caught.value.code) == (409, "MODEL_EXISTS")
+
+
+async def test_parts_of_a_new_model_are_held_from_the_moment_they_are_here(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model has the same small blobs, and is deleted while this one is made."""
+    node, real = world.nodes[A], ModelStore.model_of
+
+    async def slow(self: ModelStore, name: str, manifest: bytes) -> Model:
+        model = await real(self, name, manifest)
+        await self.free(lambda: (), grace_s=0)  # what a deletion does, and more
+        return model
+
+    digest = await upload(node)
+    monkeypatch.setattr(ModelStore, "model_of", slow)
+    for name in ("tiny", "mine"):
+        if name == "tiny":
+            await node.library.download(REFERENCE)
+            await until(world.shared, lambda: world.confirmed() == (A,))
+        else:
+            await node.library.create(name, {"x": digest}, Changes(system="Be brief."))
+        model = world.models[f"{name}:latest"]
+        digests = {layer.digest for layer in model.layers}
+        assert await node.holds(digests) == digests
+
+
+async def test_a_disk_that_cannot_remember_ends_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Notes for the next start cannot be written; models come and go all the same."""
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    node = world.nodes[A]
+    with monkeypatch.context() as patch:
+        patch.setattr(notes, "write_private", full)
+        await world.pulled(A)
+        await node.library.delete(NAME)
+        await until(world.shared, lambda: not node.library._share.holds(NAME))
+        transfer_id = await node.library.download(REFERENCE)
+        await until(world.shared, lambda: node.transfer(transfer_id).status == "completed")
+        assert not (node.root / "held").exists()
+    await world.settled()
+    assert Note(node.root / "held", dict[str, str], {}).read().keys() == {NAME}
 
 
 # Deleting and dropping.
