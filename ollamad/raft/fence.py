@@ -223,6 +223,7 @@ class Fence:
         if term == core.term() and known not in (None, sender):
             raise MalformedMessage(f"{short(sender)} and {short(known or sender)} lead one term")
         self._leader_heard = core.clock()
+        core.fruitless_elections = 0
         self._pre_votes = None
         self._won_pre_vote_for = 0
         return True
@@ -390,16 +391,17 @@ class Fence:
         now = core.clock()
         if core.state() == LEADER:
             self._majority_heard = now - self.silence_s()
+            core.fruitless_elections = 0
             return False
         if now < core.election_deadline():
             return False
         if not self._may_lead():
             core.lose_leader()
             return False
-        if not core.has_other_voters() or core.transfer_in_progress():
-            return True
-        if self._won_pre_vote_for == core.term() + 1:
+        has_won = self._won_pre_vote_for == core.term() + 1
+        if has_won or core.transfer_in_progress() or not core.has_other_voters():
             self._won_pre_vote_for = 0
+            core.fruitless_elections += 1
             return True
         core.lose_leader()
         self._ask_pre_votes()

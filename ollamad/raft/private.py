@@ -57,6 +57,8 @@ NOT_LEADER: int = FAIL_REASON.NOT_LEADER
 LEADER_CHANGED: int = FAIL_REASON.LEADER_CHANGED
 UNKNOWN_OUTCOME: int = FAIL_REASON.UNKNOWN_OUTCOME
 
+MAX_DOUBLINGS = 3  # of the range of election timeouts, after elections that nobody won
+
 Callback = Callable[[Any, int], None]  # (result, one of FAIL_REASON)
 
 
@@ -294,6 +296,7 @@ class Core(SyncObj):  # type: ignore[misc]
         self._hand_over = (0, float("-inf"))  # the term in which it began, and its end
         self._heir_was_told = False
         self._may_campaign = False  # in this tick
+        self.fruitless_elections = 0  # that this node began since it last knew of a leader
         conf = SyncObjConf(
             autoTick=False,
             appendEntriesUseBatch=True,  # the run loop sends as soon as there is something
@@ -354,7 +357,11 @@ class Core(SyncObj):  # type: ignore[misc]
         super()._SyncObj__setState(newState)
 
     def _SyncObj__generateRaftTimeout(self) -> float:
-        return self._rng.uniform(self._timing.election_min_s, self._timing.election_max_s)
+        # Where the votes of an election take longer than the candidates' timeouts differ, they
+        # split them again and again: with each one the timeouts differ more.
+        least_s, most_s = self._timing.election_min_s, self._timing.election_max_s
+        doublings = min(max(0, self.fruitless_elections - 1), MAX_DOUBLINGS)
+        return self._rng.uniform(least_s, least_s + (most_s - least_s) * (1 << doublings))
 
     def _checkCommandsToApply(self) -> None:
         # The heir of a leader must have its whole log, and under load it never has (thesis, 3.10).

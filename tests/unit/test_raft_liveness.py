@@ -416,3 +416,25 @@ def test_the_library_cannot_make_itself_a_candidate() -> None:
     with pytest.raises(SafetyViolation):
         solo.core._SyncObj__setState(CANDIDATE)
     assert solo.core.state() == FOLLOWER
+
+
+# Elections that nobody wins.
+
+
+async def test_timeouts_differ_more_after_each_election_that_nobody_won(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """A vote takes longer than the timeouts differ: all are candidates each time, without it."""
+    cluster = Cluster(nursery, timing=Timing(0.1, 0.4, 0.45))
+    await cluster.founded("abcd")
+    leader = await cluster.leader()
+    cluster.delay_s = 0.06
+    await cluster.kill(leader.id)
+    rest = "".join(sorted(set("abcd") - set(leader.id)))
+    started = trio.current_time()
+    heir = await cluster.leader(rest)
+    assert trio.current_time() - started < 8
+    await write(heir, "1")
+    # And as they were, once somebody leads.
+    for name in rest:
+        assert cluster[name].raft._core.fruitless_elections == 0
