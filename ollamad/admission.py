@@ -23,7 +23,8 @@ from ollamad.errors import StartError
 from ollamad.machine import Machine
 from ollamad.peers.identity import KEY_FILE, Identity, sync_directory, write_private
 from ollamad.peers.join import join_through, request_admission
-from ollamad.peers.tls import Gate, PeerUnreachable, TlsStream
+from ollamad.peers.tls import Gate, PeerUnreachable
+from ollamad.peers.tls_stream import TlsStream
 from ollamad.raft.node import RaftNode
 from ollamad.raft.sqlite_store import SqliteStore
 from ollamad.settings import Settings

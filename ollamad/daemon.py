@@ -64,7 +64,8 @@ from ollamad.peers.bulk import BulkPeers
 from ollamad.peers.doorman import Doorman
 from ollamad.peers.identity import Identity, write_private
 from ollamad.peers.mesh import Mesh
-from ollamad.peers.tls import Gate, PeerUnreachable, TlsStream
+from ollamad.peers.tls import Gate, PeerUnreachable
+from ollamad.peers.tls_stream import TlsStream
 from ollamad.raft.errors import RaftError
 from ollamad.raft.links import Links
 from ollamad.raft.node import RaftNode

@@ -8,7 +8,8 @@ import trio
 
 from ollamad.core.ids import NodeId
 from ollamad.peers.bulk import BulkPeers, is_lane
-from ollamad.peers.tls import HANDSHAKE_TIMEOUT_S, Gate, PeerUnreachable, TlsStream
+from ollamad.peers.tls import HANDSHAKE_TIMEOUT_S, Gate, PeerUnreachable
+from ollamad.peers.tls_stream import TlsStream
 from ollamad.wire.codec import MalformedMessage
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ from ollamad.core.names import check_node_name
 from ollamad.core.ratelimit import RateLimit
 from ollamad.core.state import JoinToken
 from ollamad.peers.identity import IdentityError, certificate_der, peer_certificate
-from ollamad.peers.tls import Gate, TlsStream, peer_of
+from ollamad.peers.tls import Gate, peer_of
+from ollamad.peers.tls_stream import TlsStream
 from ollamad.wire.codec import MalformedMessage
 from ollamad.wire.join import (
     MAX_CLOCK_SKEW_S,
@@ -202,7 +203,7 @@ async def join_through(
     """
     stream = await gate.dial_stranger(address)
     try:
-        server_certificate = stream.getpeercert(binary_form=True)
+        server_certificate = stream.peer_certificate()
         assert server_certificate is not None, "a TLS server always shows a certificate"
         return await request_admission(stream, request, token, server_certificate, sign)
     finally:
@@ -226,7 +227,7 @@ async def sponsor_waiting_node(gate: Gate, sponsor: Sponsor, node_id: NodeId, ad
         raise JoinRefused(
             "WRONG_NODE", f"{address} is node {short(found) if found else '?'}…, not {node_id}"
         )
-    server_certificate = stream.getpeercert(binary_form=True)
+    server_certificate = stream.peer_certificate()
     assert server_certificate is not None, "a TLS server always shows a certificate"
     await sponsor.serve(stream, server_certificate, address.rpartition(":")[0])
 

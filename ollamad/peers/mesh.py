@@ -21,7 +21,8 @@ from ollamad.peers.link import (
     RemoteFailure,
     Stream,
 )
-from ollamad.peers.tls import Gate, PeerUnreachable, TlsStream
+from ollamad.peers.tls import Gate, PeerUnreachable
+from ollamad.peers.tls_stream import TlsStream
 from ollamad.wire.codec import MalformedMessage, decode, encode
 from ollamad.wire.mux import Departed, ProtocolError, StreamIdsSpent, TooManyStreams, TurnedAway
 

@@ -8,6 +8,7 @@ import trio
 
 from ollamad.core.ids import NodeId, short
 from ollamad.peers.identity import Identity, IdentityError, PeerCertificate, peer_certificate
+from ollamad.peers.tls_stream import TlsStream
 
 DIAL_TIMEOUT_S = 3.0  # TCP and TLS to a LAN neighbour take milliseconds
 HANDSHAKE_TIMEOUT_S = 5.0  # for those who dial us; half-open connections end here
@@ -19,8 +20,6 @@ TCP_USER_TIMEOUT_MS = 5000  # a peer that lost power is noticed when it owes us 
 KEEPALIVE_IDLE_S = 15
 KEEPALIVE_INTERVAL_S = 5
 _TCP_USER_TIMEOUT = 18  # from linux/tcp.h; trio.socket does not name it
-
-TlsStream = trio.SSLStream[trio.SocketStream]
 
 
 class PeerUnreachable(OSError):
@@ -103,7 +102,7 @@ class Gate:
             this one, or of a node that left.
         """
         watch_over(transport)
-        stream = trio.SSLStream(transport, self._server, server_side=True, https_compatible=True)
+        stream = TlsStream(transport, self._server, server_side=True)
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT_S):
                 await stream.do_handshake()
@@ -169,7 +168,7 @@ class Gate:
             with trio.fail_after(DIAL_TIMEOUT_S):
                 transport = await trio.open_tcp_stream(host, port)
                 watch_over(transport)
-                stream = trio.SSLStream(transport, context, https_compatible=True)
+                stream = TlsStream(transport, context)
                 await stream.do_handshake()
         except (trio.TooSlowError, trio.BrokenResourceError, ssl.SSLError, OSError) as error:
             if stream is not None:
@@ -190,7 +189,7 @@ def peer_of(stream: TlsStream) -> NodeId | None:
 
 
 def _certificate_of(stream: TlsStream) -> PeerCertificate | None:
-    der = stream.getpeercert(binary_form=True)
+    der = stream.peer_certificate()
     return peer_certificate(der) if der else None
 
 

@@ -11,6 +11,7 @@ import resource
 import sys
 import threading
 import time
+from pathlib import Path
 
 import libtorrent as lt
 
@@ -45,9 +46,9 @@ def main() -> None:
     parameters.save_path = directory
     parameters.flags &= ~lt.torrent_flags.auto_managed
     parameters.flags |= lt.torrent_flags.paused
+    if (Path(directory) / parameters.ti.name()).exists():
+        parameters.flags |= lt.torrent_flags.seed_mode  # a paused torrent is never checked
     handle = session.add_torrent(parameters)
-    while handle.status().state == lt.torrent_status.states.checking_files:
-        time.sleep(0.05)
     before = processor_s()
     print("ready", flush=True)
     sys.stdin.readline()

@@ -10,7 +10,8 @@ import trio
 from ollamad.core.ids import NodeId
 from ollamad.core.state import CertificateAuthority
 from ollamad.peers.identity import Identity, issue_certificate
-from ollamad.peers.tls import Gate, PeerUnreachable, TlsStream
+from ollamad.peers.tls import Gate, PeerUnreachable
+from ollamad.peers.tls_stream import TlsStream
 
 Handler = Callable[[TlsStream, NodeId | None], Awaitable[None]]
 

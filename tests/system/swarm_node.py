@@ -27,7 +27,8 @@ from ollamad.peers.bulk import BulkPeers
 from ollamad.peers.doorman import Doorman
 from ollamad.peers.identity import Identity
 from ollamad.peers.mesh import Mesh
-from ollamad.peers.tls import Gate, TlsStream, split_address
+from ollamad.peers.tls import Gate, split_address
+from ollamad.peers.tls_stream import TlsStream
 from ollamad.store.errors import BlobMissing, PieceCorrupt, PiecesRotten, StoreError
 from ollamad.store.models import ModelStore
 from ollamad.store.partial import PartialBlob

@@ -16,7 +16,8 @@ from ollamad.peers import bulk
 from ollamad.peers.bulk import BulkConnection, BulkPeers, Ticket
 from ollamad.peers.doorman import Doorman
 from ollamad.peers.identity import make_ca
-from ollamad.peers.tls import PeerUnreachable, TlsStream
+from ollamad.peers.tls import PeerUnreachable
+from ollamad.peers.tls_stream import TlsStream
 from ollamad.wire.lane import Mode, encode_preamble
 from tests.fakes.tls_nodes import TlsNode, utc_now
 

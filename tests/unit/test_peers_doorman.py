@@ -10,7 +10,8 @@ from ollamad.core.ids import NodeId
 from ollamad.peers import doorman
 from ollamad.peers.doorman import MAX_HANDSHAKES_PER_HOST, Doorman
 from ollamad.peers.identity import make_ca
-from ollamad.peers.tls import TlsStream, split_address
+from ollamad.peers.tls import split_address
+from ollamad.peers.tls_stream import TlsStream
 from ollamad.wire.codec import MalformedMessage
 from tests.fakes.tls_nodes import TlsNode, says, utc_now
 

@@ -34,7 +34,8 @@ from ollamad.peers.join import (
     request_admission,
     sponsor_waiting_node,
 )
-from ollamad.peers.tls import PeerUnreachable, TlsStream
+from ollamad.peers.tls import PeerUnreachable
+from ollamad.peers.tls_stream import TlsStream
 from ollamad.wire.join import (
     MAX_CLOCK_SKEW_S,
     MAX_JOIN_FRAME,

@@ -34,7 +34,8 @@ from ollamad.peers.identity import (
     self_signed,
     write_private,
 )
-from ollamad.peers.tls import PeerUnreachable, TlsStream, peer_of, split_address
+from ollamad.peers.tls import PeerUnreachable, peer_of, split_address
+from ollamad.peers.tls_stream import TlsStream
 from tests.fakes.tls_nodes import TlsNode, echo_once, says, utc_now
 
 DAY = datetime.timedelta(days=1)
@@ -57,7 +58,7 @@ def other(tmp_path: Path, ca: CertificateAuthority) -> TlsNode:
     return TlsNode(tmp_path / "other").enter(ca)
 
 
-async def connect(context: ssl.SSLContext, address: str) -> TlsStream:
+async def connect(context: ssl.SSLContext, address: str) -> trio.SSLStream[trio.SocketStream]:
     """A client that this program did not write."""
     host, port = split_address(address)
     transport = await trio.open_tcp_stream(host, port)
@@ -240,8 +241,9 @@ async def test_no_session_is_ever_resumed(
     stream = await other.gate.dial(node.id, address)
     await stream.send_all(b"x")
     await stream.receive_some(1)
-    assert stream.session is None or not stream.session.has_ticket
-    assert not stream.session_reused
+    session = stream._tls.session
+    assert session is None or not session.has_ticket
+    assert not stream._tls.session_reused
     await trio.aclose_forcefully(stream)
 
 

@@ -18,7 +18,8 @@ from ollamad.peers import tls
 from ollamad.peers.doorman import Doorman
 from ollamad.peers.identity import certificate_der, issue_certificate, make_ca, peer_certificate
 from ollamad.peers.mesh import Mesh
-from ollamad.peers.tls import Gate, PeerUnreachable, TlsStream
+from ollamad.peers.tls import Gate, PeerUnreachable
+from ollamad.peers.tls_stream import TlsStream
 from ollamad.wire.mux import Departed, HelloReceived, MuxConnection, TurnedAway, farewell
 from tests.fakes.api_services import member
 from tests.fakes.tls_nodes import TlsNode, echo_once, says, utc_now
