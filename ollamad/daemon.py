@@ -480,6 +480,7 @@ class Daemon:
             demand=self._demand.read(trio.current_time()),
             receive_rate=self._library.receive_rate,
             no_room=self._library.no_room(),
+            shares=self._dispatcher.admission.ledger.told(),
         )
 
     def _limit(self, rate: str) -> Limit:

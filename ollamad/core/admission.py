@@ -82,6 +82,7 @@ class Ticket:
 class _Account:
     counter: float = 0.0  # with what its running requests will probably take
     running: float = 0.0  # that
+    got: float = 0.0  # of the counter, through this node and since it is known
     waiting: list[Ticket] = field(default_factory=list)
     usual_output: float = USUAL_OUTPUT
 
@@ -150,8 +151,15 @@ class FairQueue:
         self.refund(ticket)
         account = self._account(ticket.identity)
         account.counter += cost
+        account.got += cost
         self._level = max(self._level, account.settled)
         account.usual_output += 0.1 * (output_tokens - account.usual_output)
+
+    def charge(self, identity: str, cost: float) -> None:
+        """That identity got as much elsewhere, of what all share."""
+        account = self._account(identity)
+        account.counter += cost
+        self._level = max(self._level, account.settled)
 
     def refund(self, ticket: Ticket) -> None:
         """A request came to nothing, or what it was charged is replaced by what it took."""
@@ -168,6 +176,11 @@ class FairQueue:
         """What that identity got, in weighted tokens."""
         account = self._accounts.get(identity)
         return account.counter if account is not None else self._level
+
+    def got(self, identity: str) -> float:
+        """What it got through this queue alone, since it is known here."""
+        account = self._accounts.get(identity)
+        return account.got if account is not None else 0.0
 
     def _in_turn(self, now: float, passes: Callable[[Ticket], bool]) -> Iterator[Ticket]:
         """The waiting in turn, but for those of which `passes` is true; they cost nothing."""
@@ -210,9 +223,15 @@ class FairQueue:
             del self._accounts[identity]
 
 
-def estimate_s(position: int, slots: int, service_s: float) -> float:
-    """How long the request at that place (1 is the next) waits for one of so many slots."""
-    return position * service_s / max(1, slots)
+LEAST_PART = 0.01  # of a slot: a longer estimate would say nothing
+
+
+def estimate_s(position: int, slots: float, service_s: float) -> float:
+    """How long the request at that place (1 is the next) waits for one of so many slots.
+
+    Less than one slot is a part of one that others have the rest of.
+    """
+    return position * service_s / max(LEAST_PART, slots)
 
 
 def retry_after_s(waiting: int, slots: int, service_s: float) -> int:

@@ -17,6 +17,7 @@ from ollamad.core.ids import NodeId
 from ollamad.core.inference import LoadedModel
 from ollamad.core.measures import Demand
 from ollamad.core.prefix import NOT_TOLD, PrefixNews
+from ollamad.core.shares import NOBODY, Shares
 from ollamad.core.speeds import Speed, short_digest
 from ollamad.core.suspicion import CONVICT, SUSPECT, PhiAccrual
 
@@ -88,6 +89,7 @@ class Beat(msgspec.Struct, frozen=True):
     receive_rate: float = 0.0  # bytes/s of the last copies from peers; 0: not measured
     no_room: tuple[str, ...] = ()  # models that it should hold and found no room for
     heard: tuple[Rumour, ...] = ()  # of others, in clusters where not all tell all (core.gossip)
+    shares: Shares = NOBODY  # who asks there, and what they got
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,11 @@ class PresenceTable:
         """It has answered a question."""
         if node_id in self._online:
             self._heard[node_id].signs.hear(now)
+
+    def excuse(self, pause_s: float, now: float) -> None:
+        """This node stood still for so long; that it heard nobody meanwhile says nothing."""
+        for heard in self._heard.values():
+            heard.signs.excuse(pause_s, now)
 
     def silence_s(self, node_id: NodeId, now: float) -> float:
         """Since its last sign of life."""
@@ -214,5 +221,7 @@ def _told(beat: Beat, rumour: Rumour) -> Beat:
         ),
         prefixes=NOT_TOLD,
         waiting=rumour.waiting,
+        # Who asks is told by the node itself only; that nobody waits any more is known sooner.
+        shares=beat.shares if rumour.waiting else NOBODY,
         leaving=rumour.leaving,
     )

@@ -31,6 +31,10 @@ class PhiAccrual:
             self._intervals.append(now - self._last)
         self._last = now
 
+    def excuse(self, pause_s: float, now: float) -> None:
+        """It could not be heard for so long, for who listens stood still itself."""
+        self._last = min(now, self._last + pause_s)
+
     @property
     def last(self) -> float:
         """When the last sign of life came."""

@@ -34,6 +34,11 @@ PING_TIMEOUT_S = 1.0
 # for a question without an answer; only for one that was refused.
 SURE_SILENCE_S = 2.0
 HELPERS = 2  # others that are asked to ask a suspect: one of them may be away itself
+# This node's loop was held up for so long: it was stopped, or the machine stands still. What others
+# said meanwhile is not heard yet, so that their silence is no sign (Cassandra does the same).
+LOCAL_PAUSE_S = 1.0
+LOOK_INTERVAL_S = BEAT_INTERVAL_S / 4
+CLOCK_STEP_S = 0.001  # how much later than the last one a beat says to be whose clock went back
 MAX_PINGS_FOR = 16  # at once, for others; each takes PING_TIMEOUT_S at the most
 
 
@@ -68,6 +73,7 @@ class Heartbeats:
         self._members = frozenset[NodeId]()
         self._telling: dict[NodeId, trio.CancelScope] = {}
         self._probing: set[NodeId] = set()
+        self._sent_at = 0.0  # what the last beat said
         self._pings_for = 0
         self._nursery: trio.Nursery | None = None
         mesh.answer(METHOD, Beat, self._hear)
@@ -90,10 +96,15 @@ class Heartbeats:
                 self._nursery = None  # it takes no more questions
 
     async def _beat(self, nursery: trio.Nursery) -> None:
-        next_round = trio.current_time()
+        next_round = looked_at = trio.current_time()
         while True:
             self._note_members(frozenset(self._peers()))
             now = trio.current_time()
+            pause_s = now - looked_at - LOOK_INTERVAL_S
+            looked_at = now
+            if pause_s > LOCAL_PAUSE_S:
+                log.info("this node stood still for %.1f s", pause_s)
+                self._table.excuse(pause_s, now)
             if now >= next_round:
                 next_round = max(next_round + BEAT_INTERVAL_S, now)
                 self._begin_round(nursery)
@@ -101,7 +112,7 @@ class Heartbeats:
                 self._suspect(node_id)
             for node_id in self._table.sweep(now):
                 self._lose(node_id, "it is silent")
-            await trio.sleep(BEAT_INTERVAL_S / 4)
+            await trio.sleep(LOOK_INTERVAL_S)
 
     async def farewell(self, beat: Beat) -> None:
         """Tell everybody who is online that this node stops now."""
@@ -138,6 +149,9 @@ class Heartbeats:
 
     def _begin_round(self, nursery: trio.Nursery) -> None:
         beat = self._own_beat()
+        # Which of two beats is the newer one others tell by this; clocks are set back now and then.
+        self._sent_at = max(beat.sent_at, self._sent_at + CLOCK_STEP_S)
+        beat = msgspec.structs.replace(beat, sent_at=self._sent_at)
         for node_id in self._gossip.next_round(self._members):
             if node_id not in self._telling:  # else the last beat is still on its way
                 heard = self._gossip.pass_on(self._members, node_id)

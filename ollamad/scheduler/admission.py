@@ -3,12 +3,13 @@
 Every node is an entry and has a queue of its own. Together they hold `max_waiting`: each knows
 from the beats how many wait at the others, and refuses when all are as many. Beats are a second
 old, so a burst at several nodes at once may exceed the bound by what came within that second; each
-queue by itself never does.
+queue by itself never does. The slots are shared by who asks, not by who is the quickest to send
+(`core.shares`).
 """
 
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -24,7 +25,10 @@ from ollamad.core.admission import (
     estimate_s,
     retry_after_s,
 )
+from ollamad.core.ids import NodeId
 from ollamad.core.inference import Failed, InferenceError
+from ollamad.core.presence import Beat
+from ollamad.core.shares import Ledger, may_begin
 from ollamad.core.state import Model
 
 NOTICE_INTERVAL_S = 1.0  # how often who waits is told its place
@@ -82,14 +86,18 @@ class AdmissionControl:
         room: Room,
         max_waiting: int,
         waiting_elsewhere: Callable[[], int] = lambda: 0,
+        others: Callable[[], Iterable[NodeId]] = lambda: (),
     ) -> None:
         self.queue = FairQueue()
+        self.ledger = Ledger(self.queue)
+        self._others = others
         self._room = room
         self._max_waiting = max_waiting
         self._waiting_elsewhere = waiting_elsewhere
         self._waiters: dict[Ticket, _Waiter] = {}
         self._waiting_for: Counter[str] = Counter()  # by digest
-        self._reserved: Counter[str] = Counter()  # let in, but not sent anywhere yet
+        self._running: Counter[str] = Counter()  # let in, and not over
+        self._reserved: Counter[str] = Counter()  # of them, those that are not sent anywhere yet
 
     @property
     def waiting(self) -> int:
@@ -143,34 +151,44 @@ class AdmissionControl:
             name=name,
         )
         admitted = Admitted(self, ticket, model)
-        if has_waited or (not self._waiting_for[model.digest] and self._has_room(model)):
-            self._reserved[model.digest] += 1
-            self.queue.start(ticket)
-        else:
-            admitted.first_place = await self._wait(ticket, model, asker)
-            admitted.waited_s = trio.current_time() - now
+        self.ledger.begin(ticket.identity, ticket.model)
         try:
-            yield admitted
+            if has_waited or (not self._waiting_for[model.digest] and self._has_room(model)):
+                self._let_in(ticket)
+                self.queue.start(ticket)
+            else:
+                admitted.first_place = await self._wait(ticket, model, asker)
+                admitted.waited_s = trio.current_time() - now
+            try:
+                yield admitted
+            finally:
+                admitted.close()
+                _take(self._running, ticket.model)
         finally:
-            admitted.close()
+            self.ledger.end(ticket.identity, ticket.model)
             self.poke()
+
+    def hear(self, node_id: NodeId, beat: Beat) -> None:
+        """What another entry node tells of who asks there."""
+        self.ledger.hear(node_id, beat.shares)
+        self.poke()
 
     def give_back(self, model: Model) -> None:
         """A request that was let in counts elsewhere now, or is over."""
-        self._reserved[model.digest] -= 1
-        if not self._reserved[model.digest]:
-            del self._reserved[model.digest]
+        _take(self._reserved, model.digest)
 
-    def poke(self) -> None:
+    def poke(self, *, takes_rest: bool = False) -> None:
         """There may be room: let in whoever's turn it is."""
         now = trio.current_time()
         while self._waiters:
-            ticket = self.queue.next(now, lambda t: self._has_room(self._waiters[t].model))
+            ticket = self.queue.next(
+                now, lambda t: self._has_room(self._waiters[t].model, takes_rest=takes_rest)
+            )
             if ticket is None:
                 return
             waiter = self._waiters[ticket]
             self._forget(waiter)
-            self._reserved[ticket.model] += 1
+            self._let_in(ticket)
             waiter.admitted = True
             waiter.woken.set()
 
@@ -179,9 +197,10 @@ class AdmissionControl:
         told_at = -math.inf
         while True:
             await trio.sleep(POLL_S)
+            self.ledger.keep_only(self._others)
             if not self._waiters:
                 continue
-            self.poke()
+            self.poke(takes_rest=True)
             if trio.current_time() - told_at >= NOTICE_INTERVAL_S:
                 told_at = trio.current_time()
                 self._update_places()
@@ -215,14 +234,13 @@ class AdmissionControl:
         except BaseException:
             if waiter.admitted:  # in the same moment
                 self.give_back(model)
+                _take(self._running, model.digest)
                 self.queue.refund(ticket)
-                self.poke()
             raise
         finally:
             self._forget(waiter)
             if not waiter.admitted:
                 self.queue.leave(ticket)
-                self.poke()
         if not waiter.admitted:
             raise InferenceError(
                 Failed(
@@ -234,30 +252,40 @@ class AdmissionControl:
             )
         return first
 
-    def _has_room(self, model: Model) -> bool:
-        room, _, _ = self._room(model)
-        return room > self._reserved[model.digest]
+    def _has_room(self, model: Model, *, takes_rest: bool = False) -> bool:
+        room, slots, _ = self._room(model)
+        room -= self._reserved[model.digest]
+        part = self.ledger.part(model.digest)
+        return may_begin(room, slots, self._running[model.digest], part, takes_rest=takes_rest)
+
+    def _let_in(self, ticket: Ticket) -> None:
+        self._running[ticket.model] += 1
+        self._reserved[ticket.model] += 1
 
     def _forget(self, waiter: _Waiter) -> None:
         if self._waiters.pop(waiter.ticket, None) is not None:
-            digest = waiter.model.digest
-            self._waiting_for[digest] -= 1
-            if not self._waiting_for[digest]:
-                del self._waiting_for[digest]
+            _take(self._waiting_for, waiter.model.digest)
 
     def _update_places(self) -> None:
         position: Counter[str] = Counter()
-        terms: dict[str, tuple[int, float]] = {}
+        terms: dict[str, tuple[float, float]] = {}
         for ticket in self.queue.order(trio.current_time()):
             waiter = self._waiters[ticket]
             if ticket.model not in terms:
                 _, slots, service_s = self._room(waiter.model)
-                terms[ticket.model] = slots, service_s
+                part = self.ledger.part(ticket.model)
+                terms[ticket.model] = slots if part is None else slots * part, service_s
             position[ticket.model] += 1
             place = position[ticket.model]
             waiter.place = Place(
                 place, len(self._waiters), round(estimate_s(place, *terms[ticket.model]), 1)
             )
+
+
+def _take(counter: Counter[str], digest: str) -> None:
+    counter[digest] -= 1
+    if not counter[digest]:
+        del counter[digest]
 
 
 def _queue_full(retry_s: int) -> Failed:

@@ -7,7 +7,7 @@ also in the middle of its answer (`scheduler.relay`).
 import dataclasses
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Protocol
 
@@ -143,6 +143,7 @@ class Dispatcher:
             room=self.router.room,
             max_waiting=max_waiting,
             waiting_elsewhere=self._waiting_elsewhere,
+            others=self._others,
         )
         self._keeper = Keeper(trio.current_time)
 
@@ -278,7 +279,7 @@ class Dispatcher:
     def hear(self, node_id: NodeId, beat: Beat) -> None:
         """A beat of another node has come."""
         self.router.hear(node_id, beat)
-        self.admission.poke()
+        self.admission.hear(node_id, beat)
 
     # What other nodes forward to this one.
 
@@ -404,12 +405,14 @@ class Dispatcher:
                     with self._draining.running(model, request, kept) as movable:
                         yield movable
 
+    def _others(self) -> Iterator[NodeId]:
+        """The other nodes that are there."""
+        for node_id in self._state().members:
+            if node_id != self._node_id and self._presence(node_id).online:
+                yield node_id
+
     def _waiting_elsewhere(self) -> int:
-        return sum(
-            presence.beat.waiting
-            for node_id in self._state().members
-            if node_id != self._node_id and (presence := self._presence(node_id)).online
-        )
+        return sum(self._presence(node_id).beat.waiting for node_id in self._others())
 
     async def _watch(self) -> None:
         """Ask nodes that say nothing for long whether they live."""

@@ -1,7 +1,8 @@
 """Nodes of the scale model: the daemon's own code around an engine that only takes time.
 
-What is real: `Router` with the prefix index, the fleet and the measured speeds; `FairQueue`; the
-gossip, the table of presences and phi-accrual; every beat is encoded and decoded as on the wire.
+What is real: `Router` with the prefix index, the fleet and the measured speeds; `FairQueue` and the
+shares of the entry nodes; the gossip, the table of presences and phi-accrual; every beat is encoded
+and decoded as on the wire.
 What is modelled: the engine (`Engine`), from rates that were measured with the real one; the
 network, which delivers each beat after a few milliseconds; and the clients.
 
@@ -26,6 +27,7 @@ from ollamad.core.inference import Chunk, Finished, GenerateRequest, LoadedModel
 from ollamad.core.prefix import Prompt
 from ollamad.core.presence import BEAT_INTERVAL_S, Beat, Presence, PresenceTable, Usage
 from ollamad.core.routing import Policy
+from ollamad.core.shares import Ledger, may_begin
 from ollamad.core.state import Capacity, ClusterState, Member, Model, ModelDetails
 from ollamad.scheduler.router import Router, Sending, Serving
 from ollamad.wire.codec import decode, encode
@@ -195,6 +197,8 @@ class Node:
             slots=SLOTS,
         )
         self.queue = FairQueue()
+        self.ledger = Ledger(self.queue)
+        self.running = 0  # requests that were sent and are not answered
         self.waiting: dict[Ticket, Waiting] = {}
 
     # Beats.
@@ -215,6 +219,7 @@ class Node:
             (loaded,),
             speeds=self.router.speeds(),
             waiting=len(self.waiting),
+            shares=self.ledger.told(),
         )
 
     def tell(self) -> None:
@@ -230,7 +235,7 @@ class Node:
             world.measured.beats += 1
             peer = world.by_id[node_id]
             world.clock.at(world.clock.now + NETWORK_S, lambda p=peer, d=data: p.hear(self.id, d))
-        self.pump()
+        self.pump(takes_rest=True)
         world.clock.at(world.clock.now + BEAT_INTERVAL_S, self.tell)
 
     def hear(self, peer: NodeId, data: bytes) -> None:
@@ -241,13 +246,16 @@ class Node:
             self.router.hear(peer, beat)
         self.gossip.hear(rumour_of(peer, beat))
         self.router.hear(peer, beat)
+        self.ledger.hear(peer, beat.shares)
         for rumour in heard:
             node = self.world.by_prefix.get(rumour.node)
             if node is None or node is self:
                 continue
             if self.table.hear_of(node.id, rumour, now, now) is not None:
                 self.gossip.hear(rumour)
-                self.router.hear(node.id, self.table.of(node.id).beat)
+                told = self.table.of(node.id).beat
+                self.router.hear(node.id, told)
+                self.ledger.hear(node.id, told.shares)
 
     # Requests.
 
@@ -262,29 +270,37 @@ class Node:
         question.prompt_tokens = prompt.size / 4.0
         cost = self.queue.expected_cost(question.identity, tokens, None)
         ticket = Ticket(question.identity, DIGEST, cost)
-        if not self.waiting and self.router.room(model)[0] > 0:
+        self.ledger.begin(question.identity, DIGEST)
+        if not self.waiting and self._has_room():
             self.queue.start(ticket)
             self._send(ticket, Waiting(question, prompt, tokens))
             return
         elsewhere = sum(self.table.of(n).beat.waiting for n in world.others[self.number])
         if len(self.waiting) + elsewhere >= world.max_queue:
             world.measured.refused += 1
+            self.ledger.end(question.identity, DIGEST)
             question.on_end(question)
             return
         self.queue.enter(ticket, world.clock.now)
         self.waiting[ticket] = Waiting(question, prompt, tokens)
 
-    def pump(self) -> None:
+    def pump(self, *, takes_rest: bool = False) -> None:
         while self.waiting:
             ticket = self.queue.next(
-                self.world.clock.now, lambda _: self.router.room(self.world.model)[0] > 0
+                self.world.clock.now, lambda _: self._has_room(takes_rest=takes_rest)
             )
             if ticket is None:
                 return
             self._send(ticket, self.waiting.pop(ticket))
 
+    def _has_room(self, *, takes_rest: bool = False) -> bool:
+        room, slots, _ = self.router.room(self.world.model)
+        part = self.ledger.part(DIGEST)
+        return may_begin(room, slots, self.running, part, takes_rest=takes_rest)
+
     def _send(self, ticket: Ticket, waiting: Waiting) -> None:
         world = self.world
+        self.running += 1
         question, model = waiting.question, world.model
         begun = time.thread_time()
         choice = self.router.choose(model, waiting.prompt)
@@ -315,6 +331,8 @@ class Node:
 
     def ended(self, job: Job, text: str) -> None:
         question = job.question
+        self.running -= 1
+        self.ledger.end(question.identity, DIGEST)
         self.queue.settle(
             job.ticket, question.prompt_tokens + OUTPUT_WEIGHT * question.output, question.output
         )

@@ -1,5 +1,6 @@
 """The fair queue: shares, priorities, deadlines; with what must hold of any history."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -186,7 +187,8 @@ def test_retry_after_is_when_half_of_the_queue_is_gone(
 
 def test_an_estimate_is_the_turns_before() -> None:
     assert estimate_s(8, 4, 2.0) == 4.0
-    assert estimate_s(1, 0, 2.0) == 2.0
+    assert estimate_s(1, 0.5, 2.0) == 4.0, "of a slot that is shared with another entry node"
+    assert estimate_s(1, 0, 2.0) < math.inf
 
 
 steps = st.lists(

@@ -18,6 +18,7 @@ from ollamad.core.gossip import (
 from ollamad.core.ids import NodeId
 from ollamad.core.inference import LoadedModel
 from ollamad.core.presence import UNREACHED_S, Beat, ModelLoad, PresenceTable, Rumour, Usage
+from ollamad.core.shares import MAX_TOLD_NAMES, Asking, Shares
 from ollamad.core.speeds import Speed, short_digest
 from ollamad.core.suspicion import CONVICT, SUSPECT, PhiAccrual
 from ollamad.wire.codec import encode
@@ -210,5 +211,8 @@ def test_a_beat_is_small_in_any_cluster() -> None:
         one.hear(Rumour(node_id, 1.79e9, (load,), 3))
     heard = one.pass_on(peers, peers[0])
     assert len(heard) == MAX_RUMOURS
-    whole = msgspec.structs.replace(beat(1.0), heard=heard)
-    assert len(encode(whole)) < 4000
+    names = bytes(range(4 * MAX_TOLD_NAMES))
+    who = Asking(load.model, (1 << MAX_TOLD_NAMES) - 1, 99)
+    shares = Shares(names, (1 << 30,) * MAX_TOLD_NAMES, (who,) * 4)
+    whole = msgspec.structs.replace(beat(1.0), heard=heard, shares=shares)
+    assert len(encode(whole)) < 4300

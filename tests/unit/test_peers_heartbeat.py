@@ -23,6 +23,7 @@ class Node:
         self.members = members
         self.changes: list[tuple[NodeId, bool]] = []
         self.sent = 0
+        self.clock_step_s = 0.0  # of the wall clock
         self.heartbeats = Heartbeats(
             mesh,
             peers=lambda: self.members - {node_id},
@@ -32,7 +33,8 @@ class Node:
 
     def beat(self, *, leaving: bool = False) -> Beat:
         self.sent += 1
-        return Beat(trio.current_time(), Usage(cpu=0.5), leaving=leaving)
+        wall = 1e6 + trio.current_time() + self.clock_step_s
+        return Beat(wall, Usage(cpu=0.5), leaving=leaving)
 
     def sees(self, other: "Node") -> bool:
         return self.heartbeats.presence(other.id).online
@@ -233,6 +235,43 @@ async def test_a_large_cluster_gossips(world: World, autojump_clock: MockClock) 
     alive = [node for node in nodes if node is not dead]
     for node in alive:
         assert all(node.sees(other) for other in alive if other is not node)
+
+
+async def test_a_clock_that_is_set_back_makes_nobody_old(
+    world: World, autojump_clock: MockClock
+) -> None:
+    ids = [NodeId(f"node-{number:02}-{'x' * 30}") for number in range(24)]
+    world.members = set(ids)
+    first, *others = [await world.start(node_id) for node_id in ids]
+    await trio.sleep(10)
+    first.clock_step_s = -3600
+    heard = dict.fromkeys((node.id for node in others), 0)
+    for node in others:
+
+        def note(node_id: NodeId, beat: Beat, by: NodeId = node.id) -> None:
+            heard[by] += node_id == first.id
+
+        node.heartbeats.on_beat = note
+    await trio.sleep(20)
+    # Each round tells eight of 23; the others hear all the same.
+    assert min(heard.values()) >= 12
+
+
+async def test_who_stood_still_himself_gives_up_nobody(
+    world: World, autojump_clock: MockClock
+) -> None:
+    """As after SIGSTOP and SIGCONT: what the others said meanwhile is not read yet."""
+    a, b, c = [await world.start(node_id) for node_id in (A, B, C)]
+    await trio.sleep(10)
+    autojump_clock.jump(30)
+    await trio.sleep(5)
+    assert all((node, False) not in a.changes for node in (B, C))
+    assert a.sees(b)
+    # It goes on to notice who is gone.
+    world.net.down.add(C)
+    stop(world, c)
+    await trio.sleep(OFFLINE_AFTER_S + 1)
+    assert not a.sees(c)
 
 
 async def test_a_node_that_hangs_is_dropped_and_dialled_anew(

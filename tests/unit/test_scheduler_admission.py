@@ -1,6 +1,8 @@
 """Who is let in and who waits, on virtual time: places, shares, deadlines, leaving."""
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -9,14 +11,21 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ollamad.core.admission import Asker, Place
-from ollamad.core.inference import Chunk, Finished, GenerateRequest, InferenceError
+from ollamad.core.inference import (
+    Chunk,
+    Finished,
+    GenerateRequest,
+    InferenceError,
+    LoadedModel,
+    Options,
+)
 from ollamad.core.prefix import prompt_of
 from ollamad.core.presence import Beat, Presence, Usage
 from ollamad.core.routing import BEYOND_SLOTS
 from ollamad.core.speeds import Speed, short_digest
 from tests.fakes.engines import drain
 from tests.fakes.peer_net import PeerNet
-from tests.unit.test_scheduler_dispatch import ASK, DONE, EMBED_ASK, NAME, A, B, C, World
+from tests.unit.test_scheduler_dispatch import ASK, DONE, EMBED_ASK, NAME, A, B, C, Node, World
 
 ROOM = 1 + BEYOND_SLOTS  # of the one node that has the model here
 
@@ -357,3 +366,107 @@ async def test_odd_figures_of_a_beat_spoil_no_decision(world: World, odd: float)
     speed = Speed(short_digest(world.model.digest), -7, odd, odd, odd, odd, odd)
     world.presences[B] = telling(world.presences[B], sent_at=7.0, speeds=(speed,))
     assert (await world.ask())[0] == B
+
+
+# Several entry nodes.
+
+SLOTS = 4
+SHORT = msgspec.structs.replace(ASK, options=Options(num_predict=1))
+SERVED_S = 1.0  # by one of them
+
+
+class Served:
+    """Two entry nodes, A and C, whose requests B serves; beats tell once a second."""
+
+    def __init__(self, world: World, nursery: trio.Nursery) -> None:
+        self.world = world
+        self.nursery = nursery
+        self.ended: list[str] = []  # by whom they were asked
+        self._begun: list[trio.Event] = []  # at B, in their order
+        self._tell(1)
+        nursery.start_soon(self._serve)
+        nursery.start_soon(self._beat)
+
+    def ask(self, entry: Node, identity: str, count: int) -> None:
+        for _ in range(count):
+            self.nursery.start_soon(self._ask, entry, identity)
+
+    async def _ask(self, entry: Node, identity: str) -> None:
+        async with entry.dispatcher.generate(SHORT, Asker(identity)) as relay:
+            served = trio.Event()
+            self._begun.append(served)
+            await served.wait()
+            await relay.aclose()
+            self.ended.append(identity)
+
+    async def _serve(self) -> None:
+        while True:
+            await trio.sleep(SERVED_S / SLOTS)
+            if self._begun:
+                self._begun.pop(0).set()
+
+    async def _beat(self) -> None:
+        await trio.sleep(SERVED_S / SLOTS / 2)  # beats see slots in use, not the moment between
+        for now in itertools.count(2):
+            await trio.sleep(1)
+            self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        running = self.world.b.engine.running
+        loaded = LoadedModel(NAME, self.world.model.digest, 10, 0, 4096, 0, SLOTS)
+        busy = min(SLOTS, running)
+        loaded = msgspec.structs.replace(loaded, busy=busy, queued=running - busy)
+        told = {B: Beat(now, Usage(), (loaded,))}
+        for node in (self.world.a, self.world.c):
+            control = node.dispatcher.admission
+            shares = control.ledger.told()
+            told[node.id] = Beat(now, Usage(), waiting=control.waiting, shares=shares)
+        for node_id, beat in told.items():
+            self.world.presences[node_id] = Presence(True, now, beat)
+        for node in (self.world.a, self.world.c):
+            for node_id, beat in told.items():
+                if node_id != node.id:
+                    node.dispatcher.hear(node_id, beat)
+
+
+@pytest.fixture
+async def served(world: World, nursery: trio.Nursery) -> AsyncIterator[Served]:
+    nursery.start_soon(world.c.dispatcher.run)
+    world.b.engine.hang_after = 1
+    async with trio.open_nursery() as others:
+        yield Served(world, others)
+        others.cancel_scope.cancel()
+
+
+async def test_who_asks_elsewhere_does_not_wait_for_the_queue_of_another_node(
+    world: World, served: Served, autojump_clock: MockClock
+) -> None:
+    served.ask(world.a, "ada", 50)
+    await trio.sleep(3)
+    served.ask(world.c, "bob", 1)
+    await trio.sleep(4)
+    assert "bob" in served.ended
+
+
+async def test_slots_are_shared_by_who_asks_not_by_where(
+    world: World, served: Served, autojump_clock: MockClock
+) -> None:
+    served.ask(world.a, "ada", 40)
+    served.ask(world.c, "bob", 30)
+    served.ask(world.c, "cay", 30)
+    await trio.sleep(14)
+    counts = Counter(served.ended)
+    assert len(served.ended) >= 50, "no slot stands idle for it"
+    assert all(counts[name] >= 14 for name in ("ada", "bob", "cay")), counts
+
+
+async def test_who_asks_at_two_nodes_gets_no_more(
+    world: World, served: Served, autojump_clock: MockClock
+) -> None:
+    served.ask(world.a, "ada", 90)
+    served.ask(world.c, "ada", 80)
+    served.ask(world.c, "bob", 80)
+    await trio.sleep(28)
+    counts = Counter(served.ended)
+    assert len(served.ended) >= 104
+    assert abs(counts["ada"] - counts["bob"]) < 16, counts
