@@ -3,7 +3,7 @@
 A client that names its request (`request_id`) can ask any node for the rest of the answer. The
 node that served keeps what it said for KEPT_S after its end, within bounds; the node that the
 client asks now fetches that. Only who asked the same before gets it: the fingerprint is of the
-request and of the identity.
+request and of the identity, and names are each identity's own, so that nobody takes another's.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ MAX_BYTES = 32 << 20  # of all answers together
 EVENT_BYTES = 120  # that an event takes beside its text
 MAX_ID_CHARS = 128
 MAX_SEED = 1 << 31
+OWNER_CHARS = 16  # of a fingerprint: whose request it is
 
 
 def seed_of(request_id: str) -> int:
@@ -46,8 +47,14 @@ def fingerprint_of(request: GenerateRequest, identity: str) -> str:
         keep_alive_s=None,
         default_seed=-1,
     )
+    owner = hashlib.blake2b(identity.encode(), digest_size=OWNER_CHARS // 2).hexdigest()
     data = msgspec.msgpack.encode((identity, same))
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    return owner + hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _key(request_id: str, fingerprint: str) -> tuple[str, str]:
+    """Under which an answer is kept: the name, and whose it is."""
+    return request_id, fingerprint[:OWNER_CHARS]
 
 
 @dataclass(eq=False, slots=True)
@@ -65,7 +72,7 @@ class Transcripts:
     """The answers that this node gave last, by the ids of their requests."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Transcript] = {}  # the oldest first
+        self._kept: dict[tuple[str, str], Transcript] = {}  # the oldest first
         self._size = 0
 
     def __len__(self) -> int:
@@ -74,9 +81,11 @@ class Transcripts:
     def begin(self, request: GenerateRequest, now: float) -> Transcript:
         """An answer that begins, or goes on behind `request.resume`."""
         self._sweep(now)
-        self._drop(request.request_id)
+        key = _key(request.request_id, request.fingerprint)
+        if (before := self._drop(key)) is not None:
+            before.is_taken = True  # it goes on here now, whatever node it ran for
         transcript = Transcript(request.fingerprint)
-        self._kept[request.request_id] = transcript
+        self._kept[key] = transcript
         if request.resume:
             self.add(transcript, Chunk(request.resumed_text, request.resume))
         return transcript
@@ -95,22 +104,23 @@ class Transcripts:
         transcript.ended_at = now
         self._sweep(now)
 
-    def find(self, request_id: str, now: float) -> Transcript | None:
-        """What is known of the answer to that request."""
+    def find(self, request_id: str, fingerprint: str, now: float) -> Transcript | None:
+        """What is known of the answer to that request, or to another of its owner by that name."""
         self._sweep(now)
-        return self._kept.get(request_id)
+        return self._kept.get(_key(request_id, fingerprint))
 
     def _sweep(self, now: float) -> None:
-        for request_id, transcript in list(self._kept.items()):
+        for key, transcript in list(self._kept.items()):
             is_old = transcript.ended_at is not None and now - transcript.ended_at > KEPT_S
             too_many = len(self._kept) > MAX_TRANSCRIPTS or self._size > MAX_BYTES
             if is_old or (too_many and transcript.ended_at is not None):
-                self._drop(request_id)
+                self._drop(key)
 
-    def _drop(self, request_id: str) -> None:
-        transcript = self._kept.pop(request_id, None)
+    def _drop(self, key: tuple[str, str]) -> Transcript | None:
+        transcript = self._kept.pop(key, None)
         if transcript is not None:
             self._size -= transcript.size
+        return transcript
 
 
 class Resume(msgspec.Struct, frozen=True):

@@ -242,14 +242,7 @@ class AdmissionControl:
             if not waiter.admitted:
                 self.queue.leave(ticket)
         if not waiter.admitted:
-            raise InferenceError(
-                Failed(
-                    "DEADLINE_PASSED",
-                    f"there was no room for the request within {asker.deadline_s:g} s; "
-                    "give it more time, or try again later",
-                    408,
-                )
-            )
+            raise InferenceError(deadline_passed(asker, "there was no room for the request"))
         return first
 
     def _has_room(self, model: Model, *, takes_rest: bool = False) -> bool:
@@ -286,6 +279,15 @@ def _take(counter: Counter[str], digest: str) -> None:
     counter[digest] -= 1
     if not counter[digest]:
         del counter[digest]
+
+
+def deadline_passed(asker: Asker, what: str) -> Failed:
+    """The failure of a request whose time to begin is over."""
+    return Failed(
+        "DEADLINE_PASSED",
+        f"{what} within {asker.deadline_s:g} s; give it more time, or try again later",
+        408,
+    )
 
 
 def _queue_full(retry_s: int) -> Failed:

@@ -6,9 +6,16 @@ also in the middle of its answer (`scheduler.relay`).
 
 import dataclasses
 import logging
+import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from typing import Protocol
 
 import msgspec
@@ -33,7 +40,7 @@ from ollamad.core.presence import Beat, Presence
 from ollamad.core.routing import STICKY_BOUND_S, Choice, Policy
 from ollamad.core.state import ClusterState, Model
 from ollamad.core.transcripts import Resume, Transcript, fingerprint_of, seed_of
-from ollamad.scheduler.admission import AdmissionControl, Admitted
+from ollamad.scheduler.admission import AdmissionControl, Admitted, deadline_passed
 from ollamad.scheduler.draining import DRAINING, Draining
 from ollamad.scheduler.exchange import (
     EMBED,
@@ -50,7 +57,7 @@ from ollamad.scheduler.exchange import (
     send_events,
     send_whole,
 )
-from ollamad.scheduler.relay import TRY_ELSEWHERE, Relay, nobody
+from ollamad.scheduler.relay import Attempts, Relay
 from ollamad.scheduler.resume import Keeper
 from ollamad.scheduler.router import Router, Sending, Serving
 from ollamad.wire.codec import MalformedMessage, decode, encode
@@ -168,6 +175,7 @@ class Dispatcher:
         Raises:
           InferenceError: no node can answer; carries what the client should see.
         """
+        begin_by = trio.current_time() + (asker.deadline_s or math.inf)
         if request.only_loads and request.keep_alive_s == 0:
             await self._unload_everywhere(request)
         if request.default_seed < 0:
@@ -209,17 +217,19 @@ class Dispatcher:
             self._outstanding += 1
             self._relays.add(relay)
             try:
-                if told is not None:
-                    node_id, events = told
-                    await relay.begin_behind(node_id, events, resume.known(events) if resume else 0)
-                else:
-                    if resume is not None and resume.from_token:
-                        # It is made again from the beginning, with the same seed.
-                        if resume.received is None:
-                            relay.skip = resume.from_token
-                        else:
-                            answer.have(resume.received)
-                    await relay.begin()
+                with _to_begin_by(begin_by, asker):
+                    if told is not None:
+                        node_id, events = told
+                        known = resume.known(events) if resume else 0
+                        await relay.begin_behind(node_id, events, known)
+                    else:
+                        if resume is not None and resume.from_token:
+                            # It is made again from the beginning, with the same seed.
+                            if resume.received is None:
+                                relay.skip = resume.from_token
+                            else:
+                                answer.have(resume.received)
+                        await relay.begin()
                 yield relay
             finally:
                 self._outstanding -= 1
@@ -236,6 +246,7 @@ class Dispatcher:
         Raises:
           InferenceError: no node can answer.
         """
+        began = trio.current_time()
         model = self._find(request.model)
         prompt = Prompt(sum(map(len, request.inputs)))
         tokens = self.router.tokens(prompt, model)
@@ -243,27 +254,24 @@ class Dispatcher:
             self._asked_for(model),
             self.admission.admitted(model, asker, tokens, 0) as admitted,
         ):
-            tried: list[NodeId] = []
-            failure: Failed | None = None
+            attempts = Attempts(self, model, prompt)
             self._outstanding += 1
             try:
-                while (found := self.pick(model, prompt, tried)) is not None:
-                    node_id, _ = found
-                    with self.sending(node_id, model, prompt, 0.0):
-                        admitted.placed()
-                        try:
-                            embeddings = await self._embed_on(node_id, model, request)
-                        except LOSSES as error:
-                            failure = lost(node_id, error)
-                        except InferenceError as error:
-                            failure = error.failure
-                        else:
-                            admitted.spent(tokens, 0)
-                            return node_id, embeddings
-                    if failure.code not in TRY_ELSEWHERE:
-                        raise InferenceError(failure)
-                    tried.append(node_id)
-                raise InferenceError(nobody(model, failure, tried))
+                with _to_begin_by(began + (asker.deadline_s or math.inf), asker):
+                    while True:
+                        node_id, _ = await attempts.next()
+                        with self.sending(node_id, model, prompt, 0.0):
+                            admitted.placed()
+                            try:
+                                embeddings = await self._embed_on(node_id, model, request)
+                            except LOSSES as error:
+                                failure = lost(node_id, error)
+                            except InferenceError as error:
+                                failure = error.failure
+                            else:
+                                admitted.spent(tokens, 0)
+                                return node_id, embeddings
+                        attempts.failed(node_id, failure)
             finally:
                 self._outstanding -= 1
 
@@ -527,6 +535,19 @@ class _Kept:
         event = self._measured.receive_nowait()
         self._keeper.note(self._transcript, event)
         return event
+
+
+@contextmanager
+def _to_begin_by(deadline: float, asker: Asker) -> Iterator[None]:
+    """The answer begins within the context, or it is too late for it.
+
+    Raises:
+      InferenceError: 408, it is.
+    """
+    with trio.move_on_at(deadline) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise InferenceError(deadline_passed(asker, "no node has begun to answer"))
 
 
 def _not_here(name: str) -> Failed:

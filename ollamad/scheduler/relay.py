@@ -43,7 +43,11 @@ TRY_ELSEWHERE = {
     "NOT_HERE",
     "DRAINING",
     "NODE_LOST",
+    "STOPPED",
 }
+# Of them, those that may be over in a moment: a runner is started anew, a link dialled again.
+PASSING = {"RUNNER_DIED", "NODE_LOST"}
+ENTRY_LOST = "ENTRY_LOST"  # the node that the client talked to; who served lives
 # An answer that finds no node to go on waits so long for one: a daemon restarts in a second or
 # two, a node that was only cut off is back after its links are dialled again.
 WAIT_FOR_NODE_S = 10.0
@@ -70,6 +74,50 @@ class Nodes(Protocol):
     async def open(
         self, stack: AsyncExitStack, node_id: NodeId, model: Model, request: GenerateRequest
     ) -> EventSource: ...
+
+
+class Attempts:
+    """The nodes that may begin a request, one after another."""
+
+    def __init__(self, nodes: "Nodes", model: Model, prompt: Prompt) -> None:
+        self._nodes = nodes
+        self._model = model
+        self._prompt = prompt
+        self._tried = dict[NodeId, None]()
+        self._without = list[NodeId]()
+        self._passing = set[NodeId]()  # of those, the ones that may do better in a moment
+        self._losses = 0
+        self._failure: Failed | None = None
+
+    async def next(self) -> tuple[NodeId, Choice]:
+        """The next one; when nobody else is left, one that was lost a moment ago once more.
+
+        Raises:
+          InferenceError: nobody is left.
+        """
+        while (found := self._nodes.pick(self._model, self._prompt, self._without)) is None:
+            if not self._passing or self._losses >= MAX_BARREN_FAILURES:
+                raise InferenceError(nobody(self._model, self._failure, list(self._tried)))
+            await trio.sleep(WAIT_STEP_S)
+            self._without = [node for node in self._without if node not in self._passing]
+            self._passing.clear()
+        return found
+
+    def failed(self, node_id: NodeId, failure: Failed) -> None:
+        """It did not begin.
+
+        Raises:
+          InferenceError: no other one would.
+        """
+        if failure.code not in TRY_ELSEWHERE:
+            raise InferenceError(failure)
+        self._failure = failure
+        self._tried[node_id] = None
+        self._without.append(node_id)
+        # A runner that crashes again and again says when it is started again.
+        if failure.code in PASSING and "retry_after" not in failure.details:
+            self._passing.add(node_id)
+            self._losses += 1
 
 
 class Relay:
@@ -120,17 +168,14 @@ class Relay:
         Raises:
           InferenceError: none does; or the request is wrong.
         """
-        failure, tried = None, list[NodeId]()
-        while (found := self._nodes.pick(self._model, self._prompt, tried)) is not None:
-            node_id, choice = found
+        attempts = Attempts(self._nodes, self._model, self._prompt)
+        while True:
+            node_id, choice = await attempts.next()
             self._on_choice(choice)
             failure = await self._try(node_id, choice)
             if failure is None:
                 return
-            if failure.code not in TRY_ELSEWHERE:
-                raise InferenceError(failure)
-            tried.append(node_id)
-        raise InferenceError(nobody(self._model, failure, tried))
+            attempts.failed(node_id, failure)
 
     async def begin_behind(
         self, node_id: NodeId, events: Sequence[Event], known_to_client: int
@@ -149,7 +194,7 @@ class Relay:
         if events and isinstance(events[-1], Finished):
             self._on_placed()
             return
-        heard = Failed("ENTRY_LOST", "the node that the client talked to was lost", 503)
+        heard = Failed(ENTRY_LOST, "the node that the client talked to was lost", 503)
         if (failure := await self._go_on(heard)) is not None:
             raise InferenceError(failure)
 
@@ -265,7 +310,8 @@ class Relay:
     async def _go_on(self, failure: Failed) -> Failed | None:
         """Find a node for the rest of the answer. Returns the failure if there is none."""
         lost_at, lost_on = self.heard_at, self.node_id
-        self._lost.add(lost_on)
+        if failure.code != ENTRY_LOST:  # else the one that served has all of it in its cache
+            self._lost.add(lost_on)
         self._barren += 1
         if self._barren > MAX_BARREN_FAILURES:
             return failure

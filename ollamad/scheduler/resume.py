@@ -80,7 +80,7 @@ class Keeper:
         """Who served that request before, and what it said, if anybody did.
 
         Raises:
-          InferenceError: 409, another request has that id.
+          InferenceError: 409, another request of the same identity has that id.
         """
         question = _Asked(request.request_id, request.fingerprint)
         told: list[tuple[NodeId, _Told]] = []
@@ -100,7 +100,7 @@ class Keeper:
             raise InferenceError(
                 Failed(
                     "REQUEST_ID_TAKEN",
-                    f"the request_id {request.request_id!r} belongs to another request; "
+                    f"the request_id {request.request_id!r} belongs to another request of yours; "
                     "choose a new one for each",
                     409,
                 )
@@ -120,7 +120,7 @@ class Keeper:
         await send_whole(stream, encode(self._tell(asked)))
 
     def _tell(self, asked: _Asked) -> _Told:
-        transcript = self._transcripts.find(asked.request_id, self._now())
+        transcript = self._transcripts.find(asked.request_id, asked.fingerprint, self._now())
         if transcript is None:
             return _Told()
         if transcript.fingerprint != asked.fingerprint:

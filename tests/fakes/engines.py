@@ -26,6 +26,7 @@ class ScriptedEngine:
         # Instead of `script`, what the events are for a request.
         self.script_for: Callable[[GenerateRequest], list[Event | Exception]] | None = None
         self.refuse: Exception | None = None  # raised instead of beginning
+        self.refuse_first: Exception | None = None  # the same, but once
         self.together = False  # all events are there at once, and then the end
         self.hang_after: int | None = None  # events after which nothing comes any more
         self.requests: list[GenerateRequest | EmbedRequest] = []
@@ -37,8 +38,7 @@ class ScriptedEngine:
     async def generate(self, model: Model, request: GenerateRequest) -> AsyncIterator["Source"]:
         self.requests.append(request)
         await trio.lowlevel.checkpoint()
-        if self.refuse is not None:
-            raise self.refuse
+        self._may_refuse()
         self.running += 1
         source = Source(self, self.script_for(request) if self.script_for else self.script)
         try:
@@ -50,11 +50,15 @@ class ScriptedEngine:
     async def embed(self, model: Model, request: EmbedRequest) -> Embeddings:
         self.requests.append(request)
         await trio.lowlevel.checkpoint()
-        if self.refuse is not None:
-            raise self.refuse
+        self._may_refuse()
         if self.hang_after is not None:
             await trio.sleep_forever()
         return Embeddings(tuple(self.vector for _ in request.inputs), len(request.inputs))
+
+    def _may_refuse(self) -> None:
+        first, self.refuse_first = self.refuse_first, None
+        if (error := first or self.refuse) is not None:
+            raise error
 
 
 class Source:

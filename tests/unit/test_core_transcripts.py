@@ -36,13 +36,41 @@ def test_what_was_said_is_kept_for_a_minute_after_its_end() -> None:
     transcript = kept.begin(ASK, 0.0)
     for event in EVENTS:
         kept.add(transcript, event)
-    assert kept.find("r1", 500.0) is transcript, "it still runs"
+    assert kept.find("r1", "f", 500.0) is transcript, "it still runs"
     kept.end(transcript, 500.0)
-    found = kept.find("r1", 500.0 + KEPT_S)
+    found = kept.find("r1", "f", 500.0 + KEPT_S)
     assert found is transcript
     assert found.events == EVENTS
-    assert kept.find("r1", 500.1 + KEPT_S) is None
+    assert kept.find("r1", "f", 500.1 + KEPT_S) is None
     assert kept._size == 0
+
+
+def test_an_answer_that_is_made_again_ends_the_one_before_and_costs_no_room() -> None:
+    kept = Transcripts()
+    before = kept.begin(ASK, 0.0)
+    kept.add(before, EVENTS[0])
+    again = kept.begin(ASK, 1.0)
+    assert before.is_taken
+    assert not again.is_taken
+    assert kept.find("r1", "f", 1.0) is again
+    kept.end(before, 2.0)
+    kept.end(again, 2.0)
+    kept.find("r1", "f", 3.0 + KEPT_S)
+    assert (len(kept), kept._size) == (0, 0)
+
+
+def test_names_are_each_users_own() -> None:
+    kept = Transcripts()
+    ada, bob = [
+        msgspec.structs.replace(ASK, fingerprint=fingerprint_of(ASK, who)) for who in ("ada", "bob")
+    ]
+    of_ada, of_bob = kept.begin(ada, 0.0), kept.begin(bob, 0.0)
+    assert kept.find("r1", ada.fingerprint, 1.0) is of_ada
+    assert kept.find("r1", bob.fingerprint, 1.0) is of_bob
+    assert not of_ada.is_taken
+    other = msgspec.structs.replace(ASK, prompt="another")
+    assert kept.find("r1", fingerprint_of(other, "ada"), 1.0) is of_ada, "to be told apart"
+    assert ada.fingerprint != fingerprint_of(other, "ada")
 
 
 def test_a_failure_is_no_part_of_it() -> None:
@@ -67,9 +95,9 @@ def test_the_oldest_that_ended_give_way() -> None:
     for number in range(1, MAX_TRANSCRIPTS + 50):
         kept.end(kept.begin(named(number), 0.0), 0.0)
     assert len(kept) <= MAX_TRANSCRIPTS + 1
-    assert kept.find("r0", 0.0) is running
-    assert kept.find("r1", 0.0) is None
-    assert kept.find(f"r{MAX_TRANSCRIPTS + 49}", 0.0) is not None
+    assert kept.find("r0", "f", 0.0) is running
+    assert kept.find("r1", "f", 0.0) is None
+    assert kept.find(f"r{MAX_TRANSCRIPTS + 49}", "f", 0.0) is not None
 
 
 def test_long_answers_give_way_by_their_size() -> None:

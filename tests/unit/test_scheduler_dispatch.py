@@ -6,8 +6,9 @@ from typing import Any
 import msgspec
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
+from ollamad.core.admission import Asker
 from ollamad.core.ids import NodeId
 from ollamad.core.inference import (
     Chunk,
@@ -26,7 +27,7 @@ from ollamad.peers.link import Stream
 from ollamad.scheduler import exchange
 from ollamad.scheduler.dispatch import Dispatcher
 from ollamad.scheduler.exchange import EMBED, GENERATE, TRANSCRIPT
-from ollamad.scheduler.relay import TRY_ELSEWHERE
+from ollamad.scheduler.relay import PASSING, TRY_ELSEWHERE
 from ollamad.wire.codec import encode
 from tests.fakes.api_services import member, model
 from tests.fakes.engines import ScriptedEngine, drain, refusal
@@ -216,6 +217,54 @@ async def test_a_node_that_is_down(world: World) -> None:
     await wait_all_tasks_blocked()
     failure = await world.fails()
     assert (failure.code, failure.status) == ("NODE_LOST", 503)
+
+
+@pytest.mark.parametrize("code", sorted(PASSING))
+async def test_with_nobody_else_the_same_node_is_asked_once_more(
+    world: World, autojump_clock: MockClock, code: str
+) -> None:
+    """Its runner was killed, or its link broke: in a moment there is another one."""
+    world.hold(B)
+    world.b.engine.script_for = lambda request: (
+        [Failed(code, "killed", 503)] if len(world.b.engine.requests) == 1 else DONE
+    )
+    assert await world.ask() == (B, DONE)
+    world.b.engine.refuse_first = refusal(code)
+    assert (await world.a.dispatcher.embed(EMBED_ASK))[0] == B
+
+
+async def test_a_request_that_kills_every_runner_is_given_up_soon(
+    world: World, autojump_clock: MockClock
+) -> None:
+    world.b.engine.refuse = world.c.engine.refuse = refusal("RUNNER_DIED")
+    failure = await world.fails()
+    assert failure.code == "RUNNER_DIED"
+    assert failure.details["nodes_tried"] == [B, C]
+    assert len(world.b.engine.requests) + len(world.c.engine.requests) == 4
+    again_later = Failed("RUNNER_DIED", "it has crashed 3 times", 503, {"retry_after": 9})
+    world.b.engine.refuse = world.c.engine.refuse = InferenceError(again_later)
+    assert (await world.fails()).details["retry_after"] == 9
+    assert len(world.b.engine.requests) + len(world.c.engine.requests) == 6
+
+
+async def test_an_answer_that_has_not_begun_in_time_is_given_up(
+    world: World, autojump_clock: MockClock
+) -> None:
+    world.b.engine.hang_after = 0  # as while a large model is loaded
+    asker = Asker(deadline_s=5.0)
+    begun = trio.current_time()
+    with pytest.raises(InferenceError) as caught:
+        async with world.a.dispatcher.generate(ASK, asker):
+            pytest.fail("it has not begun")
+    assert (caught.value.failure.code, caught.value.failure.status) == ("DEADLINE_PASSED", 408)
+    with pytest.raises(InferenceError, match="within 5 s"):
+        await world.a.dispatcher.embed(EMBED_ASK, asker)
+    assert trio.current_time() - begun == pytest.approx(10.0, abs=0.1)
+    world.b.engine.hang_after = 1  # once it has begun it may take its time
+    async with world.a.dispatcher.generate(ASK, asker) as relay:
+        await trio.sleep(60)
+        world.b.engine.hang_after = None
+        assert await relay.receive() == DONE[0]
 
 
 async def test_a_node_that_dies_before_the_first_event(world: World) -> None:
