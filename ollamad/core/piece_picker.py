@@ -3,8 +3,8 @@
 The rules are BitTorrent's: the first piece is a random one, so that nodes that start together
 soon have different things to offer; then the rarest first, ties broken at random; and an end
 game, in which a holder that has nothing else to do is asked for a piece that another one is
-slow to send. How many pieces are asked of a holder ahead follows from its rate (the
-bandwidth-delay product).
+slow to send. Where there is one holder only, all is asked for in order. How many pieces are asked
+of a holder ahead follows from its rate (the bandwidth-delay product).
 
 Pure: time (seconds of any steady clock) and randomness are arguments. Pieces are numbered, and
 sets of pieces are ints: bit i is piece i, which makes the rarest pieces of a holder a few
@@ -181,6 +181,9 @@ class PiecePicker:
     def _rarest(self, pieces: int) -> int | None:
         if not pieces:
             return None
+        if len(self._holders) == 1:
+            # There is nobody to share with. In order, the whole can be hashed while it comes.
+            return (pieces & -pieces).bit_length() - 1
         if not (self._have | self._asked):
             return self._random_of(pieces)
         for level in self._by_availability[1:]:

@@ -10,6 +10,7 @@ the tokens beside one that is slowed by `transfer.while_generating`, as it is by
 """
 
 import os
+import signal
 import socket
 import statistics
 import sys
@@ -188,6 +189,7 @@ def compare_pace(bench: Bench, mib: int) -> bool:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the daemons must not outlive it
     reached = []
     environment = {
         "OLLAMAD_MODELS__REPLICAS": "1",

@@ -39,6 +39,15 @@ def test_the_first_piece_is_random_even_if_others_are_rarer() -> None:
         assert plan.pick(A, 0) == start
 
 
+def test_one_holder_alone_is_asked_in_order() -> None:
+    """So the whole is hashed while it comes, and not all of it at the end."""
+    plan = picker(6, have=0b1001, start=3)
+    plan.joined(A, 0b111111, 0)
+    assert [plan.pick(A, 0), plan.pick(A, 0)] == [1, 2]
+    plan.joined(B, 0b111111, 0)
+    assert plan.pick(B, 0) == 4  # at random again
+
+
 def test_then_the_rarest_come_first() -> None:
     plan = picker(4, have=0b1000)
     plan.joined(A, 0b0111, 0)
