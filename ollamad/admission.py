@@ -263,13 +263,18 @@ def is_elsewhere(identity: Identity, invitation: Invitation) -> bool:
     return identity.is_member and channel_binding(identity.ca_der) != invitation.token.ca_hash
 
 
-def forget_cluster(directory: DataDir) -> None:
-    """Put the state of a cluster that this node is no part of aside, and its key; blobs stay."""
+def forget_cluster(directory: DataDir) -> Path | None:
+    """Put the state of a cluster that this node is no part of aside, and its key; blobs stay.
+
+    Returns:
+      Where it is; None if there was nothing.
+    """
     paths = [path for path in directory.of_cluster() if path.exists()]
     if not paths:
-        return
+        return None
     aside = Path(tempfile.mkdtemp(prefix=time.strftime("left-%Y%m%d-%H%M%S-"), dir=directory.path))
     for path in paths:
         path.rename(aside / path.name)
     sync_directory(directory.path)
     log.info("the old cluster's state is in %s; delete it when you do not need it", aside)
+    return aside

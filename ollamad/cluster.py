@@ -209,6 +209,10 @@ class Cluster:
             raft.commit_index, raft.applied_index, raft.silence_s, raft.disk_full, raft.disk_hangs
         )
 
+    def snapshot(self) -> tuple[int, bytes]:
+        """The replicated state in bytes, and the index of the last entry that it includes."""
+        return self._raft.applied_index, self._machine.snapshot()
+
     async def catch_up(self, timeout_s: float) -> None:
         """After a start: learn what happened meanwhile, or give that up for want of a quorum.
 

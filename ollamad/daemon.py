@@ -144,14 +144,11 @@ class Daemon:
         self.departed = False  # this node is no member any more; its cluster is to be forgotten
 
         adopted = Path(settings.models.path) if settings.models.path else None
-        read_only = adopted is not None and (
-            settings.models.read_only or (adopted.is_dir() and not os.access(adopted, os.W_OK))
-        )
-        shelves = [adopted] if adopted is not None and read_only else []
-        models_dir = directory.models if adopted is None or read_only else adopted
+        places = directory.model_places(adopted, read_only=settings.models.read_only)
+        models_dir, shelves = places.own, places.shelves
         models_dir.mkdir(parents=True, exist_ok=True)
-        if read_only:
-            log.info("%s is only read; new models go to %s", adopted, models_dir)
+        for shelf in shelves:
+            log.info("%s is only read; new models go to %s", shelf, models_dir)
         self._host = HostMonitor(models_dir)
         self._addresses = Addresses(
             api=_bound(settings.api.listen, api_sockets[0].getsockname()[1]),
@@ -256,7 +253,7 @@ class Daemon:
             held_path=directory.replicas,
             pulls_path=directory.pulls,
             view=self._reconciler.view,
-            owns_store=adopted is None or read_only,
+            owns_store=adopted is None or bool(shelves),
             adopted_path=None if adopted is None else directory.adopted,
             scrub=lambda lost: Scrubbing(
                 cluster=self._cluster,

@@ -10,16 +10,27 @@ models/          blobs and manifests in Ollama's layout
 run/             sockets of runner processes
 cli-token        lets `ollama-dist` of the same user in (0600)
 admin-password   the first admin's password, if it was made up (0600)
+config/          settings, if they are not in /etc/ollamad
+restoring        there while a backup is being restored; what is here then is not whole
 """
 
 import fcntl
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 
 class DataDirError(Exception):
     """The data directory cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlaces:
+    """Where models are: the directory that new ones go to, and those that are only read."""
+
+    own: Path
+    shelves: list[Path]
 
 
 class DataDir:
@@ -78,6 +89,14 @@ class DataDir:
     def models(self) -> Path:
         return self.path / "models"
 
+    def model_places(self, adopted: Path | None, *, read_only: bool) -> ModelPlaces:
+        """Where models are, with that directory of somebody else's models (`models.path`)."""
+        if adopted is None:
+            return ModelPlaces(self.models, [])
+        if read_only or (adopted.is_dir() and not os.access(adopted, os.W_OK)):
+            return ModelPlaces(self.models, [adopted])
+        return ModelPlaces(adopted, [])
+
     @property
     def adopted(self) -> Path:
         """Which models of an adopted directory were published."""
@@ -112,6 +131,10 @@ class DataDir:
     @property
     def admin_password(self) -> Path:
         return self.path / "admin-password"
+
+    @property
+    def restoring(self) -> Path:
+        return self.path / "restoring"
 
     def of_cluster(self) -> list[Path]:
         """What belongs to this membership of a cluster, in the order in which it is moved aside.

@@ -1,4 +1,4 @@
-"""The `ollamad` command: start, recover, config, version, and the hidden runner.
+"""The `ollamad` command: start, backup, restore, recover, config and more, and the hidden runner.
 
 Imports are late: a runner process needs none of the daemon, and `--help` needs nothing.
 """
@@ -128,6 +128,93 @@ def recover(
         _fail(str(error), EXIT_FAILURE)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was changed", EXIT_FAILURE)
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to write; not there yet.")],
+    models: Annotated[
+        bool, typer.Option("--models", help="With the files of the models that this node holds.")
+    ] = False,
+    stale: Annotated[
+        bool,
+        typer.Option("--stale", help="What this node knows is good enough if there is no quorum."),
+    ] = False,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Write the cluster's state, with its keys, and this node's settings to one file.
+
+    While the daemon runs, the state is what a majority confirms; else what the journal has. Run
+    it as the daemon's user. See "Backup and restore" in docs/operations.md.
+    """
+    effective, directory = _load(config, data_dir, {}, dev=False)
+    from ollamad import backup
+    from ollamad.errors import StartError
+    from ollamad.settings import default_config_dir
+
+    where = config or default_config_dir(directory)
+    try:
+        typer.echo(backup.backup(file, directory, effective, where, models=models, stale=stale))
+    except StartError as error:
+        _fail(str(error), EXIT_FAILURE)
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `ollamad backup` wrote.")],
+    node: Annotated[
+        bool,
+        typer.Option(
+            "--node", help="Only the settings and models, for a node that joins its cluster again."
+        ),
+    ] = False,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Make a new cluster of one node out of a backup, in an empty data directory.
+
+    The other nodes join it again. See "Backup and restore" in docs/operations.md.
+    """
+    _, directory = _load(config, data_dir, {}, dev=False)
+    from ollamad import restore
+    from ollamad.errors import StartError
+    from ollamad.settings import ConfigError, default_config_dir
+
+    def settings() -> Any:
+        return _read(config, data_dir, {}, dev=False)[0].settings
+
+    where = config or default_config_dir(directory)
+    try:
+        typer.echo(restore.restore(file, directory, where, settings, node_only=node))
+    except (StartError, ConfigError) as error:
+        _fail(str(error), EXIT_FAILURE)
+
+
+@app.command()
+def forget(
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Put aside the cluster that this stopped node was in, so that it can join another.
+
+    For a node whose cluster is gone, or was restored from a backup without it. Models stay. A
+    node of a cluster that is there is taken out with `ollama-dist cluster leave`.
+    """
+    _, directory = _load(config, data_dir, {}, dev=False)
+    from ollamad import restore
+    from ollamad.errors import StartError
+
+    if not yes and not (
+        sys.stdin.isatty()
+        and typer.confirm(f"Put aside the state of the node in {directory}?", err=True)
+    ):
+        _fail("nothing was changed; say --yes to do it unasked", EXIT_USAGE)
+    try:
+        typer.echo(restore.forget(directory))
+    except StartError as error:
+        _fail(str(error), EXIT_FAILURE)
 
 
 @app.command()

@@ -102,6 +102,7 @@ ROUTES = (
     Route("POST", f"{BASE}/cluster/join", "admin", status.cluster_join),
     Route("POST", f"{BASE}/cluster/leave", "admin", status.cluster_leave, bounded=False),
     Route("POST", f"{BASE}/cluster/token", "admin", status.cluster_token),
+    Route("GET", f"{BASE}/cluster/snapshot", "admin", status.cluster_snapshot),
     Route("GET", f"{BASE}/metrics", "viewer", status.metrics),
     Route("GET", f"{BASE}/nodes", "viewer", nodes.list_nodes),
     Route("GET", f"{BASE}/nodes/<reference>", "viewer", nodes.show_node),

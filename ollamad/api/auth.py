@@ -91,6 +91,7 @@ class Identity:
     expires_at: float = 0.0  # Unix seconds; 0 if it does not expire
     key: ApiKey | None = None
     token_id: str = ""  # what its requests are counted by; empty without a token
+    owns_node: bool = False  # may read this node's data directory, where the token is from
 
     def may(self, role: Role) -> bool:
         return ROLES.index(self.role) >= ROLES.index(role)
@@ -230,7 +231,13 @@ class Auth:
         if claims.typ == "local":
             if claims.node != self._cluster.node_id or not claims.role:
                 raise _unauthorized("this token belongs to another node")
-            return Identity(claims.sub, claims.role, expires_at=claims.exp, token_id=claims.sid)
+            return Identity(
+                claims.sub,
+                claims.role,
+                expires_at=claims.exp,
+                token_id=claims.sid,
+                owns_node=True,
+            )
         user = self._user(claims)
         return Identity(user.username, user.role, claims.sid, claims.exp, token_id=claims.sid)
 

@@ -99,6 +99,13 @@ DOCS: dict[str, Doc] = {
     f"GET {BASE}/cluster/consensus": Doc(
         "Status", "This node's place in the replicated log", answers=_ok(schemas.ConsensusInfo)
     ),
+    f"GET {BASE}/cluster/snapshot": Doc(
+        "Status",
+        "The replicated state, for `ollamad backup`",
+        "With the cluster's keys, so for the token of this node's data directory only.",
+        answers=_ok(bytes),
+        content=BYTES,
+    ),
     f"GET {BASE}/metrics": Doc("Status", "What this node measures", answers=_ok(schemas.Metrics)),
     f"POST {BASE}/cluster/join": Doc(
         "Nodes",

@@ -120,6 +120,10 @@ class Cluster(Protocol):
         """Whether `state` is fit to judge by: not what the node knew when it was stopped."""
         ...
 
+    def snapshot(self) -> tuple[int, bytes]:
+        """The replicated state in bytes, and the index of the last entry that it includes."""
+        ...
+
     async def read_barrier(self, timeout_s: float) -> None:
         """Wait until `state` includes all that any node acknowledged before this call.
 

@@ -158,6 +158,20 @@ async def cluster_token(call: Call) -> Reply:
     )
 
 
+async def cluster_snapshot(call: Call) -> Reply:
+    """The whole replicated state, secrets included, for whoever could read it on the disk."""
+    if call.caller is None or not call.caller.owns_node:
+        raise ServiceError(
+            403,
+            "FORBIDDEN",
+            "the state holds the cluster's keys; only the cli-token of this node's data directory "
+            "may have it: `ollamad backup` on this host",
+        )
+    index, state = call.services.cluster.snapshot()
+    headers = {"X-Applied-Index": str(index), "Cache-Control": "no-store"}
+    return Reply(state, content_type=b"application/octet-stream", headers=headers)
+
+
 async def metrics(call: Call) -> Reply:
     services = call.services
     cluster = services.cluster

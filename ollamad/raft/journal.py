@@ -31,7 +31,7 @@ COMPACTION_TAIL = 1024  # entries kept before a snapshot, for followers that are
 COMPACTION_TAIL_BYTES = 8 << 20  # but no more bytes of them; they are in memory
 JOIN_AGAIN = (
     "take this node out of the cluster and let it join again with an empty data directory (the "
-    "other nodes have all of it); for a cluster of one, restore a backup of the whole directory"
+    "other nodes have all of it); for a cluster of one, restore a backup with `ollamad restore`"
 )
 SNAPSHOT_FORMAT = 1  # raise it when an older daemon could not read what this one writes
 

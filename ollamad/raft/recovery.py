@@ -1,4 +1,6 @@
-"""Rewrites the journal of a node so that it is the only voter: after the majority is lost for good.
+"""Journals in which one node is the only voter: of a survivor, and of a restored backup.
+
+`make_only_voter` rewrites the journal of a node after the majority is lost for good.
 
 All entries of the log count as committed, the tail included, as HashiCorp's `RecoverCluster` has
 it and etcd's `--force-new-cluster` has not: the commit index on disk is an old hint here, and what
@@ -15,8 +17,16 @@ from typing import Protocol
 import msgspec
 
 from ollamad.core.ids import NodeId
-from ollamad.raft.journal import Batch, Journal, Stored, unpack_snapshot
-from ollamad.wire.raftwire import REGULAR, encode_voters
+from ollamad.raft.journal import (
+    SNAPSHOT_FORMAT,
+    Batch,
+    Journal,
+    Snapshot,
+    Stored,
+    pack_snapshot,
+    unpack_snapshot,
+)
+from ollamad.wire.raftwire import NO_OP, REGULAR, encode_voters
 
 # More elections than the lost voters can have held since this node heard of their term.
 TERM_STEP = 1 << 20
@@ -74,3 +84,26 @@ def make_only_voter(view: LogView, self_id: NodeId, term: int, command: bytes) -
         (bytes([REGULAR]) + command, index + 1, term),
     ]
     return Batch(add=entries, term=term, commit_index=index + 1)
+
+
+# A blank log has one entry. The first of a log that begins with a state must be later, so that
+# whoever joins is sent the state, and not the few entries from there on.
+FIRST_INDEX = 16
+
+
+def begin_with(state: bytes, self_id: NodeId) -> Batch:
+    """The first change of a blank journal: it begins with that state, and this node alone votes.
+
+    Raises:
+      StateTooLarge: no node would accept the state.
+    """
+    term = 1
+    previous = (bytes([NO_OP]), FIRST_INDEX - 1, term)
+    entry = (encode_voters(frozenset({self_id})), FIRST_INDEX, term)
+    snapshot = Snapshot(SNAPSHOT_FORMAT, previous, entry, (self_id,), state)
+    return Batch(
+        add=[previous, entry],
+        snapshot=pack_snapshot(snapshot),
+        term=term,
+        commit_index=FIRST_INDEX,
+    )

@@ -164,6 +164,9 @@ class FakeCluster:
     def consensus(self) -> Consensus:
         return Consensus(commit_index=17, applied_index=17, silence_s=self.silence_s)
 
+    def snapshot(self) -> tuple[int, bytes]:
+        return 17, b"the state"
+
     def changed(self) -> trio.Event:
         return self.change
 

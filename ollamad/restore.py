@@ -1,0 +1,277 @@
+"""`ollamad restore`: a new cluster, or a node that is to join one, out of a backup.
+
+A cluster begins anew with one node, which holds the state of the backup: with a CA, an id and
+keys of its own (see `core/refounding.py`), so that it and what is left of the old one do not
+disturb each other. All is checked before anything is written, the directory must be empty, and
+the certificate, without which nothing starts, is written last.
+"""
+
+import datetime
+import os
+import secrets
+import shutil
+import socket
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from ollamad.admission import forget_cluster
+from ollamad.archive import BLOBS, CONFIG, STATE, Archive, opened
+from ollamad.backup import SOURCES, check_owner
+from ollamad.core.ids import NodeId
+from ollamad.core.names import node_name_of, parse_name
+from ollamad.core.refounding import refound
+from ollamad.core.state import ClusterState
+from ollamad.datadir import DataDir, DataDirError
+from ollamad.errors import StartError
+from ollamad.machine import Machine
+from ollamad.peers.identity import (
+    Identity,
+    IdentityError,
+    issue_certificate,
+    make_ca,
+    sync_directory,
+    write_private,
+)
+from ollamad.raft.errors import RaftError
+from ollamad.raft.recovery import begin_with
+from ollamad.raft.sqlite_store import SqliteStore
+from ollamad.settings import Settings
+from ollamad.store.errors import StoreError
+from ollamad.store.manifests import write_manifest
+from ollamad.wire.codec import MalformedMessage
+
+# What may be in the directory of a new node: files of models, and what was put aside by us.
+CONFIG_ASIDE = "config-of-backup"
+HARMLESS = {"lost+found", "models", "config", CONFIG_ASIDE}
+# What `forget` leaves there of the node that was.
+HARMLESS |= {"lock", "restoring", "joining", "run", "pulls", "adopted", "scrubbed", "memory.json"}
+ASIDE = "left-"
+SPARE_BYTES = 64 << 20  # beside the files themselves: for the journal
+
+
+def restore(
+    path: Path,
+    data_dir: Path,
+    config_dir: Path | None,
+    settings: Callable[[], Settings],
+    *,
+    node_only: bool = False,
+) -> str:
+    """Make a cluster of one out of a backup; `node_only`: only what is the node's, to join with.
+
+    Args:
+      config_dir: where settings are read from on this host; None if there are none.
+      settings: reads them, also those that come from the backup.
+
+    Returns:
+      What was done and what is next, for the user.
+
+    Raises:
+      StartError: it cannot be done. Unless it says otherwise, nothing was changed.
+    """
+    os.umask(0o077)
+    check_owner(data_dir)
+    try:
+        with opened(path) as archive:
+            state = _state_of(path, archive)
+            with DataDir(data_dir) as directory:
+                _check_empty(directory)
+                _check_space(archive, data_dir)
+                try:
+                    return _restore(directory, archive, state, config_dir, settings, node_only)
+                except OSError as error:
+                    raise StartError(f"{error}; when that is mended, restore it again") from None
+    except (DataDirError, IdentityError, RaftError, StoreError) as error:
+        raise StartError(str(error)) from None
+    except OSError as error:
+        raise StartError(f"{error.filename or data_dir}: {error.strerror}") from None
+
+
+def _restore(
+    directory: DataDir,
+    archive: Archive,
+    state: ClusterState,
+    config_dir: Path | None,
+    settings: Callable[[], Settings],
+    node_only: bool,
+) -> str:
+    manifest = archive.manifest
+    lines = [
+        f"The backup is of {manifest.created_at}, cluster {manifest.cluster_id} "
+        f"{SOURCES.get(manifest.source, manifest.source)}."
+    ]
+    directory.restoring.touch()
+    sync_directory(directory.path)
+    lines += _restore_settings(directory, archive, config_dir)
+    chosen = settings()
+    _restore_models(directory, archive, state, chosen)
+    if not node_only:
+        predecessor = _predecessor(state, chosen, NodeId(manifest.node.id))
+        trio.run(_found, directory, state, predecessor)
+    directory.restoring.unlink()
+    sync_directory(directory.path)
+    if variables := manifest.environment:
+        lines.append(f"Settings of the environment were not in it: {', '.join(variables)}.")
+    return "\n".join(lines + (_join_next() if node_only else _found_next(state, predecessor)))
+
+
+def forget(data_dir: Path) -> str:
+    """Put aside the state of the cluster that a stopped node was in, so that it can join another.
+
+    Raises:
+      StartError: the node runs, or is in no cluster.
+    """
+    check_owner(data_dir)
+    directory = DataDir(data_dir)
+    if not any(path.exists() for path in (*directory.of_cluster(), directory.restoring)):
+        raise StartError(f"the node of {data_dir} is in no cluster; nothing to forget")
+    try:
+        with directory:
+            aside = forget_cluster(directory)
+            directory.restoring.unlink(missing_ok=True)
+    except DataDirError as error:
+        raise StartError(str(error)) from None
+    where = f"The state is in {aside} now; the models stay. " if aside is not None else ""
+    return (
+        f"{where}Start this node with `ollamad start --join TOKEN@HOST:PORT`; without --join it "
+        "founds a new cluster."
+    )
+
+
+# Looking.
+
+
+def _state_of(path: Path, archive: Archive) -> ClusterState:
+    machine = Machine()
+    try:
+        machine.restore(archive.read(STATE))
+    except MalformedMessage as error:
+        raise StartError(f"{path}: {error}") from None
+    if not machine.state.cluster_id or archive.manifest.node.id not in machine.state.members:
+        raise StartError(f"{path} holds no cluster")
+    return machine.state
+
+
+def _check_empty(directory: DataDir) -> None:
+    found = sorted(
+        entry.name
+        for entry in directory.path.iterdir()
+        if entry.name not in HARMLESS and not entry.name.startswith(ASIDE)
+    )
+    if directory.restoring.exists():
+        # What is there of a cluster was to be one, and was cut off.
+        forget_cluster(directory)
+    elif found:
+        raise StartError(
+            f"{directory.path} belongs to a node already ({', '.join(found[:4])}); stop its "
+            "daemon and put the state aside with `ollamad forget`, or name another directory with "
+            "--data-dir"
+        )
+
+
+def _check_space(archive: Archive, data_dir: Path) -> None:
+    needed = sum(entry.size for entry in archive.manifest.files.values()) + SPARE_BYTES
+    free = shutil.disk_usage(data_dir).free
+    if free < needed:
+        raise StartError(
+            f"{data_dir} has room for {free / 1e6:.0f} MB; this backup needs {needed / 1e6:.0f} MB"
+        )
+
+
+def _predecessor(state: ClusterState, settings: Settings, made_on: NodeId) -> NodeId:
+    """Which node of the old cluster this host is: the one of its name, else where it was made."""
+    name = settings.node.name or node_name_of(socket.gethostname())
+    return next((m.id for m in state.members.values() if m.name == name), made_on)
+
+
+# Writing.
+
+
+def _restore_settings(directory: DataDir, archive: Archive, config_dir: Path | None) -> list[str]:
+    """Where there are no settings yet they come from the backup; others are never overwritten."""
+    lines = []
+    for name in archive.names(CONFIG):
+        data, file = archive.read(name), Path(name).name
+        there = None if config_dir is None else config_dir / file
+        if there is not None and there.is_file() and there.read_bytes() == data:
+            continue
+        folder = directory.path / ("config" if config_dir is None else CONFIG_ASIDE)
+        folder.mkdir(exist_ok=True)
+        write_private(folder / file, data)
+        if config_dir is None:
+            lines.append(f"Settings: {folder / file}; look through them, addresses above all.")
+        else:
+            lines.append(f"{config_dir} stays as it is; the backup's settings: {folder / file}.")
+    return lines
+
+
+def _restore_models(
+    directory: DataDir, archive: Archive, state: ClusterState, settings: Settings
+) -> None:
+    """Blobs first: a manifest whose blobs are not there would be of no use."""
+    names = archive.names(BLOBS)
+    if not names:
+        return
+    adopted = Path(settings.models.path) if settings.models.path else None
+    root = directory.model_places(adopted, read_only=settings.models.read_only).own
+    (root / "blobs").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        archive.copy(name, root / name)
+    sync_directory(root / "blobs")
+    included = {model.digest for model in archive.manifest.models if model.included}
+    (root / "manifests").mkdir(exist_ok=True)
+    for model in state.models.values():
+        if model.digest in included:
+            write_manifest(root / "manifests", parse_name(model.name), model.manifest)
+
+
+async def _found(directory: DataDir, old: ClusterState, predecessor: NodeId) -> None:
+    """Make the journal of the new cluster and then the certificate of its only member."""
+    now = datetime.datetime.now(datetime.UTC)
+    identity = Identity.to_join(directory.joining)
+    machine, ca = Machine(), make_ca(now)
+    machine.state = refound(
+        old,
+        cluster_id=str(uuid.uuid4()),
+        ca=ca,
+        jwt_key=secrets.token_bytes(32),
+        founder=identity.node_id,
+        predecessor=predecessor,
+    )
+    store = SqliteStore(directory.raft)
+    try:
+        await store.load()
+        await store.commit(begin_with(machine.snapshot(), identity.node_id))
+    finally:
+        await store.aclose()
+    certificate = issue_certificate(ca, identity.public_key, now)
+    identity.become_member(directory.identity, certificate, ca.certificate_pem)
+
+
+def _join_next() -> list[str]:
+    return [
+        "This node's settings and models are here. Start it with `ollamad start --join "
+        "TOKEN@HOST:PORT` (TOKEN from `ollama-dist cluster token` on a member). If the old node is "
+        "still a member, take it out first: `ollama-dist cluster leave NODE`."
+    ]
+
+
+def _found_next(state: ClusterState, predecessor: NodeId) -> list[str]:
+    others = sorted(m.name for m in state.members.values() if m.id != predecessor)
+    lines = [
+        f"This is a new cluster of one node, {state.members[predecessor].name}, with "
+        f"{len(state.models)} models and {len(state.users)} users; passwords and API keys are as "
+        "they were, sessions have ended.",
+        "Start it: ollamad start",
+    ]
+    if others:
+        lines.append(
+            f"For each of {', '.join(others)}: on an empty host, or after `ollamad forget`, start "
+            "it with `ollamad start --join TOKEN@HOST:PORT` (TOKEN from `ollama-dist cluster "
+            "token` here); under its name it takes its place again. If it is gone for good: "
+            "`ollama-dist cluster leave NODE --force`."
+        )
+    return lines
