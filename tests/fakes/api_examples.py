@@ -34,6 +34,7 @@ BODIES: dict[str, dict[str, Any]] = {
 LEFT_OUT = {
     f"POST {BASE}/auth/refresh": f"POST {BASE}/auth/login",
     f"DELETE {BASE}/keys/<key_id>": "",
+    f"GET {BASE}/cluster/snapshot": "",
     f"HEAD {BASE}/blobs/<digest>": "",
     f"POST {BASE}/blobs/<digest>": "",
 }
