@@ -105,7 +105,7 @@ def backup(
         directory = DataDir(data_dir)
         try:
             with directory:
-                copy = trio.run(_read_journal, directory)
+                copy = trio.run(read_journal, directory)
         except DataDirError:
             copy = _ask_daemon(directory, effective, stale=stale)
         held = copy.held if models else []
@@ -123,7 +123,7 @@ def check_owner(data_dir: Path) -> None:
         raise StartError(f"{data_dir} belongs to another user; run this as user {owner} (sudo -u)")
 
 
-async def _read_journal(directory: DataDir) -> Copy:
+async def read_journal(directory: DataDir) -> Copy:
     """The state at the end of a stopped node's log, its uncommitted tail included."""
     identity = Identity.load_or_create(directory.identity)
     machine, store = Machine(), SqliteStore(directory.raft)
@@ -135,7 +135,7 @@ async def _read_journal(directory: DataDir) -> Copy:
     if log is None or identity.node_id not in machine.state.members:
         raise StartError(
             f"the node of {directory.path} is no member of a cluster, or has learnt nothing of it "
-            "yet; make the backup on another node"
+            "yet; another node of it must do this"
         )
     return Copy("journal", identity.node_id, log.end.index, machine.snapshot(), machine.state)
 

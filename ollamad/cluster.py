@@ -150,6 +150,7 @@ class Cluster:
         self.sponsor = Sponsor(self._live_token, self._admit)
         machine.on_change = self.changes.notify
         mesh.on_turned_away = self.on_turned_away
+        mesh.on_compatibility = self.changes.notify
         mesh.answer("announce", UpdateMember, self._on_announce)
         mesh.answer("voter.remove", NodeId, self._on_remove_voter)
         mesh.answer(CONSENSUS_VIEW, type(None), self._on_consensus_view)
@@ -523,7 +524,8 @@ class Cluster:
                 member = self.state.members.get(node_id)
                 seen = _date(presence.last_seen) if presence.last_seen else "not since the start"
                 name = member.name if member is not None else short(node_id)
-                missing.append(f"{name} (last seen: {seen})")
+                why = self.mesh.incompatible.get(node_id, f"last seen: {seen}")
+                missing.append(f"{name} ({why})")
         return missing
 
     async def _keep_voters(self) -> None:

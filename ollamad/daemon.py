@@ -62,7 +62,7 @@ from ollamad.library import Library
 from ollamad.machine import Machine
 from ollamad.peers.bulk import BulkPeers
 from ollamad.peers.doorman import Doorman
-from ollamad.peers.identity import Identity, write_private
+from ollamad.peers.identity import RENEWAL_CHECK_S, Identity, write_private
 from ollamad.peers.mesh import Mesh
 from ollamad.peers.tls import Gate, PeerUnreachable
 from ollamad.peers.tls_stream import TlsStream
@@ -105,7 +105,6 @@ FIRST_STATE_TIMEOUT_S = 10.0
 CATCH_UP_TIMEOUT_S = 3.0  # some elections' time; without a quorum old state must do
 SAMPLE_INTERVAL_S = 1.0
 GENERATION_CHECK_S = 0.1
-RENEWAL_CHECK_S = 86400.0
 MAX_RUNTIME_DIR = 80  # bytes; sockets' names and their limit of 107 leave no more
 
 
@@ -552,6 +551,8 @@ class Daemon:
     async def _serve_raft(self, stream: TlsStream, peer: NodeId | None, host: str) -> None:
         if peer is None:
             raise PeerUnreachable("no member's certificate")
+        if peer in self._mesh.incompatible:
+            raise PeerUnreachable(f"the version of {short(peer)} does not fit")
         await self._links.serve(stream, peer)
 
     async def _serve_api(
@@ -620,7 +621,9 @@ class Daemon:
                     if gone not in members:
                         self._mesh.expel(gone)
             known = members | expelled_at.keys()
-            self._links.set_peers(frozenset(known - {self._identity.node_id}))
+            # Whose protocol is another one must not be half a member, that votes and does no more.
+            strangers = {self._identity.node_id, *self._mesh.incompatible}
+            self._links.set_peers(frozenset(known - strangers))
             with trio.move_on_at(min(expelled_at.values(), default=math.inf)):
                 await changed.wait()
 
@@ -644,6 +647,8 @@ class Daemon:
         """Every member holds the CA's key, so a node renews its own certificate in time."""
         while True:
             self._renew_if_due()
+            self._local_token_written = False  # it too would end some day
+            self._write_local_token()
             await trio.sleep(RENEWAL_CHECK_S)
 
     def _renew_if_due(self) -> None:

@@ -192,6 +192,22 @@ def restore(
 
 
 @app.command()
+def renew(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
+    """Renew the certificate of a stopped node that was off for longer than it is valid.
+
+    A node that runs does so by itself, in time. The clock must be right.
+    """
+    _, directory = _load(config, data_dir, {}, dev=False)
+    from ollamad import renewal
+    from ollamad.errors import StartError
+
+    try:
+        typer.echo(renewal.renew(directory))
+    except StartError as error:
+        _fail(str(error), EXIT_FAILURE)
+
+
+@app.command()
 def forget(
     config: ConfigOption = None,
     data_dir: DataDirOption = None,

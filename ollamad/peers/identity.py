@@ -27,7 +27,8 @@ from ollamad.core.state import CertificateAuthority
 
 CA_LIFETIME = datetime.timedelta(days=3650)
 CERTIFICATE_LIFETIME = datetime.timedelta(days=398)
-RENEW_BEFORE = datetime.timedelta(days=130)  # a third of the lifetime; renewed at every start
+RENEW_BEFORE = datetime.timedelta(days=130)  # a third of the lifetime; looked at every start, and
+RENEWAL_CHECK_S = 86400.0  # so often while the daemon runs
 BACKDATE = datetime.timedelta(hours=1)  # tolerates clocks that differ a little
 
 KEY_FILE = "node.key"
@@ -102,6 +103,14 @@ class Identity:
         """The certificate of the cluster's CA."""
         return certificate_der((self._directory / CA_FILE).read_bytes())
 
+    @property
+    def valid_until(self) -> datetime.datetime:
+        """When the certificate of the cluster ends."""
+        return self._current().not_valid_after_utc
+
+    def _current(self) -> x509.Certificate:
+        return x509.load_pem_x509_certificate((self._directory / CERTIFICATE_FILE).read_bytes())
+
     def install(self, certificate_pem: bytes, ca_pem: bytes) -> None:
         """Keep the certificate that a cluster gave to this node."""
         write_private(self._directory / CA_FILE, ca_pem)
@@ -125,7 +134,7 @@ class Identity:
         Returns:
           Whether there is a new one.
         """
-        current = x509.load_pem_x509_certificate((self._directory / CERTIFICATE_FILE).read_bytes())
+        current = self._current()
         # A node that has just joined may know from its certificate what its log does not say yet.
         newest = max(incarnation, _incarnation_of(current))
         lasts = current.not_valid_after_utc - now > RENEW_BEFORE
@@ -141,14 +150,12 @@ class Identity:
         Raises:
           IdentityError: the certificate is not valid now, so no other node would talk to us.
         """
-        path = self._directory / CERTIFICATE_FILE
-        current = x509.load_pem_x509_certificate(path.read_bytes())
-        start, end = current.not_valid_before_utc, current.not_valid_after_utc
+        start, end = self._current().not_valid_before_utc, self.valid_until
         if not start <= now <= end:
             raise IdentityError(
                 f"this machine's clock says {now:%Y-%m-%d %H:%M} UTC, but the node's certificate "
                 f"is valid from {start:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M}; set the clock "
-                "(NTP), or join the cluster again with a new token"
+                "(NTP), or, if it is right and the node was off for so long, run `ollamad renew`"
             )
 
     def server_context(self) -> ssl.SSLContext:

@@ -24,7 +24,14 @@ from ollamad.peers.link import (
 from ollamad.peers.tls import Gate, PeerUnreachable
 from ollamad.peers.tls_stream import TlsStream
 from ollamad.wire.codec import MalformedMessage, decode, encode
-from ollamad.wire.mux import Departed, ProtocolError, StreamIdsSpent, TooManyStreams, TurnedAway
+from ollamad.wire.mux import (
+    Departed,
+    IncompatibleVersion,
+    ProtocolError,
+    StreamIdsSpent,
+    TooManyStreams,
+    TurnedAway,
+)
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +58,9 @@ class Mesh:
         self.on_turned_away: Callable[[NodeId, Departed], None] = lambda peer, departed: None
         # Told when a link that was dialled has ended, whoever ended it.
         self.on_link_lost: Callable[[NodeId], None] = lambda peer: None
+        # Members that speak no protocol that this node speaks, and why that is; told of changes.
+        self.incompatible: dict[NodeId, str] = {}
+        self.on_compatibility: Callable[[], None] = lambda: None
         self._handlers: dict[str, Handler] = {}
         self._links: dict[tuple[NodeId, bool], Link] = {}
         self._dialling: dict[tuple[NodeId, bool], trio.Lock] = {}
@@ -119,6 +129,8 @@ class Mesh:
             older.close()
         try:
             await link.run()
+        except IncompatibleVersion as error:
+            self._note_compatibility(peer, str(error))
         except ProtocolError as error:
             log.warning("closing the link of %s: %s", short(peer), error)
         except LinkClosed:
@@ -212,8 +224,23 @@ class Mesh:
         except (ProtocolError, LinkClosed) as error:
             if isinstance(error, TurnedAway):
                 self.on_turned_away(node_id, error.departed)
+            if isinstance(error, IncompatibleVersion):
+                self._note_compatibility(node_id, str(error))
             raise PeerUnreachable(f"{short(node_id)}…: {error}") from None
+        self._note_compatibility(node_id, "")
         return link
+
+    def _note_compatibility(self, peer: NodeId, reason: str) -> None:
+        """Both dial again every second: what is known already is not said again."""
+        if reason == self.incompatible.get(peer, ""):
+            return
+        if reason:
+            self.incompatible[peer] = reason
+            log.error("%s is shut out, its version does not fit: %s", short(peer), reason)
+        else:
+            del self.incompatible[peer]
+            log.info("%s has a version that fits now", short(peer))
+        self.on_compatibility()
 
     async def _run_link(
         self, link: Link, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
