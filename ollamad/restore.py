@@ -45,7 +45,7 @@ from ollamad.wire.codec import MalformedMessage
 
 # What may be in the directory of a new node: files of models, and what was put aside by us.
 CONFIG_ASIDE = "config-of-backup"
-HARMLESS = {"lost+found", "models", "config", CONFIG_ASIDE}
+HARMLESS = {"lost+found", ".cache", "models", "config", CONFIG_ASIDE}
 # What `forget` leaves there of the node that was.
 HARMLESS |= {"lock", "restoring", "joining", "run", "pulls", "adopted", "scrubbed", "memory.json"}
 ASIDE = "left-"

@@ -48,7 +48,7 @@ def test_nodes_renew_their_certificates_and_no_request_is_lost(cluster: Cluster)
     third.stop()
     third_ends = time.time() + LIFETIME_S  # at the latest
     failures: list[Any] = []
-    answered = {node: 0 for node in (first, second)}
+    answered = dict.fromkeys((first, second), 0)
     until = time.monotonic() + 2 * LIFETIME_S
 
     def ask(node: Node) -> None:
