@@ -7,7 +7,7 @@ import json
 import os
 import random
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,9 +37,10 @@ from ollamad.datadir import DataDir
 from ollamad.errors import StartError
 from ollamad.machine import Machine
 from ollamad.main import app
-from ollamad.peers.identity import Identity, make_ca
+from ollamad.peers.identity import Identity, IdentityError, issue_certificate, make_ca
 from ollamad.raft.node import RaftNode
 from ollamad.raft.sqlite_store import SqliteStore
+from ollamad.renewal import renew
 from ollamad.restore import forget, restore
 from ollamad.settings import Effective, load
 from ollamad.start import run
@@ -77,6 +78,14 @@ class Host:
 
 def effective(config_dir: Path | None = None) -> Effective:
     return load(config_dir, {}, {})
+
+
+@pytest.fixture(autouse=True)
+def _umask() -> Iterator[None]:
+    """Commands are processes of their own, and change theirs."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 @pytest.fixture
@@ -515,6 +524,38 @@ def test_what_a_node_forgets_is_put_aside(host: Host, tmp_path: Path) -> None:
     other.backup()
     put_back(other.file, host.path)
     started(host.path)
+
+
+# Certificates that ended.
+
+
+def test_a_certificate_that_ended_is_signed_anew_from_the_journal(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = host.node.identity
+    assert "need not be renewed yet" in renew(host.path)
+    long_ago = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1000)
+    old = issue_certificate(host.node.ca, identity.public_key, long_ago)
+    identity.install(old, host.node.ca.certificate_pem)
+    with pytest.raises(IdentityError, match="run `ollamad renew`"):
+        identity.check_validity(datetime.datetime.now(datetime.UTC))
+    monkeypatch.setattr("time.time", lambda: 1.0)
+    with pytest.raises(StartError, match="have yet to join the cluster; set it"):
+        renew(host.path)
+    assert (host.path / "identity" / "node.crt").read_bytes() == old, (
+        "a clock that is wrong changes nothing"
+    )
+    monkeypatch.undo()
+    assert "valid until" in renew(host.path)
+    identity.check_validity(datetime.datetime.now(datetime.UTC))
+    node_id, _, _ = started(host.path)
+    assert node_id == host.node.id
+
+
+def test_there_is_nothing_to_renew_without_a_cluster(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="nothing to renew"):
+        renew(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # The command line.

@@ -150,11 +150,22 @@ async def test_a_node_of_another_protocol(
         newer = mux.encode(mux.Hello(mux.PROTOCOL + 7, mux.PROTOCOL + 7, "9.0"))
         return mux._frame(mux.Kind.HELLO, 0, newer)
 
-    monkeypatch.setattr(mux.MuxConnection, "hello", hello)
-    with pytest.raises(PeerUnreachable, match=r"version 9\.0.*install the same version"):
-        await double(a)
-    await wait_all_tasks_blocked()
-    assert a.connected == b.connected == 0
+    told: list[set[NodeId]] = []
+    a.on_compatibility = lambda: told.append(set(a.incompatible))
+    with monkeypatch.context() as patch:
+        patch.setattr(mux.MuxConnection, "hello", hello)
+        for _ in range(3):
+            with pytest.raises(PeerUnreachable, match=r"version 9\.0.*install the same version"):
+                await double(a)
+        await wait_all_tasks_blocked()
+        assert a.connected == b.connected == 0
+    # It is said once, and again when it fits.
+    lines = [record.getMessage() for record in caplog.records if "does not fit" in record.msg]
+    assert len(lines) == 1, lines
+    assert "B is shut out, its version does not fit: " in lines[0]
+    assert await double(a) == 42
+    assert told == [{B}, set()]
+    assert a.incompatible == {}
 
 
 async def test_a_node_that_says_nothing(net: PeerNet, autojump_clock: MockClock) -> None:

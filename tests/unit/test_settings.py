@@ -1,5 +1,6 @@
 """Settings: every source, their order, what is wrong told with its place, and what is shown."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ollamad.settings import (
     ConfigError,
     Effective,
     Origin,
+    Settings,
     load,
     parse_duration,
     parse_listen,
@@ -477,3 +479,38 @@ def test_encryption_is_switched_off_in_either_spelling(
     assert load(tmp_path, {}, {}).settings.transfer.encryption is expected
     variable = {"OLLAMAD_TRANSFER__ENCRYPTION": text}
     assert load(None, variable, {}).settings.transfer.encryption is expected
+
+
+# The table in the documentation.
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+
+
+def documented(page: str) -> dict[str, tuple[str, str]]:
+    """The settings of a table: variable and default by key. One line a key, each once."""
+    found: dict[str, tuple[str, str]] = {}
+    for line in (DOCS / page).read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if line.startswith("| `") and re.fullmatch(r"`[a-z_]+(\.[a-z_]+)?`", cells[1]):
+            key = cells[1].strip("`")
+            assert key not in found, f"{key} is there twice"
+            found[key] = (cells[2].strip("`"), cells[3].strip("`"))
+    return found
+
+
+def test_every_setting_is_documented_with_its_variable_and_default() -> None:
+    """Those of `sources` have a page of their own."""
+    table = documented("operations.md")
+    variables = {key: variable for variable, key in ENVIRONMENT.items()}
+    expected = {}
+    for key, value in walk(Settings()):
+        if not key.startswith("sources."):
+            text = str(value).lower() if isinstance(value, bool) else f"{value}"
+            text = f"{value:g}" if isinstance(value, float) else text
+            expected[key] = (variables.get(key, ""), text)
+    assert table == expected
+    sources = documented("sources.md")
+    assert sources.keys() == {key for key, _ in walk(Settings()) if key.startswith("sources.")}
+    for key, variable in variables.items():
+        if key.startswith("sources."):
+            assert f"`{variable}`" in (DOCS / "sources.md").read_text()
