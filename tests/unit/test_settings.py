@@ -491,7 +491,7 @@ def documented(page: str) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for line in (DOCS / page).read_text().splitlines():
         cells = [cell.strip() for cell in line.split("|")]
-        if line.startswith("| `") and re.fullmatch(r"`[a-z_]+(\.[a-z_]+)?`", cells[1]):
+        if line.startswith("| `") and re.fullmatch(r"`[a-z0-9_]+(\.[a-z0-9_]+)?`", cells[1]):
             key = cells[1].strip("`")
             assert key not in found, f"{key} is there twice"
             found[key] = (cells[2].strip("`"), cells[3].strip("`"))
