@@ -39,6 +39,7 @@ class Step:
     total: int | None
     received: int  # in this run, wasted ones included
     digest: str = ""  # of the model, or of the one file that it is made of; "" while unknown
+    layers: tuple[tuple[str, int], ...] = ()  # digests and sizes of several files, in their order
 
 
 Report = Callable[[Step], None]
@@ -111,18 +112,22 @@ class _Run:
         self._now = 0  # bytes of the present file
         self._total: int | None = None
         self._digest = ""
+        self._layers: tuple[tuple[str, int], ...] = ()
 
     async def bring_manifest(self, offer: Offer, name: str) -> Model:
         manifest = describe(offer.manifest)
         self._digest = f"sha256:{hashlib.sha256(offer.manifest).hexdigest()}"
-        self._total = sum(blob.size for blob in manifest.blobs)
-        await self._hold.add(*(blob.digest for blob in manifest.blobs))
+        config, *layers = manifest.blobs
+        blobs = (*layers, config)  # in the order in which Ollama shows them
+        self._layers = tuple((blob.digest, blob.size) for blob in blobs)
+        self._total = sum(blob.size for blob in blobs)
+        await self._hold.add(*(blob.digest for blob in blobs))
         missing = await self._store.missing_bytes(
             {blob.digest: blob.size for blob in manifest.blobs}
         )
         with self._store.space.reserve(missing):
             self._announce([b for b in manifest.blobs if b.size >= GROWING_BYTES])
-            for blob in manifest.blobs:
+            for blob in blobs:
                 await self._bring(self._origin.blob(blob.digest, blob.size))
         return await self._store.model_of(name, offer.manifest)
 
@@ -132,6 +137,8 @@ class _Run:
         files = [await self._sized(f) for f in (offer.weights, offer.projector) if f is not None]
         self._digest = files[0].digest
         self._total = sum(file.size or 0 for file in files)
+        if len(files) > 1 and all(file.digest for file in files):
+            self._layers = tuple((file.digest, file.size or 0) for file in files)
         sizes = {_key(file): file.size or 0 for file in files}
         await self._hold.add(*(file.digest for file in files if file.digest))
         with self._store.space.reserve(await self._store.missing_bytes(sizes)):
@@ -222,7 +229,13 @@ class _Run:
 
     def _tell(self, done: int) -> None:
         self._report(
-            Step(self._before + done, self._total, self._received + self._now, self._digest)
+            Step(
+                self._before + done,
+                self._total,
+                self._received + self._now,
+                self._digest,
+                self._layers,
+            )
         )
 
 

@@ -247,6 +247,7 @@ class Pulls:
                 bytes_total=step.total,
                 received=step.received,
                 digest=step.digest,
+                layers=step.layers,
             )
 
         try:
@@ -325,6 +326,7 @@ class Pulls:
                         bytes_done=transfer.bytes_done,
                         bytes_total=transfer.bytes_total,
                         digest=transfer.digest,
+                        layers=transfer.layers,
                     )
                     if transfer.status == "completed":
                         return

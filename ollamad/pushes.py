@@ -74,7 +74,7 @@ class Pushes:
     ) -> None:
         blobs = [(blob.digest, blob.size) for blob in describe(model.manifest).blobs]
         tell: Callable[[int], None] = lambda done: self._table.update(  # noqa: E731
-            transfer_id, bytes_done=done, peer_id=destination
+            transfer_id, bytes_done=done, peer_id=destination, layers=tuple(blobs)
         )
         try:
             with scope:

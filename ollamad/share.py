@@ -296,6 +296,7 @@ class Share:
                 n for n in confirmed if n != self._cluster.node_id and self._cluster.is_online(n)
             ]
 
+        layers = tuple((layer.digest, layer.size) for layer in model.layers)
         received_before = 0
         for layer in model.layers:
             received = 0
@@ -308,6 +309,7 @@ class Share:
                     bytes_done=before + step.verified,  # noqa: B023 - called within this turn
                     received=received_before + step.received,  # noqa: B023
                     peer_id=step.holder,
+                    layers=layers,
                 )
 
             await self._fetcher.fetch_blob(layer, holders, progress)

@@ -129,7 +129,8 @@ async def pull(call: Call) -> Reply | None:
         model = call.services.cluster.state.find_model(wanted)
         if model is not None and library.inference_ready(model):
             await tell({"status": "pulling manifest"})
-            await tell(_moving("pull", model.digest, model.size, model.size))
+            for layer in model.layers:
+                await tell(_moving("pull", layer.digest, layer.size, layer.size))
         else:
             transfer_id = await library.download(wanted)
             await tell({"status": "pulling manifest"})
@@ -234,16 +235,15 @@ async def _follow(call: Call, transfer_id: str, tell: Tell, *, verb: str = "pull
     Raises:
       ServiceError: it failed, was cancelled, or its node does not tell of it any more.
     """
-    told: dict[str, Any] = {}
+    told: dict[str, dict[str, Any]] = {}
     heard_at = trio.current_time()
     while True:
         transfer = await call.services.library.transfer(transfer_id)
         if transfer is not None:
             heard_at = trio.current_time()
-            if transfer.bytes_total:
-                step = _moving(verb, transfer.digest, transfer.bytes_total, transfer.bytes_done)
-                if step != told:
-                    told = step
+            for step in _steps(verb, transfer):
+                if told.get(step["status"]) != step:
+                    told[step["status"]] = step
                     await tell(step)
             match transfer.status:
                 case "completed":
@@ -297,6 +297,20 @@ def _name(text: str | None, problem: str) -> ModelName:
         return parse_name(text or "")
     except InvalidName:
         raise ServiceError(400, "INVALID_MODEL_NAME", problem) from None
+
+
+def _steps(verb: str, transfer: Transfer) -> list[dict[str, Any]]:
+    """The files that have moved, and the one that moves now; one for all if they are not known."""
+    steps: list[dict[str, Any]] = []
+    left = transfer.bytes_done
+    layers = transfer.layers or ((transfer.digest, transfer.bytes_total),)
+    for digest, size in layers if transfer.bytes_total else ():
+        completed = min(size, left)
+        left -= completed
+        steps.append(_moving(verb, digest, size, completed))
+        if completed < size:
+            break
+    return steps
 
 
 def _moving(verb: str, digest: str, total: int, completed: int) -> dict[str, Any]:

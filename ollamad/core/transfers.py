@@ -29,3 +29,5 @@ class Transfer(msgspec.Struct, frozen=True):
     started_at: float
     finished_at: float | None
     digest: str = ""  # "sha256:…" of the model, or of the file that it comes in; "" if unknown
+    # Digests and sizes of its files, which move one after the other; () in lists, or if unknown.
+    layers: tuple[tuple[str, int], ...] = ()

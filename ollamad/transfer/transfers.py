@@ -35,6 +35,7 @@ class _Entry:
     finished_at: float | None = None
     final_speed: float = 0.0
     samples: deque[tuple[float, int]] = field(default_factory=deque)
+    layers: tuple[tuple[str, int], ...] = ()
 
 
 class TransferTable:
@@ -91,6 +92,7 @@ class TransferTable:
         bytes_total: int | None = None,
         peer_id: str | None = None,
         digest: str | None = None,
+        layers: tuple[tuple[str, int], ...] | None = None,
     ) -> None:
         """Bytes moved: the transfer is active. Nothing happens if it is finished.
 
@@ -99,7 +101,7 @@ class TransferTable:
             runs included.
           received: bytes that came, wasted ones included, for the speed; by default
             `bytes_done`. What the first update says was there before.
-          bytes_total, peer_id, digest: replace what was known.
+          bytes_total, peer_id, digest, layers: replace what was known.
 
         Raises:
           KeyError: there is no such transfer.
@@ -117,6 +119,8 @@ class TransferTable:
             entry.peer_id = peer_id
         if digest is not None:
             entry.digest = digest
+        if layers is not None:
+            entry.layers = layers
         now = self._steady()
         if not entry.samples:
             entry.begun, entry.received_before = now, entry.received
@@ -156,10 +160,10 @@ class TransferTable:
 
     def get(self, id_: str) -> Transfer | None:
         entry = self._entries.get(id_)
-        return None if entry is None else self._view(entry)
+        return None if entry is None else self._view(entry, layers=entry.layers)
 
     def list(self) -> list[Transfer]:
-        """All of them, newest first."""
+        """All of them, newest first, without their layers: a list of many goes to every node."""
         return [self._view(entry) for entry in reversed(self._entries.values())]
 
     def _finish(self, id_: str, status: Status, error: str) -> None:
@@ -199,7 +203,7 @@ class TransferTable:
         elapsed = now - since
         return (entry.received - received) / elapsed if elapsed > 0 else 0.0
 
-    def _view(self, entry: _Entry) -> Transfer:
+    def _view(self, entry: _Entry, *, layers: tuple[tuple[str, int], ...] = ()) -> Transfer:
         speed = self._speed(entry)
         left = entry.bytes_total - entry.bytes_done
         done = entry.status == "completed"
@@ -224,4 +228,5 @@ class TransferTable:
             started_at=entry.started_at,
             finished_at=entry.finished_at,
             digest=entry.digest,
+            layers=layers,
         )

@@ -709,9 +709,28 @@ async def test_pull_tells_the_transfers_progress(autojump_clock: trio.testing.Mo
     assert whole.headers["content-type"].startswith("application/json")
 
 
+async def test_pull_tells_each_file_by_itself(autojump_clock: trio.testing.MockClock) -> None:
+    client = ApiClient()
+    library = client.world.library
+    layers = tuple((f"sha256:{letter * 64}", size) for letter, size in zip("abc", (700, 0, 300)))
+    library.transfer_steps = [
+        transfer("active", done, layers=layers) for done in (0, 500, 500, 700, 900)
+    ] + [transfer("completed", 1000, layers=layers)]
+    client.world.cluster.state.models["new:latest"] = model("new:latest")
+    library.ready = False
+    lines = (await ask(client, "pull", model="new")).lines
+    moved = [(s["status"], s["total"], s.get("completed", 0)) for s in lines if "digest" in s]
+    a, b, c = (f"pulling {letter * 12}" for letter in "abc")
+    assert moved == [
+        (a, 700, 0), (a, 700, 500), (a, 700, 700), (b, 0, 0), (c, 300, 0), (c, 300, 200),
+        (c, 300, 300),
+    ]  # fmt: skip
+    assert {step["digest"] for step in lines if "digest" in step} == {d for d, _ in layers}
+
+
 async def test_pull_of_what_is_here_fetches_nothing() -> None:
     client = ApiClient()
-    digest = model().digest
+    digest = model().layers[0].digest
     lines = (await ask(client, "pull")).lines
     assert lines[0] == {"status": "pulling manifest"}
     assert lines[1] == {

@@ -4,12 +4,12 @@ import base64
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from ollamad.bringing import Bringer
+from ollamad.bringing import Bringer, Step
 from ollamad.core.names import parse_name
 from ollamad.core.state import Model
 from ollamad.sources import ranges
@@ -94,12 +94,15 @@ async def fill(server: RegistryServer, store: ModelStore, repository: str) -> Mo
     return model
 
 
-async def pull(store: ModelStore, name: str, settings: OriginSettings | None = None) -> Model:
+async def pull(
+    store: ModelStore,
+    name: str,
+    settings: OriginSettings | None = None,
+    report: Callable[[Step], None] = lambda step: None,
+) -> Model:
     bringer = Bringer(store, Origins(settings or OriginSettings(policy=LOOPBACK)))
     async with store.pins.hold() as hold:
-        return await bringer.bring(
-            resolve_source(name), "mine", hold, lambda step: None, lambda files: None
-        )
+        return await bringer.bring(resolve_source(name), "mine", hold, report, lambda files: None)
 
 
 async def push(
@@ -121,8 +124,15 @@ async def push(
 async def test_a_model_comes_as_it_is(plain: RegistryServer, tmp_path: Path) -> None:
     model = await fill(plain, await store_at(tmp_path / "there"), "me/tiny")
     store = await store_at(tmp_path / "here")
-    pulled = await pull(store, f"{plain.host}/me/tiny")
+    steps: list[Step] = []
+    pulled = await pull(store, f"{plain.host}/me/tiny", report=steps.append)
     assert pulled.manifest == model.manifest
+    # What is told names the files in the order in which they come: as Ollama has it.
+    manifest = describe(model.manifest)
+    order = [(blob.digest, blob.size) for blob in (*manifest.layers, manifest.config)]
+    assert list(steps[0].layers) == order
+    ends = [sum(size for _, size in order[: n + 1]) for n in range(len(order))]
+    assert set(ends) <= {step.done for step in steps}
     assert pulled.digest == f"sha256:{hashlib.sha256(model.manifest).hexdigest()}"
     for layer in model.layers:
         path = store.blob_path(layer.digest)

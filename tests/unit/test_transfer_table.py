@@ -51,7 +51,9 @@ def test_a_transfer_from_beginning_to_end(table: TransferTable, clock: Clock) ->
     assert (middle.speed, middle.eta) == (200.0, 3.0)
 
     clock.now += 2
-    table.update(id_, bytes_done=1000)
+    table.update(id_, bytes_done=1000, layers=(("sha256:a", 900), ("sha256:b", 100)))
+    assert view(table, id_).layers == (("sha256:a", 900), ("sha256:b", 100))
+    assert [transfer.layers for transfer in table.list()] == [()]
     table.complete(id_)
     last = view(table, id_)
     assert (last.status, last.progress, last.eta) == ("completed", 100.0, 0.0)
