@@ -55,6 +55,14 @@ class LocalEngine:
         except InferenceError as error:
             return Choice("", error.failure.message)
 
+    async def objection(self, model: Model) -> str:
+        """Why this node could not run a model that is here; empty if nothing is known."""
+        async with self._held(model):
+            try:
+                return await self._engine.objection(await self._spec(model))
+            except InferenceError as error:
+                return error.failure.message
+
     def _held(self, model: Model) -> AbstractAsyncContextManager[object]:
         return self._store.pins.hold(*(layer.digest for layer in model.layers))
 

@@ -263,6 +263,7 @@ class Daemon:
                 path=directory.scrubbed,
             ),
             engine_of=local_engine.choice,
+            objection=local_engine.objection,
         )
         self._dispatcher = Dispatcher(
             identity.node_id,

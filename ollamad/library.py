@@ -82,6 +82,7 @@ class Library:
       scrub: makes the task that reads this node's blobs, given what to tell of lost ones.
       view: the cluster as placement sees it now.
       engine_of: which engine would run a model here, and why.
+      objection: why a model that is here could not be run here; empty if nothing is known.
       unload, held_path, owns_store: see `Share`, which looks after this node's own copies.
     """
 
@@ -101,6 +102,7 @@ class Library:
         adopted_path: Path | None = None,
         scrub: Callable[[Callable[[str], Awaitable[None]]], Scrubbing] | None = None,
         engine_of: Callable[[Model], Awaitable[Choice]] | None = None,
+        objection: Callable[[Model], Awaitable[str]] | None = None,
     ) -> None:
         self._cluster = cluster
         self._store = store
@@ -129,6 +131,7 @@ class Library:
             transfer=self.transfer,
             cancel=self.cancel,
             pulls_path=pulls_path,
+            objection=objection,
         )
         self._adoption = None
         if adopted_path is not None:

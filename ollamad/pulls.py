@@ -89,6 +89,7 @@ class Pulls:
     Args:
       running: the pull of a name (by key) that runs somewhere in the cluster, if there is one.
       pulls_path: remembers the pulls of this node that are not over.
+      objection: why a model that is here could not be run here; empty if nothing is known.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Pulls:
         transfer: Callable[[str], Awaitable[Transfer | None]],
         cancel: Callable[[str], Awaitable[None]],
         pulls_path: Path,
+        objection: Callable[[Model], Awaitable[str]] | None = None,
     ) -> None:
         self._cluster = cluster
         self._store = store
@@ -116,6 +118,7 @@ class Pulls:
         self._running = running
         self._transfer = transfer
         self._cancel = cancel
+        self._objection = objection
         self._note = Note(pulls_path, list[PullRequest], [])
         self._here: dict[str, tuple[str, PullRequest]] = {}  # key -> transfer id, request
         self._choosing: dict[str, trio.Lock] = {}
@@ -236,7 +239,7 @@ class Pulls:
     async def _pull(
         self, request: PullRequest, wanted: Wanted, transfer_id: str, scope: trio.CancelScope
     ) -> None:
-        total = request.size
+        total, warning = request.size, ""
 
         def report(step: Step) -> None:
             nonlocal total
@@ -254,11 +257,11 @@ class Pulls:
             with scope:
                 self._table.update(transfer_id, bytes_done=0, peer_id=_shown(wanted.reference))
                 try:
-                    await self._bring(request, wanted, report)
+                    warning = await self._bring(request, wanted, report)
                 except (OriginUnreachable, StoreFull) as error:
                     request = msgspec.structs.replace(request, size=total)
-                    await self._hand_on(request, transfer_id, error)
-                self._table.complete(transfer_id)
+                    warning = await self._hand_on(request, transfer_id, error)
+                self._table.complete(transfer_id, warning)
                 log.info("%s is in the cluster, from %s", request.name, _shown(wanted.reference))
             if scope.cancelled_caught:
                 self._table.cancelled(transfer_id)
@@ -274,7 +277,8 @@ class Pulls:
 
     async def _bring(
         self, request: PullRequest, wanted: Wanted, report: Callable[[Step], None]
-    ) -> None:
+    ) -> str:
+        """Have the model here and in the cluster; returns what speaks against its use."""
         told: list[NodeId] = []
         async with self._store.pins.hold() as hold:
             try:
@@ -285,15 +289,21 @@ class Pulls:
                     report,
                     lambda files: told.extend(self._announce(request, files)),
                 )
+                warning = "" if self._objection is None else await self._objection(model)
+                if warning:
+                    log.warning(
+                        "%s came whole, but this node cannot run it: %s", model.name, warning
+                    )
                 await self._publish(model, request.nodes, request.replicas)
+                return warning
             except BaseException:
                 self._withdraw(request.key, told)
                 raise
 
     async def _hand_on(
         self, request: PullRequest, transfer_id: str, error: SourceError | StoreError
-    ) -> None:
-        """Have another node pull, and show its progress as this one's.
+    ) -> str:
+        """Have another node pull, and show its progress as this one's; returns its warning.
 
         Raises:
           SourceError, StoreError: nobody else is left, or whoever it was has failed.
@@ -329,7 +339,7 @@ class Pulls:
                         layers=transfer.layers,
                     )
                     if transfer.status == "completed":
-                        return
+                        return transfer.warning
                     if transfer.status in ("failed", "cancelled"):
                         why = transfer.error or "it was cancelled there"
                         raise SourceError(f"node {short(begun.node_id)}: {why}; here: {error}")

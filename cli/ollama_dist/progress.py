@@ -243,8 +243,8 @@ def _patiently(call: Callable[[], T], also: tuple[int, ...] = ()) -> T:
             pause(max(POLL_S, getattr(problem, "retry_after_s", 0)))
 
 
-def raise_for_failures(transfers: list[Json]) -> None:
-    """Raise for the first transfer that did not complete.
+def tell_outcome(session: Session, transfers: list[Json]) -> None:
+    """Tell the warnings of transfers that completed, and raise for the first that did not.
 
     Raises:
       CliError: with the transfer's own reason.
@@ -253,3 +253,5 @@ def raise_for_failures(transfers: list[Json]) -> None:
         if transfer.get("status") != "completed":
             reason = transfer.get("error") or f"the transfer was {transfer.get('status')}"
             raise CliError(f"{transfer.get('model_name', 'the transfer')}: {reason}")
+        if transfer.get("warning"):
+            session.note(one_line(f"Warning: {transfer['warning']}"))

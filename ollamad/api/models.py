@@ -351,6 +351,7 @@ def _transfer(transfer: Transfer) -> TransferInfo:
         bytes_done=transfer.bytes_done,
         bytes_total=transfer.bytes_total,
         error=transfer.error,
+        warning=transfer.warning,
         started_at=rfc3339(transfer.started_at),
         finished_at=None if ended is None else rfc3339(ended),
         digest=transfer.digest,

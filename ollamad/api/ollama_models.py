@@ -126,6 +126,7 @@ async def pull(call: Call) -> Reply | None:
 
     async def work(tell: Tell) -> None:
         library = call.services.library
+        warning = ""
         model = call.services.cluster.state.find_model(wanted)
         if model is not None and library.inference_ready(model):
             await tell({"status": "pulling manifest"})
@@ -134,9 +135,12 @@ async def pull(call: Call) -> Reply | None:
         else:
             transfer_id = await library.download(wanted)
             await tell({"status": "pulling manifest"})
-            await _follow(call, transfer_id, tell)
-        for status in ("verifying sha256 digest", "writing manifest", "success"):
+            warning = await _follow(call, transfer_id, tell)
+        for status in ("verifying sha256 digest", "writing manifest"):
             await tell({"status": status})
+        if warning:
+            await tell({"status": f"warning: {warning}"})
+        await tell({"status": "success"})
 
     return await _with_progress(call, work, stream=body.stream is not False)
 
@@ -229,8 +233,8 @@ async def _with_progress(
     return None
 
 
-async def _follow(call: Call, transfer_id: str, tell: Tell, *, verb: str = "pull") -> None:
-    """Tell the progress of a transfer until its end.
+async def _follow(call: Call, transfer_id: str, tell: Tell, *, verb: str = "pull") -> str:
+    """Tell the progress of a transfer until its end; returns its warning.
 
     Raises:
       ServiceError: it failed, was cancelled, or its node does not tell of it any more.
@@ -249,7 +253,7 @@ async def _follow(call: Call, transfer_id: str, tell: Tell, *, verb: str = "pull
                 case "completed":
                     if verb == "pull":
                         await _until_listed(call, transfer)
-                    return
+                    return transfer.warning
                 case "failed":
                     raise ServiceError(500, "TRANSFER_FAILED", transfer.error)
                 case "cancelled":

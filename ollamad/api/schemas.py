@@ -448,6 +448,7 @@ class TransferInfo(msgspec.Struct, frozen=True):
     bytes_done: int
     bytes_total: int
     error: str
+    warning: str  # of a completed one: what speaks against using the model
     started_at: Time
     finished_at: Time | None
     digest: str

@@ -29,5 +29,6 @@ class Transfer(msgspec.Struct, frozen=True):
     started_at: float
     finished_at: float | None
     digest: str = ""  # "sha256:…" of the model, or of the file that it comes in; "" if unknown
+    warning: str = ""  # of a completed one: what speaks against using the model
     # Digests and sizes of its files, which move one after the other; () in lists, or if unknown.
     layers: tuple[tuple[str, int], ...] = ()

@@ -44,7 +44,11 @@ async def can_offload(command: Sequence[str]) -> bool | None:
     try:
         with trio.fail_after(DEVICES_TIMEOUT_S):
             done = await trio.run_process(
-                command, capture_stdout=True, stderr=subprocess.DEVNULL, check=False
+                command,
+                stdin=subprocess.DEVNULL,  # a runner ends when a pipe there is closed
+                capture_stdout=True,
+                stderr=subprocess.DEVNULL,
+                check=False,
             )
     except (OSError, trio.TooSlowError) as error:
         log.warning("the engine does not tell its devices: %s", error)

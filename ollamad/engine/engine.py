@@ -24,7 +24,8 @@ from ollamad.core.inference import (
     LoadedModel,
     Options,
 )
-from ollamad.core.weights import Choice
+from ollamad.core.weights import XLLAMACPP, Choice
+from ollamad.engine import check
 from ollamad.engine.accelerators import NO_ACCELERATORS, Accelerators
 from ollamad.engine.assembly import Assembler, Gap, Piece
 from ollamad.engine.chat import ChatAssembler
@@ -63,6 +64,7 @@ class Engine:
         accelerators: Accelerators = NO_ACCELERATORS,
     ) -> None:
         self._settings = settings
+        self._checking = trio.Lock()  # one file at a time
         self._pool = RunnerPool(settings, free_memory, accelerators)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -156,6 +158,23 @@ class Engine:
           InferenceError: this node has none for it.
         """
         return choose(spec, spec.options, self._settings)
+
+    async def objection(self, spec: ModelSpec) -> str:
+        """Why this node could not run a model, as far as its files tell; empty if nothing does.
+
+        Nothing is loaded; see `check.py`.
+        """
+        try:
+            engine = self.choice(spec).engine
+        except InferenceError as error:
+            return error.failure.message
+        if engine != XLLAMACPP:
+            return ""
+        async with self._checking:
+            settings = self._settings
+            socket_path = settings.runtime_dir / "check.sock"
+            reason = await check.refusal(settings.runner_command, spec.gguf_path, socket_path)
+        return f"{spec.name} cannot be run: {reason}" if reason else ""
 
     @contextlib.asynccontextmanager
     async def _resident(

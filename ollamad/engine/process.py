@@ -178,9 +178,7 @@ class Runner:
 
     def errors(self) -> list[str]:
         """The last lines of output that are errors, each once; any lines if there is none."""
-        lines = list(self._output)
-        errors = [_without_prefix(line) for line in lines if " E " in line]
-        return list(dict.fromkeys(errors or lines))[-REPORTED_LINES:]
+        return _errors(list(self._output))
 
     async def _load(self) -> Failed | None:
         pause_s = READY_POLL_S
@@ -299,6 +297,18 @@ def _vitals(pid: int) -> tuple[str, ...]:
         return ()
     fields = stat.rpartition(")")[2].split()  # the program's name may have spaces
     return tuple(fields[index] for index in (9, 11, 12))
+
+
+def explained_refusal(output: list[str]) -> str:
+    """Why an engine does not take a file, from all that it said."""
+    lines = _errors(output[-LOG_LINES:])
+    meaning = _meaning(lines)
+    return f"{lines[0][:MAX_LOG_LINE]}: {meaning}" if meaning else lines[0][:MAX_LOG_LINE]
+
+
+def _errors(output: list[str]) -> list[str]:
+    errors = [_without_prefix(line) for line in output if " E " in line]
+    return list(dict.fromkeys(errors or output))[-REPORTED_LINES:]
 
 
 def _meaning(lines: list[str]) -> str:

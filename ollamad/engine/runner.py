@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import fcntl
 import os
+import resource
 import select
 import signal
 import sys
@@ -37,6 +38,7 @@ SPIN_COUNT = 2000
 LOG_VERBOSITY = 2  # llama.cpp's scale: errors and warnings
 ENGINES = ("xllamacpp", "llama-server", "ctransformers")
 CACHE_TYPES = ("f16", "q8_0", "q4_0")  # Ollama's choice
+REFUSED = 3  # exit code of a check whose answer is no
 F_SETSIG = 10  # missing in Python's fcntl module; Linux, all architectures
 
 
@@ -54,6 +56,8 @@ def run_runner(argv: Sequence[str]) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))  # read when libgomp is loaded
     if arguments.list_devices:
         return _list_devices(arguments)
+    if arguments.check:
+        return _check(arguments)
     if arguments.engine == "llama-server":
         return _become(arguments.program, server_arguments(arguments))
     if arguments.engine == "ctransformers":
@@ -155,6 +159,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--cache-type", choices=CACHE_TYPES, default="f16", help="of keys and values"
     )
     parser.add_argument("--list-devices", action="store_true", help="do nothing else")
+    parser.add_argument("--check", action="store_true", help="see whether the file can be used")
     parser.add_argument("--socket", default="", help="Unix socket to listen on")
     parser.add_argument("--model", default="", help="the weights")
     parser.add_argument("--ctx", type=int, default=4096, help="tokens a slot")
@@ -180,6 +185,30 @@ def _list_devices(arguments: argparse.Namespace) -> int:
         for device in xllamacpp.get_device_info():
             print(f"{device['name']}: {device['description']}")
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Have llama.cpp read all of a file but its weights; REFUSED if it says no."""
+    # Without memory for weights a file that is right leads to an assertion after it was read: that
+    # is the good end. Nobody needs its backtrace or a core file.
+    os.environ["GGML_NO_BACKTRACE"] = "1"
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = arguments.model
+    params.no_alloc = True
+    params.fit_params = False
+    params.n_gpu_layers = 0
+    params.warmup = False
+    params.n_ctx = params.n_batch = params.n_ubatch = CPU_BATCH
+    params.verbosity = LOG_VERBOSITY
+    params.hostnames = [arguments.socket]  # which is bound before the model is read
+    try:
+        xllamacpp.Server(params)
+    except RuntimeError:
+        return REFUSED  # llama.cpp has said why
+    os._exit(0)
 
 
 def _http_threads(arguments: argparse.Namespace) -> int:

@@ -32,6 +32,7 @@ class _Entry:
     received: int = 0  # bytes that came, wasted ones too; speed is made of it
     received_before: int = 0  # of these, what the first update told
     error: str = ""
+    warning: str = ""
     finished_at: float | None = None
     final_speed: float = 0.0
     samples: deque[tuple[float, int]] = field(default_factory=deque)
@@ -131,10 +132,11 @@ class TransferTable:
         if moved:
             self._changed(entry)
 
-    def complete(self, id_: str) -> None:
-        """It is here, whole and verified."""
+    def complete(self, id_: str, warning: str = "") -> None:
+        """It is here, whole and verified; `warning` is what speaks against using it."""
         entry = self._entries[id_]
         if entry.finished_at is None:
+            entry.warning = warning
             entry.bytes_total = entry.bytes_done = max(entry.bytes_total, entry.bytes_done)
         self._finish(id_, "completed", "")
 
@@ -228,5 +230,6 @@ class TransferTable:
             started_at=entry.started_at,
             finished_at=entry.finished_at,
             digest=entry.digest,
+            warning=entry.warning,
             layers=layers,
         )

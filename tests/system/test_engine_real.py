@@ -1,5 +1,6 @@
 """The engine with a real model: what llama.cpp does is what the engine promises."""
 
+import dataclasses
 import glob
 import math
 import os
@@ -29,10 +30,12 @@ from ollamad.core.inference import (
     Options,
 )
 from ollamad.core.state import ModelDetails
+from ollamad.engine import check
 from ollamad.engine.engine import Engine
 from ollamad.engine.llama_client import LlamaClient
 from ollamad.engine.spec import ModelSpec
 from tests.fakes.runner_engines import REAL_RUNNER, events_of, running_engine
+from tests.fakes.tiny_llama import random_llama
 
 pytestmark = [pytest.mark.model, pytest.mark.system]
 
@@ -40,6 +43,25 @@ DEADLINE_S = 60  # for anything at all, on a busy machine
 WIDTH = 576  # of SmolLM2's embeddings
 KV_BYTES = 30 * 2 * 3 * 64 * 2  # layers, key and value, heads, width, f16
 GREEDY = Options(temperature=0, num_predict=24)
+
+
+async def test_a_file_is_checked_without_its_weights(tmp_path: Path, smollm2_path: Path) -> None:
+    """By the real llama.cpp: files that are right, of an unknown kind, damaged, or Ollama's own."""
+    llama = random_llama()
+    missing = {k: v for k, v in llama.weights.items() if k != "blk.1.ffn_up.weight"}
+    more = llama.weights | {"v.blk.0.ln1.weight": llama.weights["output_norm.weight"]}
+    unknown = tmp_path / "unknown"
+    unknown.write_bytes(llama.gguf().replace(b"llama", b"lxxma"))
+    for path, words in (
+        (smollm2_path, ""),
+        (llama.write(tmp_path / "good"), ""),
+        (unknown, "does not know the architecture lxxma"),
+        (dataclasses.replace(llama, weights=missing).write(tmp_path / "missing"), "'blk.1.ffn_up"),
+        (dataclasses.replace(llama, weights=more).write(tmp_path / "more"), "need its own patches"),
+    ):
+        reason = await check.refusal(REAL_RUNNER, str(path), tmp_path / "s.sock")
+        assert (words in reason) if words else (reason == ""), reason
+    assert not (tmp_path / "s.sock").exists()
 
 
 @pytest.fixture

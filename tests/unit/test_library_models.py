@@ -21,7 +21,7 @@ from ollamad.core.ids import NodeId
 from ollamad.core.state import JoinToken, Model
 from ollamad.machine import Machine
 from ollamad.notes import Note
-from ollamad.sources.base import SourceError
+from ollamad.sources.base import OriginUnreachable, SourceError
 from ollamad.store.models import ModelStore
 from tests.fakes.gguf_files import LLAMA, gguf_bytes
 from tests.fakes.library_nodes import LibraryNode, SharedState, join, until
@@ -302,6 +302,36 @@ async def test_a_disk_that_cannot_remember_ends_nobody(
         assert not (node.root / "held").exists()
     await world.settled()
     assert Note(node.root / "held", dict[str, str], {}).read().keys() == {NAME}
+
+
+async def test_what_speaks_against_a_model_is_told_with_its_pull(world: World) -> None:
+    node = world.nodes[A]
+    asked: list[str] = []
+
+    async def objection(model: Model) -> str:
+        asked.append(model.name)
+        assert model.name not in world.models  # nobody has been told of it
+        return "no engine knows it"
+
+    node.library._pulls._objection = objection
+    transfer_id = await node.library.download(REFERENCE)
+    await until(world.shared, lambda: node.transfer(transfer_id).status == "completed")
+    assert node.transfer(transfer_id).warning == "no engine knows it"
+    assert (asked, world.confirmed()) == ([NAME], (A,))
+
+
+async def test_a_warning_comes_from_the_node_that_pulled(world: World) -> None:
+    await world.start(B)
+    a, b = world.nodes[A], world.nodes[B]
+    a.source.failure = OriginUnreachable("no route")
+
+    async def objection(model: Model) -> str:
+        return "no engine knows it"
+
+    b.library._pulls._objection = objection
+    transfer_id = await a.library.download(REFERENCE)
+    await until(world.shared, lambda: a.transfer(transfer_id).status == "completed")
+    assert a.transfer(transfer_id).warning == "no engine knows it"
 
 
 # Deleting and dropping.

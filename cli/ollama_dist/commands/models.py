@@ -283,7 +283,7 @@ def _pull(
 
 def _followed(session: Session, transfer_id: str, what: str, name: str, replicas: int = 1) -> str:
     """Show a transfer to its end; the name of its model."""
-    from ollama_dist.progress import follow, raise_for_failures
+    from ollama_dist.progress import follow, tell_outcome
 
     try:
         ended = follow(session, transfer_id=transfer_id, model=name, replicas=replicas)
@@ -295,7 +295,7 @@ def _followed(session: Session, transfer_id: str, what: str, name: str, replicas
         raise
     if session.wants_data:
         session.data({"transfers": ended})
-    raise_for_failures(ended)
+    tell_outcome(session, ended)
     return next((t["model_name"] for t in ended if t.get("model_name")), name)
 
 

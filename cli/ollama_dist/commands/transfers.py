@@ -98,11 +98,11 @@ def watch(
     ] = None,
 ) -> None:
     """Follow transfers until they have ended; Ctrl-C stops watching, not them."""
-    from ollama_dist.progress import follow, raise_for_failures
+    from ollama_dist.progress import follow, tell_outcome
 
     ended = follow(session, transfer_id=transfer_id, model=None)
     if session.wants_data:
         session.data({"transfers": ended})
     elif not ended:
         session.say("No transfer is active.")
-    raise_for_failures(ended)
+    tell_outcome(session, ended)
