@@ -17,7 +17,7 @@ from ollamad.core.state import Model
 from ollamad.sources.base import Offer, OpenSource, RemoteFile, Source, SourceError
 from ollamad.sources.pypi import local_path
 from ollamad.sources.references import Wanted
-from ollamad.store.errors import BeingReceived, DigestMismatch
+from ollamad.store.errors import BeingReceived, DigestMismatch, PiecesRotten
 from ollamad.store.manifests import Descriptor, describe
 from ollamad.store.models import ModelStore
 from ollamad.store.partial import PartialBlob
@@ -25,6 +25,7 @@ from ollamad.store.pins import Hold
 
 log = logging.getLogger(__name__)
 
+MAX_ROTTEN = 3  # times that the disk may lose pieces of a file before a pull fails
 RECHECK_S = 0.5  # how often to look whether another task has brought a blob that is wanted here
 # What is worth fetching by others while it comes: below, it is here before they have begun.
 GROWING_BYTES = 16 << 20
@@ -182,6 +183,16 @@ class _Run:
 
     async def _bring(self, file: RemoteFile, hold: Hold | None = None) -> str:
         """Have that file here; its digest."""
+        for attempt in range(1, MAX_ROTTEN + 1):
+            try:
+                return await self._bring_once(file, hold)
+            except PiecesRotten as error:
+                if attempt == MAX_ROTTEN:
+                    raise
+                log.error("%s; they are fetched again", error)
+        raise AssertionError("not reached")
+
+    async def _bring_once(self, file: RemoteFile, hold: Hold | None) -> str:
         assert file.size is not None, "sized before"
         blob = await self._open(file)
         if blob is None:  # it is here

@@ -20,7 +20,7 @@ from ollamad.bringing import Bringer, Step
 from ollamad.cluster import Cluster
 from ollamad.core.ids import NodeId, short
 from ollamad.core.names import parse_name
-from ollamad.core.pulling import Candidate, rank
+from ollamad.core.pulling import UNREACHABLE_S, Candidate, rank
 from ollamad.core.state import Model
 from ollamad.core.transfers import Transfer
 from ollamad.notes import Note
@@ -169,7 +169,11 @@ class Pulls:
     async def _choose_alone(self, request: PullRequest) -> Begun:
         origin = _origin(request.wanted)
         if request.tried:
-            self._unreachable[request.tried[-1], origin] = trio.current_time()
+            now = trio.current_time()
+            late = [key for key, at in self._unreachable.items() if now - at >= UNREACHABLE_S]
+            for key in late:
+                del self._unreachable[key]
+            self._unreachable[request.tried[-1], origin] = now
         failed: list[NodeId] = []
         while True:
             tried = {*request.tried, *failed}

@@ -236,6 +236,7 @@ class Ticket:
         self.plain = plain
         self.token = secrets.token_bytes(TICKET_SIZE)
         self._arrived = trio.Event()
+        self._is_void = False
         self._connection: BulkConnection | None = None
 
     async def arrived(self) -> BulkConnection:
@@ -252,10 +253,14 @@ class Ticket:
         return connection
 
     def deliver(self, connection: BulkConnection) -> None:
+        if self._is_void:  # the exchange has ended during the handshake
+            connection.close()
+            return
         self._connection = connection
         self._arrived.set()
 
     def void(self) -> None:
+        self._is_void = True
         if self._connection is not None:
             self._connection.close()
             self._connection = None

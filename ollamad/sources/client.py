@@ -26,6 +26,8 @@ from ollamad.sources.policy import HostList, Origin, Policy, origin_of
 
 CONNECT_S: Final = 10.0  # people are watching
 STALL_S: Final = 30.0  # without a byte, after which the connection counts as broken
+# For an answer that is read whole: somebody waits for it, and a byte now and then is no progress.
+DOCUMENT_S: Final = 120.0
 MAX_REDIRECTS: Final = 5
 MAX_ADDRESSES: Final = 8  # of one name that are tried
 MAX_DOCUMENT_BYTES: Final = 8 << 20  # of an answer that is read whole: lists of files, manifests
@@ -175,9 +177,24 @@ class OriginClient:
         """A whole small answer.
 
         Raises:
-          NotFound: there is none. OriginUnreachable: nobody answers.
+          NotFound: there is none. OriginUnreachable: nobody answers, or too slowly.
           SourceError: it cannot be had, or is larger than the limit.
         """
+        try:
+            with trio.fail_after(DOCUMENT_S):
+                return await self._document(url, headers, method, credentials, limit)
+        except trio.TooSlowError:
+            error = TryAgain(f"its answer was not there after {DOCUMENT_S:g} s")
+            raise OriginUnreachable(explain(url, error)) from None
+
+    async def _document(
+        self,
+        url: str,
+        headers: Mapping[str, str] | None,
+        method: str,
+        credentials: Credentials | None,
+        limit: int,
+    ) -> Document:
         content = bytearray()
         try:
             async with self.open(url, headers, method=method, credentials=credentials) as response:
@@ -372,10 +389,15 @@ def check_status(response: httpx.Response) -> None:
     raise SourceError(f"{url} answered HTTP {status}")
 
 
+def number(text: str) -> int | None:
+    """A number in a header; None for what is none, or none that a size or a place could be."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 19 else None
+
+
 def retry_after(response: httpx.Response) -> float:
     """Seconds that a server wants to be left alone for, within reason."""
-    text = response.headers.get("Retry-After", "")
-    return min(float(text), MAX_RETRY_AFTER_S) if text.isdecimal() else 0.0
+    seconds = number(response.headers.get("Retry-After", ""))
+    return min(float(seconds or 0), MAX_RETRY_AFTER_S)
 
 
 def explain(url: str, error: Exception) -> str:

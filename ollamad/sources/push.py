@@ -15,7 +15,15 @@ import trio
 from ollamad.core.names import ModelName
 from ollamad.core.pieces import MIB
 from ollamad.sources.base import NotFound, OriginRefused, OriginUnreachable, Read, Sent, SourceError
-from ollamad.sources.client import OriginClient, TryAgain, check_status, explain, join, shown
+from ollamad.sources.client import (
+    OriginClient,
+    TryAgain,
+    check_status,
+    explain,
+    join,
+    number,
+    shown,
+)
 from ollamad.sources.policy import HostList, origin_of
 from ollamad.sources.registry import Registry, RegistryLogin
 
@@ -147,5 +155,5 @@ class Pusher:
 
 def _taken(answer: httpx.Response) -> int:
     """How many bytes of an upload the registry has, by `Range: 0-last`."""
-    last = answer.headers.get("Range", "").rpartition("-")[2]
-    return int(last) + 1 if last.isdecimal() and int(last) else 0
+    last = number(answer.headers.get("Range", "").rpartition("-")[2])
+    return last + 1 if last else 0

@@ -24,7 +24,7 @@ from ollamad.sources.base import (
     SourceError,
     Target,
 )
-from ollamad.sources.client import TryAgain, check_status, explain, shown, unwinding
+from ollamad.sources.client import TryAgain, check_status, explain, number, shown, unwinding
 
 CONNECTIONS: Final = 8  # at once; Ollama takes 16, and a home line is full with fewer
 MAX_BUFFERED_BYTES: Final = 256 * MIB  # pieces in memory, before fewer connections are used
@@ -243,7 +243,7 @@ class _Download:
         extent, _, total = rest.partition("/")
         if unit != "bytes" or not extent.startswith(f"{begin}-"):
             raise SourceError(f"{shown(self._file.url)} sends another range than was asked for")
-        self._check_same(response, int(total) if total.isdecimal() else None)
+        self._check_same(response, number(total))
         return True
 
     def _check_same(self, response: httpx.Response, size: int | None) -> None:
@@ -271,6 +271,5 @@ def _size(response: httpx.Response) -> int | None:
     """The size of the whole file that an answer tells."""
     total = response.headers.get("Content-Range", "").rpartition("/")[2]
     if response.status_code == httpx.codes.PARTIAL_CONTENT:
-        return int(total) if total.isdecimal() else None
-    length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdecimal() else None
+        return number(total)
+    return number(response.headers.get("Content-Length", ""))

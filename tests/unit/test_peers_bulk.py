@@ -1,6 +1,7 @@
 """Lanes over real sockets: who may open one, both modes, and blocking calls that end in time."""
 
 import os
+import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -277,3 +278,13 @@ async def test_a_file_that_is_shorter_ends_the_lane(pair: Pair, tmp_path: Path) 
             with pytest.raises(EOFError, match="shorter"):
                 await theirs.run(lambda t=theirs: t.send_file(b"head", descriptor, 0, 4))  # type: ignore[misc]
     os.close(descriptor)
+
+
+async def test_a_lane_that_comes_when_its_exchange_has_ended_is_closed(pair: Pair) -> None:
+    holder, _ = pair
+    with holder.bulk.expect(NodeId("x"), plain=True) as ticket:
+        pass
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ticket.deliver(BulkConnection(ours, trio.CapacityLimiter(1)))
+        assert ours.fileno() == -1
