@@ -135,8 +135,9 @@ class Following:
     async def _follow(self, request: FollowRequest, follow: _Follow) -> None:
         try:
             with follow.scope:
-                await self._fetch(request, follow)
-                await trio.sleep(LINGER_S)
+                async with self._store.pins.hold(*(digest for digest, _ in request.files)):
+                    await self._fetch(request, follow)
+                    await trio.sleep(LINGER_S)
                 self._table.fail(follow.transfer_id, "the model was never published")
             if follow.taken_over:
                 self._table.complete(follow.transfer_id)
@@ -157,19 +158,18 @@ class Following:
             return [n for n in (follow.origin, *fellows) if self._cluster.is_online(n)]
 
         sizes = dict(request.files)
-        async with self._store.pins.hold(*sizes):
-            with self._store.space.reserve(await self._store.missing_bytes(sizes)):
-                done = 0
-                for digest, size in request.files:
-                    layer = Layer("", digest, size, piece_size_for(size), "")
-                    await self._fetcher.fetch_blob(
-                        layer,
-                        holders,
-                        self._progress(follow.transfer_id, done),
-                        authority=follow.origin,
-                        give_up_after_s=PATIENCE_S,
-                    )
-                    done += size
+        with self._store.space.reserve(await self._store.missing_bytes(sizes)):
+            done = 0
+            for digest, size in request.files:
+                layer = Layer("", digest, size, piece_size_for(size), "")
+                await self._fetcher.fetch_blob(
+                    layer,
+                    holders,
+                    self._progress(follow.transfer_id, done),
+                    authority=follow.origin,
+                    give_up_after_s=PATIENCE_S,
+                )
+                done += size
 
     def _progress(self, transfer_id: str, before: int) -> Callable[[FetchProgress], None]:
         def progress(step: FetchProgress) -> None:

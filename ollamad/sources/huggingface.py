@@ -14,8 +14,9 @@ from typing import Final
 import msgspec
 
 from ollamad.core.names import DEFAULT_TAG, ModelName
-from ollamad.sources.base import NotFound, Offer, RemoteFile, SourceError
-from ollamad.sources.client import OriginClient, join
+from ollamad.sources.base import NotFound, Offer, OriginRefused, RemoteFile, SourceError
+from ollamad.sources.client import OriginClient, join, shown
+from ollamad.sources.policy import origin_of
 
 HOSTS: Final = frozenset({"hf.co", "huggingface.co"})
 ENDPOINT: Final = "https://huggingface.co"
@@ -100,6 +101,8 @@ class HuggingFace:
             if more is None:
                 break
             url = join(url, more[1])
+            if origin_of(url) != origin_of(self._endpoint):  # the token is for nobody else
+                raise OriginRefused(f"{self._endpoint} continues its list at {shown(url)}")
         return entries
 
     def _file(self, repository: str, entry: _Entry) -> RemoteFile:

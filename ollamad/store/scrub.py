@@ -101,8 +101,9 @@ class Scrubber:
         blob = self._store.blob_path(digest)
         aside = blob.with_name(blob.name + ROTTEN_SUFFIX)
         try:
-            if not blob.exists():  # it stands on a shelf
-                aside.touch()
+            if not blob.exists():
+                if any((shelf / "blobs" / blob.name).exists() for shelf in self._store.shelves):
+                    aside.touch()
             elif rot.pieces is None or not rot.sound:
                 blob.rename(aside)
             else:

@@ -12,6 +12,7 @@ from ollamad.core.ids import NodeId, short
 from ollamad.core.transfers import Status, Transfer, TransferType
 
 MAX_FINISHED = 200  # transfers remembered after their end; a page of history
+MAX_ERROR = 2000  # characters of an error; lists of transfers go to every node
 SPEED_WINDOW_S = 5.0  # speed is the mean over so long: calm, and yet follows the link
 SPEED_SAMPLE_S = 0.25  # samples closer together tell nothing
 
@@ -142,7 +143,7 @@ class TransferTable:
 
     def fail(self, id_: str, error: str) -> None:
         """It ended without success; `error` says why, and what to do."""
-        self._finish(id_, "failed", error)
+        self._finish(id_, "failed", error[:MAX_ERROR])
 
     def cancelled(self, id_: str) -> None:
         """Somebody stopped it."""

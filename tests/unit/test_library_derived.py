@@ -247,6 +247,41 @@ async def test_an_upload_waits_for_its_model_while_others_are_dropped(world: Wor
             await trio.sleep(0.01)
 
 
+async def test_what_is_pushed_is_not_freed_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = world.nodes[A]
+    real = type(node.source).push
+
+    async def late(self: object, *arguments: object) -> None:
+        await node.store.delete_manifest(NAME)
+        await node.store.free(lambda: (), grace_s=0)
+        await real(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(node.source), "push", late)
+    transfer_id = await node.library.push(NAME, "reg.lan/me/x:latest")
+    await until(world.shared, lambda: node.transfer(transfer_id).finished_at is not None)
+    assert node.transfer(transfer_id).status == "completed", node.transfer(transfer_id).error
+
+
+async def test_what_is_published_is_not_freed_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an adopted model, which nobody else holds."""
+    node, real = world.nodes[A], ModelStore.write_manifest
+    model = msgspec.structs.replace(world.models[NAME], name="other:latest")
+    await node.store.delete_manifest(NAME)
+
+    async def late(self: ModelStore, name: str, data: bytes) -> None:
+        await self.free(lambda: (), grace_s=0)
+        await real(self, name, data)
+
+    monkeypatch.setattr(ModelStore, "write_manifest", late)
+    await node.library._share.publish(model, (A,))
+    digests = {layer.digest for layer in model.layers}
+    assert await node.holds(digests) == digests
+
+
 @pytest.mark.parametrize("asked", [A, B])
 async def test_a_push_runs_where_the_model_is(world: World, asked: str) -> None:
     library = world.nodes[asked].library  # type: ignore[index]

@@ -11,10 +11,12 @@ from ollamad import adoption, bringing, pulls
 from ollamad.core.commands import AskReplicas, SetDesired
 from ollamad.core.ids import NodeId
 from ollamad.core.pieces import MIB
+from ollamad.core.state import Model
 from ollamad.scrubbing import Scrubbing
+from ollamad.share import Share
 from ollamad.sources.base import OriginUnreachable
 from ollamad.store.models import ModelStore
-from ollamad.store.scrub import Scrubber
+from ollamad.store.scrub import Rot, Scrubber
 from tests.fakes.gguf_files import LLAMA, gguf_bytes
 from tests.fakes.library_nodes import LibraryNode, until
 from tests.unit.test_library_models import NAME, REFERENCE, A, B, C, World
@@ -192,6 +194,35 @@ async def test_peers_fetch_while_the_origin_still_sends(world: World) -> None:
 
 
 @pytest.mark.usefixtures("small_counts")
+async def test_what_came_before_its_model_is_kept_until_that_is_published(world: World) -> None:
+    a, b = world.nodes[A], world.nodes[B]
+    digest = a.source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}"
+    world.shared.hold = trio.Event()
+    await a.library.download(REFERENCE, nodes=[A, B])
+    await until(world.shared, b.store.blob_path(digest).exists)
+    assert (await b.store.free(lambda: (), grace_s=0)).held == {digest}
+    world.shared.hold.set()
+    await until(world.shared, lambda: world.confirmed() == (A, B))
+
+
+async def test_a_copy_on_its_way_is_not_freed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.pulled(A)
+    real = Share._fetch_layers
+
+    async def late(self: Share, model: Model, transfer_id: str) -> None:
+        await real(self, model, transfer_id)
+        await self._store.free(lambda: (), grace_s=0)
+
+    monkeypatch.setattr(Share, "_fetch_layers", late)
+    world.shared.apply(SetDesired(NAME, (A, B)))
+    await until(world.shared, lambda: world.confirmed() == (A, B))
+    digests = {layer.digest for layer in world.models[NAME].layers}
+    assert await world.nodes[B].holds(digests) == digests
+
+
+@pytest.mark.usefixtures("small_counts")
 async def test_who_follows_in_vain_is_told(world: World) -> None:
     a, b = world.nodes[A], world.nodes[B]
     digest = a.source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}"
@@ -269,6 +300,24 @@ async def test_a_rotten_blob_is_replaced_by_a_peer(world: World) -> None:
     await until(world.shared, lambda: node.transfer(copy.id).status == "completed")
     await scrubbed(node)
     assert node.unloaded == [NAME]  # nothing more was found
+
+
+async def test_what_is_put_aside_is_not_freed_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.pulled(A, B)
+    node, digest = world.nodes[A], weights_of(world)
+    real, held = Scrubber.quarantine, set[str]()
+
+    async def late(self: Scrubber, digest: str, rot: Rot) -> None:
+        held.update((await node.store.free(lambda: (), among=[digest], grace_s=0)).held)
+        await real(self, digest, rot)
+
+    await node.store.delete_manifest(NAME)
+    monkeypatch.setattr(Scrubber, "quarantine", late)
+    rot(node, digest)
+    await scrubbed(node)
+    assert held == {digest}
 
 
 async def test_the_only_copy_is_completed_by_pulling_it_again(

@@ -13,10 +13,12 @@ import trio
 
 from ollamad import bringing
 from ollamad.bringing import Bringer
+from ollamad.core.names import parse_name
 from ollamad.core.pieces import MIB
 from ollamad.core.state import Model
 from ollamad.sources import client, ranges
-from ollamad.sources.base import OriginUnreachable, SourceError
+from ollamad.sources.base import OriginRefused, OriginUnreachable, SourceError
+from ollamad.sources.huggingface import HuggingFace
 from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.policy import Policy, parse_hosts
 from ollamad.sources.references import resolve_source
@@ -199,6 +201,27 @@ async def test_a_size_that_no_disk_has_is_refused_before_a_byte_comes(store: Mod
         with origin(huge) as url, pytest.raises(StoreFull):
             await pull(store, f"{url}#sha256={HEX}")
     assert asked == 1
+
+
+async def test_a_list_that_goes_on_elsewhere_takes_no_token_along() -> None:
+    asked: list[str] = []
+
+    def listing(handler: BaseHTTPRequestHandler, first: int, last: int) -> None:
+        asked.append(handler.path)
+        body = b"[]"
+        handler.send_response(200)
+        handler.send_header("Link", f'<{elsewhere}>; rel="next"')
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    with origin(listing) as url, origin(listing) as elsewhere:
+        async with client.OriginClient(HERE) as asking:
+            endpoint = url.removesuffix("/a.gguf")
+            hub = HuggingFace(asking, endpoint=endpoint, token="secret")
+            with pytest.raises(OriginRefused, match="continues its list at"):
+                await hub.resolve(parse_name("hf.co/me/x"))
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("times", [1, 3])

@@ -141,6 +141,23 @@ async def test_a_model_comes_as_it_is(plain: RegistryServer, tmp_path: Path) -> 
     assert store.space.promised == 0
 
 
+async def test_what_is_here_already_is_not_freed_during_a_pull(
+    plain: RegistryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights came with a model that is deleted while the rest still comes."""
+    model = await fill(plain, await store_at(tmp_path / "there"), "me/kept")
+    store = await store_at(tmp_path / "here")
+    await store.put_bytes(GGUF)
+    real = ModelStore.model_of
+
+    async def late(self: ModelStore, name: str, manifest: bytes) -> Model:
+        await self.free(lambda: (), grace_s=0)
+        return await real(self, name, manifest)
+
+    monkeypatch.setattr(ModelStore, "model_of", late)
+    assert (await pull(store, f"{plain.host}/me/kept")).digest == model.digest
+
+
 async def test_a_mirror_stands_in_for_ollamas_registry(
     plain: RegistryServer, tmp_path: Path
 ) -> None:

@@ -118,6 +118,21 @@ async def test_a_file_comes_in_several_ranges_and_each_byte_once(
     assert store.space.promised == 0
 
 
+async def test_a_file_that_is_here_already_is_not_freed_during_a_pull(
+    server: Nginx, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.put_bytes(GGUF)
+    real = ModelStore.build_model
+
+    async def late(self: ModelStore, *arguments: object, **more: object) -> Model:
+        await self.free(lambda: (), grace_s=0)
+        return await real(self, *arguments, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ModelStore, "build_model", late)
+    await pull(store, f"{server.url}/a.gguf#sha256={HEX}")
+    assert await has_model(store)
+
+
 @pytest.mark.parametrize("fragment", ["", f"#sha256={HEX}", f"#sha256:{HEX.upper()}"])
 async def test_a_server_without_ranges_is_read_through(
     server: Nginx, store: ModelStore, fragment: str

@@ -134,6 +134,7 @@ CRC = zlib.crc32(MODEL)
     [
         (b"GARBAGE!", "not a zip file"),
         (local(packed=4, size=4, crc=zlib.crc32(b"data")) + b"dataGARBAGE!", "after 1 members"),
+        (local(name=b"x" * 1025), "a name of 1,025 bytes"),
         (local(flags=1), "encrypted"),
         (local(method=12), "method 12"),
         (local(method=14, name=b"a.py", flags=8), "method 14"),

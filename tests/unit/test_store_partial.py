@@ -608,6 +608,39 @@ async def test_what_is_being_thrown_away_is_not_begun_again_at_the_same_time(
     await blob.finish()
 
 
+@pytest.mark.parametrize("why", ["power cut", "rot"])
+async def test_what_a_new_journal_says_to_be_synced_is(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """The bytes are synced before the journal that says so takes its place."""
+    blob = await store.open_partial(DIGEST, MAP)
+    for index, piece in enumerate(PIECES):
+        await blob.write_piece(index, piece)
+    steps: list[str] = []
+    real_sync, real_replace = os.fdatasync, Path.replace
+
+    def sync(descriptor: int) -> None:
+        steps.append("sync")
+        real_sync(descriptor)
+
+    def replace(self: Path, target: Path) -> Path:
+        steps.append(target.suffix)
+        return real_replace(self, target)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    monkeypatch.setattr(Path, "replace", replace)
+    if why == "rot":
+        path = store.blobs / f"{BLOB}.partial"
+        path.write_bytes(bytes(MIB) + path.read_bytes()[MIB:])
+        with pytest.raises(PiecesRotten):
+            await blob.finish()
+    else:
+        blob.close()
+        other_boot(monkeypatch)
+        (await (await reopened(store)).open_partial(DIGEST, MAP)).close()
+    assert steps == ["sync", ".journal"]
+
+
 async def test_a_blob_that_came_in_pieces_appears_only_when_it_is_synced(
     store: BlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import trio.testing
 
 from ollamad.core.pieces import MIB
 from ollamad.store.blobs import BlobStore
-from ollamad.store.scrub import Scrubber, discard_rotten
+from ollamad.store.scrub import Rot, Scrubber, discard_rotten
 
 PIECES = [bytes([fill]) * MIB for fill in b"abc"] + [b"tail"]
 DATA = b"".join(PIECES)
@@ -104,6 +104,12 @@ async def test_a_shelf_is_not_touched_and_does_not_count_any_more(
     discard_rotten(again, 0.0, 1e12)  # the mark stays
     await again.put_bytes(DATA)
     assert await again.find_blob(DIGEST) == again.blob_path(DIGEST)
+
+
+async def test_what_was_freed_meanwhile_leaves_no_mark(store: BlobStore) -> None:
+    rot = Rot(1, {}, None)
+    await Scrubber(store, 1e12).quarantine(f"sha256:{'0' * 64}", rot)
+    assert not list(store.blobs.glob("*.rotten"))
 
 
 async def test_it_keeps_to_its_pace(store: BlobStore) -> None:

@@ -3,7 +3,13 @@
 import pytest
 
 from ollamad.core.ids import NodeId
-from ollamad.transfer.transfers import MAX_FINISHED, SPEED_WINDOW_S, Transfer, TransferTable
+from ollamad.transfer.transfers import (
+    MAX_ERROR,
+    MAX_FINISHED,
+    SPEED_WINDOW_S,
+    Transfer,
+    TransferTable,
+)
 
 NODE = NodeId("QmYwAPJzv5CZsnA625s3Xf2nemtYgPpHdWEz79ojWnPbdG")
 
@@ -33,6 +39,12 @@ def view(table: TransferTable, id_: str) -> Transfer:
     found = table.get(id_)
     assert found is not None
     return found
+
+
+def test_long_errors_are_cut(table: TransferTable) -> None:
+    id_ = table.begin("llama2", "download")
+    table.fail(id_, "x" * 100_000)
+    assert len(view(table, id_).error) == MAX_ERROR
 
 
 def test_a_transfer_from_beginning_to_end(table: TransferTable, clock: Clock) -> None:
