@@ -82,15 +82,17 @@ class SendingLane(_Lane):
         def work() -> EndCode | None:
             if not _is_readable(region):
                 return EndCode.UNREADABLE
-            for offset in range(0, region.length, BLOCK_SIZE):
+            offset = 0
+            while offset < region.length:
                 if not wanted():
                     connection.send(encode_ended(index, EndCode.CANCELLED))
                     return EndCode.CANCELLED
-                size = min(BLOCK_SIZE, region.length - offset)
+                size = self._limit.portion(min(BLOCK_SIZE, region.length - offset))
                 self._pace(size)
                 head = encode_block_head(index, offset, size)
                 connection.send_file(head, descriptor, region.offset + offset, size)
                 sent(size)
+                offset += size
             return None
 
         return await connection.run(work)

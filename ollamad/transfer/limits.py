@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from ollamad.core.pacing import Pacer
 
+PORTION_S = 0.05  # of the limit; 64 exchanges have their turn within a few seconds
+MIN_PORTION = 1024  # bytes; less would be headers mostly
+
 
 class Limit:
     """One direction. Safe in any thread.
@@ -32,9 +35,20 @@ class Limit:
 
     def take(self, size: int) -> float:
         """Take that many bytes: seconds to wait for it."""
+        rate = self._rate_now()
+        with self._lock:
+            return self._pacer.take(size, rate, self._clock())
+
+    def portion(self, size: int) -> int:
+        """So many of these bytes may be taken at once, so that all who share the limit soon may.
+
+        Else, under a low limit, each of many would be silent for so long that it seemed dead.
+        """
+        rate = self._rate_now()
+        return size if rate is None else min(size, max(MIN_PORTION, int(rate * PORTION_S)))
+
+    def _rate_now(self) -> float | None:
         rates = [self._rate]
         if self._rate_when_busy is not None and self._is_busy():
             rates.append(self._rate_when_busy)
-        rate = min((rate for rate in rates if rate is not None), default=None)
-        with self._lock:
-            return self._pacer.take(size, rate, self._clock())
+        return min((rate for rate in rates if rate is not None), default=None)

@@ -1,6 +1,9 @@
 """Limits in bytes a second, how many pieces are sent side by side, and whose turn it is."""
 
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -8,9 +11,13 @@ import trio.testing
 
 from ollamad.core.ids import NodeId
 from ollamad.core.pacing import BURST_S, Pacer, SlotTuner
+from ollamad.core.piece_picker import STALL_S
 from ollamad.core.pieces import MIB
+from ollamad.store.pieces import Region
+from ollamad.transfer.lanes import SendingLane
 from ollamad.transfer.limits import Limit
 from ollamad.transfer.turns import SLOT_S, Turns
+from ollamad.wire.lane import BLOCK_SIZE
 
 A, B = NodeId("A"), NodeId("B")
 
@@ -51,6 +58,54 @@ def test_a_limit_is_lower_while_the_node_is_busy() -> None:
     assert only_when_busy.take(1000) == pytest.approx(100 - BURST_S, rel=0.01)
     slow = Limit(5.0, rate_when_busy=10.0, is_busy=lambda: busy, clock=lambda: now)
     assert slow.take(1000) == pytest.approx(200 - BURST_S)
+
+
+def test_a_low_limit_is_shared_out_in_small_portions() -> None:
+    """Sixty-four who share it are each heard of long before they seem dead."""
+    assert Limit().portion(MIB) == MIB
+    assert Limit(1e9).portion(256 * 1024) == 256 * 1024
+    assert Limit(1e9, rate_when_busy=1e6, is_busy=lambda: True).portion(MIB) == 50_000
+    for rate in (20_000.0, 1e5, 1e6, 1e7):
+        now = [0.0]
+        limit = Limit(rate, clock=lambda now=now: now[0])  # type: ignore[misc]
+        waits = [limit.take(limit.portion(256 * 1024)) for _ in range(64)]
+        assert max(waits) < STALL_S / 3
+
+
+class Sent:
+    """A connection that notes the sizes of what is sent."""
+
+    received = 0
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+        self.paused = 0.0
+
+    async def run(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+    def send_file(self, head: bytes, descriptor: int, offset: int, size: int) -> None:
+        self.blocks.append(size)
+
+    def pause(self, seconds: float) -> None:
+        self.paused += seconds
+
+
+@pytest.mark.parametrize(
+    ("rate", "largest"), [(None, BLOCK_SIZE), (1e8, BLOCK_SIZE), (1e6, 50_000)]
+)
+async def test_a_lane_sends_no_more_at_once_than_its_limit_lets_it(
+    tmp_path: Path, rate: float | None, largest: int
+) -> None:
+    path = tmp_path / "piece"
+    path.write_bytes(bytes(MIB + 5))
+    connection = Sent()
+    with open(path, "rb") as file:  # noqa: ASYNC230 - a small one
+        lane = SendingLane(connection, Limit(rate, clock=lambda: 0.0))  # type: ignore[arg-type]
+        region = Region(file.fileno(), 0, MIB + 5)
+        assert await lane.send_piece(0, region, lambda: True, lambda size: None) is None
+    assert sum(connection.blocks) == MIB + 5
+    assert max(connection.blocks) == largest
 
 
 def test_a_limit_holds_over_all_threads_together() -> None:
