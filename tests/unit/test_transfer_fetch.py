@@ -1,9 +1,11 @@
 """Fetching over an in-memory network: lies, losses, resumption, several holders, ends."""
 
+import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -18,7 +20,9 @@ from ollamad.store.pieces import Region
 from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
 from ollamad.transfer.server import PieceServer
 from ollamad.wire import lane, pieces
-from tests.fakes.memory_streams import MemoryStream
+from ollamad.wire.codec import encode
+from ollamad.wire.pieces import HolderSide
+from tests.fakes.memory_streams import Hook, MemoryStream
 from tests.fakes.piece_nodes import (
     Corrupt,
     Full,
@@ -376,6 +380,31 @@ async def test_a_slow_holder_does_not_hold_up_the_end(
     assert any(pieces.Cancel.__struct_config__.tag.encode() in data for data in received)
 
 
+async def test_a_holder_that_is_far_slower_than_others_makes_room(
+    network: Network, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """It is never silent for long, but what it owes would come sooner from the other one."""
+    slow, quick, node = Node(network, A), Node(network, B), Node(network, HERE)
+    content = os.urandom(16 * MIB)
+    layer = slow.store.add(content)
+    quick.store.add(content)
+
+    def pace(seconds: float) -> Hook:
+        async def hook(message: bytes) -> bytes:
+            await trio.sleep(seconds if message[0] == lane.BLOCK_TAG else 0)
+            return message
+
+        return hook
+
+    network.hooks |= {A: pace(STALL_S - 1), B: pace(0.5)}  # a block
+    nursery.start_soon(node.fetch, layer, [A, B])
+    await trio.sleep(5)
+    assert slow.server._exchanges.total() == 1
+    await trio.sleep(8)
+    assert slow.server._exchanges.total() == 0
+    assert quick.server._exchanges.total() == 1
+
+
 async def test_a_holder_that_falls_silent_is_left_and_its_pieces_asked_elsewhere(
     network: Network, autojump_clock: trio.testing.MockClock
 ) -> None:
@@ -461,6 +490,61 @@ async def test_a_holder_that_breaks_the_protocol_is_banned(
     with pytest.raises(FetchFailed, match="not a valid"):
         await node.fetch(layer_of(CONTENT)[0], [A], give_up_after_s=20)
     assert network.opened[A] == 1
+
+
+async def test_a_holder_that_speaks_of_other_pieces_is_banned(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    liar, node = Node(network, A), Node(network, HERE)
+    layer = liar.store.add(CONTENT)
+
+    async def more(message: bytes) -> bytes:
+        if b"bits" not in message[:8]:
+            return message
+        bits = pieces.decode_holder_message(message)
+        assert isinstance(bits, pieces.Bitfield)
+        changed = msgspec.structs.replace(bits, count=bits.count + 8, bits=bits.bits + b"\1")
+        return encode(changed)
+
+    network.hooks[A] = more
+    with pytest.raises(FetchFailed, match=f"speaks of {PIECES + 8} pieces instead of {PIECES}"):
+        await node.fetch(layer, [A], give_up_after_s=20)
+    assert network.opened[A] == 1
+
+
+async def test_hashes_count_only_of_the_node_that_gets_the_blob_from_its_origin(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Else any other one could have that node banned, by a hash that it will contradict."""
+    source, node = Node(network, B), Node(network, HERE)
+    layer, piece_map = layer_of(CONTENT)
+    blank = PieceMap(piece_map.size, piece_map.piece_size, bytes(len(piece_map.hashes)))
+    growing = await source.store.open_partial(layer.digest, blank)
+
+    async def lie(peer: NodeId, request: bytes, stream: MemoryStream) -> None:
+        side = HolderSide(PIECES)
+        with network.lanes_of(A).expect(peer, plain=False) as ticket:
+            await stream.send(side.bitfield(0, ticket.token, plain=False, spreads=False))
+            await trio.sleep(1)
+            await stream.send(encode(pieces.Hashes((0,), b"x" * 32)))
+            await trio.sleep_forever()
+
+    network.handle(A, pieces.METHOD, lie)
+
+    async def fetch() -> None:
+        unknown = msgspec.structs.replace(layer, pieces_root="")
+        await node.fetcher.fetch_blob(
+            unknown, lambda: [A, B], node.reports.append, authority=B, give_up_after_s=60
+        )
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fetch)
+        await trio.sleep(3)
+        for index in range(PIECES):  # the origin sends on
+            growing.learn({index: piece_map.hash_of(index)})
+            growing.write_piece(index, CONTENT[index * MIB : (index + 1) * MIB])
+    assert content_of(node, layer) == CONTENT
+    assert node.fetcher.bans.reasons() == {}
 
 
 async def test_a_piece_that_a_holder_cannot_read_comes_from_another(
@@ -597,6 +681,25 @@ async def test_too_many_exchanges_are_refused_and_places_come_back(
         with pytest.raises(FetchFailed, match="serves many others"):
             await node.fetch(layer, [A], give_up_after_s=5)
     await node.fetch(layer, [A])
+    assert content_of(node, layer) == CONTENT
+
+
+async def test_one_peer_cannot_take_all_places(
+    network: Network, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ollamad.transfer.server.MAX_EXCHANGES_PER_PEER", 2)
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    opening = pieces.FetcherSide(layer.digest).opening()
+    async with (
+        network.exchange(B, A, pieces.METHOD, opening),
+        network.exchange(B, A, pieces.METHOD, opening),
+        network.exchange(B, A, pieces.METHOD, opening) as third,
+    ):
+        answer = await third.receive()
+        assert answer is not None
+        assert isinstance(pieces.decode_holder_message(answer), pieces.Bye)
+        await node.fetch(layer, [A])
     assert content_of(node, layer) == CONTENT
 
 

@@ -17,7 +17,7 @@ from ollamad.store.pieces import Region
 from ollamad.transfer.lanes import SendingLane
 from ollamad.transfer.limits import Limit
 from ollamad.transfer.turns import SLOT_S, Turns
-from ollamad.wire.lane import BLOCK_SIZE
+from ollamad.wire.lane import BLOCK_SIZE, EndCode
 
 A, B = NodeId("A"), NodeId("B")
 
@@ -106,6 +106,18 @@ async def test_a_lane_sends_no_more_at_once_than_its_limit_lets_it(
         assert await lane.send_piece(0, region, lambda: True, lambda size: None) is None
     assert sum(connection.blocks) == MIB + 5
     assert max(connection.blocks) == largest
+
+
+async def test_of_a_piece_that_cannot_be_read_nothing_is_sent(tmp_path: Path) -> None:
+    """What was begun would have to be sent to its end."""
+    path = tmp_path / "short"
+    path.write_bytes(bytes(100_000))
+    connection = Sent()
+    with open(path, "rb") as file:  # noqa: ASYNC230 - a small one
+        lane = SendingLane(connection, Limit())  # type: ignore[arg-type]
+        region = Region(file.fileno(), 0, MIB)
+        code = await lane.send_piece(0, region, lambda: True, lambda size: None)
+    assert (code, connection.blocks) == (EndCode.UNREADABLE, [])
 
 
 def test_a_limit_holds_over_all_threads_together() -> None:
