@@ -72,7 +72,10 @@ class Following:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None  # a pull that ends later must not begin anything here
 
     # At the node that pulls.
 

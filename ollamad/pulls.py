@@ -136,7 +136,10 @@ class Pulls:
                     self._start(request)
                     log.info("the pull of %s goes on where it was", request.name)
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
 
     async def begin(self, request: PullRequest) -> Begun:
         """Have a pull run, here or elsewhere; returns at once, with the one that runs already.
@@ -275,9 +278,9 @@ class Pulls:
         except Exception:  # what an origin makes us stumble over must not end the daemon
             log.exception("pulling %s failed by a bug", request.name)
             self._table.fail(transfer_id, "the pull failed by a bug, which is in the node's log")
-        # Not when the daemon ends: then it is to go on.
-        self._here.pop(request.key, None)
-        self._remember()
+        if self._nursery is not None:  # when the daemon ends, it is to go on later
+            self._here.pop(request.key, None)
+            self._remember()
 
     async def _bring(
         self, request: PullRequest, wanted: Wanted, report: Callable[[Step], None]

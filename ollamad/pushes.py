@@ -46,7 +46,10 @@ class Pushes:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
 
     def start(self, request: PushRequest) -> str:
         """Begin to push a model that is here; the transfer's id, of the one that runs if one does.

@@ -3,6 +3,7 @@
 import hashlib
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -18,7 +19,7 @@ from ollamad.sources.base import OriginUnreachable
 from ollamad.store.models import ModelStore
 from ollamad.store.scrub import Rot, Scrubber
 from tests.fakes.gguf_files import LLAMA, gguf_bytes
-from tests.fakes.library_nodes import LibraryNode, until
+from tests.fakes.library_nodes import LibraryNode, ScriptedSource, until
 from tests.unit.test_library_models import NAME, REFERENCE, A, B, C, World
 
 LARGE = gguf_bytes(tensors={"w": ((1024, 1024), 0)}, fill=random.Random(4).randbytes(1 << 22))
@@ -123,17 +124,33 @@ async def test_a_name_that_means_another_model_is_left_alone(world: World, tmp_p
 # Pulls.
 
 
-async def test_a_pull_goes_on_after_a_restart(world: World) -> None:
-    node = world.nodes[A]
+@pytest.mark.parametrize("followed", [False, True])
+async def test_a_pull_goes_on_after_a_restart(
+    world: World, monkeypatch: pytest.MonkeyPatch, followed: bool
+) -> None:
+    real = ScriptedSource.download
+
+    async def download(self: ScriptedSource, *arguments: Any) -> None:
+        try:
+            await real(self, *arguments)
+        except trio.Cancelled:  # a piece is being written when the daemon ends
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.05)
+            raise
+
+    monkeypatch.setattr(ScriptedSource, "download", download)
+    monkeypatch.setattr(bringing, "GROWING_BYTES", 1)
+    node, nodes = world.nodes[A], (A, B) if followed else (A,)
+    node.source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}"
     node.source.gate = trio.Event()
-    await node.library.download(REFERENCE, nodes=[A])
+    await node.library.download(REFERENCE, nodes=nodes)
     await until(world.shared, lambda: node.source.fetches == 1)
     await trio.sleep(0.1)
     await node.stop()
     node.source.gate = None
     node.store = ModelStore(node.store.root, keep_free_bytes=0)
     await world.start(A)
-    await until(world.shared, lambda: world.confirmed() == (A,))
+    await until(world.shared, lambda: world.confirmed() == nodes)
     assert node.source.fetches == 2
     await until(world.shared, lambda: (node.root / "pulls").read_bytes() == b"\x90")  # none left
 

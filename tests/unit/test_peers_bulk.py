@@ -173,7 +173,9 @@ async def test_a_ticket_opens_one_lane_in_its_mode_for_its_node_and_not_for_ever
     with holder.bulk.expect(fetcher.id, plain=False) as ticket:
         assert not await opens(fetcher, ticket, plain=True)
         assert await opens(fetcher, ticket, plain=False)
-        assert not await opens(fetcher, ticket, plain=False)
+        # Whoever comes with it again is turned away, and not only comes too late.
+        with pytest.raises(PeerUnreachable):
+            await fetcher.bulk.dial(holder.id, ticket.token, plain=False)
     with holder.bulk.expect(fetcher.id, plain=False) as ticket:
         assert not await opens(other, ticket, plain=False)  # it has the ticket, not the key
     with holder.bulk.expect(fetcher.id, plain=True) as ticket:

@@ -21,6 +21,7 @@ from ollamad.sources.base import OriginRefused, OriginUnreachable, SourceError
 from ollamad.sources.huggingface import HuggingFace
 from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.policy import Policy, parse_hosts
+from ollamad.sources.push import Pusher
 from ollamad.sources.references import resolve_source
 from ollamad.store.errors import PiecesRotten, StoreFull
 from ollamad.store.models import ModelStore
@@ -62,11 +63,17 @@ def origin(answer: Answer) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with serving(Handler) as server:
+        yield f"http://127.0.0.1:{server.server_address[1]}/a.gguf"
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/a.gguf"
+        yield server
     finally:
         server.shutdown()
         thread.join()
@@ -256,3 +263,40 @@ async def test_what_the_disk_lost_during_a_pull_comes_again(
                 await pull(store, f"{url}#sha256={HEX}")
     pieces = len(GGUF) // MIB + 1
     assert sorted(asked) == sorted([*range(pieces), *[2] * min(times, bringing.MAX_ROTTEN - 1)])
+
+
+async def test_a_registry_cannot_have_a_model_sent_elsewhere() -> None:
+    """Neither its bytes nor the password go to another host."""
+    elsewhere: list[str] = []
+
+    class Other(BaseHTTPRequestHandler):
+        def do_PATCH(self) -> None:
+            elsewhere.append(self.path)
+            self.send_response(202)
+            self.end_headers()
+
+        do_PUT = do_PATCH
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    class Lying(Other):
+        def do_HEAD(self) -> None:
+            self.send_response(404)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            self.send_response(202)
+            self.send_header("Location", f"http://127.0.0.1:{other.server_address[1]}/upload")
+            self.end_headers()
+
+    async def read(digest: str, offset: int, length: int) -> bytes:
+        return GGUF[offset : offset + length]
+
+    with serving(Other) as other, serving(Lying) as registry:
+        async with client.OriginClient(HERE) as asking:
+            name = parse_name(f"127.0.0.1:{registry.server_address[1]}/me/x")
+            pusher = Pusher(asking, name, plain_http=HERE.allow_http)
+            with pytest.raises(OriginRefused, match="the registry's own host"):
+                await pusher.push(b"{}", [(DIGEST, len(GGUF))], read, lambda sent: None)
+    assert elsewhere == []

@@ -17,6 +17,7 @@ from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.pipconfig import PipConfig
 from ollamad.sources.pypi import parse_reference
 from ollamad.sources.references import resolve_source
+from ollamad.sources.simpleindex import parse_page
 from ollamad.store.errors import StoreFull
 from ollamad.store.models import ModelStore
 from tests.fakes.gguf_files import gguf_bytes
@@ -450,3 +451,19 @@ def test_references(reference: str, name: str, model: str) -> None:
 def test_what_is_no_reference_is_refused(reference: str) -> None:
     with pytest.raises(SourceError):
         parse_reference(reference)
+
+
+@pytest.mark.parametrize(
+    ("page", "content_type"),
+    [
+        (b'<a href="file:///etc/x-1-py3-none-any.whl#sha256=00">x</a>', "text/html"),
+        (b'<base href="file:///etc/"><a href="x-1-py3-none-any.whl">x</a>', "text/html"),
+        (
+            b'{"files": [{"filename": "x", "url": "file:///etc/x", "hashes": {}}]}',
+            "application/vnd.pypi.simple.v1+json",
+        ),
+    ],
+)
+def test_an_index_on_the_network_cannot_point_at_files_here(page: bytes, content_type: str) -> None:
+    assert parse_page(page, content_type, "https://index.example/simple/x/") == []
+    assert len(parse_page(page, content_type, "file:///srv/simple/x/index.html")) == 1

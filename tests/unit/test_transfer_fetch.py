@@ -21,11 +21,14 @@ from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
 from ollamad.transfer.server import PieceServer
 from ollamad.wire import lane, pieces
 from ollamad.wire.codec import encode
+from ollamad.wire.lane import RequestEnded
 from ollamad.wire.pieces import HolderSide
+from tests.fakes.memory_lanes import MemoryReceivingLane
 from tests.fakes.memory_streams import Hook, MemoryStream
 from tests.fakes.piece_nodes import (
     Corrupt,
     Full,
+    MemoryPartial,
     MemoryStore,
     Missing,
     Network,
@@ -576,6 +579,61 @@ async def test_a_piece_that_a_holder_cannot_read_comes_from_another(
         holders.append(B)
     assert content_of(node, layer) == CONTENT
     assert network.opened[A] == 1  # an unreadable piece is no reason to leave
+
+
+async def test_a_piece_that_settled_as_its_lane_was_lost_is_not_fetched_again(
+    network: Network, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    real, lost = MemoryReceivingLane.receive, 0
+    came: list[int | RequestEnded] = []
+
+    async def receive(self: MemoryReceivingLane) -> int | RequestEnded:
+        nonlocal lost
+        came.append(ended := await real(self))
+        if lost < 2:
+            lost += 1
+            raise OSError("the line was lost")
+        return ended
+
+    monkeypatch.setattr(MemoryReceivingLane, "receive", receive)
+    await node.fetch(layer, [A])
+    assert content_of(node, layer) == CONTENT
+    assert node.reports[-1].verified == len(CONTENT)
+    assert sorted(came) == list(range(PIECES))  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+async def test_what_the_disk_lost_during_a_fetch_is_fetched_again(
+    network: Network,
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+) -> None:
+    """And nothing else; not for ever."""
+    sender, node = Node(network, A), Node(network, HERE)
+    layer = sender.store.add(CONTENT)
+    real, left = MemoryPartial.finish, times
+
+    async def finish(self: MemoryPartial) -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            self.have[2] = 0
+            self._settled.discard(2)
+            raise Rotten("the disk lost a piece")
+        await real(self)
+
+    monkeypatch.setattr(MemoryPartial, "finish", finish)
+    if times == 3:
+        with pytest.raises(Rotten):
+            await node.fetch(layer, [A])
+    else:
+        await node.fetch(layer, [A])
+        assert content_of(node, layer) == CONTENT
+    again = min(times, 2)
+    assert node.store.writes == {index: 1 + again * (index == 2) for index in range(PIECES)}
 
 
 async def test_a_second_fetch_of_the_same_blob_waits_for_the_first(
