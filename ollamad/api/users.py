@@ -1,13 +1,13 @@
-"""Handlers: users and their passwords."""
+"""Handlers: users, their passwords and their roles."""
 
 import secrets
 
 from ollamad.api.asgi import Reply
-from ollamad.api.bodies import MIN_PASSWORD_LENGTH, PasswordBody, UserBody, invalid
+from ollamad.api.bodies import MIN_PASSWORD_LENGTH, PasswordBody, RoleBody, UserBody, invalid
 from ollamad.api.calls import Call, reply, rfc3339
 from ollamad.api.schemas import Done, OneUser, UserInfo, UserList
 from ollamad.api.services import ServiceError
-from ollamad.core.commands import AddUser, DeleteUser, SetPassword
+from ollamad.core.commands import AddUser, DeleteUser, SetPassword, SetRole
 from ollamad.core.state import ROLES, User
 
 
@@ -18,9 +18,7 @@ async def list_users(call: Call) -> Reply:
 
 async def create_user(call: Call) -> Reply:
     body = await call.body(UserBody)
-    if body.role not in ROLES:
-        roles = ", ".join(ROLES)
-        raise invalid("role", f"role must be one of {roles}", expected=" | ".join(ROLES))
+    _check_role(body.role)
     _check_password(body.password)
     user = User(
         body.username,
@@ -61,6 +59,14 @@ async def set_password(call: Call, username: str) -> Reply:
     return reply(Done(f"The password of {username} is changed; log in again"))
 
 
+async def set_role(call: Call, username: str) -> Reply:
+    """What a user may do, from the next request on: tokens do not say it."""
+    body = await call.body(RoleBody)
+    _check_role(body.role)
+    await call.propose(SetRole(username, body.role), username=username)
+    return reply(Done(f"User {username} has the role {body.role} now"))
+
+
 async def _check_current(call: Call, username: str, password: str | None) -> None:
     if password is None:
         raise invalid("current_password", "current_password is missing", expected="str")
@@ -69,6 +75,12 @@ async def _check_current(call: Call, username: str, password: str | None) -> Non
     if await call.api.auth.check_password(username, password) is None:
         raise ServiceError(401, "INVALID_CREDENTIALS", "current_password is wrong")
     guard.success(username, call.address)
+
+
+def _check_role(role: str) -> None:
+    if role not in ROLES:
+        roles = ", ".join(ROLES)
+        raise invalid("role", f"role must be one of {roles}", expected=" | ".join(ROLES))
 
 
 def _check_password(password: str) -> None:

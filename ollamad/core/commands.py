@@ -158,6 +158,13 @@ class SetPassword(Command, frozen=True):
     generation: str
 
 
+class SetRole(Command, frozen=True):
+    """What a user may do from now on. The last admin stays one."""
+
+    username: str
+    role: str
+
+
 class DeleteUser(Command, frozen=True):
     """Refused for the last admin, after whom nobody could make another one."""
 
@@ -214,6 +221,7 @@ AnyCommand = (
     | AddKey
     | DeleteKey
     | RecordUsage
+    | SetRole
 )
 
 
@@ -228,7 +236,7 @@ class Proposal(msgspec.Struct, frozen=True):
 
 # What this version's `apply` can do. Raise it with each command, or field of one, that an older
 # version would refuse or overlook: a node below a proposal's level must stop, not differ.
-LEVEL = 2
+LEVEL = 3
 
 _LEVELS: dict[type[Command], int] = {
     AskReplicas: 2,
@@ -240,6 +248,7 @@ _LEVELS: dict[type[Command], int] = {
     AddKey: 2,
     DeleteKey: 2,
     RecordUsage: 2,
+    SetRole: 3,
 }
 
 
@@ -339,6 +348,8 @@ def _apply_command(state: ClusterState, command: AnyCommand, now: float) -> Outc
                 known, password_hash=command.password_hash, generation=command.generation
             )
             return APPLIED
+        case SetRole(username, role):
+            return _set_role(state, username, role)
         case DeleteUser(username):
             return _delete_user(state, username)
         case AddKey(key):
@@ -580,14 +591,30 @@ def _add_user(state: ClusterState, user: User) -> Outcome:
     return APPLIED
 
 
+def _set_role(state: ClusterState, username: str, role: str) -> Outcome:
+    user = state.users.get(username)
+    if user is None:
+        return _unknown_user(username)
+    if role not in ROLES:
+        return Rejected("INVALID_ROLE", f"{role!r} is not one of {', '.join(ROLES)}")
+    if role != "admin" and _is_last_admin(state, user):
+        return Rejected("LAST_ADMIN", f"{username!r} is the only admin; make another one first")
+    state.users[username] = msgspec.structs.replace(user, role=role)
+    return APPLIED
+
+
 def _delete_user(state: ClusterState, username: str) -> Outcome:
     user = state.users.get(username)
     if user is None:
         return _unknown_user(username)
-    if user.role == "admin" and sum(u.role == "admin" for u in state.users.values()) == 1:
+    if _is_last_admin(state, user):
         return Rejected("LAST_ADMIN", f"{username!r} is the only admin; make another one first")
     del state.users[username]
     return APPLIED
+
+
+def _is_last_admin(state: ClusterState, user: User) -> bool:
+    return user.role == "admin" and sum(u.role == "admin" for u in state.users.values()) == 1
 
 
 def _add_key(state: ClusterState, key: ApiKey) -> Outcome:

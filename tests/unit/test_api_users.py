@@ -104,6 +104,38 @@ async def test_the_last_admin_stays() -> None:
     assert (answer.status, answer.code) == (409, "LAST_ADMIN")
 
 
+async def test_a_new_role_holds_at_once_for_tokens_that_are_out() -> None:
+    client = ApiClient()
+    await make_user(client, role="viewer")
+    token = (await login(client, "eve")).json["token"]
+    headers = {"Authorization": f"Bearer {token}"}
+    refused = await client.call("GET", "/users", role=None, headers=headers)
+    assert refused.status == 403
+    changed = await client.call("POST", "/users/eve/role", {"role": "admin"})
+    assert changed.json == {"message": "User eve has the role admin now"}
+    assert (await client.call("GET", "/users", role=None, headers=headers)).status == 200
+    assert (await me(client, token)).json["user"]["role"] == "admin"
+    taken = await client.call("POST", "/users/eve/role", {"role": "viewer"}, role="operator")
+    assert (taken.status, taken.code) == (403, "FORBIDDEN")
+    assert (await client.call("POST", "/users/eve/role", {"role": "viewer"})).status == 200
+    assert (await client.call("GET", "/users", role=None, headers=headers)).status == 403
+
+
+@pytest.mark.parametrize(
+    ("username", "role", "status", "code"),
+    [
+        ("eve", "root", 400, "INVALID_REQUEST"),
+        ("nobody", "viewer", 404, "USER_NOT_FOUND"),
+        ("admin", "operator", 409, "LAST_ADMIN"),
+    ],
+)
+async def test_roles_that_cannot_be(username: str, role: str, status: int, code: str) -> None:
+    client = ApiClient()
+    await make_user(client)
+    answer = await client.call("POST", f"/users/{username}/role", {"role": role})
+    assert (answer.status, answer.code) == (status, code)
+
+
 async def test_a_new_password_ends_all_sessions() -> None:
     client = ApiClient()
     await make_user(client)

@@ -44,6 +44,7 @@ def access(fake_api: FakeApi) -> None:
         ("POST", "/users"): Answer(201, {"user": EVE}),
         ("DELETE", "/users/eve"): done,
         ("POST", "/users/eve/password"): done,
+        ("POST", "/users/eve/role"): done,
         ("GET", "/keys"): Answer(200, {"keys": [KEY]}),
         ("POST", "/keys"): Answer(201, KEY | {"key": "odk_0123456789ab_secret"}),
         ("DELETE", "/keys/0123456789ab"): done,
@@ -151,3 +152,13 @@ def test_names_are_completed(cli: Cli, fake_api: FakeApi, monkeypatch: pytest.Mo
         ("users add x --role ", ["viewer", "inference", "operator", "admin"]),
     ):
         assert completions(cli, f"{program} {line}", monkeypatch) == expected, line
+
+
+def test_a_role_is_changed(cli: Cli, fake_api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ok(cli("users", "role", "eve", "operator")) == "it is done\n"
+    assert fake_api.requests[-1].path.endswith("/users/eve/role")
+    assert sent(fake_api) == {"role": "operator"}
+    fake_api.answers[("POST", "/users/eve/role")] = error(400, "role must be…")
+    wrong = cli("users", "role", "eve", "root")
+    assert (wrong.exit_code, wrong.stderr.strip()) == (1, "Error: role must be…")
+    assert "operator" in completions(cli, "ollama-dist users role eve ", monkeypatch)

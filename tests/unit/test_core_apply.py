@@ -38,6 +38,7 @@ from ollamad.core.commands import (
     SetDesired,
     SetDraining,
     SetPassword,
+    SetRole,
     UpdateMember,
     apply,
     level_of,
@@ -131,6 +132,7 @@ EVERY_COMMAND: list[AnyCommand] = [
     DeleteUser("u"),
     AddUser(User("v", "h", "viewer", 1.0)),
     SetPassword("admin", "other", "g1"),
+    SetRole("admin", "admin"),
     AddKey(msgspec.structs.replace(KEY, id="k2")),
     DeleteKey("k1"),
     RecordUsage(NODE_1, COUNTS),
@@ -227,6 +229,9 @@ def test_a_cluster_is_founded_once() -> None:
         (AddUser(User("a" * 65, "h", "viewer", 1.0)), NOW, "INVALID_USERNAME"),
         (AddUser(User("me@example.com", "h", "viewer", 1.0)), NOW, ""),
         (SetPassword("nobody", "h", "g"), NOW, "USER_NOT_FOUND"),
+        (SetRole("nobody", "viewer"), NOW, "USER_NOT_FOUND"),
+        (SetRole("admin", "root"), NOW, "INVALID_ROLE"),
+        (SetRole("admin", "operator"), NOW, "LAST_ADMIN"),
         (AddKey(msgspec.structs.replace(KEY, role="root")), NOW, "INVALID_ROLE"),
         (AddKey(msgspec.structs.replace(KEY, period="week")), NOW, "INVALID_PERIOD"),
         (DeleteKey("k1"), NOW, "KEY_NOT_FOUND"),
@@ -246,6 +251,15 @@ def test_of_two_admins_either_can_be_deleted_but_not_both(replica: Replica) -> N
     assert replica(DeleteUser("admin")) == APPLIED
     assert code(replica(DeleteUser("second"))) == "LAST_ADMIN"
     assert list(replica.state.users) == ["second"]
+
+
+def test_a_role_changes_and_nothing_else_does(replica: Replica) -> None:
+    replica(AddUser(User("second", "h", "admin", 1.0, "g1")))
+    assert replica(SetRole("admin", "viewer")) == APPLIED
+    assert code(replica(SetRole("second", "viewer"))) == "LAST_ADMIN"
+    assert replica(SetRole("second", "admin")) == APPLIED
+    assert replica.state.users["second"] == User("second", "h", "admin", 1.0, "g1")
+    assert replica.state.users["admin"].role == "viewer"
 
 
 def test_a_new_password_keeps_all_but_the_hash_and_the_generation(replica: Replica) -> None:
@@ -397,7 +411,9 @@ def test_what_the_first_version_does_not_know_is_of_a_higher_level() -> None:
     assert later == {
         *("AskReplicas", "PlaceReplicas", "ReleaseReplica"),
         *("AddUser", "SetPassword", "DeleteUser", "AddKey", "DeleteKey", "RecordUsage"),
+        "SetRole",
     }
+    assert level_of(SetRole("admin", "viewer")) == 3
     assert level_of(PutModel(model(replicas=2))) == 2
     assert level_of(PutModel(model(pinned=(NODE_1,)))) == 2
     assert max(map(level_of, EVERY_COMMAND)) == LEVEL
@@ -537,6 +553,7 @@ COMMANDS: st.SearchStrategy[AnyCommand] = st.one_of(
     st.builds(DeleteUser, NAMES),
     st.builds(AddUser, USERS),
     st.builds(SetPassword, NAMES, NAMES, NAMES),
+    st.builds(SetRole, NAMES, st.sampled_from(["viewer", "admin", "root"])),
     st.builds(AddKey, API_KEYS),
     st.builds(DeleteKey, KEYS),
     st.builds(RecordUsage, IDS, st.lists(KEY_COUNTS, max_size=3).map(tuple)),

@@ -89,6 +89,26 @@ def remove(
     session.done(session.api.delete(path("users", username)))
 
 
+@app.command("role")
+@command
+def role(
+    session: Session,
+    username: UserArgument,
+    role: Annotated[
+        str,
+        typer.Argument(
+            metavar="ROLE",
+            help="viewer, inference, operator or admin.",
+            autocompletion=role_names,
+        ),
+    ],
+) -> None:
+    """Change what a user may do, from their next request on."""
+    from ollama_dist.client import path
+
+    session.done(session.api.post(path("users", username, "role"), {"role": role}))
+
+
 @app.command("passwd")
 @command
 def passwd(
