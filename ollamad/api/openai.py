@@ -104,11 +104,11 @@ async def complete(call: Call) -> Reply | None:
             body.model,
             index=index,
             includes_usage=body.includes_usage,
-            echo=prompts[index // body.count] if body.echo else "",
+            echo=str(prompts[index // body.count]) if body.echo else "",
         )
 
     stream = body.stream is True
-    requests = [msgspec.structs.replace(request, prompt=prompt) for prompt in prompts]
+    requests = [_with_prompt(request, prompt) for prompt in prompts]
     if tries * len(requests) == 1:
         return await answer(call, requests[0], layout(0), stream=stream, waiting=waiting)
     if tries > body.count and body.candidates < 0:
@@ -122,6 +122,12 @@ async def complete(call: Call) -> Reply | None:
         tells_logprobs=body.candidates >= 0,
         stream=stream,
     )
+
+
+def _with_prompt(request: GenerateRequest, prompt: str | tuple[int, ...]) -> GenerateRequest:
+    if isinstance(prompt, str):
+        return msgspec.structs.replace(request, prompt=prompt)
+    return msgspec.structs.replace(request, context=prompt)
 
 
 def _tries(request: GenerateRequest, count: int) -> list[GenerateRequest]:

@@ -11,6 +11,7 @@ import msgspec
 from ollamad.api.bodies import (
     INT32_MAX,
     MAX_TOP_LOGPROBS,
+    TokenId,
     format_text,
     invalid,
     read_logprobs,
@@ -27,6 +28,7 @@ ROLES = {
     "tool": "tool",
 }
 Tools = Sequence[dict[str, Any]]
+Prompt = str | tuple[int, ...]  # a text, or token ids
 
 MAX_STOPS = 4
 MAX_CHOICES = 16  # of one request: each takes a place in the queue
@@ -203,22 +205,33 @@ class ChatBody(_Sampled, frozen=True, kw_only=True):
 
 
 class CompletionBody(_Sampled, frozen=True, kw_only=True):
-    prompt: str | tuple[str, ...] | None = None
+    # A text, some of them, token ids, or some lists of these.
+    prompt: str | tuple[str | TokenId | tuple[TokenId, ...], ...] | None = None
     suffix: str | None = None
     echo: bool | None = None
     best_of: int | None = None
     logprobs: int | None = None
 
     @property
-    def prompts(self) -> tuple[str, ...]:
+    def prompts(self) -> tuple[Prompt, ...]:
         """The prompts.
 
         Raises:
-          ServiceError: 400 for none, or an empty one.
+          ServiceError: 400 for none, an empty one, or token ids where they mean nothing.
         """
-        prompts = (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+        given = (self.prompt,) if isinstance(self.prompt, str) else self.prompt or ()
+        ids = tuple(one for one in given if isinstance(one, int))
+        prompts: tuple[Prompt, ...] = tuple(one for one in given if not isinstance(one, int))
+        if ids and prompts:
+            raise invalid("prompt", "prompt mixes token ids with texts", expected="text")
+        prompts = (ids,) if ids else prompts
         if not prompts or not all(prompts):
             raise invalid("prompt", "prompt must not be empty", expected="text")
+        if any(isinstance(one, tuple) for one in prompts):
+            if self.echo:
+                raise unsupported("echo with token ids")
+            if self.suffix:
+                raise unsupported("suffix with token ids")
         return prompts
 
     @property

@@ -104,7 +104,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     def only_loads(self) -> bool:
         """Whether there is nothing to answer: the model is loaded, or unloaded if `keep_alive_s`
         is 0."""
-        return not (self.prompt if self.messages is None else self.messages)
+        if self.messages is not None:
+            return not self.messages
+        # Token ids that are read as they are make a prompt; else they are what came before it.
+        return not (self.prompt or (self.raw and self.context))
 
     @property
     def is_parsed(self) -> bool:

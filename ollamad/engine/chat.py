@@ -38,10 +38,11 @@ class ChatAssembler:
             delta = choice.delta
             if delta.reasoning_content:
                 outputs.append(Thought(delta.reasoning_content))
-            if delta.content:
-                told = choice.logprobs.content if choice.logprobs else None
+            told = choice.logprobs.content if choice.logprobs else None
+            # A call that comes with how likely its tokens were is the whole answer.
+            if delta.content or (told and delta.tool_calls):
                 likely = likelihoods(told or (), self._candidates)
-                outputs.append(Chunk(delta.content, logprobs=tuple(likely)))
+                outputs.append(Chunk(delta.content or "", logprobs=tuple(likely)))
             for piece in delta.tool_calls:
                 if self._call is None or piece.index != self._call.index:
                     outputs += self._end_call()

@@ -33,7 +33,13 @@ from ollamad.engine.llama_client import CompletionEvent, RunnerGone, RunnerRefus
 from ollamad.engine.pool import Resident, RunnerPool, queue_full
 from ollamad.engine.process import Runner
 from ollamad.engine.prompt import Prompt, prompt_ids, read_prompt, template_arguments, too_long
-from ollamad.engine.sampling import chat_body, completion_body, json_schema, token_limit
+from ollamad.engine.sampling import (
+    chat_body,
+    comes_whole,
+    completion_body,
+    json_schema,
+    token_limit,
+)
 from ollamad.engine.spec import (
     EngineSettings,
     ModelSpec,
@@ -293,6 +299,11 @@ class _Work:
     async def _chat(self, body: bytes) -> AsyncGenerator[Event, None]:
         """An answer whose thoughts and calls are told apart."""
         assembler = ChatAssembler(self._request.logprobs)
+        if comes_whole(self._request):
+            for output in assembler.feed(await self._runner.client.ask_chat(body)):
+                yield output
+            yield _chat_finished(assembler)
+            return
         stream = await self._runner.client.open_chat(body)
         try:
             while (event := await stream.receive()) is not None:

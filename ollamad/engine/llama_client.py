@@ -178,6 +178,28 @@ class ChatEvent(msgspec.Struct):
     prompt_progress: Progress | None = None  # then the rest says nothing
 
 
+class _Call(msgspec.Struct):
+    function: FunctionDelta
+
+
+class _ChatMessage(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[_Call] = []
+
+
+class _ChatChoice(msgspec.Struct):
+    message: _ChatMessage
+    finish_reason: str | None = None
+    logprobs: Logprobs | None = None
+
+
+class _WholeChat(msgspec.Struct):
+    choices: list[_ChatChoice]
+    usage: Usage | None = None
+    timings: Timings | None = None
+
+
 _decode_event = msgspec.json.Decoder(CompletionEvent).decode
 _decode_chat_event = msgspec.json.Decoder(ChatEvent).decode
 
@@ -285,6 +307,19 @@ class LlamaClient:
     async def open_chat(self, body: bytes) -> "ChatStream":
         """The same for `/v1/chat/completions`: the runner tells thoughts and calls apart."""
         return ChatStream(await self._open_stream("/v1/chat/completions", body), self)
+
+    async def ask_chat(self, body: bytes) -> ChatEvent:
+        """The whole answer of `/v1/chat/completions` to a body that asks for no stream, as one
+        event."""
+        status, answer = await self._request("POST", "/v1/chat/completions", body)
+        whole = _answer(status, answer, _WholeChat)
+        choices = []
+        for choice in whole.choices:
+            said = choice.message
+            calls = [CallDelta(index, call.function) for index, call in enumerate(said.tool_calls)]
+            delta = Delta(said.content, said.reasoning_content, calls)
+            choices.append(Choice(delta, choice.finish_reason, choice.logprobs))
+        return ChatEvent(choices, whole.usage, whole.timings)
 
     async def _open_stream(self, target: str, body: bytes) -> "_Connection":
         connection = await self._connect()

@@ -60,7 +60,10 @@ def chat_body(
     limit: int,
     schema: msgspec.Raw | None,
 ) -> bytes:
-    """The JSON body that asks the runner for a streamed chat; `arguments` are the template's."""
+    """The JSON body that asks the runner for a chat; `arguments` are the template's.
+
+    It is streamed unless `comes_whole`.
+    """
     body = _sampling(request, options, limit, schema)
     body |= arguments | {"reasoning_format": "deepseek"}
     body["stream_options"] = {"include_usage": True}
@@ -69,7 +72,15 @@ def chat_body(
         body["parallel_tool_calls"] = request.parallel_calls
     if request.logprobs >= 0:
         body |= {"logprobs": True, "top_logprobs": max(1, request.logprobs)}
+    if comes_whole(request):
+        body["stream"] = False
+        del body["stream_options"], body["return_progress"]
     return msgspec.json.encode(body)
+
+
+def comes_whole(request: GenerateRequest) -> bool:
+    """Whether llama.cpp does not stream such a chat: with tools it tells logprobs at the end."""
+    return bool(request.tools) and request.logprobs >= 0
 
 
 def _sampling(

@@ -12,7 +12,8 @@ is a character, its id the code point; BOS is 1. What a completion does stands i
 - `echo` at its beginning: the prompt itself, with each picture's bytes in angle brackets
 - else the tokens of `abcde`, at most `n_predict`
 
-A chat sends the events of `chat`, or without any the request itself as text.
+A chat sends the events of `chat`, or without any the request itself as text; one that is not to be
+streamed is answered with `whole_chat`, if its request is as llama.cpp takes it.
 
 It enforces every JSON schema but that of type `banana`.
 """
@@ -42,6 +43,7 @@ class Behaviour(msgspec.Struct):
     broken: bool = False  # loads, and crashes with the first token
     script: list[dict[str, Any]] = []
     chat: list[dict[str, Any]] = []
+    whole_chat: dict[str, Any] = {}
     spellings: dict[str, list[int]] = {}  # what /tokenize says of these texts
 
 
@@ -124,6 +126,9 @@ class FakeRunner:
                 return 200, {"tokens": [ord("{")] if allowed else question["prompt"]}
             case "/props":
                 return 200, {"media_marker": MARKER}
+            case "/v1/chat/completions" if "stream_options" not in question:
+                assert question["logprobs"]
+                return 200, self.behaviour.whole_chat
             case "/v1/embeddings":
                 vectors = [
                     {"index": index, "embedding": [float(len(ids))] * WIDTH}

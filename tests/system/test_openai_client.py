@@ -228,6 +228,19 @@ def test_a_tool_that_must_be_called(two: Cluster, client: openai.OpenAI) -> None
             assert call.function.name == name
             assert json.loads(call.function.arguments) == {"a": 6, "b": 7}
             assert answer.finish_reason == "tool_calls"
+        likely = client.chat.completions.create(
+            **asked, tool_choice="auto", logprobs=True, top_logprobs=2
+        ).choices[0]
+        assert likely.message.tool_calls
+        assert likely.logprobs is not None
+        assert all(len(each.top_logprobs) == 2 for each in likely.logprobs.content or ())
+        written = "".join(each.token for each in likely.logprobs.content or ())
+        assert '"add"' in written
+        parts = list(
+            client.chat.completions.create(**asked, tool_choice="auto", logprobs=True, stream=True)
+        )
+        assert any(part.choices[0].delta.tool_calls for part in parts)
+        assert any(part.choices[0].logprobs for part in parts)
         items: list[Any] = []
         for message in sums():
             items += as_items(message)
@@ -305,6 +318,22 @@ def test_a_completion_goes_on_with_the_prompt(client: openai.OpenAI) -> None:
         chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)
     )
     assert text == answer.choices[0].text
+
+
+def test_a_prompt_of_token_ids_is_read_as_the_text_that_they_stand_for(
+    two: Cluster, client: openai.OpenAI
+) -> None:
+    options = {"num_predict": 8, "temperature": 0}
+    told = two.nodes[0].answer("/generate", model=MODEL, prompt="Hello!", options=options).json()
+    ids = told["context"][: -told["eval_count"]]
+    by_ids = client.completions.create(**GREEDY, prompt=ids, max_tokens=8)
+    assert by_ids.choices[0].text == told["response"]
+    assert by_ids.usage is not None
+    assert by_ids.usage.prompt_tokens == len(ids) == told["prompt_eval_count"]
+    both = client.completions.create(**GREEDY, prompt=[ids, ids[:2]], max_tokens=4)
+    assert len(both.choices) == 2
+    with pytest.raises(openai.BadRequestError, match="token"):
+        client.completions.create(**GREEDY, prompt=[2_000_000_000], max_tokens=4)
 
 
 def test_embeddings(client: openai.OpenAI) -> None:

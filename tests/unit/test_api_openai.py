@@ -351,6 +351,25 @@ async def test_several_choices_are_streamed_side_by_side() -> None:
     assert len({each["id"] for each in got}) == 1
 
 
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ([5, 6], [((5, 6), "")]),
+        ([[5, 6], [7]], [((5, 6), ""), ((7,), "")]),
+        ([[5], "text"], [((5,), ""), ((), "text")]),
+    ],
+    ids=str,
+)
+async def test_a_prompt_may_be_token_ids(prompt: Any, expected: Any) -> None:
+    client = ApiClient()
+    answer = await complete(client, prompt=prompt)
+    assert answer.status == 200
+    requests = [each for each in client.world.inference.requests if each.model]
+    # They run at once, in any order.
+    assert sorted((each.context, each.prompt) for each in requests) == sorted(expected)
+    assert all(each.raw and not each.only_loads for each in requests)
+
+
 async def test_many_prompts_and_the_best_of_each() -> None:
     client = ApiClient()
     body = (await complete(client, prompt=["a", "b"], n=2, echo=True)).json
@@ -540,6 +559,16 @@ async def test_models() -> None:
         ("completions", {"prompt": ["a"] * 17}, "prompt"),
         ("completions", {"prompt": ["a", ""]}, "prompt"),
         ("completions", {"prompt": ""}, "prompt"),
+        ("completions", {"prompt": []}, "prompt"),
+        ("completions", {"prompt": [[]]}, "prompt"),
+        ("completions", {"prompt": [1, "a"]}, "prompt"),
+        ("completions", {"prompt": [1, [2]]}, "prompt"),
+        ("completions", {"prompt": [-1]}, "prompt[0]"),
+        ("completions", {"prompt": [1 << 31]}, "prompt[0]"),
+        ("completions", {"prompt": [1.5]}, "prompt[0]"),
+        ("completions", {"prompt": [True]}, "prompt[0]"),
+        ("completions", {"prompt": [1, 2], "echo": True}, "echo with token ids"),
+        ("completions", {"prompt": [1, 2], "suffix": "x"}, "suffix with token ids"),
         ("completions", {"prompt": "x", "best_of": 17}, "best_of"),
         ("completions", {"prompt": "x", "best_of": 1, "n": 2}, "best_of"),
         ("completions", {"prompt": "x", "best_of": 2, "stream": True}, "best_of"),

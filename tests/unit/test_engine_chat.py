@@ -12,6 +12,7 @@ from ollamad.core.inference import (
     Failed,
     Finished,
     GenerateRequest,
+    Likelihood,
     Message,
     Options,
     Output,
@@ -199,3 +200,58 @@ async def test_an_error_of_the_runner_ends_the_chat(tmp_path: Path) -> None:
         assert isinstance(failure, Failed)
         assert failure.message == "out of luck"
         assert engine.loaded()[0].busy == 0
+
+
+WHOLE = {
+    "choices": [
+        {
+            "message": {
+                "role": "assistant",
+                "content": None,
+                "reasoning_content": "Hm",
+                "tool_calls": [
+                    {"id": "x", "type": "function", "function": {"name": "add", "arguments": "{}"}},
+                    {"id": "y", "type": "function", "function": {"name": "sub", "arguments": "{}"}},
+                ],
+            },
+            "finish_reason": "tool_calls",
+            "logprobs": {
+                "content": [
+                    {
+                        "token": "a",
+                        "bytes": [97],
+                        "logprob": -0.5,
+                        "top_logprobs": [{"token": "a", "bytes": [97], "logprob": -0.5}],
+                    }
+                ]
+            },
+        }
+    ],
+    "usage": USAGE["usage"],
+    "timings": USAGE["timings"],
+}
+
+
+@pytest.mark.parametrize("text", [None, "Yes"])
+async def test_calls_and_how_likely_they_were_come_whole(tmp_path: Path, text: str | None) -> None:
+    """llama.cpp refuses to stream both."""
+    whole = json.loads(json.dumps(WHOLE))
+    whole["choices"][0]["message"]["content"] = text
+    spec = fake_model(tmp_path, whole_chat=whole)
+    async with running_engine(tmp_path) as engine:
+        request = GenerateRequest(
+            spec.name, messages=(Message("user", "hi"),), tools=TOOLS, logprobs=1
+        )
+        *outputs, end = await events_of(engine, spec, request)
+    shown = [
+        msgspec.structs.replace(one, id="") if isinstance(one, ToolCall) else one for one in outputs
+    ]
+    likely = Likelihood(b"a", -0.5, (Likelihood(b"a", -0.5),))
+    assert shown == [
+        Thought("Hm"),
+        Chunk(text or "", logprobs=(likely,)),
+        ToolCall("add", "{}", "", 0),
+        ToolCall("sub", "{}", "", 1),
+    ]
+    assert isinstance(end, Finished)
+    assert (end.reason, end.prompt_eval_count, end.eval_count) == ("stop", 7, 5)
