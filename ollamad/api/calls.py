@@ -3,7 +3,7 @@
 import dataclasses
 import ipaddress
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -25,6 +25,12 @@ from ollamad.core.state import Member, Model
 # A chat that fills a context of a million tokens is about 4 MB of text; JSON escapes and
 # schemas may double that. Far more is a mistake, or an upload that belongs to /blobs.
 MAX_JSON_BYTES = 32 << 20
+# Of whoever may be a stranger, who sends a name and a password, or a token.
+MAX_PUBLIC_JSON_BYTES = 64 << 10
+# So many bodies that are larger than this are read and decoded at once, the others wait: strangers
+# to each other must not be able to fill the memory together.
+LARGE_JSON_BYTES = 256 << 10
+MAX_LARGE_BODIES = 8
 BODY_TIMEOUT_S = 60.0  # a JSON body that takes longer to arrive holds a connection for nothing
 CATCH_UP_TIMEOUT_S = 2.0  # before a 404: two elections' worth
 
@@ -75,6 +81,9 @@ class Api:
     hub: Hub
     started: float  # on the monotonic clock
     openapi: Callable[[], bytes]  # the document of all routes
+    large_bodies: trio.Semaphore = dataclasses.field(
+        default_factory=lambda: trio.Semaphore(MAX_LARGE_BODIES)
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,12 +115,9 @@ class Call:
         """Read and decode the JSON body; with `any_type` whatever its Content-Type says.
 
         Raises:
-          ServiceError: 400 malformed or mistyped, 408 too slow, 413 too large, 415 no JSON.
+          ServiceError: 400 malformed or mistyped, 408 too slow, 413 too large, 415 no JSON, 503
+            too many large ones at once.
         """
-        data = await self._read_json(optional=optional, any_type=any_type)
-        return decode_body(data, kind)
-
-    async def _read_json(self, *, optional: bool, any_type: bool) -> bytes:
         request = self.request
         expected = request.body.expected_length
         mimetype = request.mimetype
@@ -123,16 +129,41 @@ class Call:
                 f"send JSON with Content-Type: application/json, not {mimetype}",
                 {"content_type": mimetype, "expected": "application/json"},
             )
-        if expected is not None and expected > MAX_JSON_BYTES:
-            raise _too_large()
+        most = MAX_PUBLIC_JSON_BYTES if self.caller is None else MAX_JSON_BYTES
+        if expected is not None and expected > most:
+            raise _too_large(most)
+        async with AsyncExitStack() as room:
+            data = await self._read_body(most, room)
+            if not data.strip():
+                if not optional:
+                    raise ServiceError(400, "INVALID_REQUEST", "missing request body")
+                data = b"{}"
+            return decode_body(data, kind)
+
+    async def _read_body(self, most: int, room: AsyncExitStack) -> bytes:
+        """The bytes. For many of them it gets a place among those who may hold so much."""
         parts = []
         size = 0
+        waits = has_place = False
         with trio.move_on_after(BODY_TIMEOUT_S) as scope:
-            async for part in request.body:
+            async for part in self.request.body:
                 parts.append(part)
                 size += len(part)
-                if size > MAX_JSON_BYTES:
-                    raise _too_large()
+                if size > most:
+                    raise _too_large(most)
+                if size > LARGE_JSON_BYTES and not has_place:
+                    waits = True
+                    await room.enter_async_context(self.api.large_bodies)
+                    waits, has_place = False, True
+        if scope.cancelled_caught and waits:
+            raise ServiceError(
+                503,
+                "TOO_MANY_LARGE_BODIES",
+                f"{MAX_LARGE_BODIES} bodies of more than {LARGE_JSON_BYTES >> 10} KiB are on their "
+                "way to this node already; try another node, or later",
+                {"limit": MAX_LARGE_BODIES, "limit_bytes": LARGE_JSON_BYTES},
+                retry_after_s=5,
+            )
         if scope.cancelled_caught:
             raise ServiceError(
                 408,
@@ -140,12 +171,7 @@ class Call:
                 "the request's body did not arrive in time",
                 {"limit_s": BODY_TIMEOUT_S, "received_bytes": size},
             )
-        data = b"".join(parts)
-        if not data.strip():
-            if optional:
-                return b"{}"
-            raise ServiceError(400, "INVALID_REQUEST", "missing request body")
-        return data
+        return b"".join(parts)
 
     async def find_model(self, name: str) -> Model:
         """The model of that name. That there is none is said only of the current state.
@@ -269,10 +295,8 @@ def is_host_port(text: str) -> bool:
     return bool(host) and all(c.isascii() and (c.isalnum() or c in ".-_") for c in host)
 
 
-def _too_large() -> ServiceError:
+def _too_large(most: int) -> ServiceError:
+    shown = f"{most >> 20} MiB" if most >= 1 << 20 else f"{most >> 10} KiB"
     return ServiceError(
-        413,
-        "BODY_TOO_LARGE",
-        f"the body is larger than {MAX_JSON_BYTES >> 20} MiB",
-        {"limit_bytes": MAX_JSON_BYTES},
+        413, "BODY_TOO_LARGE", f"the body is larger than {shown}", {"limit_bytes": most}
     )

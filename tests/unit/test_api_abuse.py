@@ -172,6 +172,62 @@ async def test_a_body_that_comes_a_byte_at_a_time_is_given_up(
         assert (status, json.loads(body)["code"]) == (408, "REQUEST_TIMEOUT")
 
 
+async def test_who_has_no_token_sends_no_large_body() -> None:
+    async with serving() as server:
+        for path in ("login", "refresh"):
+            async with await server.connect() as wire:
+                await wire.send_head(
+                    "POST", f"/api/v1/auth/{path}", Transfer_Encoding="chunked",
+                    Content_Type="application/json",
+                )  # fmt: skip
+                await wire.send_data(b" " * calls.MAX_PUBLIC_JSON_BYTES)
+                await wire.send_data(b" ")
+                status, _, body = await wire.answer()
+                assert (status, json.loads(body)["code"]) == (413, "BODY_TOO_LARGE")
+                assert json.loads(body)["details"] == {"limit_bytes": 64 << 10}
+
+
+async def test_only_some_large_bodies_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sends one slowly holds up others who do, for a while, and nobody else."""
+    monkeypatch.setattr(calls, "BODY_TIMEOUT_S", 0.5)
+    large = b" " * (calls.LARGE_JSON_BYTES + 1)
+    async with serving() as server:
+        body = json.dumps(GENERATE).encode()
+
+        async def send(data: bytes, *, length: int) -> Wire:
+            wire = await server.connect()
+            await wire.send_head(
+                "POST",
+                "/api/v1/generate",
+                Content_Length=str(length),
+                Content_Type="application/json",
+            )
+            await wire.send_data(data)
+            return wire
+
+        slow = [await send(large, length=len(large) + 9) for _ in range(calls.MAX_LARGE_BODIES)]
+        limiter = server.client.app.api.large_bodies
+        with trio.fail_after(SOON_S):
+            while limiter.value:  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.01)
+        small = await send(body, length=len(body))
+        await small.end()
+        assert (await small.answer())[0] == 200
+        assert {(await wire.answer())[0] for wire in slow} == {408}
+        assert limiter.value == calls.MAX_LARGE_BODIES
+        for _ in range(calls.MAX_LARGE_BODIES):
+            await limiter.acquire()
+        late = await send(large + body, length=len(large + body))
+        await late.end()
+        status, headers, text = await late.answer()
+        assert (status, json.loads(text)["code"]) == (503, "TOO_MANY_LARGE_BODIES")
+        assert headers["retry-after"] == "5"
+        limiter.release()
+        again = await send(large + body, length=len(large + body))
+        await again.end()
+        assert (await again.answer())[0] == 200
+
+
 async def test_an_upload_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asgi, "STALL_S", 0.3)
     async with serving() as server, await server.connect() as wire:
