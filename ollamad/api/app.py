@@ -93,6 +93,7 @@ ROUTES = (
     Route("DELETE", f"{BASE}/users/<username>", "admin", users.delete_user),
     # One's own; an admin may set anybody's.
     Route("POST", f"{BASE}/users/<username>/password", "viewer", users.set_password),
+    Route("POST", f"{BASE}/users/<username>/role", "admin", users.set_role),
     Route("GET", f"{BASE}/keys", "admin", keys.list_keys),
     Route("POST", f"{BASE}/keys", "admin", keys.create_key),
     Route("DELETE", f"{BASE}/keys/<key_id>", "admin", keys.delete_key),

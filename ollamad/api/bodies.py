@@ -105,6 +105,10 @@ class UserBody(msgspec.Struct, frozen=True):
     role: RoleName
 
 
+class RoleBody(msgspec.Struct, frozen=True):
+    role: RoleName
+
+
 class PasswordBody(msgspec.Struct, frozen=True):
     password: NewPassword
     current_password: Annotated[str, msgspec.Meta(max_length=1024)] | None = None

@@ -15,7 +15,7 @@ import trio
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import Ping, TextMessage
 
-CHANNELS = ("metrics", "cluster", "models", "nodes", "transfers", "alerts", "queue", "logs")
+from ollamad.api.messages import CHANNELS
 
 # Readers that are written to before others get their turn: some 2 ms.
 TURN = 256

@@ -30,7 +30,7 @@ from ollamad.api.services import ServiceError
 from ollamad.core.description import Changes
 from ollamad.core.inference import LoadedModel
 from ollamad.core.names import InvalidName, ModelName, is_reference, parse_name
-from ollamad.core.state import Model
+from ollamad.core.state import Model, ModelDetails
 from ollamad.core.transfers import Transfer
 
 # The release of Ollama whose API this one follows. Clients refuse a server that is older than a
@@ -324,8 +324,9 @@ def _moving(verb: str, digest: str, total: int, completed: int) -> dict[str, Any
     return step | {"total": total} | ({"completed": completed} if completed else {})
 
 
-def _details(model: Model) -> dict[str, Any]:
-    details = model.details
+def _details(model: Model | None) -> dict[str, Any]:
+    """What the model is; of one that was deleted while it is in memory, nothing is known."""
+    details = ModelDetails() if model is None else model.details
     return {
         "parent_model": details.parent_model,
         "format": details.format,
@@ -343,7 +344,7 @@ def _loaded(call: Call, loaded: LoadedModel) -> dict[str, Any]:
         "model": loaded.name,
         "size": loaded.size,
         "digest": _hex(loaded.digest),
-        "details": _details(model) if model is not None else {},
+        "details": _details(model),
         "expires_at": rfc3339(loaded.expires_at) if loaded.expires_at else FOR_EVER,
         "size_vram": loaded.size_vram,
         "context_length": loaded.context_length,

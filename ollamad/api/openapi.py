@@ -8,25 +8,120 @@ import msgspec
 
 import ollamad
 from ollamad.api import schemas
+from ollamad.api.anthropic_answers import AnthropicError
+from ollamad.api.asking import MAX_DEADLINE_S
+from ollamad.api.bodies import invalid
+from ollamad.api.calls import MAX_JSON_BYTES
+from ollamad.api.dialects import (
+    ErrorBody,
+    anthropic_error,
+    error_body_for,
+    native_error,
+    ollama_error,
+    openai_error,
+)
+from ollamad.api.messages import DESCRIBED, FROM_CLIENT
+from ollamad.api.ollama_answers import OllamaError
+from ollamad.api.openai_answers import OpenaiError
 from ollamad.api.reference import BASE, DOCS, LINES, TAGS, WEBSOCKET, Doc
+from ollamad.api.services import ServiceError
 from ollamad.core.state import Role
 
 REF = "#/components/schemas/{name}"
 _ARGUMENT = re.compile(r"<(?:(\w+):)?(\w+)>")
 
-_ERROR_TEXT = {
-    400: "Malformed or invalid. `details.field` names the field.",
-    401: "No token, or a bad one.",
-    403: "The caller's role is too low.",
-    404: "There is no such thing.",
-    408: "The deadline passed.",
-    409: "A conflict with the state of the cluster.",
-    413: "The body is too large.",
-    415: "The body is not JSON.",
-    429: "Too many requests, or a quota of the API key is used up.",
-    500: "A bug. `details.request_id` is in the node's log.",
-    503: "The cluster cannot do it now: no quorum, no replica, a full queue.",
+# Of each status what it means, and an error that has it.
+_ERRORS = {
+    400: (
+        "Malformed or invalid. `details.field` names the field.",
+        invalid("prompt", "prompt must be str, not int", expected="str"),
+    ),
+    401: (
+        "No token, or a bad one.",
+        ServiceError(401, "UNAUTHORIZED", "send a token: the header `Authorization: Bearer TOKEN`"),
+    ),
+    403: (
+        "The caller's role is too low.",
+        ServiceError(
+            403,
+            "FORBIDDEN",
+            "this needs the role operator; eve has viewer",
+            {"required": "operator", "role": "viewer"},
+        ),
+    ),
+    404: (
+        "There is no such thing.",
+        ServiceError(
+            404,
+            "MODEL_NOT_FOUND",
+            "model 'smollm:135m' not found; did you mean smollm2:135m?",
+            {"model": "smollm:135m", "suggestions": ["smollm2:135m"]},
+        ),
+    ),
+    408: (
+        "The deadline passed.",
+        ServiceError(
+            408, "REQUEST_TIMEOUT", "the request took longer than 60 s", {"limit_s": 60.0}
+        ),
+    ),
+    409: (
+        "A conflict with the state of the cluster.",
+        ServiceError(409, "USER_EXISTS", "there is a user 'eve' already", {"username": "eve"}),
+    ),
+    413: (
+        "The body is too large.",
+        ServiceError(
+            413,
+            "BODY_TOO_LARGE",
+            "the body is larger than 32 MiB",
+            {"limit_bytes": MAX_JSON_BYTES},
+        ),
+    ),
+    415: (
+        "The body is not JSON.",
+        ServiceError(
+            415,
+            "UNSUPPORTED_MEDIA_TYPE",
+            "send JSON with Content-Type: application/json, not text/plain",
+            {"content_type": "text/plain", "expected": "application/json"},
+        ),
+    ),
+    429: (
+        "Too many requests, or a quota of the API key is used up.",
+        ServiceError(
+            429,
+            "RATE_LIMITED",
+            "more than 100 of these requests in a minute; try again in 3 s",
+            {"limit": 100, "retry_after": 3},
+        ),
+    ),
+    500: (
+        "A bug. `details.request_id` is in the node's log.",
+        ServiceError(
+            500,
+            "INTERNAL_ERROR",
+            "a bug in this node; its log has the request's id",
+            {"request_id": "0123456789abcdef"},
+        ),
+    ),
+    503: (
+        "The cluster cannot do it now: no quorum, no replica, a full queue.",
+        ServiceError(
+            503,
+            "NO_QUORUM",
+            "too few nodes can be reached to agree on anything",
+            {"voters_missing": ["node-2", "node-3"]},
+        ),
+    ),
 }
+# The surfaces: how the name of an error's component begins, its type, its words.
+_SURFACES: dict[ErrorBody, tuple[str, Any]] = {
+    native_error: ("Error", schemas.ErrorAnswer),
+    ollama_error: ("OllamaError", OllamaError),
+    openai_error: ("OpenaiError", OpenaiError),
+    anthropic_error: ("AnthropicError", AnthropicError),
+}
+ERROR_TYPES = {word: kind for word, (_, kind) in _SURFACES.items()}
 _ARGUMENTS = {
     "reference": (
         "A node's id, a unique prefix of it (6 characters or more), or its name.",
@@ -45,12 +140,23 @@ _HEADERS = {
     "RateLimit-Reset": ("Seconds until all of them are there again.", {"type": "integer"}),
     "Retry-After": ("Seconds to wait.", {"type": "integer"}),
 }
-_INFERENCE_HEADERS = {
+_INFERENCE_HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
     "X-Ollamad-Failover": (
         "How the answer goes on when its node is lost.",
-        ["continue", "replay", "off"],
+        {"type": "string", "enum": ["continue", "replay", "off"]},
     ),
-    "X-Ollamad-Priority": ("`high` needs the role operator.", ["low", "normal", "high"]),
+    "X-Ollamad-Priority": (
+        "`high` needs the role operator.",
+        {"type": "string", "enum": ["low", "normal", "high"]},
+    ),
+    "X-Ollamad-Deadline": (
+        "Seconds within which the answer must begin, or it is 408.",
+        {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_DEADLINE_S},
+    ),
+    "X-Ollamad-Explain": (
+        "With `true` the header `X-Ollamad-Scores` tells why the node was chosen.",
+        {"type": "string"},
+    ),
 }
 
 _INFO = """\
@@ -85,9 +191,11 @@ class RouteRow(Protocol):
 def document(routes: Iterable[RouteRow], examples: Mapping[str, Any]) -> dict[str, Any]:
     """The whole document; `examples` are answers by operation (`GET /api/v1/nodes`)."""
     rows = [(route, DOCS.get(key_of(route), Doc("Other", route.path))) for route in routes]
-    kinds = [schemas.ErrorAnswer]
+    kinds = [kind for _, kind in _SURFACES.values()]
     for _, doc in rows:
-        kinds += [kind for kind in (doc.body, *doc.answers.values()) if kind not in (None, *kinds)]
+        told = (doc.body, *doc.answers.values(), *doc.parts)
+        kinds += [kind for kind in told if kind not in (None, *kinds)]
+    kinds += [*FROM_CLIENT, *DESCRIBED]
     refs, components = msgspec.json.schema_components(kinds, ref_template=REF)
     schema_of = dict(zip(kinds, refs, strict=True))
     paths: dict[str, dict[str, Any]] = {}
@@ -108,7 +216,7 @@ def document(routes: Iterable[RouteRow], examples: Mapping[str, Any]) -> dict[st
         "paths": paths,
         "components": {
             "schemas": components,
-            "responses": _error_responses(schema_of[schemas.ErrorAnswer]),
+            "responses": _error_responses(schema_of),
             "headers": {
                 name: {"description": text, "schema": schema}
                 for name, (text, schema) in _HEADERS.items()
@@ -184,8 +292,7 @@ def _parameters(route: RouteRow, doc: Doc) -> list[dict[str, Any]]:
         schema = {"type": "string", "enum": ["true", "false"], "default": "false"}
         found.append({"name": "consistent", "in": "query", "description": text, "schema": schema})
     if doc.stream and route.role == "inference":
-        for name, (text, values) in _INFERENCE_HEADERS.items():
-            schema = {"type": "string", "enum": values}
+        for name, (text, schema) in _INFERENCE_HEADERS.items():
             found.append({"name": name, "in": "header", "description": text, "schema": schema})
     return found
 
@@ -210,31 +317,32 @@ def _responses(
         if doc.stream and status == 200:
             content.setdefault("application/json", {"schema": {"type": "object"}})
             # Lines are text to a client; the parts of an event stream are parsed before.
-            content[doc.stream] = {"schema": {"type": "string"} if doc.stream == LINES else {}}
+            content[doc.stream] = {
+                "schema": {"type": "string"} if doc.stream == LINES else {},
+                "x-item-schema": {"anyOf": [schema_of[kind] for kind in doc.parts]},
+            }
         if content:
             response["content"] = content
         responses[str(status)] = response
     for status in _error_statuses(route, doc, is_native=is_native):
-        name = f"{'Error' if is_native else 'Foreign'}{status}"
+        name = f"{_SURFACES[error_body_for(route.path)][0]}{status}"
         responses.setdefault(str(status), {"$ref": f"#/components/responses/{name}"})
     return responses
 
 
-def _error_responses(error_schema: dict[str, Any]) -> dict[str, Any]:
-    """The errors of our own surface, and those of the others, whose shapes are their protocols'."""
+def _error_responses(schema_of: Mapping[Any, Any]) -> dict[str, Any]:
+    """The errors of each surface, in its shape."""
     responses = {}
-    for name, schema, is_native in (
-        ("Error", error_schema, True),
-        ("Foreign", {"type": "object"}, False),
-    ):
-        for status, text in _ERROR_TEXT.items():
-            headers = _headers(is_native=is_native)
+    for word, (name, kind) in _SURFACES.items():
+        for status, (text, error) in _ERRORS.items():
+            headers = _headers(is_native=word is native_error)
             if status in (429, 503):
                 headers["Retry-After"] = {"$ref": "#/components/headers/Retry-After"}
+            media = {"schema": schema_of[kind], "example": word(error)}
             responses[f"{name}{status}"] = {
                 "description": text,
                 "headers": headers,
-                "content": {"application/json": {"schema": schema}},
+                "content": {"application/json": media},
             }
     return responses
 

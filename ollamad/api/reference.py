@@ -5,16 +5,22 @@ so, so that it does not stay like that.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 from ollamad.api import (
+    anthropic_answers,
     anthropic_bodies,
     bodies,
+    messages,
+    ollama_answers,
     ollama_bodies,
+    openai_answers,
     openai_bodies,
     responses_bodies,
     schemas,
 )
+from ollamad.core.alerts import AlertKind, Level
+from ollamad.core.events import ModelEventKind, NodeEventKind
 from ollamad.core.explanation import Explanation
 
 BASE = "/api/v1"
@@ -32,7 +38,8 @@ class Doc:
     """One operation.
 
     `answers` maps a success's status to its type, `stream` is the content type of a streamed
-    answer, `errors` are statuses beside those that follow from the route itself.
+    answer and `parts` the types of its lines or events, `errors` are statuses beside those that
+    follow from the route itself.
     """
 
     tag: str
@@ -43,9 +50,15 @@ class Doc:
     raw_body: bool = False
     answers: dict[int, Any] = dataclasses.field(default_factory=dict)
     stream: str = ""
+    parts: tuple[Any, ...] = ()
     content: str = "application/json"
     errors: tuple[int, ...] = ()
     example: Any = None  # a request's body
+
+
+def _or(literal: Any) -> str:
+    *most, last = [f"`{value}`" for value in get_args(literal)]
+    return f"{', '.join(most)} or {last}"
 
 
 def _ok(kind: Any) -> dict[int, Any]:
@@ -179,6 +192,16 @@ DOCS: dict[str, Doc] = {
         answers=_ok(schemas.Done),
         example={"password": "another horse", "current_password": "correct horse"},
     ),
+    f"POST {BASE}/users/<username>/role": Doc(
+        "Users",
+        "Change what a user may do",
+        "It holds from the next request on, also for tokens that are out. The last admin stays one "
+        "(409).",
+        body=bodies.RoleBody,
+        answers=_ok(schemas.Done),
+        errors=(409,),
+        example={"role": "operator"},
+    ),
     f"GET {BASE}/keys": Doc(
         "API keys", "All keys, with what they have used", answers=_ok(schemas.KeyList)
     ),
@@ -297,6 +320,7 @@ DOCS: dict[str, Doc] = {
         body=bodies.GenerateBody,
         answers=_ok(schemas.GenerateAnswer),
         stream=LINES,
+        parts=(schemas.GenerateLine, schemas.GenerateAnswer, schemas.ErrorAnswer),
         errors=(404, 409),
         example={"model": MODEL, "prompt": "Why is the sky blue?", "options": {"seed": 1}},
     ),
@@ -307,6 +331,7 @@ DOCS: dict[str, Doc] = {
         body=bodies.ChatBody,
         answers=_ok(schemas.ChatAnswer),
         stream=LINES,
+        parts=(schemas.ChatLine, schemas.ChatAnswer, schemas.ErrorAnswer),
         errors=(404, 409),
         example={"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}]},
     ),
@@ -327,14 +352,18 @@ DOCS: dict[str, Doc] = {
         errors=(404,),
         example={"model": MODEL, "prompt": "Hello world"},
     ),
-    "GET /api/version": Doc("Ollama", "Version", answers=_ok(None)),
-    "GET /api/tags": Doc("Ollama", "Models of the whole cluster", answers=_ok(None)),
-    "GET /api/ps": Doc("Ollama", "Models in memory, of all nodes", answers=_ok(None)),
+    "GET /api/version": Doc("Ollama", "Version", answers=_ok(ollama_answers.OllamaVersion)),
+    "GET /api/tags": Doc(
+        "Ollama", "Models of the whole cluster", answers=_ok(ollama_answers.OllamaTags)
+    ),
+    "GET /api/ps": Doc(
+        "Ollama", "Models in memory, of all nodes", answers=_ok(ollama_answers.OllamaPs)
+    ),
     "POST /api/show": Doc(
         "Ollama",
         "What a model is made of",
         body=ollama_bodies.NamedBody,
-        answers=_ok(None),
+        answers=_ok(ollama_answers.OllamaShown),
         errors=(404,),
         example={"model": MODEL},
     ),
@@ -343,8 +372,12 @@ DOCS: dict[str, Doc] = {
         "Complete a prompt",
         "Streams unless `stream` is false.",
         body=ollama_bodies.GenerateBody,
-        answers=_ok(None),
+        answers=_ok(ollama_answers.OllamaGeneration),
         stream=LINES,
+        parts=(
+            ollama_answers.OllamaGeneration,
+            ollama_answers.OllamaError,
+        ),
         errors=(404,),
         example={"model": MODEL, "prompt": "Why is the sky blue?", "stream": False},
     ),
@@ -353,8 +386,12 @@ DOCS: dict[str, Doc] = {
         "Go on with a chat",
         "Streams unless `stream` is false.",
         body=ollama_bodies.ChatBody,
-        answers=_ok(None),
+        answers=_ok(ollama_answers.OllamaChat),
         stream=LINES,
+        parts=(
+            ollama_answers.OllamaChat,
+            ollama_answers.OllamaError,
+        ),
         errors=(404,),
         example={
             "model": MODEL,
@@ -366,7 +403,7 @@ DOCS: dict[str, Doc] = {
         "Ollama",
         "Embed texts",
         body=ollama_bodies.EmbedBody,
-        answers=_ok(None),
+        answers=_ok(ollama_answers.OllamaEmbeddings),
         errors=(404,),
         example={"model": MODEL, "input": ["one", "two"]},
     ),
@@ -374,7 +411,7 @@ DOCS: dict[str, Doc] = {
         "Ollama",
         "Embed a text",
         body=ollama_bodies.EmbeddingsBody,
-        answers=_ok(None),
+        answers=_ok(ollama_answers.OllamaEmbedding),
         errors=(404,),
         example={"model": MODEL, "prompt": "one"},
     ),
@@ -382,8 +419,12 @@ DOCS: dict[str, Doc] = {
         "Ollama",
         "Fetch a model, with the progress of the cluster's transfer",
         body=ollama_bodies.NamedBody,
-        answers=_ok(None),
+        answers=_ok(ollama_answers.OllamaProgress),
         stream=LINES,
+        parts=(
+            ollama_answers.OllamaProgress,
+            ollama_answers.OllamaError,
+        ),
         errors=(404, 409),
         example={"model": MODEL, "stream": False},
     ),
@@ -391,8 +432,12 @@ DOCS: dict[str, Doc] = {
         "Ollama",
         "Send a model to a registry",
         body=ollama_bodies.NamedBody,
-        answers=_ok(None),
+        answers=_ok(ollama_answers.OllamaProgress),
         stream=LINES,
+        parts=(
+            ollama_answers.OllamaProgress,
+            ollama_answers.OllamaError,
+        ),
         errors=(404, 409),
         example={"model": MODEL, "stream": False},
     ),
@@ -400,8 +445,12 @@ DOCS: dict[str, Doc] = {
         "Ollama",
         "Make a model of another one, or of uploaded files",
         body=ollama_bodies.CreateBody,
-        answers=_ok(None),
+        answers=_ok(ollama_answers.OllamaProgress),
         stream=LINES,
+        parts=(
+            ollama_answers.OllamaProgress,
+            ollama_answers.OllamaError,
+        ),
         errors=(404, 409),
         example={"model": "mine", "from": MODEL, "system": "Be brief.", "stream": False},
     ),
@@ -425,14 +474,20 @@ DOCS: dict[str, Doc] = {
     "POST /api/blobs/<digest>": Doc(
         "Ollama", "Upload a blob to this node", raw_body=True, answers={200: None, 201: None}
     ),
-    "GET /v1/models": Doc("OpenAI", "Models of the whole cluster", answers=_ok(None)),
-    "GET /v1/models/<path:name>": Doc("OpenAI", "One model", answers=_ok(None)),
+    "GET /v1/models": Doc(
+        "OpenAI", "Models of the whole cluster", answers=_ok(openai_answers.V1Models)
+    ),
+    "GET /v1/models/<path:name>": Doc("OpenAI", "One model", answers=_ok(openai_answers.V1Model)),
     "POST /v1/chat/completions": Doc(
         "OpenAI",
         "Go on with a chat",
         body=openai_bodies.ChatBody,
-        answers=_ok(None),
+        answers=_ok(openai_answers.ChatCompletion),
         stream=EVENTS,
+        parts=(
+            openai_answers.ChatCompletionChunk,
+            openai_answers.OpenaiError,
+        ),
         errors=(404,),
         example={"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}]},
     ),
@@ -440,8 +495,12 @@ DOCS: dict[str, Doc] = {
         "OpenAI",
         "Complete a prompt",
         body=openai_bodies.CompletionBody,
-        answers=_ok(None),
+        answers=_ok(openai_answers.TextCompletion),
         stream=EVENTS,
+        parts=(
+            openai_answers.TextCompletion,
+            openai_answers.OpenaiError,
+        ),
         errors=(404,),
         example={"model": MODEL, "prompt": "Why is the sky blue?"},
     ),
@@ -449,7 +508,7 @@ DOCS: dict[str, Doc] = {
         "OpenAI",
         "Embed texts",
         body=openai_bodies.EmbeddingBody,
-        answers=_ok(None),
+        answers=_ok(openai_answers.OpenaiEmbeddings),
         errors=(404,),
         example={"model": MODEL, "input": ["one", "two"]},
     ),
@@ -458,8 +517,9 @@ DOCS: dict[str, Doc] = {
         "Make a response",
         "No responses are kept: the whole conversation goes into `input`.",
         body=responses_bodies.ResponseBody,
-        answers=_ok(None),
+        answers=_ok(openai_answers.ResponseAnswer),
         stream=EVENTS,
+        parts=(openai_answers.ResponseEvent,),
         errors=(404,),
         example={"model": MODEL, "input": "Why is the sky blue?"},
     ),
@@ -467,8 +527,12 @@ DOCS: dict[str, Doc] = {
         "Anthropic",
         "Go on with a conversation",
         body=anthropic_bodies.MessagesBody,
-        answers=_ok(None),
+        answers=_ok(anthropic_answers.AnthropicMessage),
         stream=EVENTS,
+        parts=(
+            anthropic_answers.AnthropicEvent,
+            anthropic_answers.AnthropicError,
+        ),
         errors=(404,),
         example={
             "model": MODEL,
@@ -480,34 +544,35 @@ DOCS: dict[str, Doc] = {
         "Anthropic",
         "Count the tokens of a conversation",
         body=anthropic_bodies.CountBody,
-        answers=_ok(None),
+        answers=_ok(anthropic_answers.AnthropicCount),
         errors=(404,),
         example={"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}]},
     ),
 }
 
-WEBSOCKET = """\
+_SENT, _HEARD = messages.tables()
+WEBSOCKET = f"""\
 `GET /ws` and `GET /api/v1/ws` open a WebSocket. The token goes into the header `Authorization:
 Bearer TOKEN` or the query (`?token=TOKEN`) and is checked before the upgrade (401); an address may
 have `rate_limits.websocket` connections at once (429).
 
-Messages are JSON objects. A client sends `{"type":"ping"}`, `{"type":"subscribe","channel":…}` and
-`{"type":"unsubscribe","channel":…}`; it gets `pong` and `subscription_ack` with `status`
-`subscribed` or `unsubscribed`. On connect the server sends `cluster_status` and `metrics` once;
-after that only what is subscribed:
+Messages are JSON objects with a `type`; their schemas are among those of this document, `WsPing` to
+`WsDropped`. A client sends:
 
-| channel | messages |
-| --- | --- |
-| `metrics` | `metrics`, every 5 s |
-| `cluster` | `cluster_status`, and `node_event` `leader_changed` |
-| `nodes` | `node_event`: node_online, node_offline, node_joined, node_left, node_draining, … |
-| `models` | `model_event`: download_started, download_progress, download_completed, … |
-| `transfers` | `model_event` with the progress of transfers |
-| `alerts` | `alert`, raised once and cleared once |
-| `queue` | `queue_status` every second while requests wait at this node |
-| `logs` | the node's log (admin) |
+{_SENT}
 
-What is not understood is answered with `{"type":"error","error","code"}`, and the socket stays
-open. Times are Unix seconds. A reader that is too slow loses old metrics first, is told how many
-messages were dropped, and is closed with 1013 when it stays behind.
+The channels are {", ".join(f"`{name}`" for name in messages.CHANNELS)}.
+On connect the server sends `cluster_status` and `metrics` once; after that only what is subscribed:
+
+{_HEARD}
+
+The `event_type` of a `node_event` is {_or(NodeEventKind)};
+that of a `model_event` is {_or(ModelEventKind)}.
+An `alert` is {_or(AlertKind)}, with a `level` of {_or(Level)}
+and a `state` of `raised` or `cleared`.
+
+What is not understood is answered with an `error`, whose `code` is INVALID_JSON, INVALID_MESSAGE,
+UNKNOWN_TYPE, UNKNOWN_CHANNEL or FORBIDDEN, and the socket stays open. Times are Unix seconds. A
+reader that is too slow loses old metrics first, is told how many messages were `dropped`, and is
+closed with 1013 when it stays behind; 1008: its token is dead; 1001: the node stops.
 """

@@ -513,7 +513,35 @@ class _Answer(msgspec.Struct, frozen=True):
     prompt_cached_count: int
     failovers: Sequence[Failover] | msgspec.UnsetType = msgspec.UNSET
     routing: Explanation | msgspec.UnsetType = msgspec.UNSET
+    node_id: str | msgspec.UnsetType = msgspec.UNSET  # of a stream that had to wait
     logprobs: Sequence[LikelyToken] | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Line(msgspec.Struct, frozen=True):
+    """A line of a stream before the last. With `status: queued` it tells that the request waits."""
+
+    model: str
+    created_at: Time
+    done: Literal[False]
+    logprobs: Sequence[LikelyToken] | msgspec.UnsetType = msgspec.UNSET
+    token: int | msgspec.UnsetType = msgspec.UNSET  # of a request with an id: how many there were
+    status: Literal["queued"] | msgspec.UnsetType = msgspec.UNSET
+    position: int | msgspec.UnsetType = msgspec.UNSET
+    waiting: int | msgspec.UnsetType = msgspec.UNSET
+    estimate_seconds: float | msgspec.UnsetType = msgspec.UNSET
+
+
+class GenerateLine(_Line, frozen=True, kw_only=True):
+    """A line of a stream before the last; with `status: queued` the request waits."""
+
+    response: str
+    thinking: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class ChatLine(_Line, frozen=True, kw_only=True):
+    """A line of a stream before the last; with `status: queued` the request waits."""
+
+    message: AssistantMessage
 
 
 class GenerateAnswer(_Answer, frozen=True, kw_only=True):

@@ -26,8 +26,9 @@ from ollamad.api.asgi import FIXED_HEADERS
 from ollamad.api.auth import Identity
 from ollamad.api.errors import as_service_error
 from ollamad.api.http import Upgrade, whole_answer
-from ollamad.api.hub import CHANNELS, Hub, frame_of
+from ollamad.api.hub import Hub, frame_of
 from ollamad.api.limits import address_group, too_many
+from ollamad.api.messages import CHANNELS
 from ollamad.api.outbox import Outbox
 from ollamad.api.services import Cluster, ServiceError, Unavailable
 from ollamad.core.state import ApiKey

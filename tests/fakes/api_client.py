@@ -10,9 +10,10 @@ import trio
 
 from ollamad.api.app import ApiApp, ApiSettings, build_app
 from ollamad.api.auth import AuthSettings
+from ollamad.api.dialects import error_body_for
 from ollamad.api.limits import RateLimits
+from ollamad.api.openapi import ERROR_TYPES as ERRORS
 from ollamad.api.reference import BASE, DOCS, LINES
-from ollamad.api.schemas import ErrorAnswer
 from tests.fakes.api_services import World, make_world
 
 REMOTE = ("192.0.2.7", 4711)
@@ -36,6 +37,14 @@ class Answer:
     @property
     def lines(self) -> list[Any]:
         return [json.loads(line) for line in self.data.splitlines()]
+
+    @property
+    def parts(self) -> list[Any]:
+        """The lines of a stream, or the data of its events."""
+        if self.headers["content-type"].startswith(LINES):
+            return self.lines
+        found = [line.removeprefix(b"data: ") for line in self.data.splitlines() if line]
+        return [json.loads(text) for text in found if text.startswith(b"{")]
 
 
 class ApiClient:
@@ -89,27 +98,41 @@ class ApiClient:
         return answer
 
     def check(self, method: str, path: str, answer: Answer) -> None:
-        """Hold an answer of `/api/v1` against its type: every key there, and no other."""
-        if not path.startswith(f"{BASE}/") or not answer.data:
+        """Hold an answer against its type: every key there, and no other; so for its errors, and
+        for each line or event of a stream."""
+        path = unquote(path.partition("?")[0])
+        if not answer.data:
             return
-        if answer.status >= 400 and not path.startswith(f"{BASE}/health"):
-            matches(answer, ErrorAnswer)
+        if answer.status >= 400 and path != f"{BASE}/health":
+            matches(answer.json, ERRORS[error_body_for(path)])
             return
-        endpoint, _ = self.app.routes.match(unquote(path.partition("?")[0]), method)
-        doc = DOCS.get(endpoint)
-        kind = doc.answers.get(answer.status) if doc is not None else None
-        if kind is not None and not answer.headers["content-type"].startswith(LINES):
-            matches(answer, kind)
+        endpoint, _ = self.app.routes.match(path, method)
+        doc = DOCS[endpoint]
+        content = answer.headers["content-type"].partition(";")[0]
+        if content == doc.stream:
+            for part in answer.parts:
+                matches(part, *doc.parts)
+        elif content == "application/json" and (kind := doc.answers.get(answer.status)):
+            matches(answer.json, kind)
 
 
-def matches(answer: Answer, kind: Any) -> None:
-    """Whether the answer is of that type, whole.
+def matches(value: Any, *kinds: Any) -> None:
+    """Whether the value is of one of these types, whole.
 
     Raises:
       AssertionError: it is not.
     """
-    typed = msgspec.json.decode(answer.data, type=kind)
-    assert json.loads(msgspec.json.encode(typed)) == answer.json, f"more than {kind.__name__} says"
+    problems = []
+    for kind in kinds:
+        try:
+            typed = msgspec.convert(value, kind)
+        except msgspec.ValidationError as problem:
+            problems.append(f"{kind.__name__}: {problem}")
+            continue
+        if json.loads(msgspec.json.encode(typed)) == value:
+            return
+        problems.append(f"more than {kind.__name__} says")
+    raise AssertionError(f"{problems}: {value}")
 
 
 async def exchange(

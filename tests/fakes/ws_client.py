@@ -11,6 +11,9 @@ from websockets.http11 import Response
 from websockets.protocol import State
 from websockets.uri import parse_uri
 
+from ollamad.api.messages import DESCRIBED
+from tests.fakes.api_client import matches
+
 SOON_S = 5.0  # what takes longer than this hangs
 
 
@@ -31,6 +34,7 @@ class SocketClient:
         self.stream = stream
         self.protocol = ClientProtocol(parse_uri(f"ws://localhost:{port}{path}"))
         self.response: Response | None = None
+        self.is_strict = True  # messages must be as the OpenAPI document says
         self._events: list[Any] = []
 
     @classmethod
@@ -112,7 +116,10 @@ class SocketClient:
                 if event is None:
                     raise EOFError(self.protocol.close_code)
                 if isinstance(event, Frame) and event.opcode is Opcode.TEXT:
-                    return json.loads(event.data)
+                    message = json.loads(event.data)
+                    if self.is_strict:
+                        matches(message, *DESCRIBED)
+                    return message
 
     async def receive_type(self, kind: str, **wanted: Any) -> Any:
         """The next message of a type, and with these values; others are passed over."""

@@ -28,7 +28,7 @@ class Server:
         """A socket of that role, after its greetings."""
         token = self.client.token(role)
         socket = await SocketClient.open(
-            self.port, path, Authorization=f"Bearer {token}", **headers
+            self.port, path, buffer=buffer, Authorization=f"Bearer {token}", **headers
         )
         assert (await socket.receive())["type"] == "cluster_status"
         assert (await socket.receive())["type"] == "metrics"

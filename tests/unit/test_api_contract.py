@@ -117,3 +117,28 @@ async def test_login_has_the_shape_of_the_contract() -> None:
     }
     assert answer.status == 200
     assert differences(example, answer.json) == []
+
+
+def test_the_page_on_the_api_names_every_route_with_its_role() -> None:
+    page = (DOCUMENT.parents[1] / "api.md").read_text()
+    table = page.partition("| role | routes |")[2].partition("\n\n")[0]
+    told = {
+        (route, cells[1].strip())
+        for line in table.splitlines()[2:]
+        if (cells := line.split("|"))
+        for route in re.findall(r"`(\w+ /\S*)`", cells[2])
+    }
+    names = {"reference": "id", "transfer_id": "id", "key_id": "id", "username": "name"}
+    table_of_app = {
+        (
+            re.sub(
+                r"<(?:\w+:)?(\w+)>",
+                lambda found: ":" + names.get(found[1], found[1]),
+                f"{route.method} {route.path.removeprefix(BASE)}",
+            ),
+            route.role or "none",
+        )
+        for route in ROUTES
+        if route.path == "/" or (route.path.startswith(f"{BASE}/") and "/docs/" not in route.path)
+    }
+    assert told == table_of_app

@@ -36,7 +36,7 @@ function prose(text) {
         }
         table.append(row);
       });
-      out.append(table);
+      out.append(wide(table));
     } else {
       const paragraph = make("p");
       paragraph.append(...inline(block.replace(/\n/g, " ")));
@@ -44,6 +44,11 @@ function prose(text) {
     }
   }
   return out;
+}
+
+function wide(table) {
+  // Scrolls by itself where the window is narrow.
+  return Object.assign(make("div", null, table), { className: "wide" });
 }
 
 function resolve(node) {
@@ -93,7 +98,7 @@ function shape(schema, seen = []) {
       make("td", nameOf(value)), make("td", extra)));
     nested.push(...referencesOf(value));
   }
-  out.append(table);
+  out.append(wide(table));
   for (const reference of nested) {
     if (seen.includes(reference.$ref)) continue;
     const target = resolve(reference);
@@ -115,9 +120,12 @@ function curl(method, path, operation) {
   const parameters = (operation.parameters || []).filter((each) => each.in === "path");
   const filled = parameters.reduce((text, each) =>
     text.replace(`{${each.name}}`, encodeURIComponent(each.example || each.name)), path);
-  const parts = [`curl -X ${method.toUpperCase()} ${location.origin}${filled}`];
+  const how = { get: "", head: "-I " }[method] ?? `-X ${method.toUpperCase()} `;
+  const parts = [`curl ${how}${location.origin}${filled}`];
   if (operation.security.length) parts.push('-H "Authorization: Bearer $TOKEN"');
-  const body = operation.requestBody && operation.requestBody.content["application/json"];
+  const content = operation.requestBody ? operation.requestBody.content : {};
+  const body = content["application/json"];
+  if (content["application/octet-stream"]) parts.push("--data-binary @FILE");
   if (body && body.example) {
     parts.push("-H 'Content-Type: application/json'");
     parts.push(`-d '${JSON.stringify(body.example).replace(/'/g, "'\\''")}'`);
@@ -142,7 +150,7 @@ function operationOf(method, path, operation) {
       table.append(make("tr", null, make("td", null, make("code", each.name)), make("td", each.in),
         make("td", nameOf(each.schema)), text));
     }
-    article.append(table);
+    article.append(wide(table));
   }
   article.append(curl(method, path, operation));
   for (const [type, media] of Object.entries((operation.requestBody || { content: {} }).content)) {
@@ -155,7 +163,16 @@ function operationOf(method, path, operation) {
     const details = make("details", null, make("summary", `${status} ${answer.description}`));
     details.addEventListener("toggle", () => {
       for (const [type, media] of Object.entries(answer.content || {})) {
-        details.append(make("p", type), shape(media.schema));
+        const parts = media["x-item-schema"];
+        details.append(Object.assign(make("p", type), { className: "type" }));
+        if (parts) {
+          details.append(make("p", "A stream, of which each line or event is one of:"));
+          for (const part of parts.anyOf) {
+            details.append(make("h4", nameOf(part)), shape(part));
+          }
+        } else {
+          details.append(shape(media.schema));
+        }
         if (media.example !== undefined) details.append(json(media.example));
       }
     }, { once: true });
