@@ -33,7 +33,7 @@ _ARGUMENT = re.compile(r"<(?:(\w+):)?(\w+)>")
 # Of each status what it means, and an error that has it.
 _ERRORS = {
     400: (
-        "Malformed or invalid. `details.field` names the field.",
+        "Malformed or invalid; the field is named.",
         invalid("prompt", "prompt must be str, not int", expected="str"),
     ),
     401: (
@@ -96,7 +96,7 @@ _ERRORS = {
         ),
     ),
     500: (
-        "A bug. `details.request_id` is in the node's log.",
+        "A bug; the node's log has it with the request's id.",
         ServiceError(
             500,
             "INTERNAL_ERROR",

@@ -160,7 +160,8 @@ function operationOf(method, path, operation) {
   }
   for (const [status, reference] of Object.entries(operation.responses)) {
     const answer = resolve(reference);
-    const details = make("details", null, make("summary", `${status} ${answer.description}`));
+    const details = make("details", null,
+      make("summary", null, `${status} `, ...inline(answer.description)));
     details.addEventListener("toggle", () => {
       for (const [type, media] of Object.entries(answer.content || {})) {
         const parts = media["x-item-schema"];
@@ -197,6 +198,7 @@ function show() {
           Object.assign(make("span", method.toUpperCase()), { className: "method" }),
           path.replace("/api/v1", ""));
         link.href = `#${operation.operationId}`;
+        link.title = operation.summary;
         link.dataset.words = `${method} ${path} ${operation.summary}`.toLowerCase();
         group.append(link);
       }
