@@ -1,5 +1,6 @@
 """Handlers: health, version, the cluster and its members' coming and going, metrics."""
 
+import logging
 import math
 import platform
 from typing import Literal
@@ -21,6 +22,8 @@ from ollamad.api.schemas import (
 )
 from ollamad.api.services import Cluster, NoQuorum, ServiceError
 from ollamad.core.ids import NodeId, is_node_id, short
+
+audit = logging.getLogger("ollamad.api.audit")
 
 API_VERSION = "v1"
 
@@ -167,6 +170,12 @@ async def cluster_snapshot(call: Call) -> Reply:
             "the state holds the cluster's keys; only the cli-token of this node's data directory "
             "may have it: `ollamad backup` on this host",
         )
+    audit.info(
+        "%s at %s took the state with its keys, request %s",
+        call.caller.username,
+        call.address,
+        call.request.id,
+    )
     index, state = call.services.cluster.snapshot()
     headers = {"X-Applied-Index": str(index), "Cache-Control": "no-store"}
     return Reply(state, content_type=b"application/octet-stream", headers=headers)

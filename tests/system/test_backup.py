@@ -61,6 +61,7 @@ def test_a_cluster_is_made_again_beside_the_old_one_and_then_in_its_place(
     said = run(holder, "backup", str(file), "--models")
     assert "as a majority of the voters confirmed it: 3 members, 2 users, 1 models (1 with" in said
     assert file.stat().st_mode & 0o777 == 0o600
+    assert "local at 127.0.0.1 took the state with its keys" in holder.log()
     refusal = attempt(holder, "backup", str(file))
     assert (refusal.returncode, "is there already" in refusal.stderr) == (1, True)
 
