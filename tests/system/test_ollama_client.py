@@ -110,10 +110,12 @@ def check_pull(steps: list[ollama.ProgressResponse]) -> None:
     assert moved
     for step in moved:
         assert step.status == f"pulling {step.digest.removeprefix('sha256:')[:12]}"
-    completed = [step.completed or 0 for step in moved]
-    assert completed == sorted(completed)
-    assert completed[-1] == moved[-1].total
-    assert (moved[-1].total or 0) > 90_000_000
+    sizes = {step.digest: step.total or 0 for step in moved}
+    for digest, size in sizes.items():
+        completed = [step.completed or 0 for step in moved if step.digest == digest]
+        assert completed == sorted(completed)
+        assert completed[-1] == size
+    assert sum(sizes.values()) > 90_000_000
 
 
 def busy(cluster: Cluster) -> int:

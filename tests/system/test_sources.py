@@ -154,6 +154,7 @@ def test_an_ollamas_directory_is_adopted_and_only_read(
     }
     for cluster in open_cluster(tmp_path_factory, **settings):
         node = cluster.found()
+        wait_until("it is adopted", lambda: node.get("/models")["models"])  # noqa: B023
         cluster.wait_replicas("adopted", [node])
         asked = {"model": "adopted", "prompt": "The capital of France is", "raw": True}
         options = {"temperature": 0, "num_predict": 4, "num_thread": 1}
