@@ -101,7 +101,7 @@ def test_the_table_of_roles_is_the_contracts() -> None:
         "/transfers/<transfer_id>/cancel "
         "/api/pull /api/push /api/create /api/copy /api/delete /api/blobs/<digest>",
         "admin": "/cluster/join /cluster/leave /cluster/token /cluster/snapshot "
-        "/users /users/<username> /keys /keys/<key_id>",
+        "/users /users/<username> /users/<username>/role /keys /keys/<key_id>",
     }
     by_path = {path: role for role, paths in expected.items() for path in paths.split()}
     for route in ROUTES:
