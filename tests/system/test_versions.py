@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from ollamad.core.commands import LEVEL
 from tests.system.conftest import open_cluster
 from tests.system.harness import Cluster, Node, refused, run_daemon, wait_until
 from tests.system.releases import other_version, previous_release, switch
@@ -58,11 +59,11 @@ def test_a_node_of_the_next_protocol_is_a_member_as_any_other(cluster: Cluster) 
 
 def test_a_change_that_older_nodes_do_not_know_waits_for_their_upgrade(cluster: Cluster) -> None:
     first, second, third = cluster.nodes
-    newer = other_version(**NEXT, level=3)
+    newer = other_version(**NEXT, level=LEVEL + 1)
     switch(third.environment, newer)
     third.restart()
     cluster.wait_whole()
-    # To the newer node this is a command of level 3; the others say up to which they go.
+    # To the newer node this is a command of a new level; the others say up to which they go.
     wait_until(
         "the levels are known",
         lambda: third.request("POST", "/users", json=user("early")).status_code == 409,
@@ -89,7 +90,8 @@ def test_a_change_that_older_nodes_do_not_know_waits_for_their_upgrade(cluster: 
     first.launch()
     assert first.wait_end() == 1
     last = first.tail(1)
-    assert "commands of level 3, this version knows them up to level 2; install" in last, last
+    wanted = f"commands of level {LEVEL + 1}, this version knows them up to level {LEVEL}; install"
+    assert wanted in last, last
     assert journal.is_file()
     switch(first.environment, newer)
     first.start()

@@ -41,6 +41,7 @@ from ollamad.core.commands import (
     SetDesired,
     SetDraining,
     SetPassword,
+    SetRole,
     UpdateMember,
     level_of,
 )
@@ -105,6 +106,9 @@ def log() -> list[bytes]:
         AddUser(User("bob", "hash", "operator", 3.0)),
         AddUser(User("bob", "hash", "operator", 3.0)),  # taken
         SetPassword("bob", "other", "g2"),
+        SetRole("bob", "admin"),
+        SetRole("bob", "viewer"),
+        SetRole("admin", "viewer"),  # the last one
         DeleteUser("eve"),
         DeleteUser("admin"),  # the last one
         AddKey(key),
