@@ -32,12 +32,20 @@ from ollamad.engine.chat import ChatAssembler
 from ollamad.engine.llama_client import CompletionEvent, RunnerGone, RunnerRefused, Timings
 from ollamad.engine.pool import Resident, RunnerPool, queue_full
 from ollamad.engine.process import Runner
-from ollamad.engine.prompt import Prompt, prompt_ids, read_prompt, template_arguments, too_long
+from ollamad.engine.prompt import (
+    Prompt,
+    prompt_ids,
+    read_prompt,
+    shifted,
+    template_arguments,
+    too_long,
+)
 from ollamad.engine.sampling import (
     chat_body,
     comes_whole,
     completion_body,
     json_schema,
+    kept_tokens,
     token_limit,
 )
 from ollamad.engine.spec import (
@@ -318,14 +326,19 @@ class _Work:
         request, runner = self._request, self._runner
         resumed = len(request.resume)
         limit -= resumed
+        asked = await prompt.asked(runner, request.resume)
         if resumed:
             is_full = len(prompt.ids) + resumed >= self._config.context_length
-            if is_full or limit <= 0:
+            if limit <= 0 or (is_full and not (request.shift and isinstance(asked, list))):
                 # The answer was complete but for the word that it is.
                 ids = (*prompt.ids, *request.resume)
                 yield Finished("length", context=ids if _can_go_on(request) else ())
                 return
-        asked = await prompt.asked(runner, request.resume)
+            if is_full and isinstance(asked, list):
+                keep = kept_tokens(self._options, len(prompt.ids), len(runner.empty_prompt))
+                left = shifted(asked, self._config.context_length, keep)
+                resumed -= len(asked) - len(left)
+                asked = left
         body = completion_body(asked, request, self._options, limit, self._schema)
         emitted: list[int] = []
         stream = await runner.client.open_completion(body)

@@ -16,6 +16,9 @@ import trio
 
 RECEIVE_BYTES = 1 << 16
 MAX_IDLE_CONNECTIONS = 2  # each one occupies a thread of the runner
+# A busy runner takes connections late, and the kernel keeps few (cpp-httplib asks for five).
+CONNECT_PATIENCE_S = 5.0
+CONNECT_STEP_S = 0.005
 IDLE_CONNECTION_S = 2.0  # llama.cpp's server closes them after five seconds
 MAX_ANSWER_BYTES = 256 << 20  # 32 embeddings of 8,192 numbers are 6 MiB; a template is small
 MAX_EVENT_BYTES = 64 << 20  # of a stream; the last one repeats the whole prompt
@@ -394,10 +397,21 @@ class LlamaClient:
         connection = socket.socket(socket.AF_UNIX)
         connection.setblocking(False)
         try:
-            connection.connect(self._path)  # a Unix socket connects at once or not at all
+            give_up_at = trio.current_time() + CONNECT_PATIENCE_S
+            while True:
+                try:
+                    connection.connect(self._path)  # a Unix socket connects at once or not at all
+                    break
+                except BlockingIOError:
+                    if trio.current_time() >= give_up_at:
+                        raise
+                    await trio.sleep(CONNECT_STEP_S)
         except OSError as error:
             connection.close()
             raise RunnerGone(f"cannot connect to the runner: {error}") from error
+        except BaseException:
+            connection.close()
+            raise
         return _Connection(connection)
 
 

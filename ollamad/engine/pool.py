@@ -1,7 +1,8 @@
 """Which models are in memory: loads them, keeps them, makes room, notices when they die.
 
 One load at a time, as in Ollama. A model that serves somebody is never evicted: who needs the
-room waits. The pool knows nothing of prompts and tokens.
+room waits; if no model is ever idle, one of them gets no new requests until it is. The pool knows
+nothing of prompts and tokens.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ MAX_BACK_OFF_S = 30.0
 # A restart that is due so soon is waited for; a later one is refused, so that another node is
 # asked. Long enough for two crashes in a row.
 PATIENCE_S = 2.0
+ROOM_PATIENCE_S = 10.0  # for a model to become idle by itself
 LEARN_INTERVAL_S = 5.0  # between two looks at what a runner takes
 GIB = 1 << 30
 
@@ -56,6 +58,7 @@ class Resident:
     busy: int = 0
     queued: int = 0
     last_used: float = 0.0
+    loaded_at: float = 0.0
     retiring: bool = False  # takes no new requests; ends when the last one is through
     used: Used = UNKNOWN
     learnt_at: float = -math.inf
@@ -144,12 +147,15 @@ class RunnerPool:
                 raise queue_full()
             self._waiting += 1
             try:
-                await self._back_off(key, spec, config)
-                async with self._load_lock:
-                    resident = self._find(key, spec, config)
-                    if resident is None:
-                        resident = await self._load(key, spec, config)
-                    resident.pins += 1
+                while resident is None:
+                    await self._back_off(key, spec, config)
+                    async with self._load_lock:
+                        resident = self._find(key, spec, config)
+                        # It may have crashed while others had the lock; then they wait anew.
+                        if resident is None and self._back_off_s(key, spec, config) <= 0:
+                            resident = await self._load(key, spec, config)
+                        if resident is not None:
+                            resident.pins += 1
             finally:
                 self._waiting -= 1
         else:
@@ -275,6 +281,7 @@ class RunnerPool:
             slots=trio.Semaphore(config.parallel),
             keep_alive_s=self._settings.keep_alive_s,
             last_used=trio.current_time(),
+            loaded_at=trio.current_time(),
         )
         failure = await self._nursery.start(self._keep, key, resident)
         if failure is not None:
@@ -309,13 +316,11 @@ class RunnerPool:
         Raises:
           InferenceError: it is not soon.
         """
-        crashes = self._crashes.get(key)
-        if crashes is None or (crashes.digest, crashes.config) != (spec.digest, config):
-            return
-        wait_s = crashes.restart_at() - trio.current_time()
+        wait_s = self._back_off_s(key, spec, config)
         if wait_s <= PATIENCE_S:
-            await trio.sleep(max(0.0, wait_s))
+            await trio.sleep(wait_s)
             return
+        crashes = self._crashes[key]
         times, again = crashes.in_a_row, f"it is started again in {wait_s:.0f} s"
         retry: dict[str, str | int | float | list[str]] = {"retry_after": math.ceil(wait_s)}
         if crashes.failure is not None:
@@ -326,6 +331,13 @@ class RunnerPool:
             )
         message = f"the runner of {spec.name} has crashed {times} times in a row; {again}"
         raise InferenceError(Failed("RUNNER_DIED", message, 503, retry))
+
+    def _back_off_s(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> float:
+        """Seconds until the model may be started."""
+        crashes = self._crashes.get(key)
+        if crashes is None or (crashes.digest, crashes.config) != (spec.digest, config):
+            return 0.0
+        return max(0.0, crashes.restart_at() - trio.current_time())
 
     def _note_crash(self, key: _Key, resident: Resident, failure: Failed | None) -> None:
         spec, config = resident.spec, resident.wanted
@@ -386,6 +398,7 @@ class RunnerPool:
 
         The longest unused goes first; those that are to stay for ever only when no other is left.
         """
+        patient_until = trio.current_time() + ROOM_PATIENCE_S
         while True:
             changed = self._changed
             available = self._free_memory()
@@ -409,7 +422,12 @@ class RunnerPool:
                 log.info("%s makes room for %s", victim.spec.name, name)
                 await self._end(victim)
             elif residents:
-                await changed.wait()
+                with trio.move_on_at(patient_until) as patience:
+                    await changed.wait()
+                if patience.cancelled_caught:
+                    victim = min(residents, key=lambda one: (one.keep_alive_s < 0, one.loaded_at))
+                    log.info("%s is never idle: it makes room for %s", victim.spec.name, name)
+                    await self._end(victim)
             else:
                 raise InferenceError(_no_memory(name, size, free))
 
@@ -437,7 +455,8 @@ class RunnerPool:
                 if resident.expires_at <= now and not resident.retiring:
                     log.info("%s is unloaded after its keep-alive", resident.spec.name)
                     await self._end(resident)
-            deadline = min((r.expires_at for r in self._residents.values()), default=math.inf)
+            staying = [one for one in self._residents.values() if not one.retiring]
+            deadline = min((one.expires_at for one in staying), default=math.inf)
             with trio.move_on_at(deadline):
                 await changed.wait()
 

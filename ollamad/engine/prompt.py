@@ -288,6 +288,16 @@ async def _tokenize(runner: Runner, text: str, continued: bool) -> list[int]:
     return ids
 
 
+def shifted(ids: Sequence[int], context_length: int, keep: int) -> list[int]:
+    """What llama.cpp has left in its context of a sequence that is longer: the first `keep` tokens
+    stay, and whenever it is full the older half of the others goes."""
+    left = list(ids)
+    keep = min(keep, context_length - 4)
+    while len(left) >= context_length - 1:
+        del left[keep : keep + max(1, (context_length - 1 - keep) // 2)]
+    return left
+
+
 def _conversation(request: GenerateRequest, spec: ModelSpec) -> list[Message]:
     """The messages of a request, behind what the model itself begins every conversation with."""
     system = spec.system

@@ -125,6 +125,13 @@ def token_limit(options: Options, context_length: int) -> int:
     return min(wanted, limit) if wanted > 0 else limit
 
 
+def kept_tokens(options: Options, prompt: int, begin: int) -> int:
+    """How many tokens of a prompt stay when the context is full, of which `begin` are BOS."""
+    keep = options.over(DEFAULTS).num_keep
+    assert keep is not None
+    return prompt if keep < 0 else min(prompt, keep + begin)
+
+
 def json_schema(format_: str) -> msgspec.Raw | None:
     """What a request's `format` asks for: nothing, any object ("json"), or its own schema.
 

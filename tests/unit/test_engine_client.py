@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 
+from ollamad.engine import llama_client
 from ollamad.engine.llama_client import LlamaClient, RunnerGone, RunnerRefused, RunnerStalled
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -127,6 +128,48 @@ async def test_nobody_listens(tmp_path: Path):
     assert not await client.is_ready()
     with pytest.raises(RunnerGone, match="cannot connect"):
         await client.open_completion(b"{}")
+
+
+async def test_a_runner_that_takes_connections_late_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "s"
+    listener = trio.socket.socket(trio.socket.AF_UNIX)
+    await listener.bind(str(path))
+    listener.listen(0)
+    client = LlamaClient(path)
+    answers: list[bool] = []
+
+    async def ask() -> None:
+        answers.append(await client.is_ready())
+
+    async with trio.open_nursery() as nursery:
+        with trio.fail_after(DEADLINE_S):
+            async with trio.open_nursery() as questions:
+                for _ in range(8):
+                    questions.start_soon(ask)
+                await trio.sleep(0.05)  # the kernel keeps one or two of them
+                handler = answering(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                nursery.start_soon(trio.serve_listeners, handler, [trio.SocketListener(listener)])
+        assert answers == [True] * 8
+        client.close()
+        nursery.cancel_scope.cancel()
+    monkeypatch.setattr(llama_client, "CONNECT_PATIENCE_S", 0.05)
+    deaf = trio.socket.socket(trio.socket.AF_UNIX)
+    await deaf.bind(str(tmp_path / "deaf"))
+    deaf.listen(0)
+    client = LlamaClient(tmp_path / "deaf")
+    with trio.fail_after(DEADLINE_S), deaf:
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(ask_in_vain, client)
+            await trio.sleep(0.2)
+            nursery.cancel_scope.cancel()
+
+
+async def ask_in_vain(client: LlamaClient) -> None:
+    with pytest.raises(RunnerGone):
+        await client.tokenize("a", add_special=True, parse_special=False)
 
 
 async def test_connections_are_used_again_and_replaced_when_the_server_closed_them(

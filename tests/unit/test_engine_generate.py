@@ -21,6 +21,7 @@ from ollamad.core.inference import (
 )
 from ollamad.engine.engine import Engine
 from ollamad.engine.llama_client import LlamaClient
+from ollamad.engine.prompt import shifted
 from tests.fakes.fake_runner import BOS
 from tests.fakes.runner_engines import events_of, fake_model, running_engine
 
@@ -62,6 +63,51 @@ async def test_a_completion_from_start_to_end(tmp_path: Path):
         assert last.prompt_cached_count == 2
         assert 0 < last.load_duration < last.total_duration
         assert engine.loaded()[0].busy == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "left"),
+    [
+        ("abcdefghi", "abcdefghi"),  # room for one more
+        ("abcdefghij", "abghij"),  # full: of the eight behind the first two, the older four go
+        ("abcdefghijklm", "abghijklm"),
+        ("abcdefghijklmn", "abklmn"),  # it was full twice
+    ],
+)
+def test_what_a_full_context_has_left(ids: str, left: str):
+    assert "".join(map(chr, shifted(ids_of(ids), 11, 2))) == left
+
+
+@pytest.mark.parametrize(
+    ("num_keep", "kept"), [(None, "<echo"), (100, "<echo12345"), (-1, "<echo12345")]
+)
+async def test_an_answer_longer_than_the_context_goes_on_elsewhere_too(
+    tmp_path: Path, num_keep: int | None, kept: str
+):
+    """As it would have where it was: the older half of what is behind `num_keep` is gone."""
+    spec = fake_model(tmp_path)
+    options = Options(num_ctx=256, num_keep=num_keep)
+    said = "".join(chr(200 + place) for place in range(300))
+    request = GenerateRequest(
+        spec.name, "echo12345", raw=True, options=options, resume=tuple(ids_of(said))
+    )
+    async with running_engine(tmp_path / "run") as engine:
+        *chunks, last = await events_of(engine, spec, request)
+        text = "".join(chunk.text for chunk in chunks if isinstance(chunk, Chunk))
+        assert text.startswith(kept[1:])
+        assert text.endswith(said[-100:])
+        assert len(text) < 256
+        assert len(text) > len(kept) + 100
+        assert said[0] not in text
+        assert isinstance(last, Finished)
+        assert last.prompt_eval_count == 1 + len("echo12345")
+        # Where it is not to go on without its beginning, it is at its end.
+        whole = msgspec.structs.replace(request, shift=False)
+        spent = msgspec.structs.replace(request, options=Options(num_ctx=1024, num_predict=300))
+        for complete in (whole, spent):
+            (end,) = await events_of(engine, spec, complete)
+            assert isinstance(end, Finished)
+            assert (end.reason, end.eval_count) == ("length", 0)
 
 
 async def test_a_natural_end_is_a_stop(tmp_path: Path):

@@ -19,10 +19,11 @@ import trio.testing
 
 from ollamad.core.inference import Chunk, Failed, GenerateRequest, InferenceError, Options
 from ollamad.core.weights import Weights
-from ollamad.engine import process
+from ollamad.engine import pool, process
 from ollamad.engine.accelerators import can_offload
 from ollamad.engine.engine import _groups
 from ollamad.engine.memory import GPU_RESERVE_BYTES, MIB
+from ollamad.engine.spec import ModelSpec
 from tests.fakes.runner_engines import events_of, fake_model, running_engine
 from tests.unit.test_engine_pool import DEADLINE_S, names, runner_pids, until
 
@@ -367,6 +368,81 @@ async def test_loads_that_fail_again_and_again_are_not_tried_each_time(
             await engine.load(spec, Options(num_ctx=64))
         assert "in a row" not in again.value.failure.message
         await engine.load(msgspec.structs.replace(fake_model(tmp_path), digest="sha256:new"))
+
+
+async def test_requests_that_wait_for_one_load_do_not_each_repeat_its_failure(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+):
+    mock_clock.rate = 5.0
+    spec = fake_model(tmp_path, exit_code=1)
+    refused: list[Failed] = []
+    async with running_engine(tmp_path / "run") as engine:
+
+        async def load() -> None:
+            with pytest.raises(InferenceError) as caught:
+                await engine.load(spec)
+            refused.append(caught.value.failure)
+
+        with trio.fail_after(10 * DEADLINE_S):
+            async with trio.open_nursery() as nursery:
+                for _ in range(12):
+                    nursery.start_soon(load)
+        (crashes,) = engine._pool._crashes.values()
+        assert crashes.in_a_row == 5, "the sixth would have to wait for longer than patience"
+    assert len(refused) == 12
+    assert sum("retry_after" in failure.details for failure in refused) == 12 - 5
+
+
+async def test_a_model_that_is_never_idle_makes_room_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pool, "ROOM_PATIENCE_S", 0.1)
+    a, b = fake_model(tmp_path, "a"), fake_model(tmp_path, "b")
+    done: list[str] = []
+
+    async def load(spec: ModelSpec) -> None:
+        await engine.load(spec)
+        done.append(spec.name)
+
+    async with running_engine(tmp_path / "run", max_loaded_models=1) as engine:
+        async with (
+            trio.open_nursery() as nursery,
+            engine.generate(a, GenerateRequest("a", "endless")) as events,
+        ):
+            await events.receive()
+            nursery.start_soon(load, b)
+            await until(lambda: engine._pool._residents[("a", False)].retiring)
+            nursery.start_soon(load, a)  # it would keep it busy for ever
+            for _ in range(20):
+                assert isinstance(await events.receive(), Chunk), "who is served stays so"
+            assert not done
+        assert done == ["b", "a"]
+        assert names(engine) == ["a"]
+
+
+async def test_a_model_that_is_being_ended_does_not_keep_the_loop_busy(tmp_path: Path):
+    spec = fake_model(tmp_path)
+    async with running_engine(tmp_path / "run") as engine:
+        await engine.load(spec)
+        (resident,) = engine._pool._residents.values()
+        resident.keep_alive_s = 0.0
+        resident.retiring = True
+        engine._pool._notify()
+        trio.lowlevel.add_instrument(looks := Looks())
+        await trio.sleep(0.05)
+        trio.lowlevel.remove_instrument(looks)
+        assert looks.steps < 30
+        resident.retiring = False
+
+
+class Looks(trio.abc.Instrument):
+    """Counts the steps of tasks."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.steps += 1
 
 
 def test_inputs_to_embed_are_asked_for_in_groups_of_bounded_size():
