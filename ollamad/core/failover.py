@@ -90,6 +90,7 @@ class Answer:
         self._thought = _Said()
         self._calls = 0  # tool calls that were sent
         self._calls_owed = 0
+        self._said, self._said_tokens = "", 0  # had from before, by tokens that nobody knows
         self._tokens: list[int] = []
         self._all_told = True  # the ids of all that was sent are known
         self._resumed = 0  # tokens that the running attempt was given
@@ -104,27 +105,41 @@ class Answer:
     @property
     def token_count(self) -> int:
         """Tokens that the client has, as far as they are known."""
-        return len(self._tokens)
+        return self._said_tokens + len(self._tokens)
 
-    def have(self, text: str) -> None:
-        """The client has this text from before; of which tokens it is made is not known."""
-        self._text.have(text)
-        self.begun, self._all_told = True, False
+    def have(self, text: str, tokens: int) -> None:
+        """The client has this text from before; of which tokens it is made is not known.
+
+        A continuation reads it behind the prompt, as the tokenizer spells it. To make the answer
+        again instead would be no better: a prompt of which a part was in the cache, where the
+        answer before was written, is rounded differently than one that is read anew.
+        """
+        self.begun = True
+        if self._mode == "continue":
+            self._said, self._said_tokens = text, tokens
+        else:
+            self._text.have(text)
+            self._all_told = False
 
     def resume(self) -> GenerateRequest:
         """The request for the next node; the whole one if nothing was sent yet."""
         self._resumed = 0
         if not self.begun:
             return self._request
-        if self.mode == "replay":
+        if self.mode != "continue":
             self._text.rewind()
             self._thought.rewind()
             self._calls_owed = self._calls
             return self._request
         self._text.settle()
-        self._resumed = len(self._tokens)
-        text = self._text.text if self._request.request_id else ""
-        return msgspec.structs.replace(self._request, resume=tuple(self._tokens), resumed_text=text)
+        self._resumed = self.token_count
+        return msgspec.structs.replace(
+            self._request,
+            resume=tuple(self._tokens),
+            resumed_text=self._text.text if self._request.request_id else "",
+            said=self._said,
+            said_tokens=self._said_tokens,
+        )
 
     def take(self, event: Event) -> Event | None:
         """What of that event the client gets; None if it has it already."""
@@ -164,7 +179,7 @@ class Answer:
     def _finish(self, event: Finished) -> Event:
         if self._text.is_owed or self._thought.is_owed or self._calls_owed:
             return _diverged()
-        if not self.failovers:
+        if not self.failovers and not self._resumed:
             return event
         count = event.eval_count + self._resumed
         return msgspec.structs.replace(event, eval_count=count, failovers=self.failovers)

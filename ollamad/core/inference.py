@@ -95,6 +95,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     fingerprint: str = ""  # of who asked for what under the `request_id`, see core.transcripts
     parallel_calls: bool = True  # one answer may call several tools
     only_counts: bool = False  # tell how many tokens the prompt has, and do not answer
+    said: str = ""  # the answer's text before `resume`, where nobody knows its tokens any more
+    said_tokens: int = 0  # how many they were
 
     @property
     def has_images(self) -> bool:

@@ -271,7 +271,7 @@ class _Work:
     async def events(self) -> AsyncGenerator[Event, None]:
         request = self._request
         # What needs the prompt's ids or its length beforehand.
-        exactly = bool(request.resume or request.context or request.only_counts)
+        exactly = bool(request.resume or request.said or request.context or request.only_counts)
         exactly = exactly or not request.shift
         # The runner's contexts are whole steps; within one, only we know what is too long.
         exactly = exactly or self._config.context_length % CONTEXT_STEP > 0
@@ -324,14 +324,17 @@ class _Work:
     async def _complete(self, prompt: Prompt, limit: int) -> AsyncGenerator[Event, None]:
         """An answer token by token."""
         request, runner = self._request, self._runner
-        resumed = len(request.resume)
-        limit -= resumed
-        asked = await prompt.asked(runner, request.resume)
+        resume = request.resume
+        limit -= request.said_tokens + len(resume)
+        if request.said:
+            resume = (*await _read_on(runner, request.said), *resume)
+        resumed = len(resume)
+        asked = await prompt.asked(runner, resume)
         if resumed:
             is_full = len(prompt.ids) + resumed >= self._config.context_length
             if limit <= 0 or (is_full and not (request.shift and isinstance(asked, list))):
                 # The answer was complete but for the word that it is.
-                ids = (*prompt.ids, *request.resume)
+                ids = (*prompt.ids, *resume)
                 yield Finished("length", context=ids if _can_go_on(request) else ())
                 return
             if is_full and isinstance(asked, list):
@@ -361,7 +364,7 @@ class _Work:
             yield chunk
         context: tuple[int, ...] = ()
         if _can_go_on(request):
-            context = (*await prompt_ids(runner, prompt), *request.resume, *emitted)
+            context = (*await prompt_ids(runner, prompt), *resume, *emitted)
         yield _finished(event, context, resumed=resumed)
 
 
@@ -451,6 +454,16 @@ async def _spell(runner: Runner, gap: Gap) -> tuple[int, ...]:
     )
     tail = after_line[-len(gap.ids) :]
     return tuple(tail if gap.fits(tail) else plain)
+
+
+async def _read_on(runner: Runner, text: str) -> list[int]:
+    """The ids of a text that stands behind others."""
+    # SentencePiece puts a space before a text; behind a line end it does not.
+    line = await runner.client.tokenize("\n", add_special=False, parse_special=False)
+    ids = await runner.client.tokenize("\n" + text, add_special=False, parse_special=False)
+    if ids[: len(line)] == line:
+        return ids[len(line) :]
+    return await runner.client.tokenize(text, add_special=False, parse_special=False)
 
 
 def _groups(inputs: Sequence[list[int]]) -> Iterator[list[list[int]]]:

@@ -90,7 +90,9 @@ def _sampling(
     any_seed = chosen.seed is None or chosen.seed < 0
     body: dict[str, Any] = {
         "stream": True,
-        "cache_prompt": True,
+        # What a cache holds of an earlier answer was computed token by token, and is rounded
+        # differently from what is read: to run twice alike, a prompt is read whole both times.
+        "cache_prompt": request.failover != "replay",
         # Something to write after each batch of the prompt: llama.cpp notices only by a failed
         # write that the client has gone.
         "return_progress": True,

@@ -224,11 +224,11 @@ class Dispatcher:
                         await relay.begin_behind(node_id, events, known)
                     else:
                         if resume is not None and resume.from_token:
-                            # It is made again from the beginning, with the same seed.
+                            # Without its text it is made again, with the same seed.
                             if resume.received is None:
                                 relay.skip = resume.from_token
                             else:
-                                answer.have(resume.received)
+                                answer.have(resume.received, resume.from_token)
                         await relay.begin()
                 yield relay
             finally:
@@ -343,8 +343,8 @@ class Dispatcher:
         self, stack: AsyncExitStack, node_id: NodeId, model: Model, request: GenerateRequest
     ) -> EventSource:
         """Have a node answer; the stack ends it."""
-        if self._failover == "off" and not request.failover:
-            request = msgspec.structs.replace(request, failover="off")  # it does not know
+        if self._failover != "continue" and not request.failover:
+            request = msgspec.structs.replace(request, failover=self._failover)  # it does not know
         if node_id == self._node_id:
             return await stack.enter_async_context(self._serve(model, request))
         stream = await stack.enter_async_context(
@@ -401,7 +401,8 @@ class Dispatcher:
     async def _serve(self, model: Model, request: GenerateRequest) -> AsyncIterator[EventSource]:
         """Have this node's engine answer, measured, and kept for who may ask again."""
         with self.router.serving(model, request) as serving:
-            if not request.request_id:
+            # The tokens of what was `said` are not known, so nobody could be told where it stands.
+            if not request.request_id or request.said:
                 async with self._engine.generate(model, request) as events:
                     measured = _Measured(events, serving)
                     with self._draining.running(model, request, measured) as movable:

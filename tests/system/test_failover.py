@@ -90,12 +90,19 @@ class Watched:
     """A streamed answer with the fault in its middle."""
 
     def __init__(
-        self, cluster: Cluster, fault: Callable[[Node], None] | None, after: int, **changes: Any
+        self,
+        cluster: Cluster,
+        fault: Callable[[Node], None] | None,
+        after: int,
+        *,
+        route: str = "/generate",
+        **changes: Any,
     ) -> None:
         entry = cluster.nodes[2]
         self.lines: list[Any] = []
         self.longest_silence_s = 0.0
-        with entry.stream("/generate", **ASK | changes) as stream:
+        body = changes if route == "/chat" else ASK | changes
+        with entry.stream(route, **body) as stream:
             self.first = next(n for n in cluster.nodes if n.id == stream.served_by)
             heard = time.monotonic()
             for line in stream:
@@ -109,6 +116,11 @@ class Watched:
     @property
     def text(self) -> str:
         return "".join(line.get("response", "") for line in self.lines)
+
+    @property
+    def said(self) -> str:
+        """The same of a chat."""
+        return "".join(line["message"]["content"] for line in self.lines)
 
     @property
     def end(self) -> Any:
@@ -127,6 +139,24 @@ def test_a_replay_gives_the_undisturbed_text(three: Cluster, fault: Callable[[No
     assert (move["from_node"], move["mode"]) == (watched.first.id, "replay")
     assert watched.end["eval_count"] == undisturbed["eval_count"]
     assert watched.end["context"] == undisturbed["context"]
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_replay_gives_the_undisturbed_text_of_a_later_turn(three: Cluster) -> None:
+    """The first node has the earlier answer in its cache, written token by token; rounded
+    differently from what the second one reads."""
+    question = {"role": "user", "content": "Describe an old clock."}
+    messages: list[Any] = [question]
+    asked = {key: value for key, value in ASK.items() if key != "prompt"}
+    first = ok(three.nodes[2].answer("/chat", **asked, messages=[question]))
+    for _ in range(3):
+        messages += [first["message"], {"role": "user", "content": "Tell me more, please."}]
+        body = asked | {"messages": messages, "failover": "replay"}
+        undisturbed = ok(three.nodes[2].answer("/chat", **body))
+        watched = Watched(three, kill_runner, CUT, route="/chat", **body)
+        assert watched.said == undisturbed["message"]["content"]
+        assert watched.end["failovers"][0]["mode"] == "replay"
+        first = undisturbed
 
 
 @pytest.mark.usefixtures("whole")

@@ -1,6 +1,7 @@
 """What a client has of an answer, and what another node has to add: both ways, every seam."""
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import given
 
@@ -135,6 +136,24 @@ def test_a_replay_without_the_calls_that_were_made_diverged() -> None:
     feed(answer, ToolCall("f"))
     answer.resume()
     assert isinstance(answer.take(Finished("stop")), Failed)
+
+
+def test_behind_a_text_of_unknown_tokens() -> None:
+    answer = Answer(ASK, "continue")
+    answer.have("abc", 2)
+    assert (answer.mode, answer.token_count) == ("continue", 2)
+    request = answer.resume()
+    assert (request.said, request.said_tokens, request.resume) == ("abc", 2, ())
+    assert answer.take(Chunk("d", (4,))) == Chunk("d", (4,))
+    again = answer.resume()
+    assert (again.said, again.said_tokens, again.resume) == ("abc", 2, (4,))
+    end = answer.take(Finished("stop", eval_count=5))
+    assert isinstance(end, Finished)
+    assert end.eval_count == 8
+    with_state = Answer(msgspec.structs.replace(ASK, format="json"), "continue")
+    with_state.have("abc", 2)
+    assert with_state.resume().said == "", "a grammar's state no text tells"
+    assert with_state.take(Chunk("abcd", (1, 2, 3))) == Chunk("d")
 
 
 def test_off_stays_off() -> None:

@@ -110,6 +110,28 @@ async def test_an_answer_longer_than_the_context_goes_on_elsewhere_too(
             assert (end.reason, end.eval_count) == ("length", 0)
 
 
+@pytest.mark.parametrize("sentencepiece", [False, True])
+async def test_an_answer_goes_on_behind_a_text(tmp_path: Path, sentencepiece: bool):
+    """Its tokens nobody knows any more; they count, and are part of the context."""
+    spellings = {"\n": [9, 10], "\nxyz": [9, 10, 120, 121, 122]} if sentencepiece else {}
+    spec = fake_model(tmp_path, spellings=spellings)
+    options = Options(num_predict=6)
+    request = GenerateRequest(
+        spec.name, "echo", options=options, resume=(33,), said="xyz", said_tokens=3
+    )
+    async with running_engine(tmp_path / "run") as engine:
+        raw = msgspec.structs.replace(request, raw=True)
+        *chunks, last = await events_of(engine, spec, raw)
+        text = "".join(chunk.text for chunk in chunks if isinstance(chunk, Chunk))
+        assert text == "echoxyz!"
+        assert isinstance(last, Finished)
+        assert last.prompt_eval_count == 1 + len("echo")
+        *_, last = await events_of(engine, spec, msgspec.structs.replace(request, prompt="hi"))
+        assert isinstance(last, Finished)
+        assert last.eval_count == 6 - 3 - 1, "what is left of the limit"
+        assert last.context == (BOS, *ids_of("user:hi\n"), *ids_of("xyz!"), *ids_of("ab"))
+
+
 async def test_a_natural_end_is_a_stop(tmp_path: Path):
     spec = fake_model(tmp_path)
     async with running_engine(tmp_path / "run") as engine:

@@ -42,6 +42,13 @@ def test_what_a_request_itself_asks_of_the_sampling():
     assert body_of(Options(seed=8), default_seed=7)["seed"] == 8
 
 
+def test_a_replay_reads_its_prompt_whole():
+    """So that it is computed alike on a node that has some of it in its cache."""
+    for mode, cached in (("", True), ("continue", True), ("off", True), ("replay", False)):
+        body = completion_body([1], GenerateRequest("m", failover=mode), Options(), 9, None)
+        assert msgspec.json.decode(body)["cache_prompt"] is cached
+
+
 def test_ollamas_defaults():
     assert body_of(Options()) == {
         "prompt": [1, 2],

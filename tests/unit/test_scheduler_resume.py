@@ -14,7 +14,7 @@ from ollamad.scheduler.relay import Relay
 from tests.fakes.engines import drain
 from tests.fakes.peer_net import PeerNet
 from tests.unit.test_scheduler_dispatch import B, C, Node, World
-from tests.unit.test_scheduler_failover import ASK, end_of, text_of, writes_on
+from tests.unit.test_scheduler_failover import ASK, TEXT, end_of, text_of, writes_on
 
 NAMED = msgspec.structs.replace(ASK, request_id="r1", default_seed=-1)
 ADA = Asker("ada")
@@ -109,14 +109,62 @@ async def test_a_generation_that_still_runs_is_ended_where_it_runs(world: World)
         assert caught.value.failure.code == "RESUMED_ELSEWHERE"
 
 
-async def test_when_the_serving_node_died_too_it_is_made_again_with_the_same_seed(
-    world: World,
-) -> None:
-    await ask(world.a, only=3)
+async def lose(world: World, request: GenerateRequest) -> None:
+    """B serves and dies after three tokens, and the entry node with it."""
+    await ask(world.a, request, only=3)
     world.net.down.add(B)
     world.net.cut(B)
     world.presences[B] = world.presence(online=False)
+
+
+async def test_when_the_serving_node_died_too_it_goes_on_behind_the_text(world: World) -> None:
+    """As when the node that the client talks to serves as well, which is the usual case."""
+
+    def writes_behind(request: GenerateRequest) -> list[Event | Exception]:
+        assert request.said in ("", "abc")
+        if not request.said:
+            return writes_on(request)
+        assert request.said_tokens == 3
+        return [*TEXT[3 + len(request.resume) :], Finished("stop", eval_count=2)]
+
+    for node in (world.b, world.c):
+        node.engine.script_for = writes_behind
+    await lose(world, NAMED)
     relay, events = await ask(world.c, resume=Resume(3, "abc"))
+    assert text_of(events) == "def"
+    assert relay.node_id == C
+    end = end_of(events)
+    assert (end.eval_count, end.failovers) == (3 + 2, ())
+    [again] = world.c.engine.requests
+    assert isinstance(again, GenerateRequest)
+    assert (again.said, again.said_tokens, again.resume) == ("abc", 3, ())
+    # And once more, from further on; nothing is kept of which nobody knows the tokens.
+    assert len(world.c.dispatcher._keeper._transcripts) == 0
+    assert text_of((await ask(world.c, resume=Resume(3, "abc")))[1]) == "def"
+
+
+async def test_what_goes_on_behind_a_text_can_be_lost_once_more(world: World) -> None:
+    def dies_at_five(request: GenerateRequest) -> list[Event | Exception]:
+        rest = list(TEXT[request.said_tokens + len(request.resume) :])
+        if request.resume:
+            assert (request.said, request.resume) == ("abc", (4, 5))
+            return [*rest, Finished("stop", eval_count=len(rest))]
+        return [*rest[:2], Failed("RUNNER_DIED", "killed", 503)]
+
+    for node in (world.b, world.c):
+        node.engine.script_for = dies_at_five
+    _, events = await ask(world.a, resume=Resume(3, "abc"))
+    assert text_of(events) == "def"
+    end = end_of(events)
+    assert end.eval_count == 6
+    assert (end.failovers[0].mode, end.failovers[0].after_tokens) == ("continue", 5)
+
+
+@pytest.mark.parametrize("mode", ["replay", "off"])
+async def test_a_replay_is_made_again_with_the_same_seed(world: World, mode: str) -> None:
+    request = msgspec.structs.replace(NAMED, failover=mode)
+    await lose(world, request)
+    relay, events = await ask(world.c, request, resume=Resume(3, "abc"))
     assert text_of(events) == "def"
     assert relay.node_id == C
     first, again = world.b.engine.requests[0], world.c.engine.requests[0]
@@ -139,7 +187,8 @@ async def test_without_the_text_it_is_counted(world: World) -> None:
 
 async def test_what_is_made_again_and_differs_ends_with_an_error(world: World) -> None:
     world.hold(C)
-    _, events = await ask(world.a, resume=Resume(3, "xyz"))
+    replayed = msgspec.structs.replace(NAMED, failover="replay")
+    _, events = await ask(world.a, replayed, resume=Resume(3, "xyz"))
     assert isinstance(events[-1], Failed)
     assert events[-1].code == "REPLAY_DIVERGED"
 
@@ -215,7 +264,8 @@ async def test_a_node_that_does_not_answer_is_not_waited_for_long(
 
     world.net.meshes[B].handle("infer.transcript", hang)
     begun = trio.current_time()
-    assert text_of((await ask(world.c, resume=Resume(2, "ab")))[1]) == "cdef"
+    replayed = msgspec.structs.replace(NAMED, failover="replay")
+    assert text_of((await ask(world.c, replayed, resume=Resume(2, "ab")))[1]) == "cdef"
     assert trio.current_time() - begun < 2
 
 
