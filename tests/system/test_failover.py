@@ -147,7 +147,7 @@ def test_a_replay_gives_the_undisturbed_text_of_a_later_turn(three: Cluster) -> 
     differently from what the second one reads."""
     question = {"role": "user", "content": "Describe an old clock."}
     messages: list[Any] = [question]
-    asked = {key: value for key, value in ASK.items() if key != "prompt"}
+    asked: dict[str, Any] = {key: value for key, value in ASK.items() if key != "prompt"}
     first = ok(three.nodes[2].answer("/chat", **asked, messages=[question]))
     for _ in range(3):
         messages += [first["message"], {"role": "user", "content": "Tell me more, please."}]
