@@ -66,6 +66,7 @@ class _Other:
     """What another entry node has told."""
 
     def __init__(self) -> None:
+        self.told = NOBODY
         self.got: dict[int, int] = {}
         self.asking: dict[str, frozenset[int]] = {}
         self.more: dict[str, int] = {}
@@ -136,6 +137,9 @@ class Ledger:
         if shares == NOBODY and node_id not in self._others:
             return
         other = self._others.setdefault(node_id, _Other())
+        if shares is other.told:
+            return  # a rumour, which tells nothing of this
+        other.told = shares
         names = shares.list_names()
         here = {self._names[identity]: identity for identity in self._names}
         for name, got in zip(names, shares.got, strict=False):

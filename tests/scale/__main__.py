@@ -66,6 +66,7 @@ def draw(found: list[Summary], worlds: dict[int, World], directory: Path) -> Non
     import matplotlib
 
     matplotlib.use("Agg")
+    directory.mkdir(parents=True, exist_ok=True)
     from matplotlib import pyplot
 
     style: dict[str, Any] = {"figsize": (9, 5.5), "layout": "constrained"}
