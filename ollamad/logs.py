@@ -15,6 +15,14 @@ LEVELS = {
     "error": logging.ERROR,
 }
 
+# Syslog's numbers for levels from there up.
+PRIORITIES = (
+    (logging.CRITICAL, 2),
+    (logging.ERROR, 3),
+    (logging.WARNING, 4),
+    (logging.INFO, 6),
+    (logging.NOTSET, 7),
+)
 
 # What other hosts can cause to be logged, as often as they like. The first argument of such a line
 # is who caused it.
@@ -91,12 +99,24 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry)
 
 
-def set_up(level: str, form: str, *, under_systemd: bool) -> None:
+class JournalFormatter(logging.Formatter):
+    """Each line of another's with its syslog priority in front, which the journal takes off."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next(number for level, number in PRIORITIES if record.levelno >= level)
+        lines = self._inner.format(record).splitlines() or [""]
+        return "\n".join(f"<{priority}>{line}" for line in lines)
+
+
+def set_up(level: str, form: str, *, to_journal: bool) -> None:
     """Send the log of everything to stderr; libraries only from warnings up."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter() if form == "json" else TextFormatter(with_time=not under_systemd)
-    )
+    formatter = JsonFormatter() if form == "json" else TextFormatter(with_time=not to_journal)
+    handler.setFormatter(JournalFormatter(formatter) if to_journal else formatter)
     handler.addFilter(FloodFilter())
     root = logging.getLogger()
     root.handlers = [handler]

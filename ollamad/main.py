@@ -21,6 +21,7 @@ app = typer.Typer(
     help="The daemon of Ollama Distributed: one on every host, together one big Ollama.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # as in ollama-dist: half the time
     pretty_exceptions_enable=False,
 )
 
@@ -338,5 +339,7 @@ def _unless_set(command_line: dict[str, Any], config_dir: Path | None) -> dict[s
 def _fail(message: str, code: int) -> NoReturn:
     # A refusal may come from a stranger; it must not move the cursor of who reads it.
     shown = "".join(c if c.isprintable() else " " for c in message)
-    typer.echo(f"ollamad: {shown}", err=True)
+    from ollamad.systemd import is_journal
+
+    typer.echo(f"{'<3>' if is_journal(sys.stderr) else ''}ollamad: {shown}", err=True)
     raise typer.Exit(code)

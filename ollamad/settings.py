@@ -205,8 +205,8 @@ ENVIRONMENT = {
     "OLLAMA_LOAD_TIMEOUT": "engine.load_timeout",
 }
 ENVIRONMENT_PREFIX = "OLLAMAD_"
-# Variables of that prefix that are no settings.
-ENVIRONMENT_OTHERS = {"OLLAMAD_ADMIN_PASSWORD", "OLLAMAD_TEST_MODEL"}
+# Variables of that prefix that are no settings. The last is read by packaging/unpack.sh.
+ENVIRONMENT_OTHERS = {"OLLAMAD_ADMIN_PASSWORD", "OLLAMAD_TEST_MODEL", "OLLAMAD_UNPACK_DIR"}
 
 
 @dataclass(frozen=True, slots=True)

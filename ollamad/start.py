@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -44,9 +45,7 @@ def run(
     Raises:
       StartError: it cannot start, or had to give up.
     """
-    logs.set_up(
-        settings.log.level, settings.log.format, under_systemd="JOURNAL_STREAM" in os.environ
-    )
+    logs.set_up(settings.log.level, settings.log.format, to_journal=systemd.is_journal(sys.stderr))
     os.umask(0o077)  # the journal holds the cluster's keys
     # A shell's soft limit (1024) is soon used up by clients, and then no peer gets in either.
     hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 import trio
 
@@ -33,6 +34,18 @@ def notify(message: str, environment: Mapping[str, str] = os.environ) -> bool:
     except OSError:
         return False
     return True
+
+
+def is_journal(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether what is written there goes to systemd's journal.
+
+    The variable alone does not say so: children have it too, with their outputs elsewhere.
+    """
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def watchdog_interval_s(environment: Mapping[str, str] = os.environ) -> float | None:

@@ -18,6 +18,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+from parts import complete
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "binary"
 DIST = ROOT / "dist"
@@ -34,7 +36,8 @@ def main() -> None:
         environment,
         tools / "cyclonedx-py",
         *("environment", python, "--pyproject", "pyproject.toml", "--mc-type", "application"),
-        *("--of", "JSON", "--output-reproducible", "-o", BUILD / "sbom.json"),
+        *("--of", "JSON", "--output-reproducible", "--gather-license-texts"),
+        *("-o", BUILD / "sbom.json"),
     )
     run(
         environment,
@@ -42,6 +45,8 @@ def main() -> None:
         *("--log-level", "WARN", "--noconfirm", "packaging/ollamad.spec"),
         *("--distpath", FOLDER.parent, "--workpath", BUILD / "work"),
     )
+    (packages,) = (BUILD / "venv" / "lib").glob("python3.*/site-packages")
+    complete(BUILD / "sbom.json", BUILD / "work" / "ollamad", packages)
     (FOLDER / "ollama-dist").symlink_to("ollamad")
     DIST.mkdir(exist_ok=True)
     target = DIST / "ollamad"

@@ -6,6 +6,7 @@ package; there is nothing here that depends on it.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from datetime import UTC, datetime
@@ -34,7 +35,7 @@ def main() -> None:
     subprocess.run(
         ["dpkg-buildpackage", "--build=binary", "--no-sign"],
         cwd=source,
-        env=os.environ | {"SOURCE_DATE_EPOCH": epoch()},
+        env=os.environ | {"SOURCE_DATE_EPOCH": epoch(), "GLIBC": glibc()},
         check=True,
     )
     DIST.mkdir(exist_ok=True)
@@ -76,8 +77,21 @@ def fill(root: Path, number: str) -> None:
             check=False,  # Typer ends with 1 after a script
         ).stdout
         assert "_OLLAMA_DIST_COMPLETE" in script, f"no completion for {shell}"
+        if shell == "zsh":  # the key press that loads the file wants an answer too
+            script += '\n_ollama_dist_completion "$@"'
         (root / path).parent.mkdir(parents=True)
         (root / path).write_text(f"{script.strip()}\n")
+
+
+def glibc() -> str:
+    """The oldest version of glibc that everything inside runs with, by the symbols it asks for."""
+    found = {
+        (int(major), int(minor))
+        for path in FOLDER.rglob("*")
+        if path.is_file() and (path.name == "ollamad" or ".so" in path.name)
+        for major, minor in re.findall(rb"GLIBC_(\d+)\.(\d+)\b", path.read_bytes())
+    }
+    return "{}.{}".format(*max(found))
 
 
 def changelog(number: str) -> str:

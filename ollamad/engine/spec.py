@@ -25,6 +25,11 @@ from ollamad.core.weights import (
     choose_engine,
 )
 
+# What this program is started again with. One that is frozen has no modules to name.
+OURSELVES = (
+    (sys.executable,) if getattr(sys, "frozen", False) else (sys.executable, "-m", "ollamad")
+)
+
 # Tokens of an input to embed: pooling needs them all in one batch. Ollama's batch.
 EMBEDDING_BATCH = 512
 AUTO_BATCH = 0  # the runner knows what suits its hardware
@@ -71,8 +76,8 @@ class EngineSettings:
     engines: tuple[str, ...] = (XLLAMACPP, CTRANSFORMERS)  # that this node has
     llama_server: str = ""  # path of the program; then it is preferred to the embedded one
     memory_record: Path | None = None  # file that remembers what models took
-    # What starts a runner; its arguments follow. A frozen program puts itself here.
-    runner_command: tuple[str, ...] = (sys.executable, "-m", "ollamad", "runner")
+    # What starts a runner; its arguments follow.
+    runner_command: tuple[str, ...] = (*OURSELVES, "runner")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,266 +1,251 @@
-"""The file and the package on Debian systems with nothing else on them: `make packagetest`.
+"""The Debian package: what is in it, and its way through a machine's life: `make deb`, then this.
 
-Needs root, debootstrap, systemd-container, and what `make deb` has put into dist/. Each system is
-a copy of one that debootstrap makes once, in `.cache/`; one of them is booted.
+The tests of the machine build on one another, in their order: install, upgrade, remove, purge.
 """
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-BINARY = ROOT / "dist" / "ollamad"
-BASE = ROOT / ".cache" / "bookworm"
-BOOT_LIMIT_S = 60.0
-MAX_SIZE = 150_000_000
+from tests.packaging.machines import ROOT, Machine, run
+
+PREVIOUS_VERSION = "0.0.9"
+OTHER_NODES = (2, 3)  # of the cluster, beside the package's; from the one file, like from a user
+LINTIAN_LIMIT_S = 300
+SETTINGS = "# An administrator's own.\nrate_limits:\n  general: 1234\n"
 
 
-def packages() -> list[Path]:
-    return sorted((ROOT / "dist").glob("ollamad_*.deb"))
-
-
-def missing() -> str:
-    """Why these tests cannot run here; empty if they can."""
-    if os.geteuid() != 0:
-        return "only root makes root file systems"
-    for tool in ("debootstrap", "systemd-nspawn"):
-        if shutil.which(tool) is None:
-            return f"{tool} is not installed"
-    return "" if BINARY.exists() and packages() else "dist/ is empty: make deb"
-
-
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
-
-
-def run(*command: str | Path, **more: object) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **more)  # type: ignore[call-overload]
-    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return str(done.stdout)
-
-
-def mirror() -> str:
-    """Where this host gets its Debian packages."""
-    for path in (*Path("/etc/apt/sources.list.d").glob("*"), Path("/etc/apt/sources.list")):
-        if path.is_file() and (found := re.search(r"https?://\S+/debian\b", path.read_text())):
-            return found[0]
-    return "http://deb.debian.org/debian"
-
-
-def debian(name: str, *more: str) -> Path:
-    """A root file system with these packages, made once."""
-    path = BASE.with_name(f"{BASE.name}-{name}")
-    if not (path / "etc/debian_version").exists():
-        shutil.rmtree(path, ignore_errors=True)
-        including = [f"--include={','.join(more)}"] if more else []
-        run("debootstrap", "--variant=minbase", *including, "bookworm", path, mirror())
-    return path
-
-
-@pytest.fixture
-def bare(tmp_path: Path) -> Iterator[Path]:
-    """The smallest Debian: no Python, no systemd."""
-    root = tmp_path / "bare"
-    run("cp", "-a", "--reflink=auto", debian("bare"), root)
-    yield root
-    shutil.rmtree(root)
-
-
-def test_the_one_file_runs_where_no_python_is(bare: Path) -> None:
-    assert not (bare / "usr/bin/python3").exists()
-    assert BINARY.stat().st_size <= MAX_SIZE
-    shutil.copy(BINARY, bare / "usr/local/bin/ollamad")
-    (bare / "usr/local/bin/ollama-dist").symlink_to("ollamad")
-    told = run("chroot", bare, "ollamad", "version")
-    assert re.search(r"^ollamad [\d.]+ \(commit [0-9a-f]{12}, built \d{4}-", told), told
-    assert "xllamacpp" in told
-    assert "Commands" in run("chroot", bare, "ollama-dist", "--help")
-    unpacked = list((bare / "var/cache/ollamad").iterdir())
-    assert len(unpacked) == 1, "one version is unpacked once"
-    assert unpacked[0].stat().st_mode & 0o077 == 0
-    # A runner is the program itself.
-    refused = subprocess.run(
-        ["chroot", bare, "ollamad", "runner", "--help"], capture_output=True, text=True, check=False
+def test_lintian_has_nothing_to_say(package: Path) -> None:
+    if shutil.which("lintian") is None:
+        pytest.skip("lintian is not installed")
+    done = subprocess.run(
+        ["lintian", "--allow-root", "--display-info", "--tag-display-limit=0", package],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=LINTIAN_LIMIT_S,
     )
-    assert "--model" in refused.stdout + refused.stderr
+    tags = [line for line in done.stdout.splitlines() if not line.startswith("N:")]
+    assert tags == []
+    assert done.returncode == 0, done.stderr
 
 
-def test_a_full_disk_leaves_nothing_half_unpacked(bare: Path, tmp_path: Path) -> None:
-    shutil.copy(BINARY, bare / "usr/local/bin/ollamad")
-    small = bare / "small"
-    small.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", small)
-    try:
-        failed = subprocess.run(
-            ["chroot", bare, "env", "OLLAMAD_UNPACK_DIR=/small", "ollamad", "version"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert failed.returncode == 1
-        assert "free" in failed.stderr
-        assert "OLLAMAD_UNPACK_DIR" in failed.stderr
-        assert list(small.iterdir()) == []
-    finally:
-        run("umount", small)
+def test_each_override_of_lintian_has_a_reason() -> None:
+    lines = (ROOT / "packaging/debian/ollamad.lintian-overrides").read_text().splitlines()
+    reasoned = False
+    for line in lines:
+        if line.startswith("#"):
+            reasoned = len(line) > 20
+        elif line:
+            assert reasoned, f"no reason: {line}"
+        else:
+            reasoned = False
 
 
-def test_the_list_of_parts_names_them_with_versions_and_licences() -> None:
-    parts = json.loads((ROOT / "dist" / "ollamad.cdx.json").read_text())
-    assert parts["bomFormat"] == "CycloneDX"
-    by_name = {part["name"]: part for part in parts["components"]}
-    for name in ("trio", "hypercorn", "pysyncobj", "xllamacpp", "msgspec", "cryptography"):
-        assert by_name[name]["version"]
-    assert by_name["trio"]["licenses"]
-
-
-class Machine:
-    """A Debian with systemd that runs in a container, with the package installed."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.name = f"ollamad-test-{os.getpid()}"
-        self.process: subprocess.Popen[str] | None = None
-
-    def boot(self) -> None:
-        self.process = subprocess.Popen(
-            [
-                *("systemd-nspawn", "-q", "-D", self.root, "--register=no", "--keep-unit"),
-                *("--private-network", f"--machine={self.name}", "--console=pipe", "-b"),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        limit = time.monotonic() + BOOT_LIMIT_S
-        while "running" not in (state := self.call("systemctl", "is-system-running", fails=True)):
-            if "degraded" in state:
-                break
-            assert time.monotonic() < limit, f"it did not boot: {state}"
-            time.sleep(0.3)
-
-    def leader(self) -> str:
-        """The pid of the container's first process."""
-        assert self.process is not None
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return children.split()[0] if children.split() else ""
-
-    def call(self, *command: str, fails: bool = False) -> str:
-        """Run a command inside, and give what it prints."""
-        inside = ["nsenter", "--all", "--target", self.leader() or "1", "--", *command]
-        if not self.leader():
-            return ""
-        done = subprocess.run(inside, capture_output=True, text=True, check=False)
-        assert fails or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        return done.stdout + done.stderr
-
-    def wait(self, what: str, *command: str, shows: str, limit_s: float = 40.0) -> str:
-        limit = time.monotonic() + limit_s
-        while shows not in (told := self.call(*command, fails=True)):
-            if time.monotonic() > limit:
-                log = self.call("journalctl", "-u", "ollamad", "--no-pager", "-n", "40", fails=True)
-                raise AssertionError(f"{what}: {told}\n{log}")
-            time.sleep(0.2)
-        return told
-
-    def property(self, name: str) -> str:
-        return self.call("systemctl", "show", "ollamad", f"--property={name}", "--value").strip()
-
-    def close(self) -> None:
-        if self.process is not None:
-            leader = self.leader()
-            if leader:
-                subprocess.run(["kill", "-SIGRTMIN+4", leader], check=False)  # power off
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+def test_what_the_package_says_of_itself(package: Path) -> None:
+    told = run("dpkg-deb", "--field", package)
+    assert re.search(r"^Package: ollamad$", told, re.M)
+    assert re.search(r"^Depends:.*\blibc6 \(>= 2\.", told, re.M)
+    assert re.search(r"^Depends:.*\bca-certificates\b", told, re.M)
+    source = (ROOT / "packaging/debian/control").read_text()
+    assert re.search(r"^Architecture: amd64 arm64$", source, re.M)
+    conffiles = run("dpkg-deb", "--info", package, "conffiles").split()
+    assert conffiles == ["/etc/default/ollamad", "/etc/ollamad/config.yaml"]
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    root = tmp_path_factory.mktemp("boot") / "root"
-    made = debian("systemd", "systemd-sysv", "dbus", "ca-certificates", "adduser", "procps")
-    run("cp", "-a", "--reflink=auto", made, root)
-    shutil.copy(packages()[-1], root / "ollamad.deb")
-    machine = Machine(root)
-    try:
-        machine.boot()
-        yield machine
-    finally:
-        machine.close()
-        shutil.rmtree(root)
+def previous(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package of the release before: OLLAMAD_PREVIOUS_DEB, else this one with an older number.
 
-
-def test_the_package_installs_a_service_that_runs(machine: Machine) -> None:
-    machine.call("dpkg", "--install", "/ollamad.deb")
-    machine.wait("active", "systemctl", "is-active", "ollamad", shows="active")
-    machine.wait("ready", "systemctl", "status", "ollamad", "--no-pager", shows="leader; 1 of 1")
-    assert "ollamad" in machine.call("ps", "-o", "user=", "-p", machine.property("MainPID"))
-    health = machine.call("ollama-dist", "status")
-    assert "healthy" in health or "leader" in health, health
-    for path in ("/usr/share/man/man1/ollamad.1.gz", "/etc/ollamad/config.yaml"):
-        assert (machine.root / path.lstrip("/")).exists()
-
-
-def test_a_crash_and_a_loop_that_stands_still_are_followed_by_a_restart(machine: Machine) -> None:
-    machine.wait("ready", "systemctl", "status", "ollamad", "--no-pager", shows="leader; 1 of 1")
-    for signal in ("SIGKILL", "SIGSTOP"):  # a stopped process feeds no watchdog
-        before = machine.property("MainPID")
-        if signal == "SIGSTOP":
-            drop_in = machine.root / "run/systemd/system/ollamad.service.d"
-            drop_in.mkdir(parents=True, exist_ok=True)
-            (drop_in / "soon.conf").write_text("[Service]\nWatchdogSec=4\n")
-            machine.call("systemctl", "daemon-reload")
-            machine.call("systemctl", "restart", "ollamad")
-            before = machine.property("MainPID")
-        machine.call("kill", f"-{signal}", before)
-        limit = time.monotonic() + 60
-        while machine.property("MainPID") in ("0", before):
-            assert time.monotonic() < limit, f"it was not started again after {signal}"
-            time.sleep(0.2)
-        machine.wait("ready", "systemctl", "status", "ollamad", "--no-pager", shows="1 of 1")
-
-
-def test_reload_and_stop(machine: Machine) -> None:
-    machine.wait("ready", "systemctl", "status", "ollamad", "--no-pager", shows="leader; 1 of 1")
-    (machine.root / "etc/ollamad/config.yaml").write_text("rate_limits:\n  general: 77\n")
-    machine.call("systemctl", "reload", "ollamad")
-    machine.wait(
-        "reloaded", "journalctl", "-u", "ollamad", "--no-pager", shows="rate_limits.general is 77"
+    The latter has another default configuration, and a file that is not in this one any more.
+    """
+    if given := os.environ.get("OLLAMAD_PREVIOUS_DEB"):
+        return Path(given)
+    root = tmp_path_factory.mktemp("previous") / "root"
+    run("dpkg-deb", "--raw-extract", package, root)
+    control = root / "DEBIAN/control"
+    control.write_text(
+        re.sub(r"^Version: .+$", f"Version: {PREVIOUS_VERSION}", control.read_text(), flags=re.M)
     )
-    begun = time.monotonic()
-    machine.call("systemctl", "stop", "ollamad")
-    assert time.monotonic() - begun < 10
-    assert machine.property("Result") == "success"
+    (root / "etc/ollamad/config.yaml").write_text("# As it was.\n")
+    (root / "etc/default/ollamad").write_text("# As it was.\n")
+    (root / "usr/lib/ollamad/_internal/gone").write_text("")
+    target = root.with_suffix(".deb")
+    run("dpkg-deb", "--build", "-Znone", "--root-owner-group", root, target)
+    shutil.rmtree(root)
+    return target
 
 
-def test_the_sandbox_is_strict(machine: Machine) -> None:
-    told = machine.call("systemd-analyze", "security", "ollamad", "--no-pager", fails=True)
-    level = re.search(r"Overall exposure level for ollamad.service: ([\d.]+)", told)
-    assert level is not None, told
-    assert float(level[1]) <= 2.0
-    assert "ollamad.service" not in machine.call(
-        "systemd-analyze", "verify", "ollamad.service", fails=True
+def status(machine: Machine) -> str:
+    """The text that the service shows; empty unless it is active."""
+    return machine.property("StatusText") if machine.property("ActiveState") == "active" else ""
+
+
+def wait_nodes(machine: Machine, number: int) -> None:
+    machine.wait(f"{number} nodes", lambda: f"{number} of {number}" in status(machine))
+
+
+def installed_version(machine: Machine) -> str:
+    return machine.call("dpkg-query", "--show", "--showformat=${Version}", "ollamad")
+
+
+def test_it_installs_a_service_that_runs(machine: Machine, previous: Path, package: Path) -> None:
+    shutil.copy(previous, machine.root / "previous.deb")
+    shutil.copy(package, machine.root / "ollamad.deb")
+    machine.call("dpkg", "--install", "/previous.deb")
+    wait_nodes(machine, 1)
+    user = machine.call("getent", "passwd", "ollamad").strip().split(":")
+    assert 0 < int(user[2]) < 1000, "a system user"
+    assert user[5] == "/var/lib/ollamad"
+    assert user[6].endswith("nologin")
+    state = machine.call("stat", "--format=%U %a", "/var/lib/ollamad").strip()
+    assert state == "ollamad 700"
+    assert machine.call("systemctl", "is-enabled", "ollamad").strip() == "enabled"
+    assert re.search(r"Nodes +1 of 1 online", machine.call("ollama-dist", "status"))
+    groups = machine.call("id", "-nG", "ollamad").split()
+    assert {"video", "render"} <= set(groups), "GPUs belong to them"
+
+
+def test_an_upgrade_keeps_a_cluster_that_runs(
+    machine: Machine, binary: Path, package: Path
+) -> None:
+    """The package's node is upgraded, while the others see their cluster work all the time."""
+    shutil.copy(binary, machine.root / "opt/ollamad")
+    told = machine.call("ollama-dist", "cluster", "token")
+    invitation = told.partition("--join ")[2].split()[0]
+    for number in OTHER_NODES:
+        machine.call(
+            *("systemd-run", "--quiet", f"--unit=node{number}"),
+            *("--setenv=OLLAMAD_UNPACK_DIR=/opt/unpacked", f"--setenv=NODE_ID=node{number}"),
+            f"--setenv=API_LISTEN=127.0.0.1:808{number}",
+            f"--setenv=P2P_LISTEN=127.0.0.1:900{number}",
+            f"--setenv=RAFT_BIND_ADDR=127.0.0.1:700{number}",
+            "--setenv=OLLAMAD_API__OLLAMA_LISTEN=off",
+            *("/opt/ollamad", "start", "--data-dir", f"/opt/node{number}"),
+            *("--join", invitation),
+        )
+        wait_nodes(machine, number)
+    (machine.root / "etc/ollamad/config.yaml").write_text(SETTINGS)
+    before = machine.property("MainPID")
+    with Asking(machine) as asking:
+        machine.call("dpkg", "--install", "--force-confdef", "--force-confold", "/ollamad.deb")
+        wait_nodes(machine, 3)
+    assert machine.property("MainPID") != before
+    assert installed_version(machine) in package.name
+    assert asking.answers >= 3, "it was asked all the time"
+    assert asking.failures == []
+    assert (machine.root / "etc/ollamad/config.yaml").read_text() == SETTINGS
+    # What nobody has changed is the new version's.
+    assert "As it was" not in (machine.root / "etc/default/ollamad").read_text()
+    assert not (machine.root / "usr/lib/ollamad/_internal/gone").exists()
+    assert not machine.call("journalctl", "-u", "ollamad", "--grep=Traceback", fails=True).count(
+        "Traceback"
     )
 
 
-def test_removing_keeps_what_is_there_and_purging_does_not(machine: Machine) -> None:
-    machine.call("systemctl", "start", "ollamad")
-    machine.wait("ready", "systemctl", "status", "ollamad", "--no-pager", shows="leader; 1 of 1")
-    machine.call("dpkg", "--install", "/ollamad.deb")  # as an upgrade does
-    machine.wait("ready", "systemctl", "status", "ollamad", "--no-pager", shows="leader; 1 of 1")
+class Asking:
+    """Asks another node of the cluster again and again, with reads that need a majority."""
+
+    def __init__(self, machine: Machine) -> None:
+        script = (
+            "while [ ! -e /stop ]; do"
+            " if ollama-dist --host 127.0.0.1:8082 models list >/answer 2>&1;"
+            " then echo ok; else cat /answer; fi; sleep 0.1; done"
+        )
+        self._machine = machine
+        self._script = script
+        self.answers = 0
+        self.failures: list[str] = []
+
+    def __enter__(self) -> "Asking":
+        # By the one file: the package's own command is away for a moment.
+        (self._machine.root / "opt/ollama-dist").symlink_to("ollamad")
+        script = self._script.replace("ollama-dist", "/opt/ollama-dist")
+        self._process = subprocess.Popen(
+            self._machine.command("env", "OLLAMAD_UNPACK_DIR=/opt/unpacked", "sh", "-c", script),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        (self._machine.root / "stop").touch()
+        told, _ = self._process.communicate(timeout=30)
+        (self._machine.root / "stop").unlink()
+        lines = told.splitlines()
+        self.answers = lines.count("ok")
+        self.failures = [line for line in lines if line != "ok"]
+
+
+def test_the_manual_has_every_command(machine: Machine) -> None:
+    for program in ("ollamad", "ollama-dist"):
+        page = machine.call("env", "MANWIDTH=100", "man", program)
+        assert "SYNOPSIS" in page
+        help_text = machine.call(program, "--help")
+        for command in re.findall(r"^  ([a-z]+)  +\S", help_text.split("Commands:")[1], re.M):
+            assert re.search(rf"\b{command}\b", page), f"{program} {command}"
+    warnings = machine.call(
+        "sh", "-c", "man --warnings -l /usr/share/man/man1/ollama*.1.gz 2>&1 >/dev/null"
+    )
+    assert warnings == ""
+
+
+def test_shells_complete(machine: Machine) -> None:
+    fish = machine.call("fish", "-c", "complete -C 'ollama-dist mod'")
+    assert "models" in fish
+    bash = machine.call(
+        "bash",
+        "-c",
+        """
+        . /usr/share/bash-completion/bash_completion
+        _completion_loader ollama-dist
+        COMP_WORDS=(ollama-dist models im) COMP_CWORD=2
+        $(complete -p ollama-dist | sed 's/.*-F \\([^ ]*\\).*/\\1/') ollama-dist
+        echo "${COMPREPLY[@]}"
+        """,
+    )
+    assert bash.split() == ["import"]
+    zsh = machine.call(
+        "zsh",
+        "-fc",
+        """
+        autoload -U compinit && compinit -u
+        print -r -- $_comps[ollama-dist]
+        zsh -n /usr/share/zsh/vendor-completions/_ollama-dist && print fine
+        # Outside of a line that is edited nothing can be completed: what would be is shown.
+        _arguments() { print -r -- "$@" }
+        words=(ollama-dist models im) CURRENT=3
+        . /usr/share/zsh/vendor-completions/_ollama-dist
+        """,
+    )
+    assert zsh.split()[:2] == ["_ollama-dist", "fine"]
+    assert '"import"' in zsh
+
+
+def test_removing_keeps_what_is_there(machine: Machine) -> None:
     machine.call("dpkg", "--remove", "ollamad")
     assert not (machine.root / "usr/bin/ollamad").is_symlink()
+    assert not (machine.root / "usr/lib/ollamad").exists()
+    assert not machine.call("pgrep", "-u", "ollamad", fails=True).strip()
     assert (machine.root / "var/lib/ollamad/raft.db").exists()
-    assert (machine.root / "etc/ollamad/config.yaml").exists()
+    assert (machine.root / "etc/ollamad/config.yaml").read_text() == SETTINGS
+
+
+def test_installing_again_goes_on_where_it_was(machine: Machine) -> None:
+    machine.call("dpkg", "--install", "/ollamad.deb")
+    wait_nodes(machine, 3)
+
+
+def test_purging_leaves_nothing(machine: Machine) -> None:
     machine.call("dpkg", "--purge", "ollamad")
-    for path in ("var/lib/ollamad", "etc/ollamad", "var/cache/ollamad"):
-        assert not (machine.root / path).exists()
+    for path in ("var/lib/ollamad", "etc/ollamad", "var/cache/ollamad", "etc/default/ollamad"):
+        assert not (machine.root / path).exists(), path
+    assert "ollamad.service" not in machine.call("systemctl", "list-unit-files", "--no-pager")
+    machine.call("dpkg", "--purge", "ollamad", fails=True)  # again: nothing to do, no harm

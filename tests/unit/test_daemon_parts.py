@@ -1,6 +1,7 @@
 """What surrounds the daemon: its directory, log, service manager, host, start, and admission."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -72,11 +73,11 @@ def root_logger() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("root_logger")
-@pytest.mark.parametrize(("under_systemd", "pattern"), [(True, ""), (False, r"\d\d:\d\d:\d\d ")])
+@pytest.mark.parametrize(("to_journal", "pattern"), [(True, "<4>"), (False, r"\d\d:\d\d:\d\d ")])
 def test_lines_for_people(
-    capsys: pytest.CaptureFixture[str], under_systemd: bool, pattern: str
+    capsys: pytest.CaptureFixture[str], to_journal: bool, pattern: str
 ) -> None:
-    logs.set_up("info", "text", under_systemd=under_systemd)
+    logs.set_up("info", "text", to_journal=to_journal)
     logging.getLogger("ollamad.peers.join").warning("hello %d", 7)
     logging.getLogger("ollamad.x").debug("hidden")
     logging.getLogger("httpx").info("hidden")
@@ -86,7 +87,7 @@ def test_lines_for_people(
 
 @pytest.mark.usefixtures("root_logger")
 def test_lines_for_collectors(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.set_up("debug", "json", under_systemd=False)
+    logs.set_up("debug", "json", to_journal=False)
     with contextlib.suppress(ZeroDivisionError):
         try:
             1 / 0  # noqa: B018
@@ -99,6 +100,28 @@ def test_lines_for_collectors(capsys: pytest.CaptureFixture[str]) -> None:
     assert entry["level"] == "error"
     assert "ZeroDivisionError" in entry["exception"]
     assert entry["time"].endswith("Z")
+
+
+@pytest.mark.usefixtures("root_logger")
+def test_the_journal_is_told_how_bad_each_line_is(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.set_up("debug", "text", to_journal=True)
+    log = logging.getLogger("ollamad.x")
+    log.debug("d")
+    log.info("two\nlines")
+    log.error("e")
+    log.critical("c")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:3] for line in lines] == ["<7>", "<6>", "<6>", "<3>", "<2>"]
+
+
+def test_the_journal_is_known_by_its_stream_not_by_the_variable_alone(tmp_path: Path) -> None:
+    with open(tmp_path / "stream", "w") as stream:
+        status = os.fstat(stream.fileno())
+        ours = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
+        assert systemd.is_journal(stream, ours)
+        assert not systemd.is_journal(stream, {"JOURNAL_STREAM": f"{status.st_dev}:1"})
+        assert not systemd.is_journal(stream, {})
+    assert not systemd.is_journal(io.StringIO(), ours)
 
 
 # The service manager.

@@ -71,7 +71,7 @@ def test_the_daemon_uses_it(capsys: pytest.CaptureFixture[str]) -> None:
     root, own = logging.getLogger(), logging.getLogger("ollamad")
     before = root.handlers, root.level, own.level
     try:
-        logs.set_up("info", "text", under_systemd=True)
+        logs.set_up("info", "text", to_journal=True)
         for number in range(100):
             logging.getLogger("ollamad.peers.doorman").warning(LINE, "h", number)
     finally:

@@ -1,0 +1,216 @@
+"""The program in one file, on a Debian with nothing else on it (`make binary`, then this)."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.packaging.machines import ROOT, inside, run
+
+MAX_SIZE = 150_000_000  # bytes
+HELP_LIMIT_S = 0.3
+READY_LIMIT_S = 2.0
+TRIES = 5  # of which the best counts
+
+START = "ollamad start >/log 2>&1 & daemon=$!"
+FORGET = "rm -rf /var/cache/ollamad-root"  # the next start is the first
+UNTIL_READY = (
+    "until ollama-dist status >/status 2>&1; do kill -0 $daemon || break; sleep 0.05; done"
+)
+
+
+def test_it_is_no_larger_than_it_may_be(binary: Path) -> None:
+    assert binary.stat().st_size <= MAX_SIZE
+
+
+def test_it_runs_where_no_python_is(bare: Path) -> None:
+    assert not list(bare.glob("usr/bin/python3*"))
+    told = inside(bare, f"{FORGET}; ollamad version").stdout
+    assert re.search(r"^ollamad [\d.]+ \(commit [0-9a-f]{12}, built \d{4}-\d\d-\d\dT", told), told
+    for engine in ("xllamacpp", "ctransformers"):
+        assert engine in told
+    assert "Commands" in inside(bare, "ollama-dist --help").stdout
+    (unpacked,) = (bare / "var/cache/ollamad-root").iterdir()
+    assert unpacked.stat().st_mode & 0o077 == 0
+
+
+def test_a_model_answers_in_a_runner_of_its_own(bare: Path, smollm2_path: Path) -> None:
+    shutil.copy(smollm2_path, bare / "model.gguf")
+    done = inside(
+        bare,
+        f"""
+        {START}
+        {UNTIL_READY}
+        ollama-dist models import /model.gguf --name smollm2 >&2
+        ollama-dist generate smollm2 "The capital of France is" --raw --option num_predict=8 \\
+            --option temperature=0
+        for process in /proc/[0-9]*; do tr '\\0' ' ' < $process/cmdline; echo; done > /processes
+        begun=$(date +%s%N)
+        kill -INT $daemon
+        wait $daemon
+        echo "ended with $? after $((($(date +%s%N) - begun) / 1000000)) ms"
+        """,
+    )
+    log = (bare / "log").read_text()
+    assert "Paris" in done.stdout, done.stdout + done.stderr + log
+    # A runner is the program itself, from where it was unpacked.
+    assert re.search(
+        r"^/var/cache/ollamad-root/\w+/ollamad runner ", (bare / "processes").read_text(), re.M
+    )
+    found = re.search(r"ended with (\d+) after (\d+) ms", done.stdout)
+    assert found is not None
+    assert found[1] == "0", log
+    assert int(found[2]) < 10_000
+    assert "Traceback" not in log
+
+
+def test_later_starts_are_quick(bare: Path) -> None:
+    """By the processor's time, which is all of it on a machine that has nothing else to do."""
+    done = inside(
+        bare,
+        f"""
+        ollama-dist --help >/dev/null
+        for number in $(seq {TRIES}); do
+            sh -c 'ollama-dist --help >/dev/null; times' | sed -n '2s/^/help /p'
+        done
+        for number in $(seq {TRIES}); do
+            rm -f /log
+            begun=$(date +%s%N)
+            {START}
+            until grep -q "is ready" /log 2>/dev/null; do kill -0 $daemon || break; sleep 0.02; done
+            echo "ready within $(($(date +%s%N) - begun))"
+            echo "ready $(cut -d ' ' -f 14,15 /proc/$daemon/stat)"
+            kill $daemon
+            wait $daemon
+        done
+        """,
+    )
+    told = done.stdout + done.stderr
+    helped = [
+        60 * (int(m) + int(n)) + float(s) + float(t)
+        for m, s, n, t in re.findall(r"^help (\d+)m([\d.]+)s (\d+)m([\d.]+)s$", told, re.M)
+    ]
+    ready = [
+        (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        for user, system in re.findall(r"^ready (\d+) (\d+)$", told, re.M)
+    ]
+    within = [int(ns) / 1e9 for ns in re.findall(r"^ready within (\d+)$", told, re.M)]
+    assert len(helped) == len(ready) == TRIES, told
+    print(f"help {min(helped):.2f} s, ready {min(ready):.2f} s; here and now {min(within):.2f} s")
+    assert min(helped) <= HELP_LIMIT_S, helped
+    assert min(ready) <= READY_LIMIT_S, ready
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("ollamad", "Usage: ollamad"),
+        ("ollamad begin", "No such command 'begin'"),
+        ("ollamad start --join nonsense", "token"),
+        ("OLLAMAD_LOG__LEVEL=loud ollamad start", "OLLAMAD_LOG__LEVEL"),
+        ("ollama-dist status", "ollamad"),  # nobody listens
+        ("env -u HOME setpriv --reuid 65534 ollamad version", "set HOME or OLLAMAD_UNPACK_DIR"),
+        ("OLLAMAD_UNPACK_DIR=/proc/x ollamad version", "set OLLAMAD_UNPACK_DIR"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_place(bare: Path, given: str, told: str) -> None:
+    done = inside(bare, given)
+    assert done.returncode != 0
+    assert told in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_leaves_nothing_half_unpacked(bare: Path) -> None:
+    done = inside(
+        bare,
+        "OLLAMAD_UNPACK_DIR=/small ollamad version; echo $?; ls -A /small | wc -l",
+        "--tmpfs=/small:size=20m",
+    )
+    assert done.stdout.split() == ["1", "0"]
+    assert re.search(r"free \d+ MB there, or set OLLAMAD_UNPACK_DIR", done.stderr)
+
+
+def test_it_says_when_it_must_not_run_where_it_is_unpacked(bare: Path) -> None:
+    done = inside(bare, "OLLAMAD_UNPACK_DIR=/data ollamad version", "--tmpfs=/data:noexec")
+    assert done.returncode == 1
+    assert "noexec" in done.stderr
+
+
+def test_nothing_is_started_that_somebody_else_may_have_put_there(bare: Path) -> None:
+    done = inside(
+        bare,
+        """
+        mkdir -m 777 /shared
+        setpriv --reuid 65534 env OLLAMAD_UNPACK_DIR=/shared/cache ollamad version >/dev/null
+        OLLAMAD_UNPACK_DIR=/shared/cache ollamad version
+        """,
+    )
+    assert done.returncode == 1
+    assert "belongs to somebody else" in done.stderr
+
+
+def test_two_first_starts_at_once_end_with_one_copy(bare: Path) -> None:
+    done = inside(bare, f"{FORGET}; ollamad version & ollama-dist --help & wait")
+    assert "ollamad 0" in done.stdout
+    assert "Commands" in done.stdout
+    assert not done.stderr.count("cannot unpack")
+    assert len(list((bare / "var/cache/ollamad-root").iterdir())) == 1
+
+
+def test_what_a_killed_start_has_left_is_cleared_away(bare: Path) -> None:
+    inside(bare, FORGET)
+    left = bare / "var/cache/ollamad-root/unpacking-abcdef"
+    left.mkdir(parents=True)
+    fresh = left.with_name("unpacking-ghijkl")
+    fresh.mkdir()
+    run("touch", "--date=2 hours ago", left)
+    assert inside(bare, "ollamad version").returncode == 0
+    assert not left.exists()
+    assert fresh.exists(), "somebody may be unpacking there now"
+
+
+@pytest.fixture(scope="module")
+def parts(binary: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(binary.with_name("ollamad.cdx.json").read_text())
+    return found
+
+
+def test_the_list_of_parts_has_each_with_its_version_and_licence(parts: dict[str, Any]) -> None:
+    assert parts["bomFormat"] == "CycloneDX"
+    components = parts["components"]
+    components += [inner for part in components for inner in part.get("components", ())]
+    for part in components:
+        assert part["version"], part["name"]
+        assert part["licenses"], part["name"]
+    names = {part["name"] for part in components}
+    for name in (
+        *("trio", "Hypercorn", "pysyncobj", "xllamacpp", "ctransformers", "llama.cpp"),
+        *("CPython", "PyInstaller bootloader", "libssl3", "libgomp1"),
+    ):
+        assert name in names
+    for tool in ("pip", "pyinstaller", "setuptools", "pytest", "mypy"):
+        assert tool not in names, "it is not inside"
+
+
+def test_the_list_of_parts_misses_no_library(bare: Path, parts: dict[str, Any]) -> None:
+    inside(bare, f"{FORGET}; ollamad version")
+    (unpacked,) = (bare / "var/cache/ollamad-root").iterdir()
+    listed = {part["name"] for part in parts["components"]}
+    for library in unpacked.glob("_internal/lib*.so*"):
+        if library.name.startswith("libpython"):
+            continue
+        owner = run("dpkg-query", "--search", f"*/{library.name}").splitlines()[-1]
+        assert owner.split(":")[0] in listed, library
+
+
+def test_the_recipe_is_pinned() -> None:
+    """What a build takes from elsewhere has a version, or it is another program each day."""
+    recipe = (ROOT / "packaging/binary.py").read_text()
+    for tool in ("pyinstaller", "pyinstaller-hooks-contrib", "cyclonedx-bom"):
+        assert re.search(rf'"{tool}==\d', recipe)
+    assert subprocess.run(["sh", "-n", ROOT / "packaging/unpack.sh"], check=False).returncode == 0
