@@ -18,10 +18,11 @@ THEIRS = "0.1.0 (protocol 1 to 1), this one 9.0.0 (3 to 4)"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes of the present version."""
+    """Two nodes of the present version and one of the next."""
     for cluster in open_cluster(tmp_path_factory):
         cluster.found()
         cluster.grow()
+        join(cluster, cluster.new_node(other_version(**NEXT)))
         yield cluster
 
 
@@ -41,8 +42,7 @@ def version_of(asked: Node, node: Node) -> str:
 
 
 def test_a_node_of_the_next_protocol_is_a_member_as_any_other(cluster: Cluster) -> None:
-    first = cluster.nodes[0]
-    third = join(cluster, cluster.new_node(other_version(**NEXT)))
+    first, _, third = cluster.nodes
     assert version_of(first, third) == "0.2.0"
     # It takes its part in both directions: forwards and is forwarded to, follows and leads.
     third.post("/users", {"username": "a", "password": "correct horse battery", "role": "viewer"})
