@@ -169,6 +169,16 @@ def test_users_are_the_clusters_and_what_they_hold_dies_with_them(two: Cluster) 
     assert who(first, pair["token"]) == who(second, pair["token"]) == 200
     refused(second.request("GET", "/users", token=pair["token"]), 403, "FORBIDDEN")
 
+    # Another role holds for the token that she has.
+    promoted = run_cli(first, "users", "role", "eve", "admin")
+    assert promoted.returncode == 0, promoted.stderr
+    wait_until(
+        "eve is an admin",
+        lambda: second.request("GET", "/users", token=pair["token"]).is_success,
+    )
+    second.post("/users/eve/role", {"role": "operator"})
+    refused(second.request("GET", "/users", token=pair["token"]), 403, "FORBIDDEN")
+
     # Her own password: the current one first.
     home = two.directory / "eve"
     for words, stdin in (
