@@ -41,6 +41,7 @@ system: $(STAMP) ## real daemons, the real model
 
 faults: $(STAMP) ## nodes killed, paused, cut off and restarted under load (SECONDS=120 each)
 	OLLAMAD_FAULT_SECONDS=$(or $(SECONDS),120) $(BIN)/pytest -q -rP tests/system/test_consensus_*.py
+	OLLAMAD_FAULT_SECONDS=$(or $(SECONDS),120) $(BIN)/pytest -q -rP tests/system/test_streams.py
 	OLLAMAD_SWARM_KILLS=$(or $(KILLS),50) $(BIN)/pytest -q -rP tests/system/test_swarm_faults.py
 
 bench: $(STAMP) ## measure; prints ratios of things measured in the same run
