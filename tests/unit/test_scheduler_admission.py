@@ -42,6 +42,7 @@ async def world(nursery: trio.Nursery) -> AsyncIterator[World]:
     assert control.waiting == 0
     assert len(control.queue) == 0
     assert not control._reserved
+    assert not control._running
     assert not control._waiting_for
     assert world.a.dispatcher.outstanding() == 0
     nursery.cancel_scope.cancel()
@@ -132,6 +133,22 @@ async def test_who_goes_away_leaves_the_queue_at_once(world: World, nursery: tri
     assert world.a.dispatcher.admission.waiting == 2
     await made[0].end()
     assert made[ROOM + 1].is_running
+    for each in made:
+        await each.end()
+
+
+async def test_who_goes_away_in_the_moment_of_being_let_in_takes_nothing_along(
+    world: World, nursery: trio.Nursery
+) -> None:
+    made = await clients(world, nursery, *"a" * (ROOM + 1))
+    control = world.a.dispatcher.admission
+    room, control._room = control._room, lambda model: (9, 1, 1.0)
+    control.poke()
+    made[ROOM].scope.cancel()
+    await wait_all_tasks_blocked()
+    assert not made[ROOM].is_running
+    assert sum(control._running.values()) == ROOM
+    control._room = room
     for each in made:
         await each.end()
 

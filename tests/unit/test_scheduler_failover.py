@@ -187,6 +187,15 @@ async def test_a_request_that_kills_each_runner_at_once_is_given_up(
     assert events == [TEXT[0], DIED]
 
 
+async def test_a_replay_that_dies_at_the_same_place_each_time_is_given_up(world: World) -> None:
+    for node in (world.b, world.c):
+        node.engine.script_for = lambda request: says(TEXT[0], DIED)
+    request = msgspec.structs.replace(ASK, failover="replay")
+    with trio.fail_after(5):
+        assert (await world.ask(request))[1] == [TEXT[0], DIED]
+    assert len(world.b.engine.requests) + len(world.c.engine.requests) == 4
+
+
 async def test_with_nobody_else_it_waits_for_the_node_to_return(
     world: World, autojump_clock: MockClock
 ) -> None:
