@@ -79,7 +79,7 @@ class BulkConnection:
 
         If cancelled, the connection is shut, so that the work fails, and is waited for.
         """
-        done = False
+        done, place = False, _Place(self._threads)
 
         def in_thread() -> T:
             nonlocal done
@@ -90,13 +90,15 @@ class BulkConnection:
 
         try:
             return await trio.to_thread.run_sync(
-                in_thread, abandon_on_cancel=True, limiter=self._threads
+                in_thread,
+                abandon_on_cancel=True,
+                limiter=place,  # type: ignore[arg-type]  # trio calls these two methods only
             )
         except trio.Cancelled:
             self.shut()
             with trio.CancelScope(shield=True):
-                # Milliseconds, since nothing that it waits for is left.
-                while not done:  # noqa: ASYNC110 - the thread may not touch trio's events
+                # Milliseconds, since nothing that it waits for is left; if it has begun at all.
+                while place.taken and not done:  # noqa: ASYNC110 - the thread may not touch trio's events
                     await trio.sleep(0.001)
             raise
 
@@ -226,6 +228,21 @@ class BulkConnection:
         self._socket.setblocking(True)
         self._set_timeout(socket.SO_SNDTIMEO, SEND_TIMEOUT_S)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOT_SENT_LOW_WATER)
+
+
+class _Place:
+    """A place in a limiter, which says whether it was taken: from then on a thread runs."""
+
+    def __init__(self, limiter: trio.CapacityLimiter) -> None:
+        self._limiter = limiter
+        self.taken = False
+
+    async def acquire_on_behalf_of(self, borrower: object) -> None:
+        await self._limiter.acquire_on_behalf_of(borrower)
+        self.taken = True
+
+    def release_on_behalf_of(self, borrower: object) -> None:
+        self._limiter.release_on_behalf_of(borrower)
 
 
 class Ticket:

@@ -290,3 +290,31 @@ async def test_a_lane_that_comes_when_its_exchange_has_ended_is_closed(pair: Pai
     with theirs:
         ticket.deliver(BulkConnection(ours, trio.CapacityLimiter(1)))
         assert ours.fileno() == -1
+
+
+@pytest.mark.parametrize("places", [0, 1])
+async def test_work_that_is_cancelled_before_it_begins_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, places: int
+) -> None:
+    """A cancellation may come between two pieces, or while all threads are taken."""
+    looks = 0
+    real = trio.sleep
+
+    async def sleep(seconds: float) -> None:
+        nonlocal looks
+        looks += 1
+        assert looks < 100, "it waits for a thread that never began"
+        await real(seconds)
+
+    monkeypatch.setattr(trio, "sleep", sleep)
+    ours, theirs = socket.socketpair()
+    limiter = trio.CapacityLimiter(1)
+    if not places:
+        limiter.acquire_on_behalf_of_nowait("another")
+    with ours, theirs, trio.CancelScope() as scope:
+        if places:
+            scope.cancel()
+        else:
+            scope.deadline = trio.current_time() + 0.05
+        await BulkConnection(ours, limiter).run(lambda: pytest.fail("it began"))
+    assert scope.cancelled_caught
