@@ -32,6 +32,9 @@ def main() -> None:
     (source / "debian" / "rules").chmod(0o755)
     shutil.copy(ROOT / "ollamad.service", source / "debian" / "ollamad.service")
     fill(source / "root", number)
+    # A checkout's files have the times of the checkout.
+    for path in source.rglob("*"):
+        os.utime(path, (int(epoch()), int(epoch())), follow_symlinks=False)
     subprocess.run(
         ["dpkg-buildpackage", "--build=binary", "--no-sign"],
         cwd=source,
