@@ -7,19 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.machines import ROOT, Machine, NotPermitted, debian, run
+from tests.packaging.machines import ROOT, SYSTEMD, Machine, NotPermitted, debian, run
 
 DIST = ROOT / "dist"
-SYSTEMD = (
-    "systemd-sysv",
-    "dbus",
-    "ca-certificates",
-    "procps",
-    "bash-completion",
-    "zsh",
-    "fish",
-    "man-db",
-)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,10 @@ DEBOOTSTRAP_TRIES = 3  # a mirror that is interrupted once is no reason to give 
 BOOT_LIMIT_S = 60.0
 HALT_LIMIT_S = 30.0
 CALL_LIMIT_S = 120.0
+INSTALL_LIMIT_S = 600.0  # over a slow line
+# What is booted, with shells and the manual to try the package's parts for them.
+SYSTEMD = ("systemd-sysv", "dbus", "ca-certificates", "procps")
+SYSTEMD += ("bash-completion", "zsh", "fish", "man-db")
 HALT = signal.SIGRTMIN + 4  # to systemd as the first process: power off
 CGROUPS = Path("/sys/fs/cgroup")
 GROUP = f"ollamad-test-{os.getpid()}"  # everything in containers is in there
@@ -34,9 +38,8 @@ class NotPermitted(Exception):
 
 def run(*command: str | Path, **more: Any) -> str:
     """What a command prints; it must succeed."""
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=CALL_LIMIT_S, **more
-    )
+    more.setdefault("timeout", CALL_LIMIT_S)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **more)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return str(done.stdout)
 
@@ -89,9 +92,9 @@ def _add(root: Path, packages: tuple[str, ...]) -> None:
     """Install packages there, by its own apt, the way that this host gets them."""
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
     inside = ("chroot", root, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq")
-    environment = os.environ | _proxies()
-    run(*inside, "update", env=environment)
-    run(*inside, "install", "--yes", "--no-install-recommends", *packages, env=environment)
+    more: dict[str, Any] = {"env": os.environ | _proxies(), "timeout": INSTALL_LIMIT_S}
+    run(*inside, "update", **more)
+    run(*inside, "install", "--yes", "--no-install-recommends", *packages, **more)
     run(*inside, "clean")
 
 
@@ -262,3 +265,10 @@ class Machine:
             self._process.kill()
             self._process.wait()
         _remove_group()
+
+
+if __name__ == "__main__":  # CI makes the systems while it builds what is tried on them
+    try:
+        debian("systemd", *SYSTEMD)
+    except NotPermitted as reason:
+        print(f"no Debian systems for the tests of the packages: {reason}")
