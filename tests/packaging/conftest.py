@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.machines import ROOT, SYSTEMD, Machine, NotPermitted, debian, run
+from tests.packaging.machines import ROOT, SYSTEMD, Machine, NotPermitted, debian, inside, run
 
 DIST = ROOT / "dist"
 
@@ -38,6 +38,9 @@ def bare(tmp_path_factory: pytest.TempPathFactory, binary: Path) -> Iterator[Pat
         run("cp", "-a", debian("minbase"), root)
     except NotPermitted as reason:
         pytest.skip(str(reason))
+    tried = inside(root, "true")
+    if tried.returncode:
+        pytest.skip(f"systemd-nspawn: {tried.stderr.strip()[-300:]}")
     programs = root / "usr/local/bin"
     shutil.copy(binary, programs / "ollamad")
     (programs / "ollama-dist").symlink_to("ollamad")
