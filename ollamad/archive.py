@@ -35,6 +35,8 @@ BLOBS = "blobs/"
 MAX_MANIFEST_BYTES = 64 << 20  # some 100 bytes for each file and model
 COPY_BYTES = 1 << 20
 
+# Nothing else is in a backup: what is restored has the place that its name says.
+_NAME = re.compile(r"state\.msgpack|config/(?:config|node)\.yaml|blobs/sha256-([0-9a-f]{64})")
 _HEAD = re.compile(rb"ollamad backup (\d+)\n([0-9a-f]{64})\n")
 
 
@@ -177,10 +179,13 @@ class Archive:
         return sorted(name for name in self.manifest.files if name.startswith(folder))
 
     def read(self, name: str) -> bytes:
-        """A small file."""
+        """A small file, checked once more."""
         file = self._tar.extractfile(self._members[name])
         assert file is not None, "only regular files are in a checked archive"
-        return file.read()
+        data = file.read()
+        if hashlib.sha256(data).hexdigest() != self.manifest.files[name].sha256:
+            raise _damaged(self._path, name)
+        return data
 
     def copy(self, name: str, to: Path) -> None:
         """Write a file of any size, whole or not at all, and check it once more."""
@@ -250,6 +255,10 @@ def _check(path: Path, tar: tarfile.TarFile) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
     except msgspec.DecodeError as error:
         raise BadArchive(f"{path}: its manifest cannot be read: {error}") from None
+    for name, promised in manifest.files.items():
+        known = _NAME.fullmatch(name)
+        if known is None or known[1] not in (None, promised.sha256):
+            raise BadArchive(f"{path} has a file {name!r}, which no backup of ollamad has")
     missing = dict(manifest.files)
     while (info := tar.next()) is not None:
         entry = missing.pop(info.name, None)

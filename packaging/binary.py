@@ -110,7 +110,8 @@ def pack(target: Path, moment: int) -> None:
     for name, value in values.items():
         script = script.replace(f"@{name}@", value)
     # The offset counts itself; it has always the same number of digits.
-    offset = len(script) - len("@OFFSET@") + len("00000") + 1
+    shorter = len("@OFFSET@") - len("00000")
+    offset = len(script) - shorter * script.count("@OFFSET@") + 1
     script = script.replace("@OFFSET@", f"{offset:05}")
     with open(target, "wb") as file:
         file.write(script.encode())

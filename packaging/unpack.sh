@@ -15,10 +15,16 @@ if [ -z "$base" ]; then
     else base=${XDG_CACHE_HOME:-${HOME:?set HOME or OLLAMAD_UNPACK_DIR}/.cache}/ollamad; fi
 fi
 home=$base/@ID@
+theirs="$base belongs to somebody else; set OLLAMAD_UNPACK_DIR to a directory of yours"
 if [ ! -e "$home/complete" ]; then
     umask 077
     full="cannot unpack to $base: free @MEGABYTES@ MB there, or set OLLAMAD_UNPACK_DIR"
+    case $(tail -c +@OFFSET@ "$0" | sha256sum) in
+        @ID@*) ;;
+        *) fail "$0 is damaged or cut off; copy it again" ;;
+    esac
     mkdir -p "$base" || fail "$full"
+    [ -O "$base" ] || fail "$theirs"
     # What a start left behind that was killed.
     find "$base" -maxdepth 1 -name 'unpacking-*' -mmin +60 -exec rm -rf {} +
     new=$(mktemp -d "$base/unpacking-XXXXXX") || fail "$full"
@@ -34,9 +40,7 @@ if [ ! -e "$home/complete" ]; then
     rm -rf "$new"
     trap - EXIT INT TERM
 fi
-if [ ! -O "$base" ] || [ ! -O "$home" ]; then
-    fail "$base belongs to somebody else; set OLLAMAD_UNPACK_DIR to a directory of yours"
-fi
+[ -O "$base" ] && [ -O "$home" ] || fail "$theirs"
 [ -x "$home/ollamad" ] || fail "programs in $base must not run (noexec?); set OLLAMAD_UNPACK_DIR"
 case ${0##*/} in
     ollama-dist*) exec "$home/ollama-dist" "$@" ;;

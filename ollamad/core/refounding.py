@@ -60,6 +60,8 @@ def refound(
         users=dict(old.users),
         api_keys=dict(old.api_keys),
         key_usage={key: dict(by_node) for key, by_node in old.key_usage.items()},
+        # With `auth.jwt_secret` the tokens of the old cluster are signed with the same key.
+        revoked=dict(old.revoked),
     )
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import random
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -163,7 +163,8 @@ def test_nothing_by_which_nodes_know_each_other_is_taken_over() -> None:
     assert encode(old) == before, "what it is made of is left alone"
     assert (state.cluster_id, state.incarnation, state.jwt_key) == ("new", 0, b"n" * 32)
     assert state.ca != old.ca
-    assert (state.departed, state.join_tokens, state.revoked, state.recent) == ({}, {}, {}, {})
+    assert (state.departed, state.join_tokens, state.recent) == ({}, {}, {})
+    assert state.revoked == old.revoked, "who was logged out stays so"
     assert set(state.members) == {new, b}
     assert (state.members[new].name, state.members[new].left_behind) == ("one", False)
     two = state.members[b]
@@ -352,7 +353,9 @@ def test_no_damage_goes_unnoticed(host: Host, empty: Path) -> None:
     assert not empty.exists()
 
 
-def rewritten(file: Path, change: Callable[[str, bytes], bytes]) -> None:
+def rewritten(
+    file: Path, change: Callable[[str, bytes], bytes], rename: Mapping[str, str] | None = None
+) -> None:
     """Change parts of an archive, and make its first line fit the manifest again."""
     with tarfile.open(file) as tar:
         parts = {info.name: change(info.name, _read(tar, info)) for info in tar}
@@ -361,7 +364,7 @@ def rewritten(file: Path, change: Callable[[str, bytes], bytes]) -> None:
     parts["ollamad-backup"] = b"\n".join(head) + b"\n"
     with tarfile.open(file, "w") as tar:
         for name, data in parts.items():
-            info = tarfile.TarInfo(name)
+            info = tarfile.TarInfo((rename or {}).get(name, name))
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
 
@@ -422,6 +425,39 @@ def test_a_file_that_the_manifest_does_not_name_is_refused(host: Host, empty: Pa
     with pytest.raises(BadArchive, match=BLOB):
         put_back(host.file, empty)
     assert not empty.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blobs/../../../evil",
+        "blobs//etc/evil",
+        "config/..",
+        "config/a/node.yaml",
+        "../state.msgpack",
+        "/etc/evil",
+        f"blobs/sha256-{'0' * 64}",  # the name of other contents
+    ],
+)
+def test_a_file_with_a_name_that_leads_elsewhere_is_refused(
+    host: Host, empty: Path, tmp_path: Path, name: str
+) -> None:
+    host.backup()
+    blob = f"blobs/sha256-{BLOB}"
+
+    def change(part: str, data: bytes) -> bytes:
+        if part == "manifest.json":
+            manifest = json.loads(data)
+            manifest["files"][name] = manifest["files"].pop(blob)
+            return json.dumps(manifest).encode()
+        return data
+
+    rewritten(host.file, change, rename={blob: name})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BadArchive, match="which no backup of ollamad has"):
+        put_back(host.file, empty)
+    assert not empty.exists()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_is_no_backup_is_told(tmp_path: Path, empty: Path) -> None:
