@@ -135,6 +135,25 @@ def test_a_full_disk_leaves_nothing_half_unpacked(bare: Path) -> None:
     assert re.search(r"free \d+ MB there, or set OLLAMAD_UNPACK_DIR", done.stderr)
 
 
+def test_a_damaged_copy_is_never_unpacked(bare: Path) -> None:
+    done = inside(
+        bare,
+        """
+        program=$(command -v ollamad)
+        cp "$program" /damaged
+        middle=$(($(stat -c %s /damaged) / 2))
+        printf 0123456789 | dd of=/damaged bs=1 seek=$middle conv=notrunc 2>/dev/null
+        head -c 1000000 "$program" > /cut
+        chmod +x /cut
+        export OLLAMAD_UNPACK_DIR=/unpacked-here
+        for copy in /damaged /cut; do "$copy" version; echo $?; done
+        ls -A /unpacked-here 2>/dev/null | wc -l
+        """,
+    )
+    assert done.stdout.split() == ["1", "1", "0"]
+    assert done.stderr.count("is damaged or cut off; copy it again") == 2
+
+
 def test_it_says_when_it_must_not_run_where_it_is_unpacked(bare: Path) -> None:
     done = inside(bare, "OLLAMAD_UNPACK_DIR=/data ollamad version", "--tmpfs=/data:noexec")
     assert done.returncode == 1
