@@ -76,7 +76,7 @@ deb: binary ## the Debian package, in dist/
 	$(PYTHON) packaging/deb.py
 
 packagetest: $(STAMP) ## the file and the package on bare Debian systems (root; debootstrap, systemd-container)
-	$(BIN)/pytest -q -rs tests/packaging
+	$(BIN)/pytest -q -rs -n $(WORKERS) --dist loadfile tests/packaging
 
 format: $(STAMP)
 	$(BIN)/ruff format .

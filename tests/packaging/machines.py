@@ -175,7 +175,7 @@ class Machine:
         Raises:
           NotPermitted: containers cannot be booted here.
         """
-        command = container(self.root, "--console=pipe", "--machine=ollamad-test", "--boot")
+        command = container(self.root, "--console=pipe", f"--machine={GROUP}", "--boot")
         console = self.root.with_name("console")
         with console.open("w") as log:
             self._process = subprocess.Popen(
