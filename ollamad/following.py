@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 import trio
 
+from ollamad.background import Background
 from ollamad.cluster import Cluster
 from ollamad.core.ids import NodeId
 from ollamad.core.pieces import piece_size_for
@@ -53,29 +54,20 @@ class _Follow:
     taken_over: bool = False
 
 
-class Following:
+class Following(Background):
     """What this node fetches of models that are not published yet."""
 
     def __init__(
         self, *, cluster: Cluster, store: ModelStore, fetcher: Fetcher, table: TransferTable
     ) -> None:
+        super().__init__()
         self._cluster = cluster
         self._store = store
         self._fetcher = fetcher
         self._table = table
         self._follows: dict[str, _Follow] = {}  # by name key
-        self._nursery: trio.Nursery | None = None
         cluster.mesh.answer("follow.begin", FollowRequest, self._on_begin)
         cluster.mesh.answer("follow.end", str, self._on_end)
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            try:
-                await trio.sleep_forever()
-            finally:
-                self._nursery = None  # a pull that ends later must not begin anything here
 
     # At the node that pulls.
 

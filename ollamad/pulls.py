@@ -16,6 +16,7 @@ import msgspec
 import trio
 
 from ollamad.api.services import ServiceError
+from ollamad.background import Background
 from ollamad.bringing import Bringer, Step
 from ollamad.cluster import Cluster
 from ollamad.core.ids import NodeId, short
@@ -83,7 +84,7 @@ Announce = Callable[[PullRequest, Sequence[Descriptor]], Sequence[NodeId]]
 Withdraw = Callable[[str, Sequence[NodeId]], None]
 
 
-class Pulls:
+class Pulls(Background):
     """The cluster's pulls, from this node's point of view.
 
     Args:
@@ -108,6 +109,7 @@ class Pulls:
         pulls_path: Path,
         objection: Callable[[Model], Awaitable[str]] | None = None,
     ) -> None:
+        super().__init__()
         self._cluster = cluster
         self._store = store
         self._bringer = Bringer(store, source)
@@ -123,23 +125,14 @@ class Pulls:
         self._here: dict[str, tuple[str, PullRequest]] = {}  # key -> transfer id, request
         self._choosing: dict[str, trio.Lock] = {}
         self._unreachable: dict[tuple[NodeId, str], float] = {}  # node and origin -> when
-        self._nursery: trio.Nursery | None = None
         cluster.mesh.answer("pulls.begin", PullRequest, self._on_begin)
         cluster.mesh.answer("library.pull", PullRequest, self._on_pull)
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run this node's pulls, those of the last run first; until cancelled."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            for request in self._note.read():
-                with suppress(ServiceError):
-                    self._start(request)
-                    log.info("the pull of %s goes on where it was", request.name)
-            task_status.started()
-            try:
-                await trio.sleep_forever()
-            finally:
-                self._nursery = None
+    def _resume(self) -> None:
+        for request in self._note.read():
+            with suppress(ServiceError):
+                self._start(request)
+                log.info("the pull of %s goes on where it was", request.name)
 
     async def begin(self, request: PullRequest) -> Begun:
         """Have a pull run, here or elsewhere; returns at once, with the one that runs already.

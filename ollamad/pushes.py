@@ -7,6 +7,7 @@ import msgspec
 import trio
 
 from ollamad.api.services import ServiceError
+from ollamad.background import Background
 from ollamad.cluster import Cluster
 from ollamad.core.ids import NodeId
 from ollamad.core.state import Model
@@ -28,28 +29,19 @@ class PushRequest(msgspec.Struct, frozen=True):
     destination: str
 
 
-class Pushes:
+class Pushes(Background):
     """This node's pushes. Runs them once `run` does."""
 
     def __init__(
         self, *, cluster: Cluster, store: ModelStore, source: Source, table: TransferTable
     ) -> None:
+        super().__init__()
         self._cluster = cluster
         self._store = store
         self._source = source
         self._table = table
         self._here: dict[str, str] = {}  # destination -> transfer id
-        self._nursery: trio.Nursery | None = None
         cluster.mesh.answer("pushes.start", PushRequest, self._on_start)
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            try:
-                await trio.sleep_forever()
-            finally:
-                self._nursery = None
 
     def start(self, request: PushRequest) -> str:
         """Begin to push a model that is here; the transfer's id, of the one that runs if one does.

@@ -37,6 +37,17 @@ def open_cluster(factory: pytest.TempPathFactory, **environment: str) -> Iterato
 
 
 @pytest.fixture(scope="module")
+def model_on_one(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
+    """Two nodes; the model is on the first one, so that the second always forwards."""
+    for cluster in open_cluster(tmp_path_factory, OLLAMAD_MODELS__REPLICAS="1"):
+        first = cluster.found()
+        cluster.grow(1)
+        first.import_model(smollm2_path, MODEL)
+        cluster.wait_replicas(MODEL, [first])
+        yield cluster
+
+
+@pytest.fixture(scope="module")
 def model_on_two(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
     """Three nodes; the model is on the first two, so that the third always forwards."""
     settings = {

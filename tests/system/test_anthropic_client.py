@@ -6,31 +6,19 @@ The client asks the second node; the model is on the first one.
 import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
 import httpx
 import pytest
 
-from tests.system.conftest import open_cluster
+from tests.system.conftest import MODEL
 from tests.system.harness import ANSWER_TIMEOUT_S, Cluster, Node, wait_until
 
-MODEL = "smollm2:135m"
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 PLAIN: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 12}
 # The package itself knows of no temperature any more.
 ASKED: dict[str, Any] = PLAIN | {"extra_body": {"temperature": 0}}
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
-    for cluster in open_cluster(tmp_path_factory, OLLAMAD_MODELS__REPLICAS="1"):
-        first = cluster.found()
-        cluster.grow(1)
-        first.import_model(smollm2_path, MODEL)
-        cluster.wait_replicas(MODEL, [first])
-        yield cluster
 
 
 def options_of(node: Node) -> dict[str, Any]:
@@ -44,8 +32,8 @@ def options_of(node: Node) -> dict[str, Any]:
 
 
 @pytest.fixture
-def client(two: Cluster) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(**options_of(two.nodes[1])) as client:
+def client(model_on_one: Cluster) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(**options_of(model_on_one.nodes[1])) as client:
         yield client
 
 
@@ -70,10 +58,10 @@ def test_a_message_whole_and_streamed(client: anthropic.Anthropic) -> None:
     assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
 
 
-def test_asynchronously(two: Cluster, client: anthropic.Anthropic) -> None:
+def test_asynchronously(model_on_one: Cluster, client: anthropic.Anthropic) -> None:
     async def text() -> str:
         async with (
-            anthropic.AsyncAnthropic(**options_of(two.nodes[1])) as other,
+            anthropic.AsyncAnthropic(**options_of(model_on_one.nodes[1])) as other,
             other.messages.stream(**ASKED) as stream,
         ):
             return "".join([part async for part in stream.text_stream])
@@ -106,7 +94,7 @@ def test_models(client: anthropic.Anthropic) -> None:
     assert client.models.retrieve(MODEL).display_name == MODEL
 
 
-def test_errors_are_the_packages_own(two: Cluster, client: anthropic.Anthropic) -> None:
+def test_errors_are_the_packages_own(model_on_one: Cluster, client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError, match="nope"):
         client.messages.create(**ASKED | {"model": "nope"})
     with pytest.raises(anthropic.BadRequestError, match="temperature"):
@@ -114,13 +102,13 @@ def test_errors_are_the_packages_own(two: Cluster, client: anthropic.Anthropic) 
     tool = {"name": "add", "input_schema": {"type": "object"}}
     with pytest.raises(anthropic.BadRequestError, match="does not support tools"):
         client.messages.create(**ASKED, tools=[tool])
-    bad = options_of(two.nodes[1]) | {"api_key": "wrong.wrong.wrong"}
+    bad = options_of(model_on_one.nodes[1]) | {"api_key": "wrong.wrong.wrong"}
     with anthropic.Anthropic(**bad) as stranger, pytest.raises(anthropic.AuthenticationError):
         stranger.messages.create(**ASKED)
 
 
-def test_bare_http(two: Cluster) -> None:
-    node = two.nodes[1]
+def test_bare_http(model_on_one: Cluster) -> None:
+    node = model_on_one.nodes[1]
     headers = {"X-Api-Key": node.admin_token(), "anthropic-version": "2023-06-01"}
     url = f"{node.url}/v1/messages"
     answer = httpx.post(url, json=PLAIN, headers=headers, timeout=ANSWER_TIMEOUT_S, trust_env=False)
@@ -141,10 +129,10 @@ def test_bare_http(two: Cluster) -> None:
 
 
 def test_a_client_that_leaves_ends_the_generation(
-    two: Cluster, client: anthropic.Anthropic
+    model_on_one: Cluster, client: anthropic.Anthropic
 ) -> None:
     def busy() -> int:
-        return sum(loaded["busy"] for node in two.nodes for loaded in node.loaded())
+        return sum(loaded["busy"] for node in model_on_one.nodes for loaded in node.loaded())
 
     asked = ASKED | {"max_tokens": 1500, "stop_sequences": ["no such text"]}
     stream = client.messages.create(**asked, stream=True)

@@ -7,7 +7,6 @@ import asyncio
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import ollama
@@ -16,23 +15,12 @@ import pydantic
 import pytest
 
 from tests.fakes.chat_templates import TOOLS
-from tests.system.conftest import open_cluster
+from tests.system.conftest import MODEL
 from tests.system.harness import ANSWER_TIMEOUT_S, Cluster, Node, wait_until
 
-MODEL = "smollm2:135m"
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "seed": 1}
 CHAT: dict[str, Any] = GREEDY | {"messages": QUESTION, "max_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
-    for cluster in open_cluster(tmp_path_factory, OLLAMAD_MODELS__REPLICAS="1"):
-        first = cluster.found()
-        cluster.grow(1)
-        first.import_model(smollm2_path, MODEL)
-        cluster.wait_replicas(MODEL, [first])
-        yield cluster
 
 
 def options_of(node: Node) -> dict[str, Any]:
@@ -45,8 +33,8 @@ def options_of(node: Node) -> dict[str, Any]:
 
 
 @pytest.fixture
-def client(two: Cluster) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(**options_of(two.nodes[1])) as client:
+def client(model_on_one: Cluster) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(**options_of(model_on_one.nodes[1])) as client:
         yield client
 
 
@@ -85,9 +73,9 @@ def test_a_streamed_chat_is_the_whole_one_in_parts(client: openai.OpenAI) -> Non
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_asynchronously(two: Cluster) -> None:
+def test_asynchronously(model_on_one: Cluster) -> None:
     async def both() -> tuple[str | None, str]:
-        async with openai.AsyncOpenAI(**options_of(two.nodes[1])) as client:
+        async with openai.AsyncOpenAI(**options_of(model_on_one.nodes[1])) as client:
             whole = await client.chat.completions.create(**CHAT)
             text = ""
             async for chunk in await client.chat.completions.create(**CHAT, stream=True):
@@ -208,10 +196,10 @@ def as_items(message: dict[str, Any]) -> list[dict[str, Any]]:
     return [message]
 
 
-def test_a_tool_that_must_be_called(two: Cluster, client: openai.OpenAI) -> None:
+def test_a_tool_that_must_be_called(model_on_one: Cluster, client: openai.OpenAI) -> None:
     with ollama.Client(
-        host=two.nodes[0].url,
-        headers={"Authorization": f"Bearer {two.nodes[0].admin_token()}"},
+        host=model_on_one.nodes[0].url,
+        headers={"Authorization": f"Bearer {model_on_one.nodes[0].admin_token()}"},
         trust_env=False,
     ) as other:
         other.create("calling", from_=MODEL, template=TOOLS)
@@ -256,7 +244,7 @@ def test_a_tool_that_must_be_called(two: Cluster, client: openai.OpenAI) -> None
         [item] = [item for item in response.output if item.type == "function_call"]
         assert (item.name, json.loads(item.arguments)) == ("sum", {"a": 6, "b": 7})
     finally:
-        two.nodes[0].delete("/models/calling")
+        model_on_one.nodes[0].delete("/models/calling")
 
 
 # Responses.
@@ -293,9 +281,9 @@ def test_a_response_of_a_form(client: openai.OpenAI) -> None:
     assert response.output_parsed.capital in ("Paris", "Rome")
 
 
-def test_responses_asynchronously(two: Cluster) -> None:
+def test_responses_asynchronously(model_on_one: Cluster) -> None:
     async def text() -> str:
-        async with openai.AsyncOpenAI(**options_of(two.nodes[1])) as client:
+        async with openai.AsyncOpenAI(**options_of(model_on_one.nodes[1])) as client:
             said = ""
             async for event in await client.responses.create(
                 model=MODEL, input="Say hello.", max_output_tokens=8, stream=True
@@ -321,10 +309,11 @@ def test_a_completion_goes_on_with_the_prompt(client: openai.OpenAI) -> None:
 
 
 def test_a_prompt_of_token_ids_is_read_as_the_text_that_they_stand_for(
-    two: Cluster, client: openai.OpenAI
+    model_on_one: Cluster, client: openai.OpenAI
 ) -> None:
     options = {"num_predict": 8, "temperature": 0}
-    told = two.nodes[0].answer("/generate", model=MODEL, prompt="Hello!", options=options).json()
+    first = model_on_one.nodes[0]
+    told = first.answer("/generate", model=MODEL, prompt="Hello!", options=options).json()
     ids = told["context"][: -told["eval_count"]]
     by_ids = client.completions.create(**GREEDY, prompt=ids, max_tokens=8)
     assert by_ids.choices[0].text == told["response"]
@@ -358,21 +347,23 @@ def test_models(client: openai.OpenAI) -> None:
 # What goes wrong.
 
 
-def test_errors_are_the_packages_own(two: Cluster, client: openai.OpenAI) -> None:
+def test_errors_are_the_packages_own(model_on_one: Cluster, client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="nope"):
         client.chat.completions.create(model="nope", messages=QUESTION)
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**CHAT | {"temperature": 9})
     assert caught.value.param == "temperature"
-    stranger = openai.OpenAI(**options_of(two.nodes[1]) | {"api_key": "wrong"})
+    stranger = openai.OpenAI(**options_of(model_on_one.nodes[1]) | {"api_key": "wrong"})
     with stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
 
 
-def test_a_client_that_leaves_ends_the_generation(two: Cluster, client: openai.OpenAI) -> None:
+def test_a_client_that_leaves_ends_the_generation(
+    model_on_one: Cluster, client: openai.OpenAI
+) -> None:
     asked = CHAT | {"max_tokens": 1500, "stop": "no such text"}
     stream = client.chat.completions.create(**asked, stream=True)
     next(iter(stream))
-    wait_until("it runs", lambda: busy(two) == 1)
+    wait_until("it runs", lambda: busy(model_on_one) == 1)
     stream.close()
-    wait_until("it has ended", lambda: busy(two) == 0)
+    wait_until("it has ended", lambda: busy(model_on_one) == 0)

@@ -148,6 +148,14 @@ async def test_who_says_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> No
         assert (status, body["code"]) == (408, "REQUEST_TIMEOUT")
 
 
+async def drip(wire: Wire) -> None:
+    """A byte of a body now and then, as long as the other side reads."""
+    with suppress(trio.BrokenResourceError):
+        while True:
+            await wire.send_data(b" ")
+            await trio.sleep(0.02)
+
+
 async def test_a_body_that_comes_a_byte_at_a_time_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -157,16 +165,7 @@ async def test_a_body_that_comes_a_byte_at_a_time_is_given_up(
             "POST", "/api/v1/generate", Content_Length="1000", Content_Type="application/json"
         )
         async with trio.open_nursery() as nursery:
-
-            async def drip() -> None:
-                try:
-                    while True:
-                        await wire.send_data(b" ")
-                        await trio.sleep(0.02)
-                except trio.BrokenResourceError:
-                    pass
-
-            nursery.start_soon(drip)
+            nursery.start_soon(drip, wire)
             status, _, body = await wire.answer()
             nursery.cancel_scope.cancel()
         assert (status, json.loads(body)["code"]) == (408, "REQUEST_TIMEOUT")
@@ -239,16 +238,7 @@ async def test_an_upload_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch
             Authorization=f"Bearer {token}",
         )
         async with trio.open_nursery() as nursery:
-
-            async def drip() -> None:
-                try:
-                    while True:
-                        await wire.send_data(b"x")
-                        await trio.sleep(0.02)
-                except trio.BrokenResourceError:
-                    pass
-
-            nursery.start_soon(drip)
+            nursery.start_soon(drip, wire)
             status, _, body = await wire.answer()
             nursery.cancel_scope.cancel()
         assert (status, json.loads(body)["code"]) == (408, "REQUEST_TIMEOUT")
