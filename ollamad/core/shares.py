@@ -77,9 +77,8 @@ class Ledger:
 
     def __init__(self, queue: FairQueue) -> None:
         self._queue = queue
-        self._names: dict[
-            str, int
-        ] = {}  # of identities that asked here lately, the last at the end
+        # Of identities that asked here lately, the last at the end.
+        self._names: dict[str, int] = {}
         self._asking: dict[str, Counter[str]] = {}  # by digest: requests of each identity
         self._others: dict[NodeId, _Other] = {}
         self._parts: dict[str, float | None] = {}  # by digest, until something changes

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from ollamad.core.commands import FoundCluster, Proposal, RecoverCluster, apply
 from ollamad.core.ids import NodeId, short
@@ -219,6 +220,7 @@ async def test_a_node_that_was_removed_is_not_listened_to(
             assert await stream.receive_some(1000) == farewell("1", WORD)
             assert await stream.receive_some(1000) == b"", "and then it hangs up"
     await trio.aclose_forcefully(stream)
+    await trio.testing.wait_all_tasks_blocked()  # it hangs up before it says why
     [record] = caplog.records
     assert f"node {short(removed.node.id)}… is not a member any more" in record.getMessage()
     assert removed.served == 0
