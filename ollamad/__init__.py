@@ -15,4 +15,4 @@ Layers, from pure decisions to I/O (see docs/architecture.md):
     daemon.py   the task tree: the one place that knows every package
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -103,6 +103,7 @@ def backup(
         )
     try:
         directory = DataDir(data_dir)
+        directory.check_whole()
         try:
             with directory:
                 copy = trio.run(read_journal, directory)
@@ -112,7 +113,7 @@ def backup(
         sources = {STATE: from_bytes(copy.data)} | _settings(config_dir)
         sources |= _blobs(held, directory, effective)
         size = write(path, sources, lambda files: _manifest(copy, effective, held, files))
-    except (RaftError, IdentityError, MalformedMessage, OSError) as error:
+    except (DataDirError, RaftError, IdentityError, MalformedMessage, OSError) as error:
         raise StartError(str(error)) from None
     return _report(path, size, copy, effective, held)
 

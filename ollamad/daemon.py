@@ -217,10 +217,7 @@ class Daemon:
         self._table = TransferTable(
             identity.node_id, secrets.token_hex(2), wall=time.time, steady=time.monotonic
         )
-        distribution = settings.distribution
-        self._demand = DemandMeter(
-            parse_duration(distribution.hot_after), parse_duration(distribution.cool_after)
-        )
+        self._demand = DemandMeter(*_spans(settings))
         self._reconciler = Reconciler(
             self._cluster,
             _placement(settings),
@@ -328,6 +325,7 @@ class Daemon:
         self._settings = settings
         logs.set_level(settings.log.level)
         self._reconciler.policy = _placement(settings)
+        self._demand.recent_s, self._demand.lasting_s = _spans(settings)
         if self._change_limits is not None:
             self._change_limits(_rate_limits(settings))
 
@@ -719,6 +717,12 @@ def _placement(settings: Settings) -> PlacementPolicy:
         lost_after_s=parse_duration(settings.distribution.lost_after),
         hot_load=settings.distribution.hot_load,
     )
+
+
+def _spans(settings: Settings) -> tuple[float, float]:
+    """Over how many seconds it is told what is asked for: lately, and lastingly."""
+    distribution = settings.distribution
+    return parse_duration(distribution.hot_after), parse_duration(distribution.cool_after)
 
 
 def _rate_limits(settings: Settings) -> RateLimits:

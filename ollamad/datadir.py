@@ -136,6 +136,18 @@ class DataDir:
     def restoring(self) -> Path:
         return self.path / "restoring"
 
+    def check_whole(self) -> None:
+        """Whether what is here is not half of what a backup held.
+
+        Raises:
+          DataDirError: it is.
+        """
+        if self.restoring.exists():
+            raise DataDirError(
+                f"a backup was being restored into {self.path} and was cut off; restore it again, "
+                "or give it up with `ollamad forget`"
+            )
+
     def of_cluster(self) -> list[Path]:
         """What belongs to this membership of a cluster, in the order in which it is moved aside.
 

@@ -16,6 +16,8 @@ import typer
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 
+SYSLOG_ERROR, SYSLOG_WARNING = 3, 4
+
 app = typer.Typer(
     name="ollamad",
     help="The daemon of Ollama Distributed: one on every host, together one big Ollama.",
@@ -90,11 +92,17 @@ def _start(
         }
     effective, directory = _load(config, data_dir, command_line, dev=dev)
     from ollamad.errors import StartError
+    from ollamad.settings import ConfigError, list_exposed_secrets
     from ollamad.start import run
 
     def reread() -> Any:
+        for path in effective.files:
+            if not path.is_file():  # else SIGHUP would bring the defaults, perhaps amid an edit
+                raise ConfigError(f"{path} was there at the start and is gone")
         return _read(config, data_dir, command_line, dev=dev)[0].settings
 
+    for line in list_exposed_secrets(effective):
+        _say(line, SYSLOG_WARNING)
     try:
         run(effective.settings, directory, join, reread)
     except StartError as error:
@@ -182,8 +190,8 @@ def restore(
     from ollamad.errors import StartError
     from ollamad.settings import ConfigError, default_config_dir
 
-    def settings() -> Any:
-        return _read(config, data_dir, {}, dev=False)[0].settings
+    def settings(of: Path | None) -> Any:
+        return _read(of, data_dir, {}, dev=False)[0].settings
 
     where = config or default_config_dir(directory)
     try:
@@ -337,9 +345,14 @@ def _unless_set(command_line: dict[str, Any], config_dir: Path | None) -> dict[s
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    _say(message, SYSLOG_ERROR)
+    raise typer.Exit(code)
+
+
+def _say(message: str, priority: int) -> None:
     # A refusal may come from a stranger; it must not move the cursor of who reads it.
     shown = "".join(c if c.isprintable() else " " for c in message)
     from ollamad.systemd import is_journal
 
-    typer.echo(f"{'<3>' if is_journal(sys.stderr) else ''}ollamad: {shown}", err=True)
-    raise typer.Exit(code)
+    mark = f"<{priority}>" if is_journal(sys.stderr) else ""
+    typer.echo(f"{mark}ollamad: {shown}", err=True)

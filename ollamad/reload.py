@@ -16,6 +16,8 @@ RELOADABLE = (
     "models.replicas",
     "distribution.lost_after",
     "distribution.hot_load",
+    "distribution.hot_after",
+    "distribution.cool_after",
 )
 
 

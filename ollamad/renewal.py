@@ -35,6 +35,7 @@ def renew(data_dir: Path) -> str:
         raise StartError(f"the node of {data_dir} is in no cluster; there is nothing to renew")
     try:
         with DataDir(data_dir) as directory:
+            directory.check_whole()
             identity = Identity.load_or_create(directory.identity)
             state = trio.run(read_journal, directory).state
             last_joined = max(member.joined_at for member in state.members.values())

@@ -11,7 +11,9 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +40,7 @@ from ollamad.peers.identity import (
 from ollamad.raft.errors import RaftError
 from ollamad.raft.recovery import begin_with
 from ollamad.raft.sqlite_store import SqliteStore
-from ollamad.settings import Settings
+from ollamad.settings import ConfigError, Settings
 from ollamad.store.errors import StoreError
 from ollamad.store.manifests import write_manifest
 from ollamad.wire.codec import MalformedMessage
@@ -56,7 +58,7 @@ def restore(
     path: Path,
     data_dir: Path,
     config_dir: Path | None,
-    settings: Callable[[], Settings],
+    settings: Callable[[Path | None], Settings],
     *,
     node_only: bool = False,
 ) -> str:
@@ -64,7 +66,7 @@ def restore(
 
     Args:
       config_dir: where settings are read from on this host; None if there are none.
-      settings: reads them, also those that come from the backup.
+      settings: reads those of a directory, with what stands above it; raises ConfigError.
 
     Returns:
       What was done and what is next, for the user.
@@ -79,9 +81,10 @@ def restore(
             state = _state_of(path, archive)
             with DataDir(data_dir) as directory:
                 _check_empty(directory)
-                _check_space(archive, data_dir)
+                chosen = _read_settings(archive, config_dir, settings)
+                _check_space(archive, directory, chosen)
                 try:
-                    return _restore(directory, archive, state, config_dir, settings, node_only)
+                    return _restore(directory, archive, state, config_dir, chosen, node_only)
                 except OSError as error:
                     raise StartError(f"{error}; when that is mended, restore it again") from None
     except (DataDirError, IdentityError, RaftError, StoreError) as error:
@@ -95,7 +98,7 @@ def _restore(
     archive: Archive,
     state: ClusterState,
     config_dir: Path | None,
-    settings: Callable[[], Settings],
+    settings: Settings,
     node_only: bool,
 ) -> str:
     manifest = archive.manifest
@@ -106,10 +109,9 @@ def _restore(
     directory.restoring.touch()
     sync_directory(directory.path)
     lines += _restore_settings(directory, archive, config_dir)
-    chosen = settings()
-    _restore_models(directory, archive, state, chosen)
+    _restore_models(directory, archive, state, settings)
     if not node_only:
-        predecessor = _predecessor(state, chosen, NodeId(manifest.node.id))
+        predecessor = _predecessor(state, settings, NodeId(manifest.node.id))
         trio.run(_found, directory, state, predecessor)
     directory.restoring.unlink()
     sync_directory(directory.path)
@@ -172,13 +174,50 @@ def _check_empty(directory: DataDir) -> None:
         )
 
 
-def _check_space(archive: Archive, data_dir: Path) -> None:
-    needed = sum(entry.size for entry in archive.manifest.files.values()) + SPARE_BYTES
-    free = shutil.disk_usage(data_dir).free
-    if free < needed:
-        raise StartError(
-            f"{data_dir} has room for {free / 1e6:.0f} MB; this backup needs {needed / 1e6:.0f} MB"
-        )
+def _read_settings(
+    archive: Archive, config_dir: Path | None, settings: Callable[[Path | None], Settings]
+) -> Settings:
+    """Those that will be in force: the backup's where this host has none."""
+    names = archive.names(CONFIG)
+    if config_dir is not None or not names:
+        return settings(config_dir)
+    with tempfile.TemporaryDirectory() as directory:
+        for name in names:
+            write_private(Path(directory) / Path(name).name, archive.read(name))
+        try:
+            return settings(Path(directory))
+        except ConfigError as error:
+            reason = str(error).replace(f"{directory}/", "")
+            raise StartError(
+                f"the settings in the backup cannot be used ({reason}); give others: --config DIR"
+            ) from None
+
+
+def _check_space(archive: Archive, directory: DataDir, settings: Settings) -> None:
+    """On each disk: models may have one of their own."""
+    blobs = _model_root(directory, settings)
+    needed: Counter[int] = Counter({_nearest(directory.path).stat().st_dev: SPARE_BYTES})
+    places = {_nearest(place).stat().st_dev: place for place in (blobs, directory.path)}
+    for name, entry in archive.manifest.files.items():
+        place = blobs if name.startswith(BLOBS) else directory.path
+        needed[_nearest(place).stat().st_dev] += entry.size
+    for disk, size in needed.items():
+        free = shutil.disk_usage(_nearest(places[disk])).free
+        if free < size:
+            raise StartError(
+                f"{places[disk]} has room for {free / 1e6:.0f} MB; this backup needs "
+                f"{size / 1e6:.0f} MB there"
+            )
+
+
+def _model_root(directory: DataDir, settings: Settings) -> Path:
+    adopted = Path(settings.models.path) if settings.models.path else None
+    return directory.model_places(adopted, read_only=settings.models.read_only).own
+
+
+def _nearest(path: Path) -> Path:
+    """It, or the directory that is there and in which it will be."""
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _predecessor(state: ClusterState, settings: Settings, made_on: NodeId) -> NodeId:
@@ -215,8 +254,7 @@ def _restore_models(
     names = archive.names(BLOBS)
     if not names:
         return
-    adopted = Path(settings.models.path) if settings.models.path else None
-    root = directory.model_places(adopted, read_only=settings.models.read_only).own
+    root = _model_root(directory, settings)
     (root / "blobs").mkdir(parents=True, exist_ok=True)
     for name in names:
         archive.copy(name, root / name)

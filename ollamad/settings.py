@@ -12,6 +12,7 @@ import difflib
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,6 +215,7 @@ class Origin:
     """Where a value came from: `default`, `command line`, a variable, or `file:line`."""
 
     text: str
+    path: Path | None = None  # of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +224,11 @@ class Effective:
 
     settings: Settings
     origins: Mapping[str, Origin]
+
+    @property
+    def files(self) -> set[Path]:
+        """Those that any of it came from."""
+        return {origin.path for origin in self.origins.values() if origin.path is not None}
 
 
 DEFAULT_ORIGIN = Origin("default")
@@ -266,11 +273,52 @@ def default_data_dir(environment: Mapping[str, str], *, is_root: bool) -> Path:
 
 
 def default_config_dir(data_dir: Path) -> Path | None:
-    """`config/` where the daemon is started, in its data directory, or in /etc; None if none."""
+    """`config/` where the daemon is started, in its data directory, or in /etc; None if none.
+
+    Raises:
+      ConfigError: the one where it is started could have been put there by somebody else.
+    """
     for candidate in (Path("config"), data_dir / "config", Path("/etc/ollamad")):
-        if any((candidate / name).is_file() for name in CONFIG_FILES):
+        found = list_config_files(candidate)
+        if found and candidate == Path("config"):
+            for path in (candidate.absolute(), *found):
+                _check_trusted(path)
+        if found:
             return candidate
     return None
+
+
+def list_config_files(config_dir: Path) -> list[Path]:
+    """Those that are there."""
+    return [config_dir / name for name in CONFIG_FILES if _is_file(config_dir / name)]
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is there for us: what lies in a directory that we may not look into is not."""
+    try:
+        return path.is_file()
+    except PermissionError:
+        return False
+
+
+def list_exposed_secrets(effective: Effective) -> list[str]:
+    """A line for each secret in a file that everybody on this host can read."""
+    lines = []
+    for key in sorted(SECRETS):
+        path = effective.origins[key].path
+        if path is not None and path.stat().st_mode & stat.S_IROTH:
+            lines.append(f"{path} holds {key}, and everybody on this host can read it: chmod o-r")
+    return lines
+
+
+def _check_trusted(path: Path) -> None:
+    """Who starts a daemon in somebody else's directory does not mean to use what lies there."""
+    facts = path.stat()
+    if facts.st_uid not in (0, os.geteuid()) or facts.st_mode & stat.S_IWOTH:
+        raise ConfigError(
+            f"{path} can be changed by others than you; if these settings are meant, name them: "
+            f"--config {path if path.is_dir() else path.parent}"
+        )
 
 
 def walk(settings: Settings) -> Iterator[tuple[str, Any]]:
@@ -344,7 +392,7 @@ def _mapping_values(path: Path, node: yaml.Node, prefix: str) -> Iterator[tuple[
                 value = yaml.constructor.SafeConstructor().construct_object(value_node, deep=True)
             except ValueError as error:  # a date that does not exist
                 raise ConfigError(f"{path}:{line}: {key}: {error}") from None
-            yield key, value, Origin(f"{path}:{line}")
+            yield key, value, Origin(f"{path}:{line}", path)
         elif any(known.startswith(f"{key}.") for known in _types()) and not prefix:
             if not _is_null(value_node):  # a section whose keys are all commented out
                 yield from _mapping_values(path, value_node, key)

@@ -53,11 +53,7 @@ def run(
     invitation = parse_invitation(join) if join else None
     try:
         with DataDir(data_dir) as directory:
-            if directory.restoring.exists():
-                raise StartError(
-                    f"a backup was being restored into {data_dir} and was cut off; restore it "
-                    "again, or give it up with `ollamad forget`"
-                )
+            directory.check_whole()
             trio.run(partial(_run, settings, directory, invitation, reread))
     except (DataDirError, IdentityError, *EXPECTED) as error:
         raise StartError(str(error)) from None

@@ -52,8 +52,8 @@ class DemandMeter:
     """
 
     def __init__(self, recent_s: float, lasting_s: float) -> None:
-        self._recent_s = recent_s
-        self._lasting_s = lasting_s
+        self.recent_s = recent_s
+        self.lasting_s = lasting_s
         self._asked: dict[str, _Asked] = {}
 
     def begin(self, model: str, now: float) -> None:
@@ -78,7 +78,7 @@ class DemandMeter:
 
     def _advance(self, asked: _Asked, now: float) -> _Asked:
         elapsed = max(0.0, now - asked.at)
-        for mean, constant_s in (("recent", self._recent_s), ("lasting", self._lasting_s)):
+        for mean, constant_s in (("recent", self.recent_s), ("lasting", self.lasting_s)):
             gap = getattr(asked, mean) - asked.count
             setattr(asked, mean, asked.count + gap * math.exp(-elapsed / constant_s))
         asked.at = max(asked.at, now)

@@ -105,6 +105,8 @@ def test_it_installs_a_service_that_runs(machine: Machine, previous: Path, packa
     assert user[6].endswith("nologin")
     state = machine.call("stat", "--format=%U %a", "/var/lib/ollamad").strip()
     assert state == "ollamad 700"
+    tokens = machine.call("stat", "--format=%U %G %a", "/etc/default/ollamad").strip()
+    assert tokens == "root root 640", "tokens and keys may be in it"
     assert machine.call("systemctl", "is-enabled", "ollamad").strip() == "enabled"
     assert re.search(r"Nodes +1 of 1 online", machine.call("ollama-dist", "status"))
     groups = machine.call("id", "-nG", "ollamad").split()

@@ -299,8 +299,12 @@ def test_a_hangup_reads_the_settings_again(cluster: Cluster) -> None:
         lambda: "config.yaml:2: there is no setting 'rate_limits.generall'" in node.log(),
     )
     assert limit() == "70"
+    settings.unlink()
+    node.signal(signal.SIGHUP)
+    wait_until("the missing file is told", lambda: "config.yaml was there at the" in node.log())
+    assert limit() == "70"
     told = node.notifications()
-    assert sum("RELOADING=1" in message for message in told) == 2
+    assert sum("RELOADING=1" in message for message in told) == 3
     assert told[-1] == "READY=1" or "STATUS=" in told[-1]
     assert node.stop() == 0
 

@@ -1,19 +1,24 @@
 """Nodes of different versions: neighbours work together, others are refused without any harm."""
 
+import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
+from ollamad import __version__
 from ollamad.core.commands import LEVEL
 from tests.system.conftest import open_cluster
 from tests.system.harness import Cluster, Node, refused, run_daemon, wait_until
 from tests.system.releases import other_version, previous_release, switch
 
-NEXT = {"version": "0.2.0", "protocol": 2, "oldest": 1}
+NEXT = {"version": "8.0.0", "protocol": 2, "oldest": 1}
 TOO_NEW = {"version": "9.0.0", "protocol": 4, "oldest": 3}
-NUMBERS = "(protocol 3 to 4), this one 0.1.0 (1 to 1)"
-THEIRS = "0.1.0 (protocol 1 to 1), this one 9.0.0 (3 to 4)"
+NUMBERS = f"(protocol 3 to 4), this one {__version__} (1 to 1)"
+THEIRS = f"{__version__} (protocol 1 to 1), this one 9.0.0 (3 to 4)"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def version_of(asked: Node, node: Node) -> str:
 
 def test_a_node_of_the_next_protocol_is_a_member_as_any_other(cluster: Cluster) -> None:
     first, _, third = cluster.nodes
-    assert version_of(first, third) == "0.2.0"
+    assert version_of(first, third) == "8.0.0"
     # It takes its part in both directions: forwards and is forwarded to, follows and leads.
     third.post("/users", {"username": "a", "password": "correct horse battery", "role": "viewer"})
     leader = cluster.leader()
@@ -201,8 +206,9 @@ def test_a_downgrade_that_cannot_work_is_refused_and_changes_nothing(
         later.start().stop()
 
         before = content(later)
-        switch(later.environment, {})
-        for _ in range(2):
+        old = previous_release(tmp_path_factory.mktemp("old"))
+        for version in ({}, {}, old):
+            switch(later.environment, version)
             later.launch()
             assert later.wait_end() == 1
             assert "the state has format 2; this version reads up to format 1" in later.tail(1)
@@ -213,9 +219,16 @@ def test_a_downgrade_that_cannot_work_is_refused_and_changes_nothing(
 
 
 def content(node: Node) -> dict[str, bytes]:
-    """The files of a node's state."""
-    return {
+    """The files of a node's state; of the journal what SQLite finds in it and in its log."""
+    files = {
         path.name: path.read_bytes()
         for path in sorted(node.data_dir.rglob("*"))
-        if path.is_file() and path.name not in ("lock", "raft.db-wal", "raft.db-shm")
+        if path.is_file() and path.name != "lock"
     }
+    with tempfile.TemporaryDirectory() as directory:
+        for name in {"raft.db", "raft.db-wal", "raft.db-shm"} & set(files):
+            (Path(directory) / name).write_bytes(files.pop(name))
+        with closing(sqlite3.connect(Path(directory) / "raft.db")) as journal:
+            assert journal.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,)
+            files["raft.db"] = "\n".join(journal.iterdump()).encode()
+    return files

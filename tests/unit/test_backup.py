@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -42,7 +43,7 @@ from ollamad.raft.node import RaftNode
 from ollamad.raft.sqlite_store import SqliteStore
 from ollamad.renewal import renew
 from ollamad.restore import forget, restore
-from ollamad.settings import Effective, load
+from ollamad.settings import ConfigError, Effective, Settings, load
 from ollamad.start import run
 from ollamad.wire.codec import encode
 from tests.fakes.api_services import member
@@ -99,13 +100,8 @@ def empty(tmp_path: Path) -> Path:
 
 
 def put_back(file: Path, into: Path, *, node_only: bool = False) -> str:
-    """A restore with the settings that are found in the new directory."""
-
-    def settings() -> object:
-        folder = into / "config"
-        return effective(folder if folder.is_dir() else None).settings
-
-    return restore(file, into, None, settings, node_only=node_only)  # type: ignore[arg-type]
+    """A restore on a host that has no settings yet."""
+    return restore(file, into, None, lambda of: effective(of).settings, node_only=node_only)
 
 
 def started(path: Path) -> tuple[NodeId, Machine, frozenset[NodeId]]:
@@ -292,11 +288,54 @@ def test_settings_come_back_where_there_are_none_and_are_never_overwritten(
 
     other = tmp_path / "other"
     (there / "config.yaml").write_text("drain: {timeout: 9s}\n")
-    said = restore(host.file, other, there, lambda: effective(there).settings)
+    said = restore(host.file, other, there, lambda of: effective(of).settings)
     assert (there / "config.yaml").read_text() == "drain: {timeout: 9s}\n"
     assert (other / "config-of-backup" / "config.yaml").read_text() == "drain: {timeout: 7s}\n"
     assert not (other / "config-of-backup" / "node.yaml").exists(), "it is the same"
     assert "config-of-backup" in said
+
+
+def test_settings_of_the_backup_that_cannot_be_used_are_told_before_anything_is_written(
+    host: Host, empty: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "etc"
+    there.mkdir()
+    (there / "config.yaml").write_text("drain: {timeout: 7s}\n")
+    host.backup(config_dir=there)
+
+    def settings(of: Path | None) -> Settings:
+        assert of is not None
+        raise ConfigError(f"{of / 'config.yaml'}:1: there is no setting 'drain'")
+
+    with pytest.raises(StartError) as told:
+        restore(host.file, empty, None, settings)
+    assert str(told.value) == (
+        "the settings in the backup cannot be used (config.yaml:1: there is no setting 'drain'); "
+        "give others: --config DIR"
+    )
+    assert content(empty) == {}
+
+
+def test_room_is_looked_for_on_the_disk_that_the_models_go_to(
+    host: Host, empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, other = tmp_path / "etc", Path("/dev/shm/models-of-a-test/not-there-yet")
+    there.mkdir()
+    (there / "config.yaml").write_text(f"models: {{path: {other}}}\n")
+    backup(host.file, host.path, effective(), there, models=True)
+    usage = shutil.disk_usage
+    asked = []
+
+    def almost_full(path: Path) -> object:
+        asked.append(path)
+        return usage(path)._replace(free=10 if path == Path("/dev/shm") else 1 << 40)
+
+    monkeypatch.setattr(shutil, "disk_usage", almost_full)
+    with pytest.raises(StartError, match=f"{other} has room for 0 MB; this backup needs 0 MB"):
+        put_back(host.file, empty)
+    assert len(asked) == 2
+    assert content(empty) == {}
+    assert not other.parent.exists()
 
 
 def test_variables_are_told_by_name_only(
@@ -523,8 +562,14 @@ def test_a_restore_that_was_cut_off_starts_nothing_and_is_repeated(
         patch.setattr(restore_module, at, cut)
         with pytest.raises(PowerCut):
             put_back(host.file, empty)
-    with pytest.raises(StartError, match="was cut off; restore it again"):
-        run(effective().settings, empty, None, lambda: effective().settings)
+    for step in (
+        lambda: run(effective().settings, empty, None, lambda: effective().settings),
+        lambda: backup(host.file.with_name("second"), empty, effective(), None),
+        lambda: renew(empty),
+    ):
+        (empty / "raft.db").touch()  # as far as it may have come
+        with pytest.raises(StartError, match="was cut off; restore it again"):
+            step()
     put_back(host.file, empty)
     node_id, machine, voters = started(empty)
     assert voters == {node_id}

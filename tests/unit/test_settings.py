@@ -1,5 +1,6 @@
 """Settings: every source, their order, what is wrong told with its place, and what is shown."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,40 @@ def test_where_settings_are_looked_for(tmp_path: Path, monkeypatch: pytest.Monke
     assert settings.default_config_dir(data) == data / "config"
     write(tmp_path / "config", config="")
     assert settings.default_config_dir(data) == Path("config")
+
+
+@pytest.mark.parametrize("which", ["config", "config/node.yaml"])
+def test_settings_that_somebody_else_could_have_left_there_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "config", node="")
+    (tmp_path / which).chmod(0o777)
+    with pytest.raises(ConfigError, match=f"{which} can be changed by others.*--config"):
+        settings.default_config_dir(tmp_path / "data")
+    (tmp_path / which).chmod(0o755)
+    assert settings.default_config_dir(tmp_path / "data") == Path("config")
+    stranger = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: stranger)
+    if stranger == 1:  # what is root's may be used by everybody
+        os.chown(tmp_path / which, 2, -1)
+    with pytest.raises(ConfigError, match=f"{which} can be changed by others"):
+        settings.default_config_dir(tmp_path / "data")
+
+
+def test_secrets_that_everybody_can_read_are_told(tmp_path: Path) -> None:
+    write(tmp_path, config=f"auth:\n  jwt_secret: {'s' * 32}\n", node="sources:\n  hf_token: hf\n")
+    for name in settings.CONFIG_FILES:
+        (tmp_path / name).chmod(0o644)
+    (tmp_path / "node.yaml").chmod(0o640)
+    effective = load(tmp_path, {}, {})
+    assert effective.files == {tmp_path / name for name in settings.CONFIG_FILES}
+    [line] = settings.list_exposed_secrets(effective)
+    assert str(tmp_path / "config.yaml") in line
+    assert "auth.jwt_secret" in line
+    assert "s" * 32 not in line
+    variable = load(None, {"OLLAMA_JWT_SECRET": "s" * 32}, {})
+    assert settings.list_exposed_secrets(variable) == []
 
 
 # The command.
