@@ -720,14 +720,9 @@ class RaftNode:
 
     def _tick(self) -> float:
         """Let the library do what is due; returns seconds until something else is."""
-        core, journal = self._core, self._journal
+        core = self._core
         self._new_voters()
         self._stand_aside_if_the_disk_hangs()
-        alone = not core.has_other_voters() and self.id in journal.voters
-        if alone and journal.dirty:
-            # The library would count its own log as a majority: only what is on disk may.
-            self._dirty.set()
-            return self._timing.election_min_s
         with self._step:
             self._take_step()
         if core.state() == LEADER:

@@ -27,7 +27,7 @@ from pysyncobj.transport import Transport
 
 from ollamad.core.ids import NodeId
 from ollamad.raft.errors import SafetyViolation, WrongLibrary
-from ollamad.raft.journal import Blob, Journal, Snapshot
+from ollamad.raft.journal import Blob, Journal, LogEntry, Snapshot
 from ollamad.wire.raftwire import (
     APPEND_BATCH_SIZE,
     MAX_ENTRIES,
@@ -256,18 +256,7 @@ stock.monotonicTime = _now
 
 
 class _MatchIndex(dict[Node, int]):
-    """What each node is known to hold, told to the library as no more than we hold durably.
-
-    The library counts its own node for every entry in its log. With this, an entry that our own
-    disk lacks is never committed, while it may already travel (Raft thesis, 10.2.1).
-    """
-
-    def __init__(self, journal: Journal) -> None:
-        super().__init__()
-        self._journal = journal
-
-    def __getitem__(self, node: Node) -> int:
-        return min(super().__getitem__(node), self._journal.durable_index)
+    """The last entry that each node is known to hold durably; an old answer does not lower it."""
 
     def __setitem__(self, node: Node, index: int) -> None:
         # The library sets 0 at the start of a term; else this only grows.
@@ -316,7 +305,7 @@ class Core(SyncObj):  # type: ignore[misc]
         self._fenced_transport = transport
         self._snapshots = _SnapshotSender(journal, clock)
         self._SyncObj__commandsQueue = _ProposalQueue()
-        self._SyncObj__raftMatchIndex = _MatchIndex(journal)
+        self._SyncObj__raftMatchIndex = _MatchIndex()
         for node in voters:
             self._SyncObj__raftNextIndex[node] = self.last_index() + 1
             self._SyncObj__raftMatchIndex[node] = 0
@@ -346,6 +335,16 @@ class Core(SyncObj):  # type: ignore[misc]
 
     def _SyncObj__loadDumpFile(self, clearJournal: bool) -> None:
         raise AssertionError("snapshots come through `install` only")
+
+    def _SyncObj__getEntries(
+        self, fromIDx: int | None, count: int | None = None, maxSizeBytes: int | None = None
+    ) -> list[LogEntry]:
+        # So a leader asks for the next entry to commit. The library counts its own node for every
+        # entry in its log; what our disk lacks may travel (thesis, 10.2.1), but is not committed.
+        if count == 1 and self.state() == LEADER and (fromIDx or 0) > self.journal.durable_index:
+            return []
+        entries: list[LogEntry] = super()._SyncObj__getEntries(fromIDx, count, maxSizeBytes)
+        return entries
 
     def _SyncObj__connectedToAnyone(self) -> bool:
         # What the library asks last before it starts an election.

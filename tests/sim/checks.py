@@ -181,6 +181,27 @@ class Checker:
                 "state machine safety", f"{log.host} applied {applied}, committed is {commit}"
             )
 
+    def led_to_commit(
+        self, log: Log, index: int, electors: frozenset[NodeId], holders: frozenset[NodeId]
+    ) -> None:
+        """A leader of these voters says that an entry is committed, which these disks have."""
+        if 2 * len(electors & holders) <= len(electors):
+            self.violated(
+                "promises are durable",
+                f"{log.host} commits {index}: of {sorted(electors)} {sorted(holders)} have it",
+            )
+
+    def ended(self, log: Log, durable_term: int) -> None:
+        """A process is gone. Of what it led without its disk and anybody knowing nothing is left.
+
+        Only a voter alone leads a term at once; its next life may lead the same one otherwise.
+        """
+        if self._leaders.get(log.term) is not log or durable_term >= log.term:
+            return
+        if self._terms.get(log.host, 0) < log.term:
+            for entry in [entry for entry in self._chains if entry[1] == log.term]:
+                del self._chains[entry]
+
     def _leads(self, log: Log, term: int, electors: frozenset[NodeId]) -> None:
         known = self._leaders.get(term)
         self._leaders[term] = log

@@ -18,6 +18,7 @@ from ollamad.core.commands import FoundCluster, Proposal
 from ollamad.core.ids import NodeId
 from ollamad.core.state import Capacity, CertificateAuthority, Member, User
 from ollamad.raft import ChangeRefused, JournalFailed, Links, RaftError
+from ollamad.raft.journal import LogEntry
 from ollamad.wire.codec import encode
 from ollamad.wire.raftwire import NO_OP, REGULAR, encode_voters
 from tests.sim.checks import Checker
@@ -166,9 +167,15 @@ class Cluster:
                 "nodes go on", f"{life.host.id} stopped: {error!r} ({where.name}:{where.lineno})"
             )
 
+    def holders(self, entry: LogEntry, among: frozenset[NodeId]) -> frozenset[NodeId]:
+        """Those that have the entry on their disk, or had it when the disk was wiped."""
+        lacking = {host.id for host in self.hosts if not host.disk.holds(entry)}
+        return among - lacking
+
     def process_ended(self, life: Life) -> None:
         """A process is gone; the others will notice sooner or later, or not at all."""
         host = life.host
+        self.checker.ended(life.log, host.disk.meta.term)
         if host.life is not life:
             return
         host.life = None

@@ -58,6 +58,10 @@ class SimDisk:
         done_at = max(self.world.now, self.stalled_until)
         return done_at - self.world.now + self.sync_s * self.rng.uniform(0.7, 1.5) * spike
 
+    def holds(self, entry: LogEntry) -> bool:
+        """Whether that entry is here, or a snapshot that covers its index."""
+        return self.entries.get(entry[1]) == entry or self.first > entry[1]
+
     def write(self, batch: Batch) -> None:
         """Carry out a batch."""
         entries = self.entries

@@ -97,8 +97,8 @@ MUTANTS = (
     Mutant(
         "a leader counts what its own disk lacks",
         "raft/private.py",
-        "return min(super().__getitem__(node), self._journal.durable_index)",
-        "return super().__getitem__(node)",
+        "if count == 1 and self.state() == LEADER and (fromIDx or 0) > self.journal.durable_index:",
+        "if False:",
     ),
     Mutant(
         "truncation without a conflict",

@@ -170,9 +170,13 @@ class WatchedNode(RaftNode):
         if leads and log.led_term != term:
             life.note("LEADS term", term, log.first, log.last)
             life.count("leaders")
+        electors = self._journal.voters if leads else None
         if commit != log.commit:
             life.note("commits", log.commit + 1, commit)
-        electors = self._journal.voters if leads else None
+            if electors is not None:
+                entry = self._journal[commit - core.first_index()]
+                holders = life.cluster.holders(entry, electors)
+                life.checker.led_to_commit(log, commit, electors, holders)
         life.checker.observe(log, term, commit, core.applied_index(), electors)
 
 

@@ -142,6 +142,20 @@ def test_a_leader_may_lack_what_a_later_term_committed() -> None:
     assert watched.found == []
 
 
+def test_what_a_leader_alone_did_before_its_disk_knew_the_term_never_was() -> None:
+    watched = Watched()
+    former, later = watched.logs[0], Log("A")
+    for entry in ((b"\0%d" % index, index, 1) for index in (1, 2, 3)):
+        watched.checker.appended(later, entry)
+    alone = frozenset({NodeId("A")})
+    watched.checker.voted("A", 2, "A")
+    for log, command in ((former, b"\0one"), (later, b"\0two")):
+        watched.checker.observe(log, 2, 1, 1, alone)
+        watched.checker.appended(log, (command, 4, 2))
+        watched.checker.ended(log, 1)
+    assert watched.found == []
+
+
 def two_leaders(watched: Watched) -> None:
     for log, other in zip(watched.logs, "BA", strict=True):
         watched.checker.voted(other, 2, log.host)
@@ -245,9 +259,26 @@ def a_vote_for_a_log_that_lacks_something(watched: Watched) -> None:
     watched.checker.votes_by_log(b, 2, "A", (1, 4))
 
 
+def a_commit_that_no_majority_has(watched: Watched) -> None:
+    electors = frozenset({NodeId("A"), NodeId("B")})
+    watched.checker.led_to_commit(watched.logs[0], 3, electors, frozenset({NodeId("A")}))
+
+
+def an_entry_of_a_former_life_that_others_know(watched: Watched) -> None:
+    a = watched.logs[0]
+    watched.checker.voted("B", 2, "A")
+    watched.observe(a, 2, 1, leads=True)
+    watched.checker.appended(a, (b"\0one", 4, 2))
+    watched.checker.told_term("A", 2)
+    watched.checker.ended(a, 1)
+    watched.checker.appended(watched.logs[1], (b"\0two", 4, 2))
+
+
 @pytest.mark.parametrize(
     ("event", "rule"),
     [
+        (a_commit_that_no_majority_has, "promises are durable"),
+        (an_entry_of_a_former_life_that_others_know, "log matching"),
         (two_leaders, "election safety"),
         (a_leader_without_votes, "election safety"),
         (a_leader_that_lacks_an_entry, "leader completeness"),
