@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tests.fakes.gguf_files import LLAMA, TENSORS, gguf_bytes, write_gguf
+from tests.system import test_models
 from tests.system.conftest import MODEL, open_cluster
 from tests.system.harness import Cluster, Node, refused, run_cli, wait_until
-from tests.system.test_models import blobs
 
 LOST_AFTER_S = 4.0
 SETTINGS = {
@@ -87,6 +87,11 @@ def comes_to(four: Cluster, model: str, count: int, asked: Node | None = None) -
 
 def other_than(four: Cluster, *nodes: Node) -> Node:
     return next(node for node in four.running if node not in nodes)
+
+
+def blobs(node: Node) -> set[Path]:
+    """The models' files that are whole; half of one may stay, for the next who asks for it."""
+    return {path for path in test_models.blobs(node) if not path.suffix}
 
 
 def test_a_join_gets_no_copy_unless_one_is_wanted(four: Cluster, tiny: Path) -> None:
@@ -199,7 +204,7 @@ def test_what_is_deleted_and_made_anew_while_a_node_is_down(four: Cluster, tmp_p
         first.request("PUT", f"/models/{name}/replicas", json={"replicas": 4})
     for name in ("same", "gone"):
         assert len(comes_to(four, name, 4)) == 4
-    before = set(blobs(last))
+    before = blobs(last)
     assert len(before) == 2
     last.kill()
     first.delete("/models/gone")
@@ -208,7 +213,7 @@ def test_what_is_deleted_and_made_anew_while_a_node_is_down(four: Cluster, tmp_p
     first.request("PUT", "/models/same/replicas", json={"replicas": 4})
     last.start()
     assert last in comes_to(four, "same", 4)
-    wait_until("what it had is gone", lambda: not before & set(blobs(last)))
+    wait_until("what it had is gone", lambda: not before & blobs(last))
     assert len(blobs(last)) == 1
     refused(last.request("GET", "/models/gone"), 404, "MODEL_NOT_FOUND")
 
