@@ -67,8 +67,8 @@ MUTANTS = (
     Mutant(
         "consent outlives its term",
         "raft/fence.py",
-        "if self._won_pre_vote_for == core.term() + 1:",
-        "if self._won_pre_vote_for:",
+        "has_won = self._won_pre_vote_for == core.term() + 1",
+        "has_won = bool(self._won_pre_vote_for)",
     ),
     Mutant(
         "a leader without a majority stays",
@@ -322,14 +322,22 @@ def _copy(to: Path) -> None:
     shutil.copytree(Path(pysyncobj.__file__).parent, to / "pysyncobj")
 
 
+def outdated(mutant: Mutant, packages: Path) -> str | None:
+    """Why that mutant cannot be made of the packages in a directory; None if it can."""
+    found = _path(mutant, packages).read_text().count(mutant.old)
+    return None if found == 1 else f"its text occurs {found} times in {mutant.file}: adapt it"
+
+
 def _mutate(copy: Path, mutant: Mutant) -> str | None:
-    below = copy if mutant.file.startswith("pysyncobj/") else copy / "ollamad"
-    path = below / mutant.file
-    text = path.read_text()
-    if text.count(mutant.old) != 1:
-        return f"its text occurs {text.count(mutant.old)} times in {mutant.file}: adapt it"
-    path.write_text(text.replace(mutant.old, mutant.new))
-    return None
+    if (reason := outdated(mutant, copy)) is None:
+        path = _path(mutant, copy)
+        path.write_text(path.read_text().replace(mutant.old, mutant.new))
+    return reason
+
+
+def _path(mutant: Mutant, packages: Path) -> Path:
+    below = packages if mutant.file.startswith("pysyncobj/") else packages / "ollamad"
+    return below / mutant.file
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from ollamad.core.ids import NodeId
 from ollamad.machine import Machine
 from ollamad.raft import Links, RaftError, RaftNode
 from ollamad.raft.journal import Blob, Journal, Snapshot, Stored
-from ollamad.raft.private import LEADER
+from ollamad.raft.private import CANDIDATE, LEADER
 from ollamad.wire.raftwire import (
     VOTER_CHANGE,
     Ack,
@@ -111,6 +111,7 @@ class WatchedNode(RaftNode):
         self.life = life
         self.heard: dict[NodeId, float] = {}  # when a frame of each came last
         self._electorate: tuple[int, frozenset[NodeId], float] = (0, frozenset(), 0.0)
+        self._candidacy: tuple[int, frozenset[NodeId]] = (0, frozenset())
         super().__init__(*args, **kwargs)
 
     def receive(self, sender: NodeId, frame: bytes) -> None:
@@ -159,11 +160,17 @@ class WatchedNode(RaftNode):
             life.checker.applies(life.log, index, command, outcome)
         return outcome
 
+    def stood_before(self, term: int) -> frozenset[NodeId]:
+        """The voters when it became a candidate in that term; its request leaves after the sync."""
+        return self._candidacy[1] if self._candidacy[0] == term else self._journal.voters
+
     def observe(self) -> None:
         life, core = self.life, self._core
         if life.is_dead:
             return  # what it decides now nobody will know
         log, term, commit = life.log, core.term(), core.commit_index()
+        if core.state() == CANDIDATE and self._candidacy[0] != term:
+            self._candidacy = term, self._journal.voters
         leads = core.state() == LEADER
         if term != log.term:
             life.note("enters term", term)
@@ -286,7 +293,8 @@ class Life:
                 checker.hands_over(to, term)
                 return
             case VoteRequest(term, last_index, last_term):
-                checker.stands(host.id, term, self.node.voters, (last_term, last_index))
+                voters = self.node.stood_before(term)
+                checker.stands(host.id, term, voters, (last_term, last_index))
                 checker.voted(host.id, term, host.id)
                 kept = disk.meta.term >= term
             case _:

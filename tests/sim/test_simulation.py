@@ -12,10 +12,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pysyncobj
 import pytest
 
 from ollamad.core.ids import NodeId
 from tests.sim.checks import Checker, Log, Violation
+from tests.sim.mutants import MUTANTS, Mutant, outdated
 from tests.sim.plan import LEADER, Fault, Kind, scenario
 from tests.sim.shrink import minimize
 
@@ -84,6 +86,12 @@ def test_a_seed_gives_the_same_run_in_every_process(seed: int) -> None:
     assert runs[0].stdout == runs[1].stdout
     assert len(runs[0].stdout.splitlines()) > 1000
     assert runs[0].returncode == 0, runs[0].stdout + runs[0].stderr
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_each_mutant_still_breaks_something(mutant: Mutant) -> None:
+    library = mutant.file.startswith("pysyncobj/")
+    assert outdated(mutant, Path(pysyncobj.__file__).parents[1] if library else ROOT) is None
 
 
 def test_a_violation_is_shown_and_made_smaller() -> None:
