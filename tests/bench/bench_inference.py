@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] = ()) -> int:
             second = cluster.grow()
             cluster.wait_whole()
             idle = {node.name: rss_mb(node) for node in (first, second)}
-            first.post("/distribution/auto-configure", {"enabled": False})  # else a hot model is copied
+            first.post("/distribution/auto-configure", {"enabled": False})  # nor copied when hot
             first.import_model(model_file, "bench")
             first.answer("generate", model="bench", prompt="")  # loads it
             [runner_socket] = (first.data_dir / "run").glob("*.sock")

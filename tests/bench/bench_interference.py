@@ -213,7 +213,7 @@ def main() -> int:
     with scratch() as directory, Cluster(directory, environment) as cluster:
         first = cluster.found()
         cluster.grow()
-        first.post("/distribution/auto-configure", {"enabled": False})  # else a hot model is copied
+        first.post("/distribution/auto-configure", {"enabled": False})  # nor copied when hot
         first.import_model(smollm2_file(), "bench")
         first.answer("/generate", model="bench", prompt="")
         reached.append(compare_pace(Bench(cluster, directory), 384))

@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] = ()) -> int:
             first = cluster.found()
             second = cluster.grow()
             cluster.wait_whole()
-            first.post("/distribution/auto-configure", {"enabled": False})  # else a hot model is copied
+            first.post("/distribution/auto-configure", {"enabled": False})  # nor copied when hot
             first.import_model(smollm2_file(), MODEL)
             first.answer("generate", model=MODEL, prompt="")  # loads it
             [runner] = (first.data_dir / "run").glob("*.sock")
