@@ -37,7 +37,7 @@ sim: $(STAMP) ## simulate consensus: make sim SEEDS=10000 (FIRST=0 JOBS=2)
 	@$(BIN)/python -m tests.sim --seeds $(SEEDS) --first $(FIRST) --jobs $(JOBS)
 
 system: $(STAMP) ## real daemons, the real model
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile tests/system
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --durations=12 tests/system
 
 faults: $(STAMP) ## nodes killed, paused, cut off and restarted under load (SECONDS=120 each)
 	OLLAMAD_FAULT_SECONDS=$(or $(SECONDS),120) $(BIN)/pytest -q -rP tests/system/test_consensus_*.py

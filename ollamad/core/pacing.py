@@ -32,7 +32,7 @@ class SlotTuner:
     than the link. So the number is doubled now and then, and kept if that sends clearly more.
     """
 
-    LEAST, MOST = 2, 64
+    LEAST, MOST = 4, 64  # with fewer, receivers that are busy with others leave the link idle
     GAIN = 1.25  # less is within what a busy machine does by itself
     ROUND_S = 0.5  # what is measured at once
     PROBE_S = 5.0  # between two attempts to send more side by side

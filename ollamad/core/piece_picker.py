@@ -300,6 +300,11 @@ class HolderBook:
         record = self._records.get(holder)
         return record is None or now >= record.usable_at
 
+    def usable_at(self, holder: NodeId) -> float:
+        """From when on it may be used."""
+        record = self._records.get(holder)
+        return float("-inf") if record is None else record.usable_at
+
     def is_banned(self, holder: NodeId, now: float) -> bool:
         record = self._records.get(holder)
         return record is not None and record.banned and now < record.usable_at

@@ -33,7 +33,7 @@ from ollamad.wire.pieces import FetcherSide
 log = logging.getLogger(__name__)
 
 MAX_SOURCES = 16  # holders used at once; more hardly add speed, and cost messages
-RECHECK_S = 1.0  # how often new holders, back-offs and stalls are looked at
+RECHECK_S = 1.0  # how often new holders and stalls are looked at
 KEEP_UP_S = 0.25  # how often what came is hashed and perhaps synced
 GOT_INTERVAL_S = 0.1  # how late a holder that spreads learns what came
 GIVE_UP_AFTER_S = 120.0  # without a byte from anybody: long enough for a host to reboot
@@ -220,7 +220,7 @@ class _Fetch:
                 self._failure = FetchFailed(self._explain(give_up_after_s))
                 return
             self._start_sessions(nursery, now)
-            with trio.move_on_after(min(RECHECK_S, give_up_after_s)):
+            with trio.move_on_after(min(self._next_look_s(now), give_up_after_s)):
                 await changed.wait()
 
     def _start_sessions(self, nursery: trio.Nursery, now: float) -> None:
@@ -242,6 +242,11 @@ class _Fetch:
             side = FetcherSide(self._layer.digest, plain=plain, growing=growing)
             session = self._sessions[holder] = _Session(holder, side)
             nursery.start_soon(self._run_session, session)
+
+    def _next_look_s(self, now: float) -> float:
+        """Until a back-off ends. Those who begin together have nothing for each other at first."""
+        ends = [self._book.usable_at(holder) - now for holder in self._candidates()]
+        return min([RECHECK_S, *(end for end in ends if end > 0)])
 
     async def _keep_up(self) -> None:
         """Hash and sync what came, beside the fetching."""
