@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from ollamad.core.ids import NodeId
-from ollamad.core.piece_picker import BAN_S, IDLE_S, STALL_S
+from ollamad.core.piece_picker import BAN_S, FIRST_BACK_OFF_S, IDLE_S, STALL_S
 from ollamad.core.pieces import MIB, PieceMap
 from ollamad.core.spread import CLAIM_S
 from ollamad.core.state import Layer
@@ -95,6 +95,23 @@ class Node:
 
 def content_of(node: Node, layer: Layer) -> bytes:
     return bytes(node.store.blobs[layer.digest].data)
+
+
+async def test_who_has_nothing_at_first_is_asked_again_as_soon_as_it_may_be(
+    network: Network, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    """Nodes that begin together have nothing for each other in the first moment."""
+    layer = Node(network, A).store.add(CONTENT)
+    late, node = Node(network, B), Node(network, HERE)
+
+    async def begin() -> None:
+        await trio.sleep(FIRST_BACK_OFF_S / 2)
+        late.store.add(CONTENT)
+
+    nursery.start_soon(begin)
+    since = trio.current_time()
+    await node.fetch(layer, [B])
+    assert FIRST_BACK_OFF_S <= trio.current_time() - since < 1.5 * FIRST_BACK_OFF_S
 
 
 async def test_a_blob_travels_and_progress_is_true(
