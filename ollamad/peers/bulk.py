@@ -12,6 +12,7 @@ hashes in any case, so nobody can change them).
 import contextlib
 import os
 import secrets
+import select
 import socket
 import ssl
 import struct
@@ -71,6 +72,9 @@ class BulkConnection:
         self._outgoing = ssl.MemoryBIO()
         self._buffer = memoryview(bytearray(0))
         self._low_water = 1
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
+        self._patience_ms: float | None = None  # for the other side to say something
         self.received = 0  # bytes, as they came over the network
         self._ended = threading.Event()
 
@@ -106,7 +110,7 @@ class BulkConnection:
         """Begin TLS; returns the other side's certificate (DER), empty if it showed none."""
         tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
         self._buffer = memoryview(bytearray(RECORDS_BYTES))
-        self._set_timeout(socket.SO_RCVTIMEO, HANDSHAKE_TIMEOUT_S)
+        self._patience_ms = 1000 * HANDSHAKE_TIMEOUT_S
         while True:
             try:
                 tls.do_handshake()
@@ -115,7 +119,7 @@ class BulkConnection:
                 self._flush()
                 self._fill()
         self._flush()
-        self._set_timeout(socket.SO_RCVTIMEO, 0)
+        self._patience_ms = None
         self._tls = tls
         return tls.getpeercert(binary_form=True) or b""
 
@@ -198,7 +202,14 @@ class BulkConnection:
         if low_water != self._low_water:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
             self._low_water = low_water
-        count = self._socket.recv_into(view)
+        # A read that blocks takes what is there, and then sleeps until as much as the low water has
+        # come besides, which may be more than will ever come. So it is waited for all first.
+        while True:
+            if not self._readable.poll(self._patience_ms):
+                raise TimeoutError("the other side says nothing")
+            with contextlib.suppress(BlockingIOError):  # woken for nothing
+                count = self._socket.recv_into(view, 0, socket.MSG_DONTWAIT)
+                break
         if not count:
             raise EOFError("the other side closed the connection")
         self.received += count
@@ -219,14 +230,11 @@ class BulkConnection:
         except BlockingIOError:
             raise TimeoutError(f"the peer took nothing for {SEND_TIMEOUT_S:g} s") from None
 
-    def _set_timeout(self, option: int, seconds: float) -> None:
-        value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-        self._socket.setsockopt(socket.SOL_SOCKET, option, value)
-
     def prepare(self) -> None:
         """Blocking, with a bound on how long a peer may take nothing."""
         self._socket.setblocking(True)
-        self._set_timeout(socket.SO_SNDTIMEO, SEND_TIMEOUT_S)
+        timeout = struct.pack("ll", int(SEND_TIMEOUT_S), int(SEND_TIMEOUT_S % 1 * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOT_SENT_LOW_WATER)
 
 

@@ -86,7 +86,10 @@ async def lane(pair: Pair, *, plain: bool) -> AsyncIterator[tuple[BulkConnection
             end.close()
 
 
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "encrypted"])
+both_modes = pytest.mark.parametrize("plain", [True, False], ids=["plain", "encrypted"])
+
+
+@both_modes
 async def test_bytes_and_files_pass(pair: Pair, tmp_path: Path, plain: bool) -> None:
     (tmp_path / "file").write_bytes(CONTENT)
     descriptor = os.open(tmp_path / "file", os.O_RDONLY)
@@ -112,7 +115,24 @@ async def test_bytes_and_files_pass(pair: Pair, tmp_path: Path, plain: bool) -> 
     os.close(descriptor)
 
 
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "encrypted"])
+@both_modes
+async def test_the_end_of_a_message_that_comes_in_two_parts_is_not_slept_through(
+    pair: Pair, plain: bool
+) -> None:
+    """Each part is smaller than what a thread is woken for."""
+    first, second = (bytes(bulk.READ_LOW_WATER - 2000) for _ in range(2))
+    got = bytearray(len(first) + len(second))
+    async with lane(pair, plain=plain) as (sender, receiver):
+        await sender.run(lambda: sender.send(first))
+        await trio.sleep(0.05)  # it is in the receiver's kernel
+        with trio.fail_after(2):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receiver.run, lambda: receiver.receive_into(memoryview(got)))
+                await trio.sleep(0.05)  # it waits for the rest
+                await sender.run(lambda: sender.send(second))
+
+
+@both_modes
 async def test_what_is_sent_is_readable_on_the_wire_only_without_encryption(
     pair: Pair, plain: bool
 ) -> None:
@@ -230,7 +250,7 @@ async def test_one_that_says_nothing_is_closed(pair: Pair, monkeypatch: pytest.M
         await raw.aclose()
 
 
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "encrypted"])
+@both_modes
 async def test_a_call_that_blocks_ends_when_it_is_cancelled_or_the_lane_is_shut(
     pair: Pair, plain: bool
 ) -> None:
@@ -262,7 +282,7 @@ async def test_a_call_that_blocks_ends_when_it_is_cancelled_or_the_lane_is_shut(
             await ours.run(lambda: ours.pause(100))  # paused no more
 
 
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "encrypted"])
+@both_modes
 async def test_a_peer_that_takes_nothing_is_left(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, plain: bool
 ) -> None:
