@@ -203,7 +203,7 @@ class BulkConnection:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
             self._low_water = low_water
         # A read that blocks takes what is there, and then sleeps until as much as the low water has
-        # come besides, which may be more than will ever come. So it is waited for all first.
+        # come besides, which may be more than will ever come; poll counts what is there already.
         while True:
             if not self._readable.poll(self._patience_ms):
                 raise TimeoutError("the other side says nothing")

@@ -77,6 +77,14 @@ class Host:
         return backup(self.file, self.path, effective(config_dir), config_dir, models=models)
 
 
+def etc(directory: Path, config: str) -> Path:
+    """A directory of settings."""
+    path = directory / "etc"
+    path.mkdir()
+    (path / "config.yaml").write_text(config)
+    return path
+
+
 def effective(config_dir: Path | None = None) -> Effective:
     return load(config_dir, {}, {})
 
@@ -276,9 +284,7 @@ def test_the_host_is_the_member_of_its_name(
 def test_settings_come_back_where_there_are_none_and_are_never_overwritten(
     host: Host, empty: Path, tmp_path: Path
 ) -> None:
-    there = tmp_path / "etc"
-    there.mkdir()
-    (there / "config.yaml").write_text("drain: {timeout: 7s}\n")
+    there = etc(tmp_path, "drain: {timeout: 7s}\n")
     (there / "node.yaml").write_text("node: {name: two}\n")
     host.backup(config_dir=there)
     put_back(host.file, empty)
@@ -298,9 +304,7 @@ def test_settings_come_back_where_there_are_none_and_are_never_overwritten(
 def test_settings_of_the_backup_that_cannot_be_used_are_told_before_anything_is_written(
     host: Host, empty: Path, tmp_path: Path
 ) -> None:
-    there = tmp_path / "etc"
-    there.mkdir()
-    (there / "config.yaml").write_text("drain: {timeout: 7s}\n")
+    there = etc(tmp_path, "drain: {timeout: 7s}\n")
     host.backup(config_dir=there)
 
     def settings(of: Path | None) -> Settings:
@@ -319,9 +323,8 @@ def test_settings_of_the_backup_that_cannot_be_used_are_told_before_anything_is_
 def test_room_is_looked_for_on_the_disk_that_the_models_go_to(
     host: Host, empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there, other = tmp_path / "etc", Path("/dev/shm/models-of-a-test/not-there-yet")
-    there.mkdir()
-    (there / "config.yaml").write_text(f"models: {{path: {other}}}\n")
+    other = Path("/dev/shm/models-of-a-test/not-there-yet")
+    there = etc(tmp_path, f"models: {{path: {other}}}\n")
     backup(host.file, host.path, effective(), there, models=True)
     usage = shutil.disk_usage
     asked = []
