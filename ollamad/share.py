@@ -5,6 +5,7 @@ fetches what it should hold and lacks from peers, and drops what it should not h
 """
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 GARBAGE_INTERVAL_S = 3600.0
 GARBAGE_AGE_S = 86400.0  # an upload may wait that long for the request that makes it a model
 PARTIAL_AGE_S = 7 * 86400.0  # a pull that was cancelled or failed can go on for so long
+STRAY_AGE_S = 3600.0  # a copy was begun here by a process that died, and went to another node
 RECHECK_S = 5.0  # how often a node compares what it holds with what it should hold
 FIRST_RETRY_S = 2.0  # after a failed fetch; doubles up to MAX_RETRY_S
 MAX_RETRY_S = 60.0
@@ -381,15 +383,27 @@ class Share:
         """Free uploads that never became a model, and partial copies that nobody wants."""
         while True:
             await trio.sleep(GARBAGE_INTERVAL_S)
-            wanted = self._wanted_here()
             try:
                 freed = await self._store.free(self._wanted_here, grace_s=GARBAGE_AGE_S)
                 if freed.size:
                     log.info("freed %.1f MB, which no model uses", freed.size / 1e6)
-                for digest in await self._store.discard_old_partials(wanted, PARTIAL_AGE_S):
+                for digest in await self._store.discard_old_partials(self._partial_age()):
                     log.info("threw away what had come of %s; nobody asked for the rest", digest)
             except (StoreError, OSError) as error:
                 log.warning("freeing unused blobs: %s", error)
+
+    def _partial_age(self) -> Callable[[str], float]:
+        """For how many seconds to keep what came of a blob, if no more comes."""
+        wanted = self._wanted_here()
+        models = self._cluster.state.models.values()
+        elsewhere = {layer.digest for model in models for layer in model.layers} - wanted
+
+        def age(digest: str) -> float:
+            if digest in wanted:
+                return math.inf
+            return STRAY_AGE_S if digest in elsewhere else PARTIAL_AGE_S
+
+        return age
 
     def _remember(self, key: str, digest: str) -> None:
         self._held[key] = digest

@@ -411,14 +411,15 @@ class BlobStore:
         finally:
             del self._partials[digest]
 
-    async def discard_old_partials(self, keep: Iterable[str], age_s: float) -> list[str]:
-        """Throw away partial blobs that nobody receives and nothing came of for so long."""
+    async def discard_old_partials(self, kept_for_s: Callable[[str], float]) -> list[str]:
+        """Throw away partial blobs that nobody receives and nothing came of for so many seconds,
+        which may differ from digest to digest."""
         discarded = []
-        for digest in set(await self.partials()) - set(keep):
+        for digest in await self.partials():
             paths = PartialPaths(self.blob_path(digest))
             with contextlib.suppress(FileNotFoundError, StoreError):
                 touched = (await self.in_thread(paths.data.stat)).st_mtime
-                if time.time() - touched >= age_s:
+                if time.time() - touched >= kept_for_s(digest):
                     await self.discard_partial(digest)
                     discarded.append(digest)
         return discarded

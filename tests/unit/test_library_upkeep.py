@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import trio
 
-from ollamad import adoption, bringing, pulls
+from ollamad import adoption, bringing, pulls, share
 from ollamad.core.commands import AskReplicas, SetDesired
 from ollamad.core.ids import NodeId
-from ollamad.core.pieces import MIB
+from ollamad.core.pieces import MIB, PieceHasher
 from ollamad.core.state import Model
 from ollamad.scrubbing import Scrubbing
 from ollamad.share import Share
@@ -220,6 +220,29 @@ async def test_what_came_before_its_model_is_kept_until_that_is_published(world:
     assert (await b.store.free(lambda: (), grace_s=0)).held == {digest}
     world.shared.hold.set()
     await until(world.shared, lambda: world.confirmed() == (A, B))
+
+
+async def test_half_a_copy_of_what_is_elsewhere_is_thrown_away(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.pulled(A)
+    a, b = world.nodes[A], world.nodes[B]
+    ours = {layer.digest for layer in world.models[NAME].layers}
+    hasher = PieceHasher(MIB)
+    hasher.update(bytes(MIB))
+    unknown, piece_map = hasher.finish()
+    begun = {digest: await a.store.piece_map(digest) for digest in ours} | {unknown: piece_map}
+    for digest in begun:
+        (await b.store.open_partial(digest, begun[digest])).close()
+    assert set(await b.store.partials()) == begun.keys()
+    monkeypatch.setattr(share, "STRAY_AGE_S", 0.0)
+    monkeypatch.setattr(share, "GARBAGE_INTERVAL_S", 0.02)
+    await b.stop()
+    await world.start(B)
+    with trio.fail_after(5):
+        while set(await b.store.partials()) & ours:  # noqa: ASYNC110 - the disk tells nobody
+            await trio.sleep(0.01)
+    assert await b.store.partials() == [unknown]  # a pull may go on with what no model has yet
 
 
 async def test_a_copy_on_its_way_is_not_freed(
