@@ -31,7 +31,8 @@ from ollamad.core.inference import (
 
 async def create_message(call: Call) -> Reply | None:
     body = await call.body(MessagesBody, any_type=True)
-    request = msgspec.structs.replace(await _asked(call, body), options=body.options())
+    asked = await _asked(call, body)
+    request = msgspec.structs.replace(asked, options=body.options(), format=body.format)
     layout = MessageLayout(call, body.model)
     return await answer(call, request, layout, stream=body.stream is True, waiting=waiting)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from ollamad.api.bodies import INT32_MAX, invalid, unsupported
+from ollamad.api.bodies import INT32_MAX, format_text, invalid, unsupported
 from ollamad.api.conversation import read_images, read_tools
 from ollamad.core.inference import Message, Options, ToolCall
 
@@ -35,6 +35,15 @@ class ToolChoice(msgspec.Struct, frozen=True):
 class Thinking(msgspec.Struct, frozen=True):
     type: str
     budget_tokens: int | None = None
+
+
+class OutputFormat(msgspec.Struct, frozen=True):
+    type: str
+    schema: dict[str, Any] | None = None
+
+
+class OutputConfig(msgspec.Struct, frozen=True):
+    format: OutputFormat | None = None
 
 
 class CountBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,6 +130,28 @@ class MessagesBody(CountBody, frozen=True, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # its place while it was a beta
+
+    @property
+    def format(self) -> str:
+        """The format as the scheduler takes it: "" or a schema as text.
+
+        Raises:
+          ServiceError: 400 naming the field.
+        """
+        wanted = self.output_format
+        if self.output_config is not None and self.output_config.format is not None:
+            wanted = self.output_config.format
+        if wanted is None:
+            return ""
+        if wanted.type != "json_schema":
+            message = "output_config.format.type must be json_schema"
+            raise invalid("output_config.format.type", message, expected="json_schema")
+        if not wanted.schema:
+            message = "output_config.format.schema is missing"
+            raise invalid("output_config.format.schema", message, expected="object")
+        return format_text(wanted.schema)
 
     def options(self) -> Options:
         """The options; temperature is 1 unless the request says otherwise.

@@ -34,7 +34,7 @@ from ollamad.api.asgi import Connection, Reply, Request
 from ollamad.api.auth import Auth, Identity
 from ollamad.api.bodies import invalid
 from ollamad.api.calls import Api, ApiSettings, Call, Handler, error_reply, peer_of
-from ollamad.api.dialects import error_body_for
+from ollamad.api.dialects import error_body_for, native_error
 from ollamad.api.errors import as_service_error
 from ollamad.api.feed import Feed
 from ollamad.api.hub import Hub
@@ -283,6 +283,7 @@ def _document() -> bytes:
 
 def _view(api: Api, route: Route) -> View:
     limited = _has_limits(route.path)
+    is_foreign = error_body_for(route.path) is not native_error
 
     async def view(request: Request, **arguments: str) -> Reply | None:
         caller = None
@@ -294,7 +295,7 @@ def _view(api: Api, route: Route) -> View:
                     code="NOT_READY",
                     retry_after_s=1,
                 )
-            caller = api.auth.identify(request.headers, peer)
+            caller = api.auth.identify(request.headers, peer, ignores_placeholders=is_foreign)
         if limited:
             identity = caller.token_id if caller else ""
             _take(api, request, identity or address_group(peer), model_op=route.model_op)
@@ -302,14 +303,14 @@ def _view(api: Api, route: Route) -> View:
             caller = _authorize(caller, route.role)
             if caller.key is not None:
                 keys.spend_request(api.services, caller.key)
-        call = Call(api, request, caller)
         _log_change(route, request, caller, peer)
-        if not route.bounded:
-            return await route.handler(call, **arguments)
-        with trio.move_on_after(api.settings.deadline_s):
-            if route.method != "GET" or route.role is PUBLIC:
+        with Call(api, request, caller) as call:
+            if not route.bounded:
                 return await route.handler(call, **arguments)
-            return await _read(call, route.handler, arguments)
+            with trio.move_on_after(api.settings.deadline_s):
+                if route.method != "GET" or route.role is PUBLIC:
+                    return await route.handler(call, **arguments)
+                return await _read(call, route.handler, arguments)
         raise ServiceError(
             408,
             "REQUEST_TIMEOUT",

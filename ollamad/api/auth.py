@@ -28,7 +28,7 @@ import jwt
 import msgspec
 import trio
 
-from ollamad.api.apikeys import find_key
+from ollamad.api.apikeys import PREFIX, find_key
 from ollamad.api.origins import Origins
 from ollamad.api.services import Cluster, ServiceError, Unavailable
 from ollamad.core.commands import Rejected, Revoke
@@ -145,24 +145,24 @@ class Auth:
         self._nobody = _unknowable_hash(self._hasher)
         self._threads = trio.CapacityLimiter(PASSWORD_THREADS)
 
-    def identify(self, headers: Headers, peer: str) -> Identity | None:
+    def identify(
+        self, headers: Headers, peer: str, *, ignores_placeholders: bool = False
+    ) -> Identity | None:
         """Who sent a request with these headers from this address; None for nobody known.
+
+        Clients of OpenAI and Anthropic cannot send no key, so those for Ollama send any word. If
+        asked to ignore it, what has not the form of a token of ours is as good as none where the
+        loopback rule holds.
 
         Raises:
           ServiceError: 401, a token was sent and is not good (the loopback rule is no way out).
         """
-        authorization = headers.get("Authorization")
-        if authorization is not None:
-            scheme, _, token = authorization.partition(" ")
-            if scheme.lower() != "bearer" or not token.strip():
-                raise _unauthorized("send the token as `Authorization: Bearer TOKEN`")
-            return self._identity_of(token.strip())
-        if (key := headers.get("X-Api-Key")) is not None:  # as Anthropic's clients send it
-            return self._identity_of(key.strip())
+        token = _token_of(headers)
         role = self._settings.loopback_role
-        if role != "none" and is_local_request(headers, peer, self._origins):
-            return Identity("local", role)
-        return None
+        is_local = role != "none" and is_local_request(headers, peer, self._origins)
+        if token is None or (ignores_placeholders and is_local and not _may_be_ours(token)):
+            return Identity("local", role) if is_local else None
+        return self._identity_of(token)
 
     async def check_password(self, username: str, password: str) -> User | None:
         """The user if the password is right. Takes as long when there is no such user."""
@@ -267,6 +267,27 @@ class Auth:
             refresh=_mint(state, self._settings, shared, "refresh", now, now + REFRESH_TTL_S),
             expires_at=expires_at,
         )
+
+
+def _token_of(headers: Headers) -> str | None:
+    """The token of a request; None if it has none.
+
+    Raises:
+      ServiceError: 401, an Authorization of another kind.
+    """
+    authorization = headers.get("Authorization")
+    if authorization is not None:
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise _unauthorized("send the token as `Authorization: Bearer TOKEN`")
+        return token.strip()
+    key = headers.get("X-Api-Key")  # as Anthropic's clients send it
+    return None if key is None else key.strip()
+
+
+def _may_be_ours(token: str) -> bool:
+    """Whether it has the form of an API key or of a JWT."""
+    return token.startswith(PREFIX) or token.count(".") == 2
 
 
 def mint_local_token(

@@ -24,7 +24,8 @@ Body = TypeVar("Body")
 FOR_EVER_S = -1.0
 MAX_KEEP_ALIVE_S = 10 * 365 * 86400.0  # more is for ever, and would not fit a date
 MAX_TOP_LOGPROBS = 20  # as in Ollama
-INT32_MAX = (1 << 31) - 1  # the engine's integers; a seed may use 32 bits
+INT32_MAX = (1 << 31) - 1  # the engine's integers
+UINT32_MAX = (1 << 32) - 1  # the engine's seeds
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
 KeepAlive = int | float | str | None
@@ -381,10 +382,18 @@ def format_text(value: Format) -> str:
 def _options(options: Options | None) -> Options:
     if options is None:
         return Options()
+    if options.seed is not None:
+        options = msgspec.structs.replace(options, seed=fold_seed(options.seed))
     for name, value in msgspec.structs.asdict(options).items():
-        if isinstance(value, int) and not -INT32_MAX - 1 <= value <= 2 * INT32_MAX + 1:
+        if name != "seed" and isinstance(value, int) and not -INT32_MAX - 1 <= value <= INT32_MAX:
             raise invalid(f"options.{name}", f"options.{name} is out of range", expected="int32")
     return options
+
+
+def fold_seed(seed: int) -> int:
+    """A seed as the engine takes it: 32 bits of it, where clients may send 64; -1, any will do,
+    for all that are negative."""
+    return -1 if seed < 0 else seed & UINT32_MAX
 
 
 def _go_duration_s(text: str) -> float:

@@ -31,6 +31,8 @@ MAX_PUBLIC_JSON_BYTES = 64 << 10
 # to each other must not be able to fill the memory together.
 LARGE_JSON_BYTES = 256 << 10
 MAX_LARGE_BODIES = 8
+# Bytes of large bodies whose requests are not over. They wait in the queue with all they bring.
+MAX_HELD_BYTES = 256 << 20
 BODY_TIMEOUT_S = 60.0  # a JSON body that takes longer to arrive holds a connection for nothing
 CATCH_UP_TIMEOUT_S = 2.0  # before a 404: two elections' worth
 
@@ -67,6 +69,33 @@ class ApiSettings:
     election_timeout_s: float = 2.0
 
 
+class Budget:
+    """How many bytes of large bodies this API holds."""
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    def take(self, size: int) -> None:
+        """Hold so many more, until they are given back.
+
+        Raises:
+          ServiceError: 503, they are too many.
+        """
+        if self.held + size > MAX_HELD_BYTES:
+            raise ServiceError(
+                503,
+                "TOO_MANY_LARGE_BODIES",
+                f"requests with {self.held >> 20} MiB wait at this node already, of "
+                f"{MAX_HELD_BYTES >> 20} MiB that may; try another node, or later",
+                {"limit_bytes": MAX_HELD_BYTES},
+                retry_after_s=5,
+            )
+        self.held += size
+
+    def give_back(self, size: int) -> None:
+        self.held -= size
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Api:
     """One API: what its handlers share."""
@@ -84,6 +113,7 @@ class Api:
     large_bodies: trio.Semaphore = dataclasses.field(
         default_factory=lambda: trio.Semaphore(MAX_LARGE_BODIES)
     )
+    budget: Budget = dataclasses.field(default_factory=Budget)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,6 +123,14 @@ class Call:
     api: Api
     request: Request
     caller: Identity | None  # None on routes that need no authentication
+    _held: list[int] = dataclasses.field(default_factory=list)  # bytes that it took of the budget
+
+    def __enter__(self) -> "Call":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for size in self._held:
+            self.api.budget.give_back(size)
 
     @property
     def services(self) -> Services:
@@ -134,6 +172,9 @@ class Call:
             raise _too_large(most)
         async with AsyncExitStack() as room:
             data = await self._read_body(most, room)
+            if len(data) > LARGE_JSON_BYTES:
+                self.api.budget.take(len(data))
+                self._held.append(len(data))
             if not data.strip():
                 if not optional:
                     raise ServiceError(400, "INVALID_REQUEST", "missing request body")

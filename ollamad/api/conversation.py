@@ -41,7 +41,7 @@ def read_messages(given: tuple[ChatMessage, ...] | None) -> tuple[Message, ...]:
       ServiceError: 400, a role is not known.
     """
     for index, message in enumerate(given or ()):
-        if message.role not in ROLES:
+        if _role(message) not in ROLES:
             raise ServiceError(
                 400,
                 "INVALID_REQUEST",
@@ -101,9 +101,14 @@ def think_mode(think: bool | str | None, *, thinks: bool) -> str:
     return think if isinstance(think, str) else "off" if think is False else "on"
 
 
+def _role(message: ChatMessage) -> str:
+    role = message.role.lower()
+    return "system" if role == "developer" else role  # as OpenAI calls it since 2024
+
+
 def _message(message: ChatMessage, images_field: str) -> Message:
     return Message(
-        message.role,
+        _role(message),
         message.content or "",
         thinking=message.thinking or "",
         tool_calls=tuple(

@@ -111,16 +111,17 @@ async def embed_texts(call: Call) -> Reply:
     model = await _find_embedding(call, body.model)
     if body.dimensions is not None and body.dimensions < 0:
         raise invalid("dimensions", "dimensions must not be negative")
-    inputs = (body.input,) if isinstance(body.input, str) else body.input or ()
+    # An empty text alone only loads the model; among others it is one.
+    inputs = ((body.input,) if body.input else ()) if isinstance(body.input, str) else body.input
     request = EmbedRequest(
         model=model.name,
-        inputs=inputs,
+        inputs=inputs or (),
         options=read_options(body.options),
         keep_alive_s=keep_alive_s(body.keep_alive),
         truncate=body.truncate is not False,
     )
     shown: dict[str, Any] = {"model": body.model}
-    if not any(inputs):
+    if not inputs:
         await _load(call, request)
         return reply(shown | {"embeddings": []})
     embedded = await embed(call, request)

@@ -2,17 +2,16 @@
 fields and options are ignored."""
 
 import logging
+import math
 from typing import Any
 
 import msgspec
 
-from ollamad.api.bodies import INT32_MAX, Format, KeepAlive, TokenId, invalid
+from ollamad.api.bodies import INT32_MAX, Format, KeepAlive, TokenId, fold_seed, invalid
 from ollamad.api.conversation import ChatMessage
 from ollamad.core.inference import Options
 
 log = logging.getLogger(__name__)
-
-UINT32_MAX = 2 * INT32_MAX + 1  # a seed may use all 32 bits
 
 _INTEGERS = {
     field.name
@@ -148,7 +147,9 @@ def read_options(given: dict[str, Any] | None) -> Options:
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong_type(name, "integer")
-    if not -INT32_MAX - 1 <= value <= UINT32_MAX:  # also what is not finite
+    if name == "seed" and math.isfinite(value):
+        return fold_seed(int(value))
+    if not -INT32_MAX - 1 <= value <= INT32_MAX:  # also what is not finite
         raise invalid(f"options.{name}", f'option "{name}" is out of range', expected="int32")
     return int(value)
 

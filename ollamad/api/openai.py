@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from ollamad.api.asgi import Reply
-from ollamad.api.bodies import invalid
+from ollamad.api.bodies import fold_seed, invalid
 from ollamad.api.calls import Call, reply, rfc3339
 from ollamad.api.choices import answer_all
 from ollamad.api.generation import answer, embed
@@ -49,6 +49,7 @@ async def show_model(call: Call, name: str) -> Reply:
 
 async def chat(call: Call) -> Reply | None:
     body = await call.body(ChatBody, any_type=True)
+    body.check()
     model = await _find(call, body.model)
     if body.tools:
         require_capability(model, "tools")
@@ -61,7 +62,7 @@ async def chat(call: Call) -> Reply | None:
         parallel_calls=body.parallel_tool_calls is not False,
         think=body.think(thinks="thinking" in model.details.capabilities),
         format=body.response_format.as_text if body.response_format else "",
-        options=body.options(body.max_completion_tokens or body.max_tokens),
+        options=body.options(body.max_answer_tokens),
         logprobs=body.candidates,
         logit_bias=body.biases,
     )
@@ -133,11 +134,12 @@ def _with_prompt(request: GenerateRequest, prompt: str | tuple[int, ...]) -> Gen
 def _tries(request: GenerateRequest, count: int) -> list[GenerateRequest]:
     """The request as often; with a seed, each has one of its own, the first the one given."""
     seed = request.options.seed
-    if seed is None:
+    if seed is None or seed < 0:
         return [request] * count
     return [
         msgspec.structs.replace(
-            request, options=msgspec.structs.replace(request.options, seed=seed + number)
+            request,
+            options=msgspec.structs.replace(request.options, seed=fold_seed(seed + number)),
         )
         for number in range(count)
     ]
@@ -146,9 +148,6 @@ def _tries(request: GenerateRequest, count: int) -> list[GenerateRequest]:
 async def embeddings(call: Call) -> Reply:
     body = await call.body(EmbeddingBody, any_type=True)
     model = await _find(call, body.model)
-    inputs = (body.input,) if isinstance(body.input, str) else body.input
-    if not inputs or not all(inputs):
-        raise invalid("input", "input must not be empty", expected="text")
     if body.encoding_format not in (None, "float", "base64"):
         raise invalid(
             "encoding_format",
@@ -157,7 +156,7 @@ async def embeddings(call: Call) -> Reply:
         )
     if body.dimensions is not None and body.dimensions < 1:
         raise invalid("dimensions", "dimensions must be 1 or more", expected="integer")
-    embedded = await embed(call, EmbedRequest(model=model.name, inputs=inputs))
+    embedded = await embed(call, EmbedRequest(model=model.name, inputs=body.inputs))
     result = embedded.embeddings
     rows = []
     for index, vector in enumerate(result.vectors):

@@ -12,6 +12,7 @@ from ollamad.api.bodies import (
     INT32_MAX,
     MAX_TOP_LOGPROBS,
     TokenId,
+    fold_seed,
     format_text,
     invalid,
     read_logprobs,
@@ -123,8 +124,6 @@ class _Sampled(msgspec.Struct, frozen=True):
         """
         if max_tokens is not None and not 0 < max_tokens <= INT32_MAX:
             raise invalid("max_tokens", "max_tokens must be 1 or more", expected="int32")
-        if self.seed is not None and abs(self.seed) > 2 * INT32_MAX + 1:
-            raise invalid("seed", "seed is out of range", expected="int32")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if stop is not None and len(stop) > MAX_STOPS:
             raise invalid("stop", f"stop takes up to {MAX_STOPS} texts", expected="array")
@@ -137,7 +136,7 @@ class _Sampled(msgspec.Struct, frozen=True):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             stop=stop,
-            seed=self.seed,
+            seed=None if self.seed is None else fold_seed(self.seed),
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
         )
@@ -152,6 +151,7 @@ class Part(msgspec.Struct, frozen=True):
 
     type: str
     text: str | None = None
+    refusal: str | None = None
     image_url: ImageUrl | None = None
 
 
@@ -183,6 +183,25 @@ class ChatBody(_Sampled, frozen=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    modalities: tuple[str, ...] | None = None
+    functions: tuple[dict[str, Any], ...] | None = None  # what tools were called before 2023-11
+
+    @property
+    def max_answer_tokens(self) -> int | None:
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
+
+    def check(self) -> None:
+        """Refuse what would change the answer and cannot be done.
+
+        Raises:
+          ServiceError: 400 naming the field.
+        """
+        for kind in self.modalities or ():
+            if kind != "text":
+                raise unsupported(f"modalities {kind[:40]!r}")
+        if self.functions:
+            raise invalid("functions", "functions are called tools now: send tools instead")
 
     @property
     def candidates(self) -> int:
@@ -271,9 +290,29 @@ class CompletionBody(_Sampled, frozen=True, kw_only=True):
 
 class EmbeddingBody(msgspec.Struct, frozen=True):
     model: str
-    input: str | tuple[str, ...]
+    input: str | tuple[str | int | tuple[int, ...], ...]
     encoding_format: str | None = None
     dimensions: int | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The texts.
+
+        Raises:
+          ServiceError: 400, there are none, or token ids: clients make them by the vocabulary of
+            OpenAI's models, so that another model would be asked for something else.
+        """
+        given = (self.input,) if isinstance(self.input, str) else self.input
+        texts = tuple(one for one in given if isinstance(one, str))
+        if len(texts) < len(given):
+            message = (
+                "input must be text: token ids mean something else to each model "
+                "(LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False))"
+            )
+            raise invalid("input", message, expected="text")
+        if not texts or not all(texts):
+            raise invalid("input", "input must not be empty", expected="text")
+        return texts
 
 
 def read_messages(given: Sequence[ChatMessage]) -> tuple[Message, ...]:
@@ -300,6 +339,8 @@ def _read_message(index: int, message: ChatMessage) -> Message:
             match part.type:
                 case "text":
                     texts.append(part.text or "")
+                case "refusal":  # an answer that is sent back
+                    texts.append(part.refusal or "")
                 case "image_url":
                     url = part.image_url.url if part.image_url else ""
                     images.append(read_data_url(url, f"{field}.image_url"))

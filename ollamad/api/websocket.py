@@ -157,7 +157,7 @@ class Session:
         self._caller = caller
         self._check_at = self.last_sent + CHECK_S
         # Only what says who it is: the rest of the request is not kept.
-        kept = ("Authorization", "Host", "Origin")
+        kept = ("Authorization", "X-Api-Key", "Host", "Origin")
         self._headers = {k: v for k in kept if (v := headers.get(k)) is not None}
         self._peer = peer
         self._ws = Connection(ConnectionType.SERVER, trailing_data=trailing)
@@ -172,13 +172,16 @@ class Session:
         self._closing = False
         self._scope = trio.CancelScope()
 
-    async def run(self) -> None:
-        """Greet, and answer until one side closes. The caller closes the stream.
+    async def run(self, head: bytes) -> None:
+        """Accept with this head, greet, and answer until one side closes.
+
+        The caller closes the stream.
 
         Cancellation: the socket is left as it is.
         """
-        self._hub.enter(self)
+        self._hub.enter(self)  # before anything is waited for: it counts from now on
         try:
+            await self._stream.send_all(head)
             with self._scope:
                 for message in self._greeter.greetings():
                     self.send(frame_of(message))
@@ -468,8 +471,7 @@ class Sockets:
             address=address_group(host),
             trailing=upgrade.trailing,
         )
-        await stream.send_all(head)
-        await session.run()
+        await session.run(head)
 
     def close_all(self) -> None:
         self._hub.close_all(CloseReason.GOING_AWAY, "this node stops; connect to another one")

@@ -13,6 +13,7 @@ from ollamad.api.http import ConnectionLimits
 from ollamad.api.serve import RESERVED_FILES, connections_allowed
 from ollamad.core.inference import Chunk
 from tests.fakes.api_server import SOON_S, Server, Wire, serving
+from tests.fakes.api_services import FINISHED
 
 GENERATE = {"model": "smollm2:135m", "prompt": "hi"}
 
@@ -225,6 +226,51 @@ async def test_only_some_large_bodies_are_held_at_once(monkeypatch: pytest.Monke
         again = await send(large + body, length=len(large + body))
         await again.end()
         assert (await again.answer())[0] == 200
+
+
+async def test_what_waits_with_large_bodies_is_bounded_by_its_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A queue of 512 prompts of 30 MB each would be more than most hosts have."""
+    size = calls.LARGE_JSON_BYTES + 1000
+    monkeypatch.setattr(calls, "MAX_HELD_BYTES", 2 * size)
+    async with serving() as server:
+        inference = server.world.inference
+        inference.script = [trio.Event()]  # nothing is answered
+        large = json.dumps(GENERATE | {"prompt": "x"}).encode().ljust(size)
+
+        async def send(body: bytes) -> Wire:
+            wire = await server.connect()
+            await wire.send_head(
+                "POST",
+                "/api/v1/generate",
+                Content_Length=str(len(body)),
+                Content_Type="application/json",
+            )
+            await wire.send_data(body)
+            await wire.end()
+            return wire
+
+        waiting = [await send(large) for _ in range(2)]
+        with trio.fail_after(SOON_S):
+            while inference.running < 2:  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.01)
+        status, headers, text = await (await send(large)).answer()
+        assert (status, json.loads(text)["code"]) == (503, "TOO_MANY_LARGE_BODIES")
+        assert headers["retry-after"] == "5"
+        # Small ones are held up by nobody, and who leaves gives back what it took.
+        small = await send(json.dumps(GENERATE).encode())
+        with trio.fail_after(SOON_S):
+            while inference.running < 3:  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.01)
+        for wire in (*waiting, small):
+            await wire.stream.aclose()
+        budget = server.client.app.api.budget
+        with trio.fail_after(SOON_S):
+            while budget.held:  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.01)
+        inference.script = [Chunk("ok"), FINISHED]
+        assert (await (await send(large)).answer())[0] == 200
 
 
 async def test_an_upload_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,26 @@ def asked(client: ApiClient) -> GenerateRequest:
     return request
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+WANTED = {"type": "json_schema", "schema": SCHEMA}
+
+
+@pytest.mark.parametrize("body", [{"output_config": {"format": WANTED}}, {"output_format": WANTED}])
+async def test_a_form_of_the_answer_is_kept_to(body: dict[str, Any]) -> None:
+    client = ApiClient()
+    assert (await create(client, **body)).status == 200
+    assert json.loads(asked(client).format) == SCHEMA
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"type": "xml"}, {"type": "json_schema"}, {"type": "json_schema", "schema": {}}]
+)
+async def test_a_form_that_is_none_is_refused(wanted: dict[str, Any]) -> None:
+    answer = await create(ApiClient(), output_config={"format": wanted})
+    assert answer.status == 400
+    assert "output_config.format" in answer.json["error"]["message"]
+
+
 def events(answer: Answer) -> list[dict[str, Any]]:
     assert answer.headers["content-type"] == "text/event-stream"
     *blocks, rest = answer.data.decode().split("\n\n")

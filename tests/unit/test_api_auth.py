@@ -210,6 +210,33 @@ async def test_a_bad_authorization_header_is_no_way_to_the_loopback_role(header:
     assert answer.status == 401
 
 
+WORDS = [{"Authorization": "Bearer ollama"}, {"X-Api-Key": "sk-no-key-required"}]
+
+
+@pytest.mark.parametrize("headers", WORDS)
+@pytest.mark.parametrize("path", ["/v1/models", "/api/tags"])
+async def test_any_word_will_do_for_a_client_that_must_send_a_key(
+    path: str, headers: dict[str, str]
+) -> None:
+    """OpenAI's and Anthropic's send one, whatever; only where none would be needed."""
+    client = ApiClient(role=None)
+    assert (await client.call("GET", path, peer=LOOPBACK, headers=headers)).status == 200
+    assert (await client.call("GET", path, peer=REMOTE, headers=headers)).status == 401
+    assert (await client.call("GET", "/nodes", peer=LOOPBACK, headers=headers)).status == 401
+    proxied = headers | {"X-Forwarded-For": "192.0.2.1"}
+    assert (await client.call("GET", path, peer=LOOPBACK, headers=proxied)).status == 401
+    strict = ApiClient(role=None, auth=AuthSettings(loopback_role="none"))
+    assert (await strict.call("GET", path, peer=LOOPBACK, headers=headers)).status == 401
+
+
+@pytest.mark.parametrize("token", ["odk_0011_x", "odk_", "a.b.c", "Basic x"])
+async def test_what_looks_like_a_token_must_be_one(token: str) -> None:
+    client = ApiClient(role=None)
+    authorization = token if " " in token else f"Bearer {token}"
+    headers = {"Authorization": authorization}
+    assert (await client.call("GET", "/v1/models", peer=LOOPBACK, headers=headers)).status == 401
+
+
 async def test_a_role_that_changes_holds_at_once() -> None:
     client = ApiClient()
     users = client.world.cluster.state.users

@@ -43,7 +43,7 @@ async def refused(path: str, body: Any, **how: Any) -> tuple[int, str, str, str]
         ({"model": MODEL, "options": {"num_ctx": 1.5}}, "options.num_ctx"),
         ({"model": MODEL, "options": {"num_ctx": True}}, "options.num_ctx"),
         ({"model": MODEL, "options": {"num_predict": 10**30}}, "options.num_predict"),
-        ({"model": MODEL, "options": {"seed": -(2**31) - 1}}, "options.seed"),
+        ({"model": MODEL, "options": {"num_keep": -(2**31) - 1}}, "options.num_keep"),
         ({"model": MODEL, "options": {"stop": "x"}}, "options.stop"),
         ({"model": MODEL, "options": {"stop": ["x", 1]}}, "options.stop[1]"),
         ({"model": MODEL, "context": [1, "2"]}, "context[1]"),

@@ -429,11 +429,49 @@ async def test_errors(path: str, body: dict[str, Any], status: int, text: str) -
     assert client.world.library.calls == []
 
 
-@pytest.mark.parametrize("number", [1e300, -(1 << 31) - 1, 1 << 32])
+@pytest.mark.parametrize("number", [1e300, -(1 << 31) - 1, 1 << 31])
 async def test_numbers_that_the_engine_cannot_take_are_refused(number: float) -> None:
-    answer = await ask(ApiClient(), "generate", prompt="x", options={"seed": number})
-    assert answer.json == {"error": 'option "seed" is out of range'}
-    assert (await ask(ApiClient(), "generate", prompt="x", options={"seed": 2**32 - 1})).lines
+    answer = await ask(ApiClient(), "generate", prompt="x", options={"num_keep": number})
+    assert answer.json == {"error": 'option "num_keep" is out of range'}
+
+
+@pytest.mark.parametrize(
+    ("seed", "taken"),
+    [
+        (2**32 - 1, 2**32 - 1),
+        ((7 << 32) + 5, 5),
+        (-3, -1),
+        (1_764_200_000_123_456_789, None),
+        (42.0, 42),
+    ],
+)
+async def test_a_seed_may_have_as_many_bits_as_it_likes(seed: float, taken: int | None) -> None:
+    client = ApiClient()
+    assert (await ask(client, "generate", prompt="x", options={"seed": seed})).lines
+    [request] = client.world.inference.requests
+    assert isinstance(request, GenerateRequest)
+    assert request.options.seed == (int(seed) % 2**32 if taken is None else taken)
+
+
+@pytest.mark.parametrize(
+    ("role", "taken"), [("User", "user"), ("SYSTEM", "system"), ("developer", "system")]
+)
+async def test_roles_are_read_as_ollama_reads_them(role: str, taken: str) -> None:
+    client = ApiClient()
+    messages = [{"role": role, "content": "hi"}]
+    assert (await ask(client, "chat", messages=messages)).status == 200
+    [request] = client.world.inference.requests
+    assert isinstance(request, GenerateRequest)
+    assert request.messages is not None
+    assert [message.role for message in request.messages] == [taken]
+
+
+@pytest.mark.parametrize(
+    ("given", "count"), [("", 0), ([], 0), (["", ""], 2), (["", "a"], 2), ("a", 1)]
+)
+async def test_an_empty_text_alone_is_no_input(given: Any, count: int) -> None:
+    answer = await ask(ApiClient(), "embed", input=given)
+    assert len(answer.json["embeddings"]) == count
 
 
 async def test_an_embedding_model_does_not_generate() -> None:

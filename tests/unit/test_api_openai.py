@@ -321,8 +321,10 @@ async def test_the_logit_bias_and_one_call_at_a_time() -> None:
     assert not asked(client).parallel_calls
 
 
-@pytest.mark.parametrize("seed", [None, 7])
-async def test_several_choices(seed: int | None) -> None:
+@pytest.mark.parametrize(
+    ("seed", "taken"), [(None, {None}), (7, {7, 8, 9}), (-5, {-1}), (2**40 - 1, {2**32 - 1, 0, 1})]
+)
+async def test_several_choices(seed: int | None, taken: set[int | None]) -> None:
     client = ApiClient()
     body = (await chat(client, n=3, seed=seed)).json
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
@@ -333,7 +335,7 @@ async def test_several_choices(seed: int | None) -> None:
     requests = client.world.inference.requests
     seeds = {each.options.seed for each in requests if isinstance(each, GenerateRequest)}
     assert len(requests) == 3
-    assert seeds == ({None} if seed is None else {7, 8, 9})
+    assert seeds == taken
 
 
 async def test_several_choices_are_streamed_side_by_side() -> None:
@@ -498,6 +500,28 @@ async def test_models() -> None:
     assert (await client.call("GET", "/v1/models/me/own")).json["id"] == "me/own:latest"
 
 
+async def test_what_was_refused_before_is_part_of_the_conversation() -> None:
+    client = ApiClient()
+    parts = [{"type": "refusal", "refusal": "No."}]
+    await chat(client, messages=[*MESSAGES, {"role": "assistant", "content": parts}, *MESSAGES])
+    messages = asked(client).messages
+    assert messages is not None
+    assert messages[1].content == "No."
+
+
+async def test_a_speaking_answer_is_refused() -> None:
+    answer = await chat(ApiClient(), modalities=["text", "audio"], audio={"voice": "alloy"})
+    assert (answer.status, answer.json["error"]["param"]) == (400, "modalities 'audio'")
+    assert (await chat(ApiClient(), modalities=["text"])).status == 200
+
+
+@pytest.mark.parametrize("given", [[1, 2, 3], [[1, 2, 3]], ["a", [1]]])
+async def test_token_ids_have_no_embedding(given: Any) -> None:
+    answer = await embed(ApiClient(), input=given)
+    assert (answer.status, answer.json["error"]["param"]) == (400, "input")
+    assert "check_embedding_ctx_length" in answer.json["error"]["message"]
+
+
 # Errors.
 
 
@@ -510,7 +534,8 @@ async def test_models() -> None:
         ("chat/completions", {"messages": MESSAGES, "temperature": 3}, "temperature"),
         ("chat/completions", {"messages": MESSAGES, "top_p": -1}, "top_p"),
         ("chat/completions", {"messages": MESSAGES, "max_tokens": 0}, "max_tokens"),
-        ("chat/completions", {"messages": MESSAGES, "seed": 1 << 40}, "seed"),
+        ("chat/completions", {"messages": MESSAGES, "max_completion_tokens": 0}, "max_tokens"),
+        ("chat/completions", {"messages": MESSAGES, "functions": [{"name": "f"}]}, "functions"),
         ("chat/completions", {"messages": MESSAGES, "stop": ["a"] * 5}, "stop"),
         ("chat/completions", {"messages": MESSAGES, "n": 0}, "n"),
         ("chat/completions", {"messages": MESSAGES, "n": 17}, "n"),

@@ -17,7 +17,7 @@ from ollamad.core.commands import DeleteModel, Revoke, SetDraining
 from ollamad.core.presence import Beat, Presence, Usage
 from tests.fakes import ws_server
 from tests.fakes.api_services import NODE_1, NODE_2, NOW, member
-from tests.fakes.ws_client import SOON_S, SocketClient
+from tests.fakes.ws_client import SOON_S, Refused, SocketClient
 from tests.fakes.ws_server import Server, serving
 
 quick = ws_server.quick
@@ -124,6 +124,25 @@ async def test_an_address_has_only_so_many() -> None:
                     await trio.sleep(0.01)
             async with await server.open():
                 assert (await server.refused()).status == 429
+
+
+async def test_an_address_has_only_so_many_also_when_all_come_at_once() -> None:
+    opened: list[SocketClient] = []
+    refused: list[int] = []
+    async with serving(rate_limits=RateLimits(websocket=5, general=0)) as server:
+
+        async def come() -> None:
+            try:
+                opened.append(await SocketClient.open(server.port))
+            except Refused as refusal:
+                refused.append(refusal.status)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(40):
+                nursery.start_soon(come)
+        assert (len(opened), set(refused)) == (5, {429})
+        for socket in opened:
+            await socket.stream.aclose()
 
 
 # What is asked.
@@ -381,6 +400,18 @@ async def test_a_token_that_expires_closes_its_socket(
     async with serving() as server, await server.open() as socket:
         server.world.clock.now += 3600
         assert await socket.closed() == 1008
+
+
+async def test_an_api_key_of_its_own_header_counts_as_long_as_it_is_good(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(websocket, "CHECK_S", 0.0)
+    async with serving(auth=AuthSettings(loopback_role="none")) as server:
+        token = server.client.token("viewer")
+        async with await SocketClient.open(server.port, "/ws", X_Api_Key=token) as socket:
+            await trio.sleep(0.2)  # some checks
+            await socket.send({"type": "ping"})
+            assert await socket.receive_type("pong") == {"type": "pong"}
 
 
 async def test_who_is_no_admin_any_more_hears_no_log(quick: None) -> None:
