@@ -52,7 +52,7 @@ from ollamad.peers.join import Sponsor, sponsor_waiting_node
 from ollamad.peers.link import HandlerError, RemoteFailure
 from ollamad.peers.mesh import Mesh
 from ollamad.peers.tls import Gate, PeerUnreachable
-from ollamad.raft.errors import ChangeRefused, OutcomeUnknown, RaftError
+from ollamad.raft.errors import ChangeRefused, CommandTooLarge, OutcomeUnknown, RaftError
 from ollamad.raft.errors import NoQuorum as RaftNoQuorum
 from ollamad.raft.node import RaftNode
 from ollamad.raft.recovery import LogEnd
@@ -245,7 +245,8 @@ class Cluster:
         Raises:
           NoQuorum: it did not happen and will not.
           Unavailable: it may or may not have happened when this is raised.
-          ServiceError: 409 UPGRADE_FIRST, during an upgrade, or STATE_TOO_LARGE; nothing happened.
+          ServiceError: 409 UPGRADE_FIRST, during an upgrade, or STATE_TOO_LARGE; 413
+            COMMAND_TOO_LARGE; nothing happened.
         """
         if self._raft.state_too_large and isinstance(command, GROWING):
             raise ServiceError(
@@ -266,6 +267,8 @@ class Cluster:
         proposal = Proposal(uuid.uuid4().hex, time.time(), command, level)
         try:
             return decode_outcome(await self._raft.propose(encode(proposal), PROPOSE_TIMEOUT_S))
+        except CommandTooLarge as error:
+            raise ServiceError(413, "COMMAND_TOO_LARGE", f"{error}; nothing was changed") from None
         except RaftNoQuorum as error:
             raise NoQuorum(f"{error}; nothing was changed") from None
         except OutcomeUnknown as error:

@@ -34,6 +34,8 @@ MAX_LARGE_BODIES = 8
 # Bytes of large bodies whose requests are not over. They wait in the queue with all they bring.
 MAX_HELD_BYTES = 256 << 20
 BODY_TIMEOUT_S = 60.0  # a JSON body that takes longer to arrive holds a connection for nothing
+# Of a user or a key. The cluster remembers its refusals for a while, with the names in them.
+MAX_NAME_CHARS = 256
 CATCH_UP_TIMEOUT_S = 2.0  # before a 404: two elections' worth
 
 _encode = msgspec.json.Encoder().encode
@@ -263,11 +265,16 @@ class Call:
                 await self.services.cluster.read_barrier(CATCH_UP_TIMEOUT_S)
 
     async def propose(self, command: AnyCommand, **details: str) -> None:
-        """Replicate a command.
+        """Replicate a command; the details are the names in it.
 
         Raises:
-          ServiceError: it was rejected, with these details, or there is no quorum.
+          ServiceError: 400, a name is too long; it was rejected, with these details, or there is
+            no quorum.
         """
+        for field, name in details.items():
+            if len(name) > MAX_NAME_CHARS:
+                message = f"{field} is longer than {MAX_NAME_CHARS} characters"
+                raise ServiceError(400, "INVALID_REQUEST", message, {"field": field})
         outcome = await self.services.cluster.propose(command)
         if isinstance(outcome, Rejected):
             raise rejection_error(outcome, details)

@@ -162,6 +162,7 @@ class RaftNode:
         self._progress = trio.Event()  # replaced whenever more entries are applied
         self._progressed_to = 0
         self._status = RaftStatus(None, False, 0, frozenset())
+        self._used_voters = frozenset[NodeId]()  # what the library was told last
         self._met_newer_kind = False  # and said so
         self._compact_after = float("-inf")  # not before that time
         self._state_too_large = False
@@ -769,8 +770,9 @@ class RaftNode:
     def _new_voters(self) -> bool:
         """Make the library's voters those of the log. Returns whether they changed."""
         voters = self._journal.voters
-        if voters == self._status.voters:
+        if voters == self._used_voters:
             return False
+        self._used_voters = voters
         self._core.use_voters(voters)
         self._notice()
         return True

@@ -62,8 +62,9 @@ class FencedTransport(Transport):  # type: ignore[misc]
             case "apply_command":
                 self.emit(to, Forward(message["request_id"], message["command"]), 0)
             case "apply_command_response":
-                # Says where an entry was put, not that it is safe there.
-                self.emit(to, _to_placed(message), 0)
+                # Says where an entry was put, not that it is safe there. But a voter alone that
+                # dies before its term is on its disk leads the same one again, with other entries.
+                self.emit(to, _to_placed(message), self._journal.term_generation)
             case unknown:
                 raise AssertionError(f"the library sends {unknown!r}")
         return True

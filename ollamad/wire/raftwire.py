@@ -15,8 +15,10 @@ from ollamad.wire.codec import MAX_REASON
 
 MIB = 1 << 20
 MAX_COMMAND_SIZE = 1 * MIB  # bytes of one log entry; the state is small, blobs go elsewhere
-APPEND_BATCH_SIZE = 2 * MIB  # bytes after which a batch of entries is closed (see Append)
-SNAPSHOT_CHUNK_SIZE = 256 * 1024  # bytes; short enough not to hold up heartbeats behind it
+# Short enough not to hold up heartbeats and votes behind some of them, on slow links too: bytes
+# after which a batch of entries is closed (see Append), and of a part of a snapshot.
+APPEND_BATCH_SIZE = 256 * 1024
+SNAPSHOT_CHUNK_SIZE = 256 * 1024
 MAX_SNAPSHOT_SIZE = 256 * MIB  # bytes; held in memory by sender and receiver
 MAX_FRAME_SIZE = 4 * MIB  # a batch may go over its size by one entry, and has 16 bytes an entry
 MAX_ENTRIES = 16384  # entries in one message, however small they are

@@ -53,6 +53,12 @@ MUTANTS = (
         'self.emit(to, Vote(message["term"]), 0)',
     ),
     Mutant(
+        "an entry of a term that may begin anew is named",
+        "raft/transport.py",
+        "self.emit(to, _to_placed(message), self._journal.term_generation)",
+        "self.emit(to, _to_placed(message), 0)",
+    ),
+    Mutant(
         "a vote is forgotten at the next start",
         "raft/journal.py",
         "batch.term, batch.voted_for = self._term, self._voted_for",

@@ -164,6 +164,9 @@ def scenario(seed: int, *, wipes: bool = True) -> Scenario:
         lame=_lame(late, voters + spares) if late.random() < 0.4 else None,
         creep_s=late.choice((0.0, 0.0, 1e-6, 1e-4)),
     )
+    if voters == 1 and spares and late.random() < 0.7:
+        # Who leads alone leads before the disk knows: that lasts long enough to be heard of.
+        return dataclasses.replace(drawn, sync_s=late.choice((0.1, 0.2)))
     if wipes and voters >= 3 and not drawn.grows and late.random() < 0.25:
         return dataclasses.replace(drawn, faults=_with_a_wipe(late, drawn))
     return drawn

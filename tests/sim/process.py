@@ -22,6 +22,7 @@ from ollamad.wire.raftwire import (
     AskRead,
     Forward,
     MalformedMessage,
+    Placed,
     PreVote,
     TakeOver,
     Vote,
@@ -297,6 +298,9 @@ class Life:
                 checker.stands(host.id, term, voters, (last_term, last_index))
                 checker.voted(host.id, term, host.id)
                 kept = disk.meta.term >= term
+            case Placed(_, _, term, error):
+                # Index and term name an entry, for ever: the term must not begin anew.
+                kept = bool(error) or disk.meta.term >= term
             case _:
                 return
         checker.told_term(host.id, term)
@@ -357,4 +361,13 @@ class Life:
 
 # How frames begin that promise something: an array's length, then these.
 _ACK = b"\xa3ack"
-_PROMISES = {_ACK, b"\xa4vot", b"\xa5vot", b"\xa7pre", b"\xa8tak", b"\xa7for", b"\xa5rea"}
+_PROMISES = {
+    _ACK,
+    b"\xa4vot",
+    b"\xa5vot",
+    b"\xa7pre",
+    b"\xa8tak",
+    b"\xa6pla",
+    b"\xa7for",
+    b"\xa5rea",
+}

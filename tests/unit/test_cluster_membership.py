@@ -165,7 +165,7 @@ async def test_a_cluster_is_founded_once(node: Node) -> None:
     [
         (RaftNoQuorum("nobody leads"), NoQuorum, "NO_QUORUM"),
         (OutcomeUnknown("late"), Unavailable, "OUTCOME_UNKNOWN"),
-        (CommandTooLarge("large"), Unavailable, "CONSENSUS_FAILED"),
+        (CommandTooLarge("large"), ServiceError, "COMMAND_TOO_LARGE"),
     ],
 )
 async def test_what_consensus_says_becomes_an_answer(
@@ -174,7 +174,8 @@ async def test_what_consensus_says_becomes_an_answer(
     node.raft.failure = failure
     with pytest.raises(error) as caught:
         await node.cluster.propose(DeleteUser("admin"))
-    assert (caught.value.code, caught.value.status) == (code, 503)
+    status = 413 if code == "COMMAND_TOO_LARGE" else 503
+    assert (caught.value.code, caught.value.status) == (code, status)
     assert "admin" in node.cluster.state.users
 
 

@@ -37,6 +37,7 @@ from ollamad.wire.raftwire import (
     VoteRequest,
     decode,
     encode,
+    encode_voters,
 )
 from tests.fakes.raft_cluster import Cluster, Host, MemoryDisk
 
@@ -522,6 +523,50 @@ async def test_a_lost_answer_is_asked_for_again_and_the_command_applies_once(
     assert await follower.raft.propose(b"x", 5) == b"done x"
     await c.settled()
     assert leader.ledger.commands == [b"x"]
+
+
+async def test_nobody_hears_of_a_term_that_may_begin_anew(
+    autojump_clock: MockClock, found: Found
+) -> None:
+    """A voter alone that dies before its term is on its disk leads the same term once more: who was
+    told of an entry of the first one would take another one for it."""
+    c = await found("a")
+    follower = await c.start("b", learner_of="a")
+    await c["a"].raft.propose(b"start", 5)
+    await c.settled()
+    await c.kill("a")
+    leader = c["a"]
+    leader.disk.stall = trio.Event()
+    c.spy = lambda source, to, frame: not (source == "a" and leader.disk.is_dead)
+    await c.start("a")
+    answers: list[bytes] = []
+
+    async def ask() -> None:
+        answers.append(await follower.raft.propose(b"x", 10))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await trio.sleep(0.05)
+        term = c["a"].raft._core.term()
+        await c.kill("a")
+        assert c["a"].disk.meta.term < term
+        leader = await c.start("a")
+        await leader.raft.propose(b"y", 5)
+    assert answers == [b"done x"]
+    await c.settled()
+    assert c["b"].ledger.commands == [b"start", b"y", b"x"]
+
+
+async def test_voters_that_a_status_has_told_already_are_used_all_the_same(
+    autojump_clock: MockClock, found: Found
+) -> None:
+    """A disk that fills up between the entry and the tick has the status told first."""
+    c = await found("a")
+    raft = c["a"].raft
+    raft._journal.add(encode_voters(frozenset(map(NodeId, "ab"))), raft._core.last_index() + 1, 9)
+    raft._notice()
+    raft._tick()
+    assert raft._core.has_other_voters()
 
 
 async def test_malformed_frames_are_named_to_the_caller(
