@@ -91,6 +91,22 @@ class Bringer:
                 name, digest, license=licence or None, projectors=projectors, hold=hold
             )
 
+    async def has_news(self, wanted: Wanted, model: Model) -> bool:
+        """Whether the origin has another model by now. Fetches nothing of it.
+
+        Raises:
+          SourceError: nobody can tell.
+        """
+        async with self._source.open(wanted.reference) as origin:
+            offer = await origin.resolve()
+            if offer.manifest:
+                return f"sha256:{hashlib.sha256(offer.manifest).hexdigest()}" != model.digest
+            if offer.weights is None:
+                return False  # a package has one version in its name
+            weights = offer.weights
+            digest = weights.digest or (await origin.stat(weights)).digest
+            return bool(digest) and all(layer.digest != digest for layer in model.layers)
+
 
 class _Run:
     """One pull."""

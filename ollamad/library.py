@@ -174,6 +174,14 @@ class Library:
         request = PullRequest(name, source, replicas or 0, tuple(nodes), self._cluster.node_id)
         return (await self._pulls.begin(request)).transfer_id
 
+    async def update(self, name: str) -> str | None:
+        """Have what a model's origin has under this name by now: a transfer's id, or None where
+        that is the model that is here."""
+        model = self._cluster.state.find_model(name)
+        if model is not None and not await self._pulls.has_news(model):
+            return None
+        return await self.download(name, source=name)
+
     async def create(
         self,
         name: str,

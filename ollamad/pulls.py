@@ -147,6 +147,18 @@ class Pulls(Background):
                 return await self._call(leader, "pulls.begin", request, Begun)
         return await self._choose(request)
 
+    async def has_news(self, model: Model) -> bool:
+        """Whether a model that is here is another one at its origin by now.
+
+        Raises:
+          ServiceError: 404 for what is no source, 502 where this node cannot tell.
+        """
+        wanted = PullRequest(model.name, None, 0, ()).wanted
+        try:
+            return await self._bringer.has_news(wanted, model)
+        except SourceError as error:
+            raise ServiceError(502, "ORIGIN_UNREACHABLE", str(error)) from None
+
     # At the node that chooses.
 
     async def _choose(self, request: PullRequest) -> Begun:

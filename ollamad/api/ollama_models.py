@@ -128,14 +128,20 @@ async def pull(call: Call) -> Reply | None:
         library = call.services.library
         warning = ""
         model = call.services.cluster.state.find_model(wanted)
-        if model is not None and library.inference_ready(model):
-            await tell({"status": "pulling manifest"})
+        if model is None or not library.inference_ready(model):
+            transfer_id: str | None = await library.download(wanted)
+        else:
+            try:
+                transfer_id = await library.update(model.name)
+            except ServiceError as error:
+                transfer_id = None
+                warning = f"what is here stays, newer or not: {error.message}"
+        await tell({"status": "pulling manifest"})
+        if transfer_id is not None:
+            warning = await _follow(call, transfer_id, tell)
+        elif model is not None:
             for layer in model.layers:
                 await tell(_moving("pull", layer.digest, layer.size, layer.size))
-        else:
-            transfer_id = await library.download(wanted)
-            await tell({"status": "pulling manifest"})
-            warning = await _follow(call, transfer_id, tell)
         for status in ("verifying sha256 digest", "writing manifest"):
             await tell({"status": status})
         if warning:

@@ -182,6 +182,15 @@ class Library(Protocol):
         """
         ...
 
+    async def update(self, name: str) -> str | None:
+        """Start to fetch what the model's origin has under this name by now, if that is another one
+        than the cluster has; its transfer's id, or None.
+
+        Raises:
+          ServiceError: 404 when no source has it, 502 when this node cannot tell.
+        """
+        ...
+
     async def create(
         self,
         name: str,

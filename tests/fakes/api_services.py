@@ -231,6 +231,7 @@ class FakeLibrary:
         self.blobs: dict[str, bytes] = {}
         self.calls: list[tuple[Any, ...]] = []
         self.ready = True
+        self.has_news = False  # at the models' origins
         self.transfer_list: list[Transfer] = [
             Transfer(
                 id="transfer_001",
@@ -265,6 +266,10 @@ class FakeLibrary:
     ) -> str:
         self._log("download", name, source, tuple(nodes), replicas)
         return "transfer_001"
+
+    async def update(self, name: str) -> str | None:
+        self._log("update", name)
+        return "transfer_001" if self.has_news else None
 
     async def create(
         self,

@@ -1,10 +1,12 @@
 """Models from real servers into a real cluster: a registry, a slow link, Modelfiles, an Ollama."""
 
 import hashlib
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.fakes.gguf_files import LLAMA, gguf_bytes
@@ -52,6 +54,14 @@ def blobs(node: Node) -> dict[str, int]:
     return {p.name: p.stat().st_size for p in (node.data_dir / "models" / "blobs").iterdir()}
 
 
+def pull_as_ollama_does(node: Node, name: str) -> list[dict[str, str]]:
+    """What `/api/pull` tells, line by line."""
+    headers = {"Authorization": f"Bearer {node.admin_token()}"}
+    url = f"http://{node.address}/api/pull"
+    answer = httpx.post(url, json={"model": name}, headers=headers, trust_env=False, timeout=60)
+    return [json.loads(line) for line in answer.text.splitlines()]
+
+
 def asked_pieces(web: Nginx, since: int = 0) -> list[int]:
     """The pieces that were asked for, by the server's log."""
     pieces: list[int] = []
@@ -87,6 +97,17 @@ def test_a_model_is_made_pushed_deleted_and_pulled_again(
     assert (shown["system"], shown["license"]) == ("Be brief.", "MIT")
     printed = run_cli(first, "models", "show", name, "--modelfile")
     assert 'PARAMETER stop "END"' in printed.stdout
+    # The tag means another model after a while, which a pull as Ollama's clients do it brings.
+    assert pull_as_ollama_does(first, name)[-1] == {"status": "success"}
+    assert first.get(f"/models/{name.replace('/', '%2F')}")["model"]["digest"] == digest
+    (tmp_path / "Modelfile").write_text('FROM ./weights.gguf\nSYSTEM """Be long."""\n')
+    made = run_cli(first, "models", "create", "other", "-f", str(tmp_path / "Modelfile"))
+    assert made.returncode == 0, made.stderr
+    pushed = run_cli(second, "models", "push", "other", name)
+    assert pushed.returncode == 0, pushed.stderr
+    assert pull_as_ollama_does(first, name)[-1] == {"status": "success"}
+    assert first.get(f"/models/{name.replace('/', '%2F')}")["model"]["system"] == "Be long."
+    first.delete("/models/other")
     first.delete(f"/models/{name.replace('/', '%2F')}")
 
 

@@ -791,7 +791,29 @@ async def test_pull_of_what_is_here_fetches_nothing() -> None:
         "completed": 98_000,
     }
     assert lines[-1] == {"status": "success"}
-    assert client.world.library.calls == []
+    assert client.world.library.calls == [("update", "smollm2:135m")]
+
+
+async def test_pull_fetches_what_the_origin_has_by_now(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    client = ApiClient()
+    client.world.library.has_news = True
+    client.world.cluster.state.models["new:latest"] = model("new:latest")
+    client.world.library.transfer_steps = [transfer("active", 400), transfer("completed", 1000)]
+    lines = (await ask(client, "pull", model="new")).lines
+    assert lines[:3] == [{"status": "pulling manifest"}, pulling(400), pulling(1000)]
+    assert lines[-1] == {"status": "success"}
+    assert client.world.library.calls[0] == ("update", "new:latest")
+
+
+async def test_pull_where_nobody_can_tell_leaves_what_is_here() -> None:
+    client = ApiClient()
+    client.world.library.error = ServiceError(502, "ORIGIN_UNREACHABLE", "no way to example.org")
+    lines = (await ask(client, "pull")).lines
+    assert lines[0] == {"status": "pulling manifest"}
+    warning = "warning: what is here stays, newer or not: no way to example.org"
+    assert lines[-2:] == [{"status": warning}, {"status": "success"}]
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled"])

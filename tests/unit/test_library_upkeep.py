@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from ollamad import adoption, bringing, pulls, share
+from ollamad.api.services import ServiceError
 from ollamad.core.commands import AskReplicas, SetDesired
 from ollamad.core.ids import NodeId
 from ollamad.core.pieces import MIB, PieceHasher
@@ -192,6 +193,34 @@ def held_by(node: LibraryNode, digest: str) -> int:
     """How many pieces of a blob that is on its way are here."""
     blob = node.store._partials.get(digest)
     return 0 if blob is None else sum(blob.have)
+
+
+async def test_a_model_that_changed_at_its_origin_is_fetched_and_replaces_the_old_one(
+    world: World,
+) -> None:
+    await world.pulled(A, B)
+    a, b = world.nodes[A], world.nodes[B]
+    before = world.models[NAME]
+    a.source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}"
+    fetches = a.source.fetches
+    assert await a.library.update(NAME) is None  # it is the same
+    assert a.source.fetches == fetches
+    newer = gguf_bytes(tensors={"w": ((1024, 1024), 0)}, fill=random.Random(5).randbytes(1 << 22))
+    a.source.content = b.source.content = newer
+    a.source.digest = b.source.digest = f"sha256:{hashlib.sha256(newer).hexdigest()}"
+    assert await a.library.update(NAME) is not None
+    await until(world.shared, lambda: world.models[NAME].digest != before.digest)
+    await until(world.shared, lambda: world.confirmed() == (A, B))
+    assert b.store.blob_path(a.source.digest).read_bytes() == newer
+    gone = {layer.digest for layer in before.layers} - {
+        layer.digest for layer in world.models[NAME].layers
+    }
+    assert gone
+    assert not await b.holds(gone)
+    a.source.failure = OriginUnreachable("no way there")
+    with pytest.raises(ServiceError, match="no way there") as caught:
+        await a.library.update(NAME)
+    assert caught.value.status == 502
 
 
 @pytest.mark.usefixtures("small_counts")
