@@ -40,7 +40,8 @@ system: $(STAMP) ## real daemons, the real model
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --durations=12 tests/system
 
 faults: $(STAMP) ## nodes killed, paused, cut off and restarted under load (SECONDS=120 each)
-	OLLAMAD_FAULT_SECONDS=$(or $(SECONDS),120) $(BIN)/pytest -q -rP tests/system/test_consensus_*.py
+	OLLAMAD_FAULT_SECONDS=$(or $(SECONDS),120) $(BIN)/pytest -q -rP tests/system/test_consensus_*.py \
+	  tests/system/test_disk_faults.py
 	OLLAMAD_FAULT_SECONDS=$(or $(SECONDS),120) $(BIN)/pytest -q -rP tests/system/test_streams.py
 	OLLAMAD_SWARM_KILLS=$(or $(KILLS),50) $(BIN)/pytest -q -rP tests/system/test_swarm_faults.py
 

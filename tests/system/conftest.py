@@ -1,14 +1,13 @@
 """Fixtures of the system tests: clusters of real daemons, shared where isolation allows."""
 
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.system import write_load
-from tests.system.harness import LONG_FAULTS, Cluster
+from tests.system.harness import VOTERS, Cluster
 from tests.system.namespaces import Network, NotPermitted
 
 MODEL = "smollm2:135m"
@@ -105,7 +104,7 @@ def voters(_voters: Cluster) -> Cluster:
     return _voters
 
 
-@pytest.fixture(scope="module", params=[3, 5] if LONG_FAULTS in os.environ else [5])
+@pytest.fixture(scope="module", params=VOTERS)
 def _far_voters(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.harness import Cluster, Node, wait_until
+from tests.system.harness import VOTERS, Cluster, Node, wait_until
 from tests.system.write_load import ENVIRONMENT, REQUEST_TIMEOUT_S, Verdict, WriteLoad
 
 DISK_SIZE_MB = 32  # more than a node needs here
@@ -17,12 +17,11 @@ FULL_S = 5.0  # how long it stays full
 FULL, SPACE = "no space is left on the disk", "there is space for the journal again"
 
 
-@pytest.fixture
-def small_disks(cluster: Cluster) -> Iterator[Cluster]:
-    """Three nodes."""
+@pytest.fixture(params=VOTERS)
+def small_disks(cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Cluster]:
     cluster.environment |= ENVIRONMENT
     with ExitStack() as mounts:
-        for _ in range(3):
+        for _ in range(request.param):
             node = cluster.new_node()
             mount(node.data_dir, mounts)
         first, *others = cluster.nodes
@@ -79,7 +78,8 @@ def test_a_node_whose_disk_is_full_costs_nothing_and_lives(small_disks: Cluster)
 
 
 def test_when_most_disks_are_full_space_is_all_that_is_needed(small_disks: Cluster) -> None:
-    victims = [small_disks.leader(), small_disks.followers()[0]]
+    spare = (len(small_disks.nodes) - 1) // 2
+    victims = [small_disks.leader(), *small_disks.followers()[:spare]]
     with WriteLoad(small_disks) as load:
         load.note("the disks of a majority are full")
         fillers = [fill(node) for node in victims]
