@@ -175,15 +175,15 @@ async def create(call: Call) -> Reply | None:
     files = {
         file: read_digest(digest, f"files.{file}") for file, digest in (body.files or {}).items()
     }
-    base = None
     if body.from_:
-        base = await find(call, body.from_, f"model '{body.from_}' not found, pull it first")
+        _name(body.from_, "invalid model name")
     elif not files:
         raise invalid("from", "neither 'from' or 'files' was specified")
 
     async def work(tell: Tell) -> None:
         library = call.services.library
-        if base is not None:
+        if body.from_:
+            base = await _found_or_pulled(call, body.from_, tell)
             before = {layer.digest for layer in base.layers}
             model = await library.derive(name, base.name, changes)
         else:
@@ -196,6 +196,23 @@ async def create(call: Call) -> Reply | None:
         await tell({"status": "success"})
 
     return await _with_progress(call, work, stream=body.stream is not False)
+
+
+async def _found_or_pulled(call: Call, name: str, tell: Tell) -> Model:
+    """The model of that name; pulled, if the cluster does not have it.
+
+    Raises:
+      ServiceError: nobody has it.
+    """
+    try:
+        return await call.find_model(name)
+    except ServiceError as error:
+        if error.status != 404:
+            raise
+    transfer_id = await call.services.library.download(str(_name(name, "invalid model name")))
+    await tell({"status": "pulling manifest"})
+    await _follow(call, transfer_id, tell)
+    return await call.find_model(name)
 
 
 async def head_blob(call: Call, digest: str) -> Reply:

@@ -232,6 +232,7 @@ class FakeLibrary:
         self.calls: list[tuple[Any, ...]] = []
         self.ready = True
         self.has_news = False  # at the models' origins
+        self.on_download: Callable[[], None] = lambda: None
         self.transfer_list: list[Transfer] = [
             Transfer(
                 id="transfer_001",
@@ -265,6 +266,7 @@ class FakeLibrary:
         replicas: int | None = None,
     ) -> str:
         self._log("download", name, source, tuple(nodes), replicas)
+        self.on_download()
         return "transfer_001"
 
     async def update(self, name: str) -> str | None:

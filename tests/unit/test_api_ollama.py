@@ -366,7 +366,7 @@ async def test_pictures_texts_behind_and_templates_reach_the_engine() -> None:
         ("push", {"model": "nope"}, 404, "model 'nope' not found"),
         ("create", {"model": "a/../b", "from": MODEL}, 400, "invalid model name"),
         ("create", {"model": "x"}, 400, "neither 'from' or 'files' was specified"),
-        ("create", {"model": "x", "from": "nope"}, 404, "model 'nope' not found, pull it first"),
+        ("create", {"model": "x", "from": "a b"}, 400, "invalid model name"),
         (
             "generate",
             {"prompt": "x", "raw": True, "system": "y"},
@@ -887,6 +887,27 @@ async def test_create_from_a_model() -> None:
         licenses=("Mine",),
     )
     assert client.world.library.calls == [("derive", "pirate:latest", MODEL, changes)]
+
+
+async def test_create_from_a_model_that_is_not_here_pulls_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    client = ApiClient()
+    library, models = client.world.library, client.world.cluster.state.models
+    library.transfer_steps = [transfer("active", 400), transfer("completed", 1000)]
+    library.on_download = lambda: models.update({"new:latest": model("new:latest")})
+    lines = (await ask(client, "create", model="x", **{"from": "new"})).lines
+    assert lines[:3] == [{"status": "pulling manifest"}, pulling(400), pulling(1000)]
+    assert lines[-1] == {"status": "success"}
+    asked = [call[:2] for call in library.calls if call[0] != "transfer"]
+    assert asked == [("download", "new:latest"), ("derive", "x:latest")]
+
+
+async def test_create_from_a_model_that_nobody_has() -> None:
+    client = ApiClient()
+    client.world.library.error = ServiceError(404, "UNKNOWN_SOURCE", "nobody has it")
+    answer = await ask(client, "create", model="x", **{"from": "nope"})
+    assert (answer.status, answer.json) == (404, {"error": "nobody has it"})
 
 
 async def test_create_from_files_replaces() -> None:
