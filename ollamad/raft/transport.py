@@ -12,6 +12,7 @@ from pysyncobj.transport import Transport
 from ollamad.core.ids import NodeId
 from ollamad.raft.journal import Journal
 from ollamad.wire.raftwire import (
+    MEMBERSHIP,
     SNAPSHOT_CHUNK_SIZE,
     Ack,
     Append,
@@ -44,7 +45,13 @@ class FencedTransport(Transport):  # type: ignore[misc]
         match message["type"]:
             case "append_entries":
                 # May overtake our own sync of the entries, not that of the term.
-                self.emit(to, _to_append(message), self._journal.term_generation)
+                append = _to_append(message)
+                if isinstance(append, Append) and any(_sets_voters(e) for e in append.entries):
+                    # Who has it uses it at once. If its leader dies and has it not, whom it removed
+                    # holds the longer log, and votes for nobody, but stands for nothing either.
+                    self.emit_synced(to, append)
+                else:
+                    self.emit(to, append, self._journal.term_generation)
             case "next_node_idx":
                 if not self.is_silent:
                     self.emit_synced(to, self._to_ack(message))
@@ -97,6 +104,10 @@ class FencedTransport(Transport):  # type: ignore[misc]
         elif message["reset"] and self.resume is not None:
             next_index = self.resume
         return Ack(self.term(), next_index, message["success"], message["reset"])
+
+
+def _sets_voters(entry: Entry) -> bool:
+    return entry.command[0] == MEMBERSHIP
 
 
 def _to_append(message: dict[str, Any]) -> Append | Install:

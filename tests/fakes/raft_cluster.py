@@ -223,6 +223,8 @@ class Cluster:
 
     def _send(self, source: NodeId, to: NodeId, frame: bytes) -> None:
         self.frames += 1
+        if self.hosts[source].disk.is_dead:  # it is being killed
+            return
         if not self.spy(source, to, frame) or self.rng.random() < self.loss:
             return
         channel = self.sent.get((source, to))

@@ -59,6 +59,12 @@ MUTANTS = (
         "self.emit(to, _to_placed(message), 0)",
     ),
     Mutant(
+        "a change of the voters is sent before its leader has it",
+        "raft/transport.py",
+        "self.emit_synced(to, append)",
+        "self.emit(to, append, self._journal.term_generation)",
+    ),
+    Mutant(
         "a vote is forgotten at the next start",
         "raft/journal.py",
         "batch.term, batch.voted_for = self._term, self._voted_for",
