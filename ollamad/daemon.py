@@ -662,6 +662,9 @@ class Daemon:
         await trio.sleep(DEPARTURE_GRACE_S)
         log.info("this node has left the cluster; start it with --join to join one again")
         self.departed = True
+        if not self._announced:
+            # Or the end would be that of a start that failed, which systemd tries again.
+            systemd.notify("READY=1")
         self._stop.set()
 
     def _auth_settings(self) -> AuthSettings:

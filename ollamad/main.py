@@ -15,6 +15,7 @@ import typer
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
+EXIT_HAS_LEFT = 3  # the unit does not start it again after this
 
 SYSLOG_ERROR, SYSLOG_WARNING = 3, 4
 
@@ -91,7 +92,7 @@ def _start(
             "raft.listen": "127.0.0.1:7000",
         }
     effective, directory = _load(config, data_dir, command_line, dev=dev)
-    from ollamad.errors import StartError
+    from ollamad.errors import HasLeft, StartError
     from ollamad.settings import ConfigError, list_exposed_secrets
     from ollamad.start import run
 
@@ -105,6 +106,8 @@ def _start(
         _say(line, SYSLOG_WARNING)
     try:
         run(effective.settings, directory, join, reread)
+    except HasLeft as error:
+        _fail(str(error), EXIT_HAS_LEFT)
     except StartError as error:
         _fail(str(error), EXIT_FAILURE)
 

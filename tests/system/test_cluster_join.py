@@ -275,6 +275,17 @@ def test_a_node_that_is_down_can_be_taken_out(cluster: Cluster) -> None:
     assert list(gone.data_dir.glob("left-*/raft.db"))
     assert kept.exists()
     assert cluster.asked.get("/cluster/status")["cluster_size"] == 2
+    # To systemd this was a service that ended well, and not a start to try again.
+    assert any("READY=1" in message for message in gone.notifications())
+    assert gone.log().count("is ready after") == 1, "it was told before it was ready"
+    # The next boot starts it nevertheless: it does not go on as a cluster of its own.
+    gone.launch()
+    assert gone.wait_end() == 3
+    last = gone.log().splitlines()[-1]
+    assert "this node has left its cluster" in last
+    assert "--join" in last
+    assert "ollamad forget" in last
+    assert not (gone.data_dir / "identity").exists()
     # And it can come back.
     gone.start("--join", f"{cluster.join_token()}@{cluster.asked.p2p}")
     cluster.wait_whole()
