@@ -7,13 +7,13 @@ import logging
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import trio
 
 import ollamad
-from ollamad import systemd
 from ollamad.cluster import Addresses, join_addresses
 from ollamad.core.commands import DEPARTED_NODE
 from ollamad.core.ids import NodeId
@@ -90,6 +90,7 @@ class Admission:
         name: str,
         addresses: Addresses,
         capacity: Capacity,
+        on_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self._directory = directory
         self._identity = identity
@@ -97,6 +98,7 @@ class Admission:
         self._name = name
         self._addresses = addresses
         self._capacity = capacity
+        self._on_waiting = on_waiting  # called once it waits to be asked
         self._waiting: Invitation | None = None
         self._reply: JoinReply | None = None
         self._admitted = trio.Event()
@@ -160,7 +162,7 @@ class Admission:
                 self._addresses.api[1],
             )
             self._waiting = invitation
-            systemd.notify("READY=1\nSTATUS=waiting to be let into a cluster")
+            self._on_waiting()
             await self._admitted.wait()
             assert self._reply is not None, "set before the event"
             return self._reply

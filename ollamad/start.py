@@ -76,7 +76,8 @@ async def _run(
     daemon = await Daemon.build(settings, directory, identity)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_watch_signals, daemon.stop)
-        nursery.start_soon(_watch_hangups, Reloader(settings, reread, daemon.reconfigure))
+        reloader = Reloader(settings, reread, daemon.reconfigure)
+        nursery.start_soon(_watch_hangups, reloader, lambda: daemon.is_active)
         await daemon.run(invitation)
         nursery.cancel_scope.cancel()
     if daemon.departed:
@@ -96,10 +97,13 @@ async def _watch_signals(stop: Callable[[], None]) -> None:
             os._exit(1)  # whoever asks twice does not want to wait for anything
 
 
-async def _watch_hangups(reloader: Reloader) -> None:
+async def _watch_hangups(reloader: Reloader, is_active: Callable[[], bool]) -> None:
     """SIGHUP reads the settings again."""
     with trio.open_signal_receiver(signal.SIGHUP) as signals:
         async for _ in signals:
+            if not is_active():  # READY=1 would say that it has started
+                reloader.reload()
+                continue
             systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             reloader.reload()
             systemd.notify("READY=1")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import signal
 import threading
 import time
 
@@ -110,6 +111,13 @@ def test_a_waiting_node_can_be_stopped(cluster: Cluster, single: Cluster) -> Non
     node = cluster.new_node()
     node.launch("--join", single.join_token())
     waiting_id(node)
+    node.wait_ready()
+    wait_until(
+        "the wait is told",
+        lambda: "STATUS=waiting to be let into a cluster" in node.notifications(),
+    )
+    node.signal(signal.SIGHUP)
+    wait_until("the reload is over", lambda: node.notifications().count("READY=1") == 2)
     assert node.stop() == 0
 
 
