@@ -93,12 +93,12 @@ def _start(
         }
     effective, directory = _load(config, data_dir, command_line, dev=dev)
     from ollamad.errors import HasLeft, StartError
-    from ollamad.settings import ConfigError, list_exposed_secrets
+    from ollamad.settings import ConfigError, is_file, list_exposed_secrets
     from ollamad.start import run
 
     def reread() -> Any:
         for path in effective.files:
-            if not path.is_file():  # else SIGHUP would bring the defaults, perhaps amid an edit
+            if not is_file(path):  # else SIGHUP would bring the defaults, perhaps amid an edit
                 raise ConfigError(f"{path} was there at the start and is gone")
         return _read(config, data_dir, command_line, dev=dev)[0].settings
 

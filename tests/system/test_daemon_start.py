@@ -1,5 +1,6 @@
 """`ollamad start`: the first start, the signals, and starts that cannot be."""
 
+import os
 import re
 import signal
 import socket
@@ -11,7 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.system.harness import Cluster, Node, free_ports, refused, run_daemon, wait_until
+from tests.system.harness import (
+    Cluster,
+    Loopback,
+    Node,
+    free_ports,
+    refused,
+    run_daemon,
+    wait_until,
+)
 
 STOP_LIMIT_S = 10.0
 
@@ -307,6 +316,29 @@ def test_a_hangup_reads_the_settings_again(cluster: Cluster) -> None:
     assert sum("RELOADING=1" in message for message in told) == 3
     assert told[-1] == "READY=1" or "STATUS=" in told[-1]
     assert node.stop() == 0
+
+
+def test_settings_that_cannot_be_read_are_no_reason_for_the_defaults(cluster: Cluster) -> None:
+    node = cluster.new_node({"OLLAMAD_RATE_LIMITS__GENERAL": ""})
+    if os.geteuid() == 0:  # modes do not stop root; they stop this one
+        node.host = Loopback(command=("setpriv", "--bounding-set=-dac_override,-dac_read_search"))
+    settings = node.data_dir / "config" / "config.yaml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("rate_limits:\n  general: 50\n")
+    node.start()
+    settings.parent.chmod(0)
+    try:
+        node.signal(signal.SIGHUP)
+        told = f"{settings}: cannot be read: Permission denied; let this user read it"
+        wait_until("it is told", lambda: f"the settings stay as they are: {told}" in node.log())
+        with node.client() as client:
+            assert client.get("/nodes").headers["RateLimit-Limit"] == "50"
+        assert node.stop() == 0
+        node.launch()
+        assert node.wait_end() == 2
+        assert node.log().splitlines()[-1].startswith(f"ollamad: {told}")
+    finally:
+        settings.parent.chmod(0o700)
 
 
 def test_the_service_manager_is_told_how_the_daemon_is_and_that_it_lives(cluster: Cluster) -> None:

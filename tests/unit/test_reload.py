@@ -21,7 +21,7 @@ class Reading:
 
     def __init__(self) -> None:
         self.now = Settings()
-        self.error: ConfigError | None = None
+        self.error: Exception | None = None
         self.applied: list[Settings] = []
         self.reloader = Reloader(self.now, self._read, self.applied.append)
 
@@ -70,20 +70,22 @@ def test_what_needs_a_restart_stays_and_holds_nothing_else_up(
     assert caplog.messages == ["api.listen has changed, which needs a restart: it stays as it was"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [ConfigError("config.yaml:3: there is no setting 'x'"), PermissionError("config.yaml: denied")],
+)
 def test_settings_that_cannot_be_read_change_nothing(
-    reading: Reading, caplog: pytest.LogCaptureFixture
+    reading: Reading, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    reading.error = ConfigError("config.yaml:3: there is no setting 'x'")
+    reading.error = error
     reading.reloader.reload()
     assert reading.applied == []
-    assert caplog.messages == [
-        "the settings stay as they are: config.yaml:3: there is no setting 'x'"
-    ]
+    assert caplog.messages == [f"the settings stay as they are: {error}"]
 
 
 def test_nothing_changed_is_said_too(reading: Reading, caplog: pytest.LogCaptureFixture) -> None:
     reading.reloader.reload()
-    assert caplog.messages == ["the settings were read again; nothing in them has changed"]
+    assert caplog.messages == ["the settings were read again; nothing in the files has changed"]
 
 
 async def test_a_reload_tells_systemd_that_it_is_over_but_not_that_a_start_is(
