@@ -376,6 +376,7 @@ class Daemon:
                 nursery.start_soon(self._track_members)
                 if await self._until_stopped(self._become_ready):
                     self._announce(time.monotonic() - begun)
+                    nursery.start_soon(systemd.forget_failures_later)
                     await self._stop.wait()
             systemd.notify("STOPPING=1\nSTATUS=stopping")
             with trio.move_on_after(SHUTDOWN_TIMEOUT_S):
@@ -439,7 +440,6 @@ class Daemon:
     def _announce(self, took_s: float) -> None:
         """Say where the node listens and what to type next."""
         self._announced = True
-        systemd.started()
         self._become_active()
         host, port = self._addresses.api
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host

@@ -68,14 +68,11 @@ def start(
     ] = False,
 ) -> None:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C."""
-    try:
-        _start(join, bootstrap, dev, config, data_dir)
-    except typer.Exit as exit_:
-        if exit_.exit_code:
-            from ollamad import systemd
+    from ollamad import systemd
 
-            systemd.pause_after_failure()
-        raise
+    systemd.pause_before_start()
+    _start(join, bootstrap, dev, config, data_dir)
+    systemd.forget_failures()
 
 
 def _start(

@@ -341,6 +341,27 @@ def test_settings_that_cannot_be_read_are_no_reason_for_the_defaults(cluster: Cl
         settings.parent.chmod(0o700)
 
 
+def test_whatever_ended_a_service_the_next_start_waits(cluster: Cluster, tmp_path: Path) -> None:
+    node = cluster.new_node({"INVOCATION_ID": "1", "RUNTIME_DIRECTORY": str(tmp_path)})
+
+    def pauses() -> list[str]:
+        return [each for each in node.notifications() if "tried again in" in each]
+
+    node.start()
+    assert pauses() == []
+    node.kill()
+    node.start()
+    assert pauses() == ["STATUS=the last start failed; tried again in 1 s"]
+    node.kill()
+    node.start()
+    assert pauses() == ["STATUS=the last start failed; tried again in 2 s"]
+    assert node.stop() == 0
+    node.start()
+    assert pauses() == [], "an order to stop is no failure"
+    assert node.stop() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_service_manager_is_told_how_the_daemon_is_and_that_it_lives(cluster: Cluster) -> None:
     node = cluster.new_node({"WATCHDOG_USEC": "1000000"})
     node.start()
