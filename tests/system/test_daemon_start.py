@@ -369,6 +369,8 @@ def test_the_service_manager_is_told_how_the_daemon_is_and_that_it_lives(cluster
     def fed() -> int:
         return node.notifications().count("WATCHDOG=1")
 
+    told = node.notifications()
+    assert told.index("WATCHDOG=1") < told.index("READY=1"), "a start that hangs is ended, too"
     wait_until("it is fed", lambda: fed() >= 3)
     wait_until(
         "the status is told",
