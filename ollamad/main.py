@@ -15,7 +15,7 @@ import typer
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
-EXIT_HAS_LEFT = 3  # the unit does not start it again after this
+EXIT_HAS_LEFT = 78  # EX_CONFIG; the unit does not start it again after this
 
 SYSLOG_ERROR, SYSLOG_WARNING = 3, 4
 

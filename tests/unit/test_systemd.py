@@ -10,6 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from ollamad import systemd
+from ollamad.main import EXIT_HAS_LEFT
 
 
 @pytest.fixture
@@ -112,6 +113,11 @@ def test_who_stops_a_service_in_its_pause_does_not_wait_again(tmp_path: Path) ->
     with pytest.raises(Terminated):
         systemd.pause_before_start(variables, terminate)
     assert systemd.pause_before_start(variables, terminate) == 0
+
+
+def test_a_node_that_has_left_its_cluster_is_not_started_again_and_again() -> None:
+    unit = (Path(__file__).parents[2] / "ollamad.service").read_text()
+    assert f"\nRestartPreventExitStatus={EXIT_HAS_LEFT}\n" in unit
 
 
 def test_outside_of_systemd_a_failure_is_told_at_once(tmp_path: Path) -> None:
