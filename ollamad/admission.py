@@ -7,19 +7,19 @@ import logging
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import trio
 
 import ollamad
-from ollamad import systemd
 from ollamad.cluster import Addresses, join_addresses
 from ollamad.core.commands import DEPARTED_NODE
 from ollamad.core.ids import NodeId
 from ollamad.core.state import Capacity
 from ollamad.datadir import DataDir
-from ollamad.errors import StartError
+from ollamad.errors import HasLeft, StartError
 from ollamad.machine import Machine
 from ollamad.peers.identity import KEY_FILE, Identity, sync_directory, write_private
 from ollamad.peers.join import join_through, request_admission
@@ -90,6 +90,7 @@ class Admission:
         name: str,
         addresses: Addresses,
         capacity: Capacity,
+        on_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self._directory = directory
         self._identity = identity
@@ -97,6 +98,7 @@ class Admission:
         self._name = name
         self._addresses = addresses
         self._capacity = capacity
+        self._on_waiting = on_waiting  # called once it waits to be asked
         self._waiting: Invitation | None = None
         self._reply: JoinReply | None = None
         self._admitted = trio.Event()
@@ -147,6 +149,7 @@ class Admission:
         self._identity.become_member(
             self._directory.identity, reply.certificate_pem, reply.ca_certificate_pem
         )
+        self._directory.departed.unlink(missing_ok=True)
         self._gate.refresh()
         log.info("joined cluster %s", reply.cluster_id)
 
@@ -159,7 +162,7 @@ class Admission:
                 self._addresses.api[1],
             )
             self._waiting = invitation
-            systemd.notify("READY=1\nSTATUS=waiting to be let into a cluster")
+            self._on_waiting()
             await self._admitted.wait()
             assert self._reply is not None, "set before the event"
             return self._reply
@@ -227,10 +230,12 @@ async def choose_identity(
     given up for a real one.
 
     Raises:
+      HasLeft: this node was taken out of a cluster, and is to join none.
       StartError: this node is in a cluster with others, or must not join any.
       IdentityError, RaftError: the identity or the journal is damaged.
     """
     if invitation is None:
+        _check_not_departed(directory)
         return Identity.load_or_create(directory.identity)
     if settings.node.bootstrap:
         raise StartError("this node founds its own cluster (node.bootstrap); it joins no other")
@@ -239,6 +244,20 @@ async def choose_identity(
         if own.is_member and await _is_to_stay(own, directory, invitation):
             return own
     return Identity.to_join(directory.joining)
+
+
+def _check_not_departed(directory: DataDir) -> None:
+    """Whether this is no node that was taken out, and started again by nobody's wish.
+
+    A service manager starts it at the next boot. A cluster of its own, with another password,
+    would answer for the real one then, behind the same load balancer.
+    """
+    # With a key it is in a cluster again: somebody has moved back what was put aside.
+    if directory.departed.exists() and not (directory.identity / KEY_FILE).exists():
+        raise HasLeft(
+            f"this node has left its cluster, whose state is in {directory.path}/left-…; start it "
+            "with --join to join one again, or let it found a new one after `ollamad forget`"
+        )
 
 
 async def _is_to_stay(identity: Identity, directory: DataDir, invitation: Invitation) -> bool:

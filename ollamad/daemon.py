@@ -138,6 +138,7 @@ class Daemon:
         self._leaving = False
         self._generating = False
         self._announced = False
+        self.is_active = False  # whether systemd takes it for started; see `_become_active`
         self._change_limits: Callable[[RateLimits], None] | None = None  # once the API is there
         self._local_token_written = False
         self.departed = False  # this node is no member any more; its cluster is to be forgotten
@@ -201,6 +202,7 @@ class Daemon:
             name=self._name,
             addresses=self._addresses,
             capacity=capacity,
+            on_waiting=self._become_active,
         )
         self._cluster = Cluster(
             identity=identity,
@@ -332,8 +334,10 @@ class Daemon:
     def _status(self) -> str:
         """One line for `systemctl status`."""
         members = self._machine.state.members
-        if self._stop.is_set() or not self._announced:
-            return "stopping" if self._stop.is_set() else "starting"
+        if self._stop.is_set():
+            return "stopping"
+        if not self._announced:
+            return "waiting to be let into a cluster" if self._admission.is_waiting else "starting"
         online = sum(self._cluster.is_online(node_id) for node_id in members)
         role = "leader" if self._raft.is_leader else "follower"
         quorum = "" if self._cluster.has_quorum else "; no quorum: nothing can be changed"
@@ -372,6 +376,7 @@ class Daemon:
                 nursery.start_soon(self._track_members)
                 if await self._until_stopped(self._become_ready):
                     self._announce(time.monotonic() - begun)
+                    nursery.start_soon(systemd.forget_failures_later)
                     await self._stop.wait()
             systemd.notify("STOPPING=1\nSTATUS=stopping")
             with trio.move_on_after(SHUTDOWN_TIMEOUT_S):
@@ -435,8 +440,7 @@ class Daemon:
     def _announce(self, took_s: float) -> None:
         """Say where the node listens and what to type next."""
         self._announced = True
-        systemd.started()
-        systemd.notify("READY=1")
+        self._become_active()
         host, port = self._addresses.api
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
         members = len(self._machine.state.members)
@@ -455,6 +459,12 @@ class Daemon:
                 "a cluster of one. Next: `ollama-dist models pull smollm2:135m`, then "
                 "`ollama-dist run smollm2:135m`; `ollama-dist cluster token` adds a node"
             )
+
+    def _become_active(self) -> None:
+        """Tell systemd that this start has succeeded: it serves, or waits, or ends well."""
+        if not self.is_active:
+            self.is_active = True
+            systemd.notify("READY=1")
 
     # What others ask of this node.
 
@@ -662,6 +672,8 @@ class Daemon:
         await trio.sleep(DEPARTURE_GRACE_S)
         log.info("this node has left the cluster; start it with --join to join one again")
         self.departed = True
+        # Or the end would be that of a start that failed, which systemd tries again.
+        self._become_active()
         self._stop.set()
 
     def _auth_settings(self) -> AuthSettings:

@@ -11,6 +11,7 @@ run/             sockets of runner processes
 cli-token        lets `ollama-dist` of the same user in (0600)
 admin-password   the first admin's password, if it was made up (0600)
 config/          settings, if they are not in /etc/ollamad
+departed         there once this node was taken out of its cluster, until it is in another
 restoring        there while a backup is being restored; what is here then is not whole
 """
 
@@ -131,6 +132,11 @@ class DataDir:
     @property
     def admin_password(self) -> Path:
         return self.path / "admin-password"
+
+    @property
+    def departed(self) -> Path:
+        """That the cluster which this node was in goes on without it."""
+        return self.path / "departed"
 
     @property
     def restoring(self) -> Path:

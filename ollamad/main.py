@@ -15,6 +15,7 @@ import typer
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
+EXIT_HAS_LEFT = 78  # EX_CONFIG; the unit does not start it again after this
 
 SYSLOG_ERROR, SYSLOG_WARNING = 3, 4
 
@@ -67,14 +68,11 @@ def start(
     ] = False,
 ) -> None:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C."""
-    try:
-        _start(join, bootstrap, dev, config, data_dir)
-    except typer.Exit as exit_:
-        if exit_.exit_code:
-            from ollamad import systemd
+    from ollamad import systemd
 
-            systemd.pause_after_failure()
-        raise
+    systemd.pause_before_start()
+    _start(join, bootstrap, dev, config, data_dir)
+    systemd.forget_failures()
 
 
 def _start(
@@ -91,13 +89,13 @@ def _start(
             "raft.listen": "127.0.0.1:7000",
         }
     effective, directory = _load(config, data_dir, command_line, dev=dev)
-    from ollamad.errors import StartError
-    from ollamad.settings import ConfigError, list_exposed_secrets
+    from ollamad.errors import HasLeft, StartError
+    from ollamad.settings import ConfigError, is_file, list_exposed_secrets
     from ollamad.start import run
 
     def reread() -> Any:
         for path in effective.files:
-            if not path.is_file():  # else SIGHUP would bring the defaults, perhaps amid an edit
+            if not is_file(path):  # else SIGHUP would bring the defaults, perhaps amid an edit
                 raise ConfigError(f"{path} was there at the start and is gone")
         return _read(config, data_dir, command_line, dev=dev)[0].settings
 
@@ -105,6 +103,8 @@ def _start(
         _say(line, SYSLOG_WARNING)
     try:
         run(effective.settings, directory, join, reread)
+    except HasLeft as error:
+        _fail(str(error), EXIT_HAS_LEFT)
     except StartError as error:
         _fail(str(error), EXIT_FAILURE)
 

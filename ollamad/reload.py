@@ -44,7 +44,7 @@ class Reloader:
         """Change what can change, and say what was changed and what was not. Raises nothing."""
         try:
             wanted = self._read()
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             log.error("the settings stay as they are: %s", error)
             return
         before, after = dict(walk(self._settings)), dict(walk(wanted))
@@ -61,4 +61,4 @@ class Reloader:
         self._settings = new
         self._apply(new)
         if not changed:
-            log.info("the settings were read again; nothing in them has changed")
+            log.info("the settings were read again; nothing in the files has changed")

@@ -50,6 +50,7 @@ CONFIG_ASIDE = "config-of-backup"
 HARMLESS = {"lost+found", ".cache", "models", "config", CONFIG_ASIDE}
 # What `forget` leaves there of the node that was.
 HARMLESS |= {"lock", "restoring", "joining", "run", "pulls", "adopted", "scrubbed", "memory.json"}
+HARMLESS.add("departed")
 ASIDE = "left-"
 SPARE_BYTES = 64 << 20  # beside the files themselves: for the journal
 
@@ -113,6 +114,7 @@ def _restore(
     if not node_only:
         predecessor = _predecessor(state, settings, NodeId(manifest.node.id))
         trio.run(_found, directory, state, predecessor)
+        directory.departed.unlink(missing_ok=True)
     directory.restoring.unlink()
     sync_directory(directory.path)
     if variables := manifest.environment:
@@ -128,12 +130,14 @@ def forget(data_dir: Path) -> str:
     """
     check_owner(data_dir)
     directory = DataDir(data_dir)
-    if not any(path.exists() for path in (*directory.of_cluster(), directory.restoring)):
+    there = (*directory.of_cluster(), directory.restoring, directory.departed)
+    if not any(path.exists() for path in there):
         raise StartError(f"the node of {data_dir} is in no cluster; nothing to forget")
     try:
         with directory:
             aside = forget_cluster(directory)
             directory.restoring.unlink(missing_ok=True)
+            directory.departed.unlink(missing_ok=True)
     except DataDirError as error:
         raise StartError(str(error)) from None
     where = f"The state is in {aside} now; the models stay. " if aside is not None else ""

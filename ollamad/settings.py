@@ -276,9 +276,14 @@ def default_config_dir(data_dir: Path) -> Path | None:
     """`config/` where the daemon is started, in its data directory, or in /etc; None if none.
 
     Raises:
-      ConfigError: the one where it is started could have been put there by somebody else.
+      ConfigError: the one where it is started could have been put there by somebody else, or one
+        is there that we may not look into.
     """
     for candidate in (Path("config"), data_dir / "config", Path("/etc/ollamad")):
+        try:
+            candidate.stat()
+        except OSError:  # not there, or nobody knows: `sudo -u` begins in another's home
+            continue
         found = list_config_files(candidate)
         if found and candidate == Path("config"):
             for path in (candidate.absolute(), *found):
@@ -289,16 +294,30 @@ def default_config_dir(data_dir: Path) -> Path | None:
 
 
 def list_config_files(config_dir: Path) -> list[Path]:
-    """Those that are there."""
-    return [config_dir / name for name in CONFIG_FILES if _is_file(config_dir / name)]
+    """Those that are there. Raises ConfigError if we may not know."""
+    return [config_dir / name for name in CONFIG_FILES if is_file(config_dir / name)]
 
 
-def _is_file(path: Path) -> bool:
-    """Whether it is there for us: what lies in a directory that we may not look into is not."""
+def is_file(path: Path) -> bool:
+    """Whether a file of settings is there. Raises ConfigError if we may not know."""
+    return stat.S_ISREG(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    """What is there; 0 for nothing."""
     try:
-        return path.is_file()
-    except PermissionError:
-        return False
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:  # with defaults in its place the node would be another one
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{path}: cannot be read: {error.strerror}; let this user read it and its directory, or "
+        "name another directory with --config"
+    )
 
 
 def list_exposed_secrets(effective: Effective) -> list[str]:
@@ -337,7 +356,7 @@ def _all_values(
 ) -> Iterator[tuple[str, Any, Origin]]:
     """Every given value, weakest source first, with known keys only."""
     if config_dir is not None:
-        if not config_dir.is_dir():
+        if not stat.S_ISDIR(_mode(config_dir)):
             raise ConfigError(f"{config_dir}: there is no such directory of settings")
         for name in CONFIG_FILES:
             yield from _file_values(config_dir / name)
@@ -361,7 +380,9 @@ def _file_values(path: Path) -> Iterator[tuple[str, Any, Origin]]:
         text = path.read_text()
     except FileNotFoundError:
         return
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)

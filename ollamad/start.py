@@ -22,7 +22,7 @@ from ollamad.api.serve import CannotListen
 from ollamad.api.services import ServiceError
 from ollamad.daemon import Daemon
 from ollamad.datadir import DataDir, DataDirError
-from ollamad.errors import StartError
+from ollamad.errors import HasLeft, StartError
 from ollamad.peers.identity import IdentityError
 from ollamad.raft.errors import RaftError
 from ollamad.reload import Reloader
@@ -43,6 +43,7 @@ def run(
       reread: gives the settings anew, for SIGHUP; raises ConfigError.
 
     Raises:
+      HasLeft: this node was taken out of its cluster, and is to join none.
       StartError: it cannot start, or had to give up.
     """
     logs.set_up(settings.log.level, settings.log.format, to_journal=systemd.is_journal(sys.stderr))
@@ -55,6 +56,8 @@ def run(
         with DataDir(data_dir) as directory:
             directory.check_whole()
             trio.run(partial(_run, settings, directory, invitation, reread))
+    except HasLeft:
+        raise
     except (DataDirError, IdentityError, *EXPECTED) as error:
         raise StartError(str(error)) from None
     except BaseExceptionGroup as group:
@@ -73,10 +76,13 @@ async def _run(
     daemon = await Daemon.build(settings, directory, identity)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_watch_signals, daemon.stop)
-        nursery.start_soon(_watch_hangups, Reloader(settings, reread, daemon.reconfigure))
+        reloader = Reloader(settings, reread, daemon.reconfigure)
+        nursery.start_soon(_watch_hangups, reloader, lambda: daemon.is_active)
         await daemon.run(invitation)
         nursery.cancel_scope.cancel()
     if daemon.departed:
+        # First: the identity that is moved last keeps it from counting before all is aside.
+        directory.departed.touch()
         forget_cluster(directory)
 
 
@@ -91,10 +97,13 @@ async def _watch_signals(stop: Callable[[], None]) -> None:
             os._exit(1)  # whoever asks twice does not want to wait for anything
 
 
-async def _watch_hangups(reloader: Reloader) -> None:
+async def _watch_hangups(reloader: Reloader, is_active: Callable[[], bool]) -> None:
     """SIGHUP reads the settings again."""
     with trio.open_signal_receiver(signal.SIGHUP) as signals:
         async for _ in signals:
+            if not is_active():  # READY=1 would say that it has started
+                reloader.reload()
+                continue
             systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             reloader.reload()
             systemd.notify("READY=1")

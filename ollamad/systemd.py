@@ -16,7 +16,8 @@ import trio
 STATUS_INTERVAL_S = 2.0  # between two looks at the status text
 FIRST_PAUSE_S = 1.0  # after a start that failed; doubled each time up to
 LONGEST_PAUSE_S = 60.0
-_WAIT = threading.Event().wait  # there is no event loop yet, or no more
+STEADY_S = 300.0  # ready for so long, a start has not failed, whatever comes then
+_WAIT = threading.Event().wait  # there is no event loop yet
 FAILED_STARTS = "failed-starts"  # a file in the unit's runtime directory, kept over restarts
 
 
@@ -81,39 +82,51 @@ async def keep_status(
         await trio.sleep(STATUS_INTERVAL_S)
 
 
-def started(environment: Mapping[str, str] = os.environ) -> None:
-    """This start has succeeded, so the next failure is a first one again."""
-    with suppress(OSError, KeyError):
-        _failures(environment).unlink(missing_ok=True)
-
-
-def pause_after_failure(
+def pause_before_start(
     environment: Mapping[str, str] = os.environ,
     sleep: Callable[[float], object] = _WAIT,
 ) -> float:
-    """Wait before this process ends with a failed start, longer each time, under systemd only.
+    """Wait if the starts before this one have failed, longer each time, under systemd only.
 
-    systemd starts it again after `RestartSec`, always the same. (`RestartSteps` would do this,
-    but systemd has it since version 254 only.) SIGTERM ends the pause and the process.
+    systemd starts the daemon again after `RestartSec`, always the same. (`RestartSteps` would do
+    this, but systemd has it since version 254 only.) Each start counts as failed until
+    `forget_failures`, so that it does not matter what ended it: an error, a signal, the watchdog.
+    SIGTERM ends the pause and the process.
 
     Returns:
       Seconds that it waited.
     """
     try:
-        file = _failures(environment)
+        file = _failed_starts(environment)
         failed = 0
         with suppress(OSError, ValueError):
             failed = int(file.read_text())
+        # Whoever stops a service in its pause does not wait at the next start.
+        file.unlink(missing_ok=True)
+        pause_s = 0.0
+        if failed > 0:
+            pause_s = min(FIRST_PAUSE_S * 2 ** min(failed - 1, 16), LONGEST_PAUSE_S)
+            notify(f"STATUS=the last start failed; tried again in {pause_s:.0f} s", environment)
+            sleep(pause_s)
         file.write_text(str(failed + 1))
     except (OSError, KeyError):
         return 0.0
-    pause_s = float(min(FIRST_PAUSE_S * 2 ** min(failed, 16), LONGEST_PAUSE_S))
-    notify(f"STATUS=did not start; tried again in {pause_s:.0f} s", environment)
-    sleep(pause_s)
     return pause_s
 
 
-def _failures(environment: Mapping[str, str]) -> Path:
+def forget_failures(environment: Mapping[str, str] = os.environ) -> None:
+    """What was started works, or has ended well: the next failure is a first one again."""
+    with suppress(OSError, KeyError):
+        _failed_starts(environment).unlink(missing_ok=True)
+
+
+async def forget_failures_later(environment: Mapping[str, str] = os.environ) -> None:
+    """The same, once a daemon that is ready has shown that it lives on; until cancelled."""
+    await trio.sleep(STEADY_S)
+    forget_failures(environment)
+
+
+def _failed_starts(environment: Mapping[str, str]) -> Path:
     if not environment.get("INVOCATION_ID"):
         raise KeyError("not started by systemd")
     return Path(environment["RUNTIME_DIRECTORY"]) / FAILED_STARTS

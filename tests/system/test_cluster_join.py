@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import signal
 import threading
 import time
 
@@ -110,6 +111,13 @@ def test_a_waiting_node_can_be_stopped(cluster: Cluster, single: Cluster) -> Non
     node = cluster.new_node()
     node.launch("--join", single.join_token())
     waiting_id(node)
+    node.wait_ready()
+    wait_until(
+        "the wait is told",
+        lambda: "STATUS=waiting to be let into a cluster" in node.notifications(),
+    )
+    node.signal(signal.SIGHUP)
+    wait_until("the reload is over", lambda: node.notifications().count("READY=1") == 2)
     assert node.stop() == 0
 
 
@@ -148,7 +156,8 @@ def test_a_clock_that_breaks_certificates_is_told(cluster: Cluster) -> None:
     certificate.write_bytes(self_signed(key, future))
     line = start_and_fail(node)
     assert "clock" in line
-    assert f"{future:%Y-%m-%d}" in line
+    begins = future - datetime.timedelta(hours=1)
+    assert f"{begins:%Y-%m-%d}" in line
     certificate.write_bytes(good)
     node.start()
 
@@ -275,6 +284,17 @@ def test_a_node_that_is_down_can_be_taken_out(cluster: Cluster) -> None:
     assert list(gone.data_dir.glob("left-*/raft.db"))
     assert kept.exists()
     assert cluster.asked.get("/cluster/status")["cluster_size"] == 2
+    # To systemd this was a service that ended well, and not a start to try again.
+    assert any("READY=1" in message for message in gone.notifications())
+    assert gone.log().count("is ready after") == 1, "it was told before it was ready"
+    # The next boot starts it nevertheless: it does not go on as a cluster of its own.
+    gone.launch()
+    assert gone.wait_end() == 78
+    last = gone.log().splitlines()[-1]
+    assert "this node has left its cluster" in last
+    assert "--join" in last
+    assert "ollamad forget" in last
+    assert not (gone.data_dir / "identity").exists()
     # And it can come back.
     gone.start("--join", f"{cluster.join_token()}@{cluster.asked.p2p}")
     cluster.wait_whole()

@@ -1,5 +1,6 @@
 """`ollamad start`: the first start, the signals, and starts that cannot be."""
 
+import os
 import re
 import signal
 import socket
@@ -11,7 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.system.harness import Cluster, Node, free_ports, refused, run_daemon, wait_until
+from tests.system.harness import (
+    Cluster,
+    Loopback,
+    Node,
+    free_ports,
+    refused,
+    run_daemon,
+    wait_until,
+)
 
 STOP_LIMIT_S = 10.0
 
@@ -309,6 +318,52 @@ def test_a_hangup_reads_the_settings_again(cluster: Cluster) -> None:
     assert node.stop() == 0
 
 
+def test_settings_that_cannot_be_read_are_no_reason_for_the_defaults(cluster: Cluster) -> None:
+    node = cluster.new_node({"OLLAMAD_RATE_LIMITS__GENERAL": ""})
+    if os.geteuid() == 0:  # modes do not stop root; they stop this one
+        node.host = Loopback(command=("setpriv", "--bounding-set=-dac_override,-dac_read_search"))
+    settings = node.data_dir / "config" / "config.yaml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("rate_limits:\n  general: 50\n")
+    node.start()
+    settings.parent.chmod(0)
+    try:
+        node.signal(signal.SIGHUP)
+        told = f"{settings}: cannot be read: Permission denied; let this user read it"
+        wait_until("it is told", lambda: f"the settings stay as they are: {told}" in node.log())
+        with node.client() as client:
+            assert client.get("/nodes").headers["RateLimit-Limit"] == "50"
+        assert node.stop() == 0
+        node.launch()
+        assert node.wait_end() == 2
+        assert node.log().splitlines()[-1].startswith(f"ollamad: {told}")
+    finally:
+        settings.parent.chmod(0o700)
+
+
+def test_whatever_ended_a_service_the_next_start_waits(cluster: Cluster, tmp_path: Path) -> None:
+    node = cluster.found()  # its ports are free; a first start that finds others is no failure
+    node.stop()
+    node.environment |= {"INVOCATION_ID": "1", "RUNTIME_DIRECTORY": str(tmp_path)}
+
+    def pauses() -> list[str]:
+        return [each for each in node.notifications() if "tried again in" in each]
+
+    node.start()
+    assert pauses() == []
+    node.kill()
+    node.start()
+    assert pauses() == ["STATUS=the last start failed; tried again in 1 s"]
+    node.kill()
+    node.start()
+    assert pauses() == ["STATUS=the last start failed; tried again in 2 s"]
+    assert node.stop() == 0
+    node.start()
+    assert pauses() == [], "an order to stop is no failure"
+    assert node.stop() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_service_manager_is_told_how_the_daemon_is_and_that_it_lives(cluster: Cluster) -> None:
     node = cluster.new_node({"WATCHDOG_USEC": "1000000"})
     node.start()
@@ -316,6 +371,8 @@ def test_the_service_manager_is_told_how_the_daemon_is_and_that_it_lives(cluster
     def fed() -> int:
         return node.notifications().count("WATCHDOG=1")
 
+    told = node.notifications()
+    assert told.index("WATCHDOG=1") < told.index("READY=1"), "a start that hangs is ended, too"
     wait_until("it is fed", lambda: fed() >= 3)
     wait_until(
         "the status is told",

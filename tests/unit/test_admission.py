@@ -13,12 +13,13 @@ from ollamad.core.commands import DEPARTED_NODE
 from ollamad.core.ids import NodeId
 from ollamad.core.state import Capacity
 from ollamad.datadir import DataDir
-from ollamad.errors import StartError
+from ollamad.errors import HasLeft, StartError
 from ollamad.machine import Machine
 from ollamad.peers.identity import Identity, certificate_der, issue_certificate, make_ca
 from ollamad.peers.tls import Gate
 from ollamad.raft.node import RaftNode
 from ollamad.raft.sqlite_store import SqliteStore
+from ollamad.restore import forget
 from ollamad.settings import Settings
 from ollamad.wire.join import JoinRefused, JoinReply, Seed, Token, channel_binding
 from tests.fakes.tls_nodes import TlsNode, utc_now
@@ -102,6 +103,36 @@ async def test_who_leaves_comes_back_as_somebody_else(house: House) -> None:
     assert {"identity", "raft.db", "seeds"} <= set(house.left)
     second, _ = await house.start(INVITATION)
     assert first.node_id != second.node_id
+
+
+async def test_who_was_taken_out_founds_no_cluster_until_somebody_says_so(house: House) -> None:
+    await house.start(INVITATION)
+    aside = leave(house)
+    before = sorted(house.path.iterdir())
+    for _ in range(2):
+        with pytest.raises(HasLeft, match=r"start it with --join .*`ollamad forget`"):
+            await house.start()
+    assert sorted(house.path.iterdir()) == before, "a key would be in the way of a restore"
+    # Whoever puts back what was put aside is in that cluster again.
+    for path in list(aside.iterdir()):
+        path.rename(house.path / path.name)
+    await house.start()
+    leave(house)
+    # Who joins another one is done with the old one.
+    await house.start(INVITATION)
+    assert not house.directory.departed.exists()
+    leave(house)
+    forget(house.path)
+    founder, voters = await house.start()
+    assert voters == {founder.node_id}
+
+
+def leave(house: House) -> Path:
+    """What is left of a node that was taken out; where its state is."""
+    house.directory.departed.touch()
+    aside = forget_cluster(house.directory)
+    assert aside is not None
+    return aside
 
 
 async def test_a_key_that_may_have_been_a_members_is_not_joined_with(house: House) -> None:

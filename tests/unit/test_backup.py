@@ -602,11 +602,13 @@ def test_what_a_node_forgets_is_put_aside(host: Host, tmp_path: Path) -> None:
     assert len(content(host.path)) == len(before), "nothing is lost"
     with pytest.raises(StartError, match="nothing to forget"):
         forget(host.path)
-    # And then there is room for a cluster.
+    # And then there is room for a cluster, also where a node was taken out.
+    (host.path / "departed").touch()
     (tmp_path / "second").mkdir()
     other = Host(tmp_path / "second")
     other.backup()
     put_back(other.file, host.path)
+    assert not (host.path / "departed").exists()
     started(host.path)
 
 

@@ -1,10 +1,17 @@
 """What changes in a daemon that runs, and what waits for a restart."""
 
 import logging
+import os
+import signal
+import socket
+from pathlib import Path
 
 import msgspec
 import pytest
+import trio
+import trio.testing
 
+from ollamad import start
 from ollamad.reload import Reloader
 from ollamad.settings import ConfigError, Settings, walk
 
@@ -14,7 +21,7 @@ class Reading:
 
     def __init__(self) -> None:
         self.now = Settings()
-        self.error: ConfigError | None = None
+        self.error: Exception | None = None
         self.applied: list[Settings] = []
         self.reloader = Reloader(self.now, self._read, self.applied.append)
 
@@ -63,20 +70,45 @@ def test_what_needs_a_restart_stays_and_holds_nothing_else_up(
     assert caplog.messages == ["api.listen has changed, which needs a restart: it stays as it was"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [ConfigError("config.yaml:3: there is no setting 'x'"), PermissionError("config.yaml: denied")],
+)
 def test_settings_that_cannot_be_read_change_nothing(
-    reading: Reading, caplog: pytest.LogCaptureFixture
+    reading: Reading, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    reading.error = ConfigError("config.yaml:3: there is no setting 'x'")
+    reading.error = error
     reading.reloader.reload()
     assert reading.applied == []
-    assert caplog.messages == [
-        "the settings stay as they are: config.yaml:3: there is no setting 'x'"
-    ]
+    assert caplog.messages == [f"the settings stay as they are: {error}"]
 
 
 def test_nothing_changed_is_said_too(reading: Reading, caplog: pytest.LogCaptureFixture) -> None:
     reading.reloader.reload()
-    assert caplog.messages == ["the settings were read again; nothing in them has changed"]
+    assert caplog.messages == ["the settings were read again; nothing in the files has changed"]
+
+
+async def test_a_reload_tells_systemd_that_it_is_over_but_not_that_a_start_is(
+    reading: Reading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_active = False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(start._watch_hangups, reading.reloader, lambda: is_active)
+            for is_active in (False, True):
+                await trio.testing.wait_all_tasks_blocked()
+                os.kill(os.getpid(), signal.SIGHUP)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                assert len(reading.applied) == 1 + is_active
+                if not is_active:
+                    with pytest.raises(BlockingIOError):
+                        manager.recv(4096)
+            assert manager.recv(4096).startswith(b"RELOADING=1")
+            assert manager.recv(4096) == b"READY=1"
+            nursery.cancel_scope.cancel()
 
 
 def test_no_secret_is_told() -> None:

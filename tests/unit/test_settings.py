@@ -1,5 +1,6 @@
 """Settings: every source, their order, what is wrong told with its place, and what is shown."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -343,6 +344,35 @@ def test_settings_that_somebody_else_could_have_left_there_are_not_taken(
         os.chown(tmp_path / which, 2, -1)
     with pytest.raises(ConfigError, match=f"{which} can be changed by others"):
         settings.default_config_dir(tmp_path / "data")
+
+
+def test_a_directory_of_settings_that_is_closed_to_us_is_told_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    write(data / "config", node="")
+    write(tmp_path / "config", node="")
+    close(monkeypatch, tmp_path / "config")
+    with pytest.raises(ConfigError, match=r"^config/config.yaml: cannot be read: .*--config"):
+        settings.default_config_dir(data)
+    close(monkeypatch, tmp_path)  # whose it is, nobody knows, nor whether it is there
+    assert settings.default_config_dir(data) in (None, Path("/etc/ollamad"))
+    with pytest.raises(ConfigError, match="data/config: cannot be read"):
+        settings.load(data / "config", {}, {})
+
+
+def close(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Permit no look into a directory; for root there is none of which the modes could do it."""
+    real = Path.stat
+
+    def stat(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if directory in path.absolute().parents:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "stat", stat)
 
 
 def test_secrets_that_everybody_can_read_are_told(tmp_path: Path) -> None:

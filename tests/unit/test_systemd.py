@@ -10,6 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from ollamad import systemd
+from ollamad.main import EXIT_HAS_LEFT
 
 
 @pytest.fixture
@@ -78,18 +79,52 @@ def test_each_failed_start_is_followed_by_a_longer_pause(
 ) -> None:
     variables = environment(manager, INVOCATION_ID="1", RUNTIME_DIRECTORY=str(tmp_path))
     slept: list[float] = []
-    for _ in range(8):
-        systemd.pause_after_failure(variables, slept.append)
+    for _ in range(9):
+        systemd.pause_before_start(variables, slept.append)
     assert slept == [1, 2, 4, 8, 16, 32, 60, 60]
-    assert said(manager)[-1] == "STATUS=did not start; tried again in 60 s"
-    systemd.started(variables)
-    assert systemd.pause_after_failure(variables, slept.append) == 1
+    assert said(manager)[-1] == "STATUS=the last start failed; tried again in 60 s"
+    systemd.forget_failures(variables)
+    assert systemd.pause_before_start(variables, slept.append) == 0
+    assert systemd.pause_before_start(variables, slept.append) == 1
+
+
+async def test_a_daemon_that_was_ready_for_a_while_has_not_failed(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    variables = {"INVOCATION_ID": "1", "RUNTIME_DIRECTORY": str(tmp_path)}
+    systemd.pause_before_start(variables, lambda _: None)
+    with trio.move_on_after(systemd.STEADY_S / 2):
+        await systemd.forget_failures_later(variables)
+    assert systemd.pause_before_start(variables, lambda _: None) == 1, "ready, and then it died"
+    await systemd.forget_failures_later(variables)
+    assert systemd.pause_before_start(variables, lambda _: None) == 0
+
+
+def test_who_stops_a_service_in_its_pause_does_not_wait_again(tmp_path: Path) -> None:
+    variables = {"INVOCATION_ID": "1", "RUNTIME_DIRECTORY": str(tmp_path)}
+
+    class Terminated(BaseException):
+        """By SIGTERM."""
+
+    def terminate(_: float) -> None:
+        raise Terminated
+
+    systemd.pause_before_start(variables, terminate)
+    with pytest.raises(Terminated):
+        systemd.pause_before_start(variables, terminate)
+    assert systemd.pause_before_start(variables, terminate) == 0
+
+
+def test_a_node_that_has_left_its_cluster_is_not_started_again_and_again() -> None:
+    unit = (Path(__file__).parents[2] / "ollamad.service").read_text()
+    assert f"\nRestartPreventExitStatus={EXIT_HAS_LEFT}\n" in unit
 
 
 def test_outside_of_systemd_a_failure_is_told_at_once(tmp_path: Path) -> None:
     slept: list[float] = []
     for variables in ({}, {"RUNTIME_DIRECTORY": str(tmp_path)}, {"INVOCATION_ID": "1"}):
-        assert systemd.pause_after_failure(variables, slept.append) == 0
-        systemd.started(variables)
+        assert systemd.pause_before_start(variables, slept.append) == 0
+        assert systemd.pause_before_start(variables, slept.append) == 0
+        systemd.forget_failures(variables)
     assert slept == []
     assert list(tmp_path.iterdir()) == []
