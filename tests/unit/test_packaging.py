@@ -1,0 +1,89 @@
+"""What the recipes of the packages do that needs no Debian to try it on."""
+
+import importlib
+import subprocess
+import threading
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "packaging"
+
+
+def recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of packaging/, which is no package: its files are run from there."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A program in one file, like dist/ollamad, with a script of a line in it."""
+    binary = recipe("binary", monkeypatch)
+    folder = tmp_path / "build" / "folder"
+    folder.mkdir(parents=True)
+    script = folder / "ollamad"
+    script.write_text('#!/bin/sh\necho "it runs, with $(cat "${0%/*}/part")"\n')
+    script.chmod(0o755)
+    (folder / "part").write_text("all of it")
+    monkeypatch.setattr(binary, "BUILD", folder.parent)
+    monkeypatch.setattr(binary, "FOLDER", folder)
+    target = tmp_path / "ollamad"
+    binary.pack(target, 0)
+    return target
+
+
+def start(program: Path, base: Path, path: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", program],
+        env={"OLLAMAD_UNPACK_DIR": str(base), "PATH": f"{path}/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def remnant(program: Path, base: Path) -> Path:
+    """What a deletion that was cut off leaves of an unpacked program: not that it is complete."""
+    assert start(program, base).stdout == "it runs, with all of it\n"
+    (home,) = base.iterdir()
+    (home / "complete").unlink()
+    (home / "part").write_text("a part")
+    return home
+
+
+def test_what_a_deletion_has_left_is_replaced(program: Path, tmp_path: Path) -> None:
+    base = tmp_path / "cache"
+    home = remnant(program, base)
+    done = start(program, base)
+    assert (done.stdout, done.stderr) == ("it runs, with all of it\n", "")
+    assert list(base.iterdir()) == [home], "nothing else is left"
+
+
+def test_it_is_replaced_once_by_starts_at_the_same_time(program: Path, tmp_path: Path) -> None:
+    base = tmp_path / "cache"
+    home = remnant(program, base)
+    done: list[subprocess.CompletedProcess[str]] = []
+    threads = [
+        threading.Thread(target=lambda: done.append(start(program, base))) for _ in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {(one.stdout, one.stderr) for one in done} == {("it runs, with all of it\n", "")}
+    assert list(base.iterdir()) == [home]
+
+
+def test_where_nothing_can_be_locked_it_says_what_to_delete(program: Path, tmp_path: Path) -> None:
+    base = tmp_path / "cache"
+    home = remnant(program, base)
+    (tmp_path / "flock").write_text("#!/bin/sh\nexit 1\n")  # as of some network disks
+    (tmp_path / "flock").chmod(0o755)
+    done = start(program, base, f"{tmp_path}:")
+    assert done.returncode == 1
+    assert f"{home} is there in part and cannot be replaced; delete it" in done.stderr
+    assert list(base.iterdir()) == [home]
