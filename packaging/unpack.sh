@@ -25,8 +25,8 @@ if [ ! -e "$home/complete" ]; then
     esac
     mkdir -p "$base" || fail "$full"
     [ -O "$base" ] || fail "$theirs"
-    # What a start left behind that was killed.
-    find "$base" -maxdepth 1 -name 'unpacking-*' -mmin +60 -exec rm -rf {} +
+    # What a start left behind that was killed. What goes meanwhile is another start's, and no harm.
+    find "$base" -maxdepth 1 -name 'unpacking-*' -mmin +60 -exec rm -rf {} + 2> /dev/null || :
     new=$(mktemp -d "$base/unpacking-XXXXXX") || fail "$full"
     trap 'rm -rf "$new" "$new.old"' EXIT
     trap 'exit 130' INT

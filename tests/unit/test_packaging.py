@@ -87,3 +87,13 @@ def test_where_nothing_can_be_locked_it_says_what_to_delete(program: Path, tmp_p
     assert done.returncode == 1
     assert f"{home} is there in part and cannot be replaced; delete it" in done.stderr
     assert list(base.iterdir()) == [home]
+
+
+def test_what_vanishes_while_it_looks_for_old_ones_is_no_failure(
+    program: Path, tmp_path: Path
+) -> None:
+    """Another start puts its copy in place just then."""
+    (tmp_path / "find").write_text("#!/bin/sh\necho 'find: No such file' >&2\nexit 1\n")
+    (tmp_path / "find").chmod(0o755)
+    done = start(program, tmp_path / "cache", f"{tmp_path}:")
+    assert (done.stdout, done.stderr) == ("it runs, with all of it\n", "")
