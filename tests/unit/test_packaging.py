@@ -97,3 +97,33 @@ def test_what_vanishes_while_it_looks_for_old_ones_is_no_failure(
     (tmp_path / "find").chmod(0o755)
     done = start(program, tmp_path / "cache", f"{tmp_path}:")
     assert (done.stdout, done.stderr) == ("it runs, with all of it\n", "")
+
+
+@pytest.mark.parametrize(
+    ("head", "machine"),
+    [
+        (b"\x7fELF\2\1\1" + bytes(9) + b"\3\0\x3e\0", 62),
+        (b"\x7fELF\2\1\1" + bytes(9) + b"\3\0\xb7\0", 183),
+        (b"\x7fELF\2\2\1" + bytes(9) + b"\0\3\0\x16", 22),  # the other order of bytes
+        (b"\x7fELF\2\1\1", None),
+        (b"MZ" + bytes(100), None),
+        (b"", None),
+    ],
+)
+def test_libraries_of_other_machines_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: bytes, machine: int | None
+) -> None:
+    elf = recipe("elf", monkeypatch)
+    library = tmp_path / "library.so"
+    library.write_bytes(head)
+    assert elf.machine(library) == machine
+    own = tmp_path / "python"
+    own.write_bytes(b"\x7fELF\2\1\1" + bytes(9) + b"\2\0\xb7\0")
+    monkeypatch.setattr("sys.executable", str(own))
+    assert elf.is_for_this_machine(library) == (machine == 183)
+
+
+def test_a_library_of_this_machine_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    elf = recipe("elf", monkeypatch)
+    assert elf.is_for_this_machine(Path(importlib.import_module("_ctypes").__file__ or ""))
+    assert "is_for_this_machine(" in (RECIPES / "ollamad.spec").read_text()
