@@ -143,7 +143,7 @@ def with_texts(part: Component, texts: list[tuple[str, str]]) -> Component:
     """
     if not texts:
         return part
-    evidence = [
+    evidence = part.get("evidence", {}).get("licenses", []) + [
         {"license": {"name": name, "text": {"content": text, "contentType": "text/plain"}}}
         for name, text in texts
     ]

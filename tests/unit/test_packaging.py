@@ -127,3 +127,37 @@ def test_a_library_of_this_machine_is_known(monkeypatch: pytest.MonkeyPatch) -> 
     elf = recipe("elf", monkeypatch)
     assert elf.is_for_this_machine(Path(importlib.import_module("_ctypes").__file__ or ""))
     assert "is_for_this_machine(" in (RECIPES / "ollamad.spec").read_text()
+
+
+def test_a_part_has_the_texts_of_its_licences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = recipe("parts", monkeypatch)
+    licences = tmp_path / "a_part-1.0.dist-info" / "licenses"
+    licences.mkdir(parents=True)
+    for name in ("LICENSE.MIT", "NOTICE", "METADATA"):
+        (licences / name).write_text(f"text of {name}")
+    ((name, info),) = parts.infos(tmp_path)
+    assert name == "a_part"
+    known = {"license": {"id": "MIT"}}
+    part = {"name": name, "licenses": [], "evidence": {"licenses": [known]}}
+    first, *texts = parts.with_texts(part, list(parts.licence_texts(info)))["evidence"]["licenses"]
+    assert first == known
+    assert [(one["license"]["name"], one["license"]["text"]["content"]) for one in texts] == [
+        ("LICENSE.MIT", "text of LICENSE.MIT"),
+        ("NOTICE", "text of NOTICE"),
+    ]
+    assert parts.with_texts(part, []) == part
+
+
+def test_the_code_in_an_engine_has_its_licence_where_it_is_inside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = recipe("parts", monkeypatch)
+    wheel = {"name": "ctransformers", "version": "0.2.27"}
+    library = Path("/site-packages/ctransformers/lib/avx/libctransformers.so")
+    (core,) = parts.with_core(wheel, {library})["components"]
+    assert core["name"] == "ggml"
+    (text,) = core["evidence"]["licenses"]
+    assert "The ggml authors" in text["license"]["text"]["content"]
+    assert parts.with_core(wheel, {library.with_suffix(".py")}) == wheel, "of another machine"
