@@ -84,8 +84,11 @@ def restore(
                 _check_empty(directory)
                 chosen = _read_settings(archive, config_dir, settings)
                 _check_space(archive, directory, chosen)
+                warnings = _elsewhere(archive, directory, chosen, settings)
                 try:
-                    return _restore(directory, archive, state, config_dir, chosen, node_only)
+                    return _restore(
+                        directory, archive, state, config_dir, chosen, warnings, node_only
+                    )
                 except OSError as error:
                     raise StartError(f"{error}; when that is mended, restore it again") from None
     except (DataDirError, IdentityError, RaftError, StoreError) as error:
@@ -100,6 +103,7 @@ def _restore(
     state: ClusterState,
     config_dir: Path | None,
     settings: Settings,
+    warnings: list[str],
     node_only: bool,
 ) -> str:
     manifest = archive.manifest
@@ -109,7 +113,7 @@ def _restore(
     ]
     directory.restoring.touch()
     sync_directory(directory.path)
-    lines += _restore_settings(directory, archive, config_dir)
+    lines += _restore_settings(directory, archive, config_dir) + warnings
     _restore_models(directory, archive, state, settings)
     if not node_only:
         predecessor = _predecessor(state, settings, NodeId(manifest.node.id))
@@ -182,19 +186,46 @@ def _read_settings(
     archive: Archive, config_dir: Path | None, settings: Callable[[Path | None], Settings]
 ) -> Settings:
     """Those that will be in force: the backup's where this host has none."""
-    names = archive.names(CONFIG)
-    if config_dir is not None or not names:
+    if config_dir is not None or not archive.names(CONFIG):
         return settings(config_dir)
+    try:
+        return _settings_of_backup(archive, settings)
+    except ConfigError as error:
+        raise StartError(
+            f"the settings in the backup cannot be used ({error}); give others: --config DIR"
+        ) from None
+
+
+def _settings_of_backup(archive: Archive, settings: Callable[[Path | None], Settings]) -> Settings:
     with tempfile.TemporaryDirectory() as directory:
-        for name in names:
+        for name in archive.names(CONFIG):
             write_private(Path(directory) / Path(name).name, archive.read(name))
         try:
             return settings(Path(directory))
         except ConfigError as error:
-            reason = str(error).replace(f"{directory}/", "")
-            raise StartError(
-                f"the settings in the backup cannot be used ({reason}); give others: --config DIR"
-            ) from None
+            raise ConfigError(str(error).replace(f"{directory}/", "")) from None
+
+
+def _elsewhere(
+    archive: Archive,
+    directory: DataDir,
+    chosen: Settings,
+    settings: Callable[[Path | None], Settings],
+) -> list[str]:
+    """Tell who takes over the backup's settings later that the models will be missed there."""
+    if not archive.names(BLOBS) or not archive.names(CONFIG):
+        return []
+    try:
+        theirs = _model_root(directory, _settings_of_backup(archive, settings))
+    except ConfigError:
+        return []  # nobody takes these over as they are
+    here = _model_root(directory, chosen)
+    if theirs == here:
+        return []
+    return [
+        f"The models are in {here}. With the backup's settings they are looked for in {theirs}: "
+        "move them there before you take these settings over."
+    ]
 
 
 def _check_space(archive: Archive, directory: DataDir, settings: Settings) -> None:

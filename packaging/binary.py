@@ -36,8 +36,7 @@ def main() -> None:
         environment,
         tools / "cyclonedx-py",
         *("environment", python, "--pyproject", "pyproject.toml", "--mc-type", "application"),
-        *("--of", "JSON", "--output-reproducible", "--gather-license-texts"),
-        *("-o", BUILD / "sbom.json"),
+        *("--of", "JSON", "--output-reproducible", "-o", BUILD / "sbom.json"),
     )
     run(
         environment,

@@ -32,6 +32,33 @@ LICENCES = {
     "zlib": "Zlib",
     "expat": "MIT",
 }
+# How the names of files begin that a licence wants to be passed on.
+LICENCE_FILES = ("LICENSE", "LICENCE", "COPYING", "NOTICE", "AUTHORS")
+# The engines' wheels do not bring the licence of the C++ code in them.
+GGML_AUTHORS = "The ggml authors"
+MIT = """\
+MIT License
+
+Copyright (c) {}
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files (the "Software"), to deal
+in the Software without restriction, including without limitation the rights
+to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE.
+"""
 
 
 class UnknownPart(Exception):
@@ -51,12 +78,14 @@ def complete(listed: Path, work: Path, packages: Path) -> None:
     bill = json.loads(listed.read_text())
     taken = set(sources(work))
     inside = set(distributions(packages, taken))
+    texts = {normalized(name): list(licence_texts(info)) for name, info in infos(packages)}
     components = [
-        part | {"components": [core]} if (core := engine_core(part)) else part
+        with_texts(with_core(part, taken), texts.get(normalized(part["name"]), []))
         for part in bill["components"]
         if normalized(part["name"]) in inside
     ]
-    components += [python(), start_code(bill["components"]), *libraries(taken, packages)]
+    start = with_texts(start_code(bill["components"]), texts["pyinstaller"])
+    components += [python(), start, *libraries(taken, packages)]
     bill["components"] = sorted(components, key=lambda part: part["name"].lower())
     references = {part["bom-ref"] for part in components} | {
         bill["metadata"]["component"]["bom-ref"]
@@ -87,15 +116,49 @@ def paths(table: object) -> Iterator[str]:
 
 def distributions(packages: Path, taken: set[Path]) -> Iterator[str]:
     """Names of the distributions of which more than metadata was taken."""
-    for info in packages.glob("*.dist-info"):
+    for name, info in infos(packages):
         with open(info / "RECORD", newline="") as record:
             files = (packages / row[0] for row in csv.reader(record) if row)
             if any(file in taken for file in files if file.parent.suffix != ".dist-info"):
-                yield normalized(info.name.partition("-")[0])
+                yield normalized(name)
+
+
+def infos(packages: Path) -> Iterator[tuple[str, Path]]:
+    """Each distribution's name and metadata."""
+    for info in packages.glob("*.dist-info"):
+        yield info.name.partition("-")[0], info
+
+
+def licence_texts(info: Path) -> Iterator[tuple[str, str]]:
+    """Name and content of the licences that a distribution brings, and of what goes with them."""
+    for path in sorted(info.rglob("*")):
+        if path.is_file() and path.name.upper().startswith(LICENCE_FILES):
+            yield path.name, path.read_text()
+
+
+def with_texts(part: Component, texts: list[tuple[str, str]]) -> Component:
+    """A part with them as evidence: an expression of several licences has no place for a text.
+
+    (cyclonedx-py leaves out most of them, with or without --gather-license-texts.)
+    """
+    if not texts:
+        return part
+    evidence = part.get("evidence", {}).get("licenses", []) + [
+        {"license": {"name": name, "text": {"content": text, "contentType": "text/plain"}}}
+        for name, text in texts
+    ]
+    return part | {"evidence": {"licenses": evidence}}
 
 
 def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def with_core(part: Component, taken: set[Path]) -> Component:
+    """An engine with the code in its libraries, where there is one for this machine."""
+    core = engine_core(part)
+    native = any(path.suffix == ".so" and part["name"] in path.parts for path in taken)
+    return part | {"components": [core]} if core and native else part
 
 
 def engine_core(part: Component) -> Component | None:
@@ -103,9 +166,11 @@ def engine_core(part: Component) -> Component | None:
     if part["name"] == "xllamacpp":
         # The last number of its version is llama.cpp's build.
         build = part["version"].rsplit(".", 1)[1]
-        return component("llama.cpp", f"b{build}", "MIT", f"pkg:github/ggml-org/llama.cpp@b{build}")
+        purl = f"pkg:github/ggml-org/llama.cpp@b{build}"
+        return component("llama.cpp", f"b{build}", "MIT", purl, MIT.format(GGML_AUTHORS))
     if part["name"] == "ctransformers":
-        return component("ggml", f"as of ctransformers {part['version']}", "MIT")
+        version = f"as of ctransformers {part['version']}"
+        return component("ggml", version, "MIT", text=MIT.format(GGML_AUTHORS))
     return None
 
 
@@ -116,7 +181,7 @@ def python() -> Component:
         platform.python_version(),
         "Python-2.0.1",
         f"pkg:generic/python@{platform.python_version()}",
-        text,
+        text.read_text() if text.exists() else None,
     )
 
 
@@ -147,7 +212,8 @@ def libraries(taken: set[Path], packages: Path) -> Iterator[Component]:
         if source not in LICENCES:
             raise UnknownPart(f"{path} is of {source} {version}: add its licence to LICENCES")
         purl = f"pkg:deb/debian/{name}@{version}?arch={architecture}"
-        text = Path(f"/usr/share/doc/{name}/copyright")
+        copyright = Path(f"/usr/share/doc/{name}/copyright")
+        text = copyright.read_text() if copyright.exists() else None
         yield component(name, version, LICENCES[source], purl, text)
 
 
@@ -171,20 +237,17 @@ def output(*command: str) -> str:
 
 
 def component(
-    name: str, version: str, licence: str, purl: str = "", text: Path | None = None
+    name: str, version: str, licence: str, purl: str = "", text: str | None = None
 ) -> Component:
     """A part that cyclonedx-py did not list."""
-    choice: dict[str, Any] = {"expression": licence}
-    if " " not in licence:
-        choice = {"license": {"id": licence}}
-        if text is not None and text.exists():
-            content = {"content": text.read_text(), "contentType": "text/plain"}
-            choice["license"]["text"] = content
+    one = " " not in licence
     made: Component = {
         "type": "library",
         "bom-ref": f"{name}=={version}",
         "name": name,
         "version": version,
-        "licenses": [choice],
+        "licenses": [{"license": {"id": licence}} if one else {"expression": licence}],
     }
-    return made | ({"purl": purl} if purl else {})
+    if purl:
+        made["purl"] = purl
+    return made if text is None else with_texts(made, [("copyright", text)])

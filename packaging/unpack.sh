@@ -25,19 +25,28 @@ if [ ! -e "$home/complete" ]; then
     esac
     mkdir -p "$base" || fail "$full"
     [ -O "$base" ] || fail "$theirs"
-    # What a start left behind that was killed.
-    find "$base" -maxdepth 1 -name 'unpacking-*' -mmin +60 -exec rm -rf {} +
+    # What a start left behind that was killed. What goes meanwhile is another start's, and no harm.
+    find "$base" -maxdepth 1 -name 'unpacking-*' -mmin +60 -exec rm -rf {} + 2> /dev/null || :
     new=$(mktemp -d "$base/unpacking-XXXXXX") || fail "$full"
-    trap 'rm -rf "$new"' EXIT
+    trap 'rm -rf "$new" "$new.old"' EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
     tail -c +@OFFSET@ "$0" | gzip -dc | tar -x -f - -C "$new" --no-same-owner || fail "$full"
     # Complete is what is still there after the power has failed.
     sync -f "$new"
     : > "$new/complete"
+    # From here on one start at a time, where the disk can lock.
+    exec 9< "$base"
+    flock 9 2> /dev/null && locked=yes || locked=
     # Somebody else may have been quicker; both are the same.
-    mv -T "$new" "$home" 2> /dev/null || [ -e "$home/complete" ]
-    rm -rf "$new"
+    if ! mv -T "$new" "$home" 2> /dev/null && [ ! -e "$home/complete" ]; then
+        # It is what a deletion has left that was cut off. Nobody completes it: we have the lock.
+        if [ ! "$locked" ] || ! mv -T "$home" "$new.old" || ! mv -T "$new" "$home"; then
+            fail "$home is there in part and cannot be replaced; delete it and start again"
+        fi
+    fi
+    exec 9<&-
+    rm -rf "$new" "$new.old"
     trap - EXIT INT TERM
 fi
 [ -O "$base" ] && [ -O "$home" ] || fail "$theirs"

@@ -216,6 +216,21 @@ def test_the_list_of_parts_has_each_with_its_version_and_licence(parts: dict[str
         assert tool not in names, "it is not inside"
 
 
+def test_the_list_of_parts_has_the_licences_texts(parts: dict[str, Any]) -> None:
+    """An MIT licence, for one, is to be passed on with every copy."""
+    components = parts["components"]
+    components += [inner for part in components for inner in part.get("components", ())]
+    without = {
+        part["name"]
+        for part in components
+        if not any(
+            choice.get("license", {}).get("text")
+            for choice in (*part["licenses"], *part.get("evidence", {}).get("licenses", ()))
+        )
+    }
+    assert without <= {"nvidia-ml-py"}, "its wheel has none"
+
+
 def test_the_list_of_parts_misses_no_library(bare: Path, parts: dict[str, Any]) -> None:
     inside(bare, f"{FORGET}; ollamad version")
     (unpacked,) = (bare / "var/cache/ollamad-root").iterdir()

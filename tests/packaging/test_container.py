@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ollamad.settings import Settings, parse_listen
+from ollamad.settings import Settings, load, parse_listen
 from tests.packaging.containerfile import Stage, Wrong, health_command, read
 from tests.packaging.machines import ROOT
 
@@ -33,11 +33,13 @@ def test_it_does_not_run_as_root(stages: list[Stage]) -> None:
     assert order.index("USER") > max(n for n, name in enumerate(order) if name == "RUN")
 
 
-def test_its_state_is_a_volume_that_the_daemon_uses(stages: list[Stage]) -> None:
+def test_its_state_is_a_volume_that_every_command_uses(stages: list[Stage]) -> None:
+    """Also `start --join ...`, which takes the place of CMD."""
     final = stages[-1]
     (volume,) = final.last("VOLUME").words
-    command = final.last("CMD").words
-    assert command[command.index("--data-dir") + 1] == volume
+    variables = dict(word.split("=", 1) for word in final.last("ENV").words)
+    assert load(None, variables, {}).settings.data_dir == volume
+    assert final.last("CMD").words == ["start"]
     assert final.last("ENTRYPOINT").words == ["ollamad"]
 
 

@@ -58,6 +58,17 @@ def test_what_the_package_says_of_itself(package: Path) -> None:
     assert conffiles == ["/etc/default/ollamad", "/etc/ollamad/config.yaml"]
 
 
+def test_the_documents_that_it_names_are_in_it(package: Path, tmp_path: Path) -> None:
+    run("dpkg-deb", "--extract", package, tmp_path)
+    naming = ("lib/systemd/system/ollamad.service", "etc/ollamad/config.yaml")
+    naming += ("usr/share/doc/ollamad/copyright",)
+    for name in naming:
+        named = re.findall(r"/(usr/share/doc/ollamad/[\w.-]+\w)", (tmp_path / name).read_text())
+        assert named, name
+        for path in named:
+            assert (tmp_path / path).is_file(), f"{name}: {path}"
+
+
 @pytest.fixture(scope="module")
 def previous(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package of the release before: OLLAMAD_PREVIOUS_DEB, else this one with an older number.
@@ -74,6 +85,7 @@ def previous(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (root / "etc/ollamad/config.yaml").write_text("# As it was.\n")
     (root / "etc/default/ollamad").write_text("# As it was.\n")
+    (root / "etc/default/ollamad").chmod(0o644)  # as in 0.1.0
     (root / "usr/lib/ollamad/_internal/gone").write_text("")
     target = root.with_suffix(".deb")
     run("dpkg-deb", "--build", "-Znone", "--root-owner-group", root, target)
@@ -105,8 +117,6 @@ def test_it_installs_a_service_that_runs(machine: Machine, previous: Path, packa
     assert user[6].endswith("nologin")
     state = machine.call("stat", "--format=%U %a", "/var/lib/ollamad").strip()
     assert state == "ollamad 700"
-    tokens = machine.call("stat", "--format=%U %G %a", "/etc/default/ollamad").strip()
-    assert tokens == "root root 640", "tokens and keys may be in it"
     assert machine.call("systemctl", "is-enabled", "ollamad").strip() == "enabled"
     assert re.search(r"Nodes +1 of 1 online", machine.call("ollama-dist", "status"))
     groups = machine.call("id", "-nG", "ollamad").split()
@@ -145,9 +155,19 @@ def test_an_upgrade_keeps_a_cluster_that_runs(
     # What nobody has changed is the new version's.
     assert "As it was" not in (machine.root / "etc/default/ollamad").read_text()
     assert not (machine.root / "usr/lib/ollamad/_internal/gone").exists()
+    tokens = machine.call("stat", "--format=%U %G %a", "/etc/default/ollamad").strip()
+    assert tokens == "root root 640", "tokens and keys may be in it"
     assert not machine.call("journalctl", "-u", "ollamad", "--grep=Traceback", fails=True).count(
         "Traceback"
     )
+
+
+def test_a_version_back_and_forth_again(machine: Machine) -> None:
+    """As long as nothing was used that the older one does not know."""
+    for name in ("previous", "ollamad"):
+        machine.call("dpkg", "--install", "--force-confold", f"/{name}.deb")
+        wait_nodes(machine, 3)
+    assert (machine.root / "etc/ollamad/config.yaml").read_text() == SETTINGS
 
 
 class Asking:
@@ -251,3 +271,16 @@ def test_purging_leaves_nothing(machine: Machine) -> None:
         assert not (machine.root / path).exists(), path
     assert "ollamad.service" not in machine.call("systemctl", "list-unit-files", "--no-pager")
     machine.call("dpkg", "--purge", "ollamad", fails=True)  # again: nothing to do, no harm
+
+
+def test_purging_says_what_a_link_leaves(machine: Machine) -> None:
+    models = machine.root / "big/models"
+    models.mkdir(parents=True)
+    (models / "of-somebody").touch()
+    (machine.root / "var/lib/ollamad").symlink_to("/big")
+    machine.call("systemctl", "mask", "ollamad")  # it is not to start
+    machine.call("dpkg", "--install", "/ollamad.deb")
+    told = machine.call("dpkg", "--purge", "ollamad")
+    assert "/var/lib/ollamad was a link; what is in /big stays" in told
+    assert not (machine.root / "var/lib/ollamad").is_symlink()
+    assert (models / "of-somebody").exists()

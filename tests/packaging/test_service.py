@@ -5,6 +5,7 @@ One machine for all; each test begins with a service that runs, and leaves one.
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.machines import CGROUPS, GROUP, Machine
+from tests.packaging.machines import CGROUPS, GROUP, ROOT, Machine
 
 STOP_LIMIT_S = 10.0
 EXPOSURE_LIMIT = 2.0  # what systemd-analyze calls "OK" ends at 4.9; 10 is no sandbox
@@ -305,6 +306,22 @@ def limited_memory_v1(machine: Machine) -> Limit:
             group.rmdir()
 
     return limited
+
+
+def test_a_command_can_have_the_variables_of_the_service(service: Machine) -> None:
+    """As the manual says; one that is simply started by hand has not."""
+    variables = service.root / "etc/default/ollamad"
+    before = variables.read_text()
+    variables.write_text("NODE_ID=of-the-service\n")
+    config = ("ollamad", "config", "--data-dir", "/var/lib/ollamad")
+    told = service.call("runuser", "-u", "ollamad", "--", *config)
+    assert "of-the-service" not in told
+    manual = (ROOT / "docs/operations.md").read_text()
+    found = re.search(r"^    (systemd-run .+?) \\\n +(ollamad config .+)$", manual, re.M)
+    assert found is not None
+    told = service.call(*shlex.split(f"{found[1]} {found[2]}"))
+    assert re.search(r"^node.name +of-the-service +NODE_ID$", told, re.M), told
+    variables.write_text(before)
 
 
 def test_the_sandbox_is_strict(service: Machine) -> None:

@@ -80,7 +80,7 @@ class Host:
 def etc(directory: Path, config: str) -> Path:
     """A directory of settings."""
     path = directory / "etc"
-    path.mkdir()
+    path.mkdir(parents=True)
     (path / "config.yaml").write_text(config)
     return path
 
@@ -299,6 +299,31 @@ def test_settings_come_back_where_there_are_none_and_are_never_overwritten(
     assert (other / "config-of-backup" / "config.yaml").read_text() == "drain: {timeout: 7s}\n"
     assert not (other / "config-of-backup" / "node.yaml").exists(), "it is the same"
     assert "config-of-backup" in said
+
+
+def test_models_go_where_the_settings_in_force_say_and_it_tells_of_another_place(
+    host: Host, tmp_path: Path
+) -> None:
+    big, blob = tmp_path / "big", f"blobs/sha256-{BLOB}"
+    there = etc(tmp_path, f"models: {{path: {big}}}\n")
+    backup(host.file, host.path, effective(), there, models=True)
+    # A host whose settings are those that its package brings.
+    stock = etc(tmp_path / "stock", "# models:\n#   replicas: 2\n")
+    first, second = tmp_path / "first", tmp_path / "second"
+    said = restore(host.file, first, stock, lambda of: effective(of).settings)
+    assert (first / "models" / blob).read_bytes() == WEIGHTS
+    assert (
+        f"The models are in {first}/models. With the backup's settings they are looked for in "
+        f"{big}: move them there before" in said
+    )
+    assert not big.exists()
+    # The manual's order: first the settings, then the restore.
+    with tarfile.open(host.file) as tar:
+        (stock / "config.yaml").write_bytes(_read(tar, tar.getmember("config/config.yaml")))
+    said = restore(host.file, second, stock, lambda of: effective(of).settings)
+    assert (big / blob).read_bytes() == WEIGHTS
+    assert not (second / "models" / blob).exists()
+    assert "looked for" not in said
 
 
 def test_settings_of_the_backup_that_cannot_be_used_are_told_before_anything_is_written(
