@@ -50,7 +50,7 @@ CONFIG_ASIDE = "config-of-backup"
 HARMLESS = {"lost+found", ".cache", "models", "config", CONFIG_ASIDE}
 # What `forget` leaves there of the node that was.
 HARMLESS |= {"lock", "restoring", "joining", "run", "pulls", "adopted", "scrubbed", "memory.json"}
-HARMLESS.add("departed")
+HARMLESS |= {"departed"}
 ASIDE = "left-"
 SPARE_BYTES = 64 << 20  # beside the files themselves: for the journal
 
