@@ -503,6 +503,29 @@ def test_pull(two: Cluster, client: ollama.Client, index: PackageIndex) -> None:
     client.delete("tiny")
 
 
+async def test_asynchronously_all_that_is_about_models(
+    two: Cluster, async_client: ollama.AsyncClient
+) -> None:
+    listed = {row.model for row in (await async_client.list()).models}
+    assert MODEL in listed
+    await async_client.generate(MODEL, CAPITAL, raw=True, options=SHORT)
+    assert MODEL in {row.model for row in (await async_client.ps()).models}
+    assert (await async_client.copy(MODEL, "mine")).status == "success"
+    assert (await async_client.show("mine")).details is not None
+    assert (await async_client.embeddings("mine", "a cat")).embedding
+    assert (await async_client.delete("mine")).status == "success"
+    steps = [step.status async for step in await async_client.pull("pypi:tiny", stream=True)]
+    assert (steps[0], steps[-1]) == ("pulling manifest", "success")
+    assert (await async_client.delete("tiny")).status == "success"
+    with pytest.raises(ollama.ResponseError, match="not found") as caught:
+        await async_client.push("nobody-has-this")
+    assert caught.value.status_code == 404
+    with pytest.raises(ollama.ResponseError, match=r"0{64} was promised"):
+        [step async for step in await async_client.pull("pypi:false", stream=True)]
+    with pytest.raises(ollama.ResponseError, match="model 'nope' not found"):
+        await async_client.generate("nope", "hi")
+
+
 def test_pulls_that_fail(client: ollama.Client) -> None:
     # Whether there is such a model only the registry knows, which tests do not reach.
     with pytest.raises(ollama.ResponseError, match=r"nobody-has-this|cannot be reached"):
@@ -570,7 +593,10 @@ def test_programs_on_this_host_need_nothing_but_the_address(two: Cluster) -> Non
         with pytest.raises(ollama.ResponseError, match="operator") as caught:
             client.pull(MODEL)
         assert caught.value.status_code == 403
-    bad = {"Authorization": "Bearer bad"}
+    word = {"Authorization": "Bearer ollama"}
+    with ollama.Client(host=url, headers=word, trust_env=False) as client:
+        assert MODEL in names(client)
+    bad = {"Authorization": "Bearer odk_bad"}
     with ollama.Client(host=url, headers=bad, trust_env=False) as client:
         with pytest.raises(ollama.ResponseError) as caught:
             client.list()

@@ -344,6 +344,39 @@ def test_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve(MODEL).owned_by == "library"
 
 
+def test_asynchronously_all_that_is_no_chat(model_on_one: Cluster) -> None:
+    async def all_of_it() -> None:
+        async with openai.AsyncOpenAI(**options_of(model_on_one.nodes[1])) as client:
+            assert MODEL in [model.id async for model in client.models.list()]
+            assert (await client.models.retrieve(MODEL)).id == MODEL
+            asked = GREEDY | {"prompt": "The capital of France is", "max_tokens": 6}
+            whole = (await client.completions.create(**asked)).choices[0].text
+            parts = [
+                chunk.choices[0].text
+                async for chunk in await client.completions.create(**asked, stream=True)
+            ]
+            assert ("Paris" in whole, "".join(parts)) == (True, whole)
+            row = (await client.embeddings.create(model=MODEL, input="a cat")).data[0]
+            assert len(row.embedding) == 576
+            schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+            form: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+            asked_for = CHAT | {"max_tokens": 60, "response_format": form}
+            said = (await client.chat.completions.create(**asked_for)).choices[0].message.content
+            assert isinstance(json.loads(said or "")["a"], int)
+            with pytest.raises(openai.NotFoundError, match="nope"):
+                await client.chat.completions.create(model="nope", messages=QUESTION)
+            with pytest.raises(openai.BadRequestError, match="token ids"):
+                await client.embeddings.create(model=MODEL, input=[1, 2, 3])
+
+    asyncio.run(all_of_it())
+
+
+def test_any_word_is_a_key_on_the_nodes_own_host(model_on_one: Cluster) -> None:
+    options = options_of(model_on_one.nodes[1])
+    with openai.OpenAI(**options | {"api_key": "ollama"}) as client:
+        assert client.chat.completions.create(**CHAT).choices[0].message.content
+
+
 # What goes wrong.
 
 
@@ -353,7 +386,7 @@ def test_errors_are_the_packages_own(model_on_one: Cluster, client: openai.OpenA
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**CHAT | {"temperature": 9})
     assert caught.value.param == "temperature"
-    stranger = openai.OpenAI(**options_of(model_on_one.nodes[1]) | {"api_key": "wrong"})
+    stranger = openai.OpenAI(**options_of(model_on_one.nodes[1]) | {"api_key": "odk_00_wrong"})
     with stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
 
