@@ -15,7 +15,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from ollamad.api.services import ServiceError
+from ollamad.api.services import NoQuorum, ServiceError, Unavailable
 from ollamad.background import Background
 from ollamad.bringing import Bringer, Step
 from ollamad.cluster import Cluster
@@ -38,6 +38,7 @@ from ollamad.transfer.transfers import TransferTable
 log = logging.getLogger(__name__)
 
 PEER_TIMEOUT_S = 5.0  # for the beginning of a pull elsewhere; the origin is asked after that
+PUBLISH_AGAIN_S = 2.0  # while the cluster cannot agree on what has come
 MIRROR_INTERVAL_S = 0.5  # how often a handed-on pull is looked at
 LOST_AFTER_S = 15.0  # a node that has it and does not answer for so long is lost
 
@@ -306,11 +307,21 @@ class Pulls(Background):
                     log.warning(
                         "%s came whole, but this node cannot run it: %s", model.name, warning
                     )
-                await self._publish(model, request.nodes, request.replicas)
+                await self._publish_at_last(model, request)
                 return warning
             except BaseException:
                 self._withdraw(request.key, told)
                 raise
+
+    async def _publish_at_last(self, model: Model, request: PullRequest) -> None:
+        """Make it known to the cluster, which may be without a leader just now."""
+        while True:
+            try:
+                await self._publish(model, request.nodes, request.replicas)
+                return
+            except (NoQuorum, Unavailable) as error:
+                log.warning("%s came whole, and is still to be told: %s", request.name, error)
+            await trio.sleep(PUBLISH_AGAIN_S)
 
     async def _hand_on(
         self, request: PullRequest, transfer_id: str, error: SourceError | StoreError

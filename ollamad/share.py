@@ -14,7 +14,14 @@ import trio
 
 from ollamad.api.services import ServiceError
 from ollamad.cluster import Cluster
-from ollamad.core.commands import Applied, ConfirmReplica, PutModel, ReleaseReplica
+from ollamad.core.commands import (
+    Applied,
+    AskReplicas,
+    ConfirmReplica,
+    PutModel,
+    ReleaseReplica,
+    SetDesired,
+)
 from ollamad.core.ids import NodeId
 from ollamad.core.measures import Rate
 from ollamad.core.names import parse_name
@@ -36,6 +43,7 @@ STRAY_AGE_S = 3600.0  # a copy was begun here by a process that died, and went t
 RECHECK_S = 5.0  # how often a node compares what it holds with what it should hold
 FIRST_RETRY_S = 2.0  # after a failed fetch; doubles up to MAX_RETRY_S
 MAX_RETRY_S = 60.0
+BARRIER_S = 5.0  # for a majority to confirm what would have a copy dropped
 NO_ROOM_S = 600.0  # so long other nodes are asked first
 MAX_NO_ROOM = 16  # models told in a heartbeat
 
@@ -126,6 +134,8 @@ class Share:
     async def publish(self, model: Model, desired: tuple[NodeId, ...]) -> None:
         """Make a model whose blobs are here known to the cluster.
 
+        If that fails or is cancelled, the blobs stay for a day, for another try.
+
         Raises:
           ServiceError: the cluster could not agree. StoreError: the disk refused.
         """
@@ -140,19 +150,39 @@ class Share:
 
     async def _publish(self, model: Model, desired: tuple[NodeId, ...]) -> None:
         key = parse_name(model.name).key
-        before = await self._blobs_of(key)
+        before = await self._manifest_of(key)
         self._publishing.add(key)
         try:
             await self._store.write_manifest(model.name, model.manifest)
+            try:
+                await self._tell(key, model, desired)
+            except BaseException:
+                # If it comes to be all the same, `_take_stock` finds it.
+                with trio.CancelScope(shield=True):
+                    await self._set_manifest(key, before)
+                raise
             self._remember(key, model.digest)
-            me = (self._cluster.node_id,)
-            await self._cluster.require(
-                PutModel(msgspec.structs.replace(model, desired=desired, confirmed=me))
-            )
         finally:
             self._publishing.discard(key)
             self._cluster.changes.notify()
-        await self.free(before)
+        await self.free(_blobs(before))
+
+    async def _tell(self, key: str, model: Model, desired: tuple[NodeId, ...]) -> None:
+        """Put a model that is here into the state."""
+        me, name = self._cluster.node_id, model.name
+        known = self._cluster.state.models.get(key)
+        if known is None or known.digest != model.digest:
+            put = msgspec.structs.replace(model, desired=desired, confirmed=(me,))
+            await self._cluster.require(PutModel(put))
+            return
+        # The same one: the copies that others hold still count, or they would be dropped.
+        if (known.replicas, known.pinned) != (model.replicas, model.pinned):
+            await self._cluster.require(AskReplicas(name, model.replicas, model.pinned))
+        if not set(desired) <= set(known.desired):
+            both = tuple(sorted({*known.desired, *desired}))
+            await self._cluster.require(SetDesired(name, both))
+        if me not in known.confirmed:
+            await self._cluster.require(ConfirmReplica(name, model.digest, me, present=True))
 
     def holds(self, key: str) -> bool:
         """Whether this node has a model of that name for the cluster, or is publishing one."""
@@ -179,6 +209,7 @@ class Share:
                 log.warning("%s: blob %s is missing here", model.name, layer.digest)
                 await self._confirm(model, present=False)
                 return
+        await self._store.write_manifest(model.name, model.manifest)
         self._remember(parse_name(model.name).key, model.digest)
 
     async def _reconcile(self) -> None:
@@ -199,10 +230,25 @@ class Share:
                 await self._give_up(key, model)
             elif me in model.confirmed and self._held.get(key) != model.digest:
                 await self._take_stock(model)
-            elif key in self._held and me not in model.desired and me not in model.confirmed:
-                await self._drop(key)  # replaced or moved away while this node was down
-        for key in [key for key in self._held if key not in models and key not in self._publishing]:
-            await self._drop(key)
+        if self._unwanted():
+            # This node may not know yet what was agreed on last, least of all after a start.
+            await self._cluster.read_barrier(BARRIER_S)
+            for key in self._unwanted():
+                await self._drop(key)
+
+    def _unwanted(self) -> list[str]:
+        """Names of models that this node holds, and that were deleted, replaced or moved away."""
+        me = self._cluster.node_id
+        models = self._cluster.state.models
+        return [
+            key
+            for key in self._held
+            if key not in self._publishing
+            and (
+                (model := models.get(key)) is None
+                or (me not in model.desired and me not in model.confirmed)
+            )
+        ]
 
     def _is_spare(self, model: Model) -> bool:
         """Whether this node holds a model that others should hold, and do, and can serve."""
@@ -354,11 +400,19 @@ class Share:
 
     async def _blobs_of(self, key: str) -> set[str]:
         """The blobs of the model of that name as it is on the disk; none if there is none."""
+        return _blobs(await self._manifest_of(key))
+
+    async def _manifest_of(self, key: str) -> bytes | None:
         try:
-            manifest = describe(await self._store.read_manifest(key))
+            return await self._store.read_manifest(key)
         except StoreError:
-            return set()
-        return {blob.digest for blob in manifest.blobs}
+            return None
+
+    async def _set_manifest(self, key: str, manifest: bytes | None) -> None:
+        if manifest is None:
+            await self._store.delete_manifest(key)
+        else:
+            await self._store.write_manifest(key, manifest)
 
     async def free(self, digests: set[str]) -> int:
         """Remove those of the blobs that no model here needs; the bytes that it freed.
@@ -384,12 +438,13 @@ class Share:
         while True:
             await trio.sleep(GARBAGE_INTERVAL_S)
             try:
+                await self._cluster.read_barrier(BARRIER_S)
                 freed = await self._store.free(self._wanted_here, grace_s=GARBAGE_AGE_S)
                 if freed.size:
                     log.info("freed %.1f MB, which no model uses", freed.size / 1e6)
                 for digest in await self._store.discard_old_partials(self._partial_age()):
                     log.info("threw away what had come of %s; nobody asked for the rest", digest)
-            except (StoreError, OSError) as error:
+            except (ServiceError, StoreError, OSError) as error:
                 log.warning("freeing unused blobs: %s", error)
 
     def _partial_age(self) -> Callable[[str], float]:
@@ -411,3 +466,13 @@ class Share:
 
     def _write_held(self) -> None:
         self._note.write(self._held)
+
+
+def _blobs(manifest: bytes | None) -> set[str]:
+    """The blobs that a manifest names; none of one that cannot be read."""
+    if manifest is None:
+        return set()
+    try:
+        return {blob.digest for blob in describe(manifest).blobs}
+    except StoreError:
+        return set()

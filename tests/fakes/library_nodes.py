@@ -45,6 +45,8 @@ class SharedState:
         self.hold: trio.Event | None = None  # proposals wait for it before they are applied
         self.waiting = 0
         self.proposed: list[AnyCommand] = []
+        # What nodes know that lack the latest, until they ask a majority.
+        self.behind: dict[NodeId, ClusterState] = {}
         self._count = 0
 
     def notify(self) -> None:
@@ -94,12 +96,18 @@ class LibraryCluster:
 
     @property
     def state(self) -> ClusterState:
-        return self._shared.state
+        return self._shared.behind.get(self.node_id, self._shared.state)
 
     async def require(self, command: AnyCommand) -> None:
         outcome = await self.propose(command)
         if isinstance(outcome, Rejected):
             raise ServiceError(409, outcome.code, outcome.message)
+
+    async def read_barrier(self, timeout_s: float) -> None:
+        await trio.lowlevel.checkpoint()
+        if not self.has_quorum:
+            raise NoQuorum
+        self._shared.behind.pop(self.node_id, None)
 
     def leader(self) -> NodeId | None:
         """The first of those who are there."""
