@@ -509,7 +509,9 @@ async def test_asynchronously_all_that_is_about_models(
     listed = {row.model for row in (await async_client.list()).models}
     assert MODEL in listed
     await async_client.generate(MODEL, CAPITAL, raw=True, options=SHORT)
-    assert MODEL in {row.model for row in (await async_client.ps()).models}
+    with trio.fail_after(5):  # it comes with a heartbeat
+        while MODEL not in {row.model for row in (await async_client.ps()).models}:
+            await trio.sleep(0.05)
     assert (await async_client.copy(MODEL, "mine")).status == "success"
     assert (await async_client.show("mine")).details is not None
     assert (await async_client.embeddings("mine", "a cat")).embedding
