@@ -510,7 +510,7 @@ async def test_asynchronously_all_that_is_about_models(
     assert MODEL in listed
     await async_client.generate(MODEL, CAPITAL, raw=True, options=SHORT)
     with trio.fail_after(5):  # it comes with a heartbeat
-        while MODEL not in {row.model for row in (await async_client.ps()).models}:
+        while MODEL not in {row.model for row in (await async_client.ps()).models}:  # noqa: ASYNC110
             await trio.sleep(0.05)
     assert (await async_client.copy(MODEL, "mine")).status == "success"
     assert (await async_client.show("mine")).details is not None
@@ -523,7 +523,7 @@ async def test_asynchronously_all_that_is_about_models(
         await async_client.push("nobody-has-this")
     assert caught.value.status_code == 404
     with pytest.raises(ollama.ResponseError, match=r"0{64} was promised"):
-        [step async for step in await async_client.pull("pypi:false", stream=True)]
+        await async_client.pull("pypi:false")
     with pytest.raises(ollama.ResponseError, match="model 'nope' not found"):
         await async_client.generate("nope", "hi")
 
