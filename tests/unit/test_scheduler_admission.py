@@ -23,6 +23,7 @@ from ollamad.core.prefix import prompt_of
 from ollamad.core.presence import Beat, Presence, Usage
 from ollamad.core.routing import BEYOND_SLOTS
 from ollamad.core.speeds import Speed, short_digest
+from ollamad.core.transcripts import Resume
 from tests.fakes.engines import drain
 from tests.fakes.peer_net import PeerNet
 from tests.unit.test_scheduler_dispatch import ASK, DONE, EMBED_ASK, NAME, A, B, C, Node, World
@@ -206,6 +207,44 @@ async def test_priorities_go_first(world: World, nursery: trio.Nursery) -> None:
     await made[0].end()
     assert (high.is_running, low.is_running) == (True, False)
     for each in [*made, high, low]:
+        await each.end()
+
+
+NOW = 3600.0  # Unix time
+
+
+@pytest.mark.parametrize(
+    ("other", "order"),
+    [
+        (Presence(True, NOW, Beat(NOW, Usage(), started_at=1.0)), ["first", "resumed"]),
+        (Presence(True, NOW, Beat(NOW, Usage())), ["first", "resumed"]),  # when it began: unknown
+        (Presence(False, 0.0, Beat(0.0, Usage())), ["first", "resumed"]),  # never seen
+        (Presence(False, NOW - 61, Beat(NOW - 61, Usage())), ["first", "resumed"]),
+        (Presence(False, NOW - 50, Beat(NOW - 50, Usage())), ["resumed", "first"]),
+        (Presence(True, NOW, Beat(NOW, Usage(), started_at=NOW - 5)), ["resumed", "first"]),
+    ],
+)
+async def test_who_says_that_he_was_let_in_before_is_believed_after_a_loss_only(
+    world: World, nursery: trio.Nursery, other: Presence, order: list[str]
+) -> None:
+    """Else every request could say so, and go before those of others."""
+    world.presences[A] = Presence(True, NOW, Beat(NOW, Usage()))
+    world.presences[C] = other
+    running = await clients(world, nursery, *"a" * ROOM)
+
+    async def ask(name: str, resume: Resume) -> None:
+        request = msgspec.structs.replace(ASK, request_id=name)
+        async with world.a.dispatcher.generate(request, Asker("b"), resume):
+            pass
+
+    async with trio.open_nursery() as asking:
+        asking.start_soon(ask, "first", Resume(0))
+        await wait_all_tasks_blocked()
+        asking.start_soon(ask, "resumed", Resume(1, "a"))
+        await wait_all_tasks_blocked()
+        assert [one.request_id for one in world.a.dispatcher.admission.queued()] == order
+        asking.cancel_scope.cancel()
+    for each in running:
         await each.end()
 
 
