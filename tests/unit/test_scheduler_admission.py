@@ -13,6 +13,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from ollamad.core.admission import Asker, Place
 from ollamad.core.inference import (
     Chunk,
+    Event,
+    Failed,
     Finished,
     GenerateRequest,
     InferenceError,
@@ -295,6 +297,34 @@ async def test_room_that_others_gave_back_is_found_in_beats(
 async def test_where_nobody_could_serve_nobody_waits(world: World) -> None:
     world.presences[B] = world.presence(online=False)
     assert (await world.refused()).code == "NO_REPLICA"
+
+
+async def test_who_waits_learns_of_new_holders(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    running = await clients(world, nursery, *"a" * ROOM)
+    waiting = await clients(world, nursery, *"bcd")
+    world.c.engine.hang_after = 1
+    world.hold(C)  # a copy was made, and the only holder is lost
+    world.presences[B] = world.presence(online=False)
+    await trio.sleep(1)
+    assert not any(each.failure for each in waiting)
+    assert all(each.is_running for each in waiting)
+    assert world.c.engine.running == 3
+    for each in [*running, *waiting]:
+        await each.end()
+
+
+async def test_a_request_that_was_let_in_learns_of_new_holders(world: World) -> None:
+    """It was tried at the only one, and a copy was made meanwhile."""
+
+    def refuse(request: GenerateRequest) -> list[Event | Exception]:
+        world.hold(B, C)
+        return [Failed("LOAD_FAILED", "no", 500)]
+
+    world.b.engine.script_for = refuse
+    world.b.engine.hang_after = None
+    assert (await world.ask())[0] == C
 
 
 async def test_loading_a_model_waits_for_nobody(world: World, nursery: trio.Nursery) -> None:
