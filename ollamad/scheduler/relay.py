@@ -52,7 +52,10 @@ ENTRY_LOST = "ENTRY_LOST"  # the node that the client talked to; who served live
 # two, a node that was only cut off is back after its links are dialled again.
 WAIT_FOR_NODE_S = 10.0
 WAIT_STEP_S = 0.25
-MAX_BARREN_FAILURES = 3  # of nodes in a row that added nothing: then it may be the request
+# Of nodes in a row that added nothing: then it may be the request. Each runner that it kills takes
+# the answers of others along, so however many nodes there are, no more are given it.
+MAX_BARREN_FAILURES = 3
+MAY_BE_THE_REQUEST = {"RUNNER_DIED"}
 
 
 class Sending(Protocol):
@@ -87,6 +90,7 @@ class Attempts:
         self._without = list[NodeId]()
         self._passing = set[NodeId]()  # of those, the ones that may do better in a moment
         self._losses = 0
+        self._barren = 0
         self._failure: Failed | None = None
 
     async def next(self) -> tuple[NodeId, Choice]:
@@ -115,9 +119,14 @@ class Attempts:
         self._tried[node_id] = None
         self._without.append(node_id)
         # A runner that crashes again and again says when it is started again.
-        if failure.code in PASSING and "retry_after" not in failure.details:
+        if "retry_after" in failure.details:
+            return
+        if failure.code in PASSING:
             self._passing.add(node_id)
             self._losses += 1
+        self._barren += failure.code in MAY_BE_THE_REQUEST
+        if self._barren >= MAX_BARREN_FAILURES:
+            raise InferenceError(nobody(self._model, given_up(failure), list(self._tried)))
 
 
 class Relay:
@@ -314,7 +323,7 @@ class Relay:
             self._lost.add(lost_on)
         self._barren += 1
         if self._barren > MAX_BARREN_FAILURES:
-            return failure
+            return given_up(failure)
         after_tokens, mode = self._answer.token_count, self._answer.mode
         give_up_at = trio.current_time() + WAIT_FOR_NODE_S
         while self._is_the_same_model():
@@ -330,6 +339,10 @@ class Relay:
                 if refusal.code not in TRY_ELSEWHERE:
                     return refusal
                 self._lost.add(node_id)
+                if "retry_after" not in refusal.details:  # else it was not even started
+                    self._barren += refusal.code in MAY_BE_THE_REQUEST
+                if self._barren > MAX_BARREN_FAILURES:
+                    return given_up(failure)
             if trio.current_time() >= give_up_at:
                 return failure
             await trio.sleep(WAIT_STEP_S)
@@ -361,6 +374,15 @@ class Relay:
             mode,
             silence_ms,
         )
+
+
+def given_up(failure: Failed) -> Failed:
+    """Why no other node is asked, though there may be some."""
+    message = (
+        f"{failure.message}; given up after {MAX_BARREN_FAILURES} failures in a row that added "
+        "nothing, since it may be the request that causes them"
+    )
+    return msgspec.structs.replace(failure, message=message)
 
 
 def nobody(model: Model, failure: Failed | None, tried: Sequence[str]) -> Failed:
