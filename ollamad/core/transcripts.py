@@ -7,6 +7,7 @@ request and of the identity, and names are each identity's own, so that nobody t
 """
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,15 +17,22 @@ from ollamad.core.inference import (
     Chunk,
     Event,
     Failed,
+    Finished,
     GenerateRequest,
     InferenceError,
+    Likelihood,
     Output,
+    Thought,
+    ToolCall,
 )
 
 KEPT_S = 60.0  # after its end: a client that is alive asks within seconds
 MAX_TRANSCRIPTS = 512
-MAX_BYTES = 32 << 20  # of all answers together
-EVENT_BYTES = 120  # that an event takes beside its text
+MAX_BYTES = 32 << 20  # of all answers together, those that still run included
+# What these take in memory beside their text, as measured with CPython.
+EVENT_BYTES = 120
+TOKEN_BYTES = 40
+LIKELIHOOD_BYTES = 150
 MAX_ID_CHARS = 128
 MAX_SEED = 1 << 31
 OWNER_CHARS = 16  # of a fingerprint: whose request it is
@@ -66,6 +74,7 @@ class Transcript:
     size: int = 0  # bytes, about
     ended_at: float | None = None  # None while it runs
     is_taken: bool = False  # somebody goes on with it: the generation is to end
+    is_dropped: bool = False  # there was no room for it, or it was made again: it is kept no more
 
 
 class Transcripts:
@@ -94,10 +103,14 @@ class Transcripts:
         """The next event of an answer."""
         if isinstance(event, Failed):
             return  # the rest may come from elsewhere
-        size = EVENT_BYTES + (len(event.text) if isinstance(event, Chunk) else 0)
+        if transcript.is_dropped:
+            return
+        size = size_of(event)
         transcript.events.append(event)
         transcript.size += size
         self._size += size
+        if self._size > MAX_BYTES:
+            self._make_room()
 
     def end(self, transcript: Transcript, now: float) -> None:
         """It runs no more, whole or not."""
@@ -111,16 +124,50 @@ class Transcripts:
 
     def _sweep(self, now: float) -> None:
         for key, transcript in list(self._kept.items()):
-            is_old = transcript.ended_at is not None and now - transcript.ended_at > KEPT_S
-            too_many = len(self._kept) > MAX_TRANSCRIPTS or self._size > MAX_BYTES
-            if is_old or (too_many and transcript.ended_at is not None):
+            if transcript.ended_at is not None and now - transcript.ended_at > KEPT_S:
                 self._drop(key)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """The oldest that ended give way; if that is not enough, the longest that runs."""
+        if len(self._kept) <= MAX_TRANSCRIPTS and self._size <= MAX_BYTES:
+            return
+        for key, transcript in list(self._kept.items()):
+            if len(self._kept) <= MAX_TRANSCRIPTS and self._size <= MAX_BYTES:
+                return
+            if transcript.ended_at is not None:
+                self._drop(key)
+        while self._size > MAX_BYTES:
+            self._drop(max(self._kept, key=lambda key: self._kept[key].size))
 
     def _drop(self, key: tuple[str, str]) -> Transcript | None:
         transcript = self._kept.pop(key, None)
         if transcript is not None:
             self._size -= transcript.size
+            transcript.is_dropped = True
+            transcript.events.clear()  # who writes it may go on for long
         return transcript
+
+
+def size_of(event: Event) -> int:
+    """The bytes of memory that an event takes, about."""
+    match event:
+        case Chunk(text, tokens, logprobs):
+            size = sys.getsizeof(text) + TOKEN_BYTES * len(tokens)
+            size += sum(map(_size_of_likelihood, logprobs))
+        case Thought(text):
+            size = sys.getsizeof(text)
+        case ToolCall(name, arguments, call_id):
+            size = sum(map(sys.getsizeof, (name, arguments, call_id)))
+        case Finished():
+            size = TOKEN_BYTES * len(event.context) + EVENT_BYTES * len(event.failovers)
+        case Failed():
+            size = 0
+    return EVENT_BYTES + size
+
+
+def _size_of_likelihood(one: Likelihood) -> int:
+    return LIKELIHOOD_BYTES + len(one.token) + sum(map(_size_of_likelihood, one.others))
 
 
 class Resume(msgspec.Struct, frozen=True):

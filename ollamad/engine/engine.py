@@ -57,9 +57,10 @@ from ollamad.engine.spec import (
 )
 
 # Inputs in one question to the runner, and their tokens: bounds its answer, lets others in between,
-# and it is silent no longer than a slow machine needs for that many.
+# and it is silent no longer than a slow machine needs for that many: 35 tokens a second are enough
+# to be heard before `stall_timeout_s`, after which it is given up if others are answered meanwhile.
 EMBED_GROUP = 32
-EMBED_GROUP_TOKENS = 8192
+EMBED_GROUP_TOKENS = 2048
 MAX_SPELLINGS = 1024  # remembered of one model's untold tokens, a few hundred bytes each
 MAX_SCHEMAS = 64  # remembered of one model, some kilobytes each
 NS_PER_MS = 1_000_000

@@ -39,7 +39,7 @@ from ollamad.core.prefix import Prompt
 from ollamad.core.presence import Beat, Presence
 from ollamad.core.routing import STICKY_BOUND_S, Choice, Policy
 from ollamad.core.state import ClusterState, Model
-from ollamad.core.transcripts import Resume, Transcript, fingerprint_of, seed_of
+from ollamad.core.transcripts import KEPT_S, Resume, Transcript, fingerprint_of, seed_of
 from ollamad.scheduler.admission import AdmissionControl, Admitted, deadline_passed
 from ollamad.scheduler.draining import DRAINING, Draining
 from ollamad.scheduler.exchange import (
@@ -190,8 +190,9 @@ class Dispatcher:
         prompt = self.router.prompt(request, model)
         tokens = self.router.tokens(prompt, model)
         told = await self._told_before(model, request)
-        if told is None and resume is not None and resume.from_token:
-            # It was let in once, but nobody is left who knows.
+        is_resumed = told is None and resume is not None and resume.from_token > 0
+        if is_resumed and self._has_lost_a_node():
+            # It was let in once, but nobody is left who knows. At other times anybody could say so.
             asker = dataclasses.replace(asker, priority=HIGHEST)
         async with (
             self._asked_for(model, request.only_loads),
@@ -393,6 +394,21 @@ class Dispatcher:
         return await self._keeper.find(
             request, model.confirmed, self._node_id, self._is_online, self._peers
         )
+
+    def _has_lost_a_node(self) -> bool:
+        """Whether some node went so lately that clients of it may be asking here for the rest."""
+        now = self._presence(self._node_id).last_seen  # Unix time: a node sees itself now
+        for node_id in self._state().members:
+            presence = self._presence(node_id)
+            if not presence.online:
+                since_s = abs(now - presence.last_seen)
+            elif presence.beat.started_at:  # it may be back already
+                since_s = presence.beat.sent_at - presence.beat.started_at
+            else:
+                continue
+            if since_s <= KEPT_S:
+                return True
+        return False
 
     def _is_online(self, node_id: NodeId) -> bool:
         return self._presence(node_id).online

@@ -45,14 +45,20 @@ TRY_ELSEWHERE = {
     "NODE_LOST",
     "STOPPED",
 }
-# Of them, those that may be over in a moment: a runner is started anew, a link dialled again.
+# The same, once something was answered: some node took the prompt, so this is what ails another
+# one, whose context is set smaller or that cannot decode. It says the same when asked again.
+UNFIT = {"PROMPT_TOO_LONG", "ENGINE_ERROR"}
+# Of TRY_ELSEWHERE, what may be over in a moment: a runner starts anew, a link is dialled again.
 PASSING = {"RUNNER_DIED", "NODE_LOST"}
 ENTRY_LOST = "ENTRY_LOST"  # the node that the client talked to; who served lives
 # An answer that finds no node to go on waits so long for one: a daemon restarts in a second or
 # two, a node that was only cut off is back after its links are dialled again.
 WAIT_FOR_NODE_S = 10.0
 WAIT_STEP_S = 0.25
-MAX_BARREN_FAILURES = 3  # of nodes in a row that added nothing: then it may be the request
+# Of nodes in a row that added nothing: then it may be the request. Each runner that it kills takes
+# the answers of others along, so however many nodes there are, no more are given it.
+MAX_BARREN_FAILURES = 3
+MAY_BE_THE_REQUEST = {"RUNNER_DIED"} | UNFIT
 
 
 class Sending(Protocol):
@@ -77,9 +83,16 @@ class Nodes(Protocol):
 
 
 class Attempts:
-    """The nodes that may begin a request, one after another."""
+    """The nodes that may begin a request, one after another.
 
-    def __init__(self, nodes: "Nodes", model: Model, prompt: Prompt) -> None:
+    Args:
+      has_begun: the client has a part of the answer from before.
+    """
+
+    def __init__(
+        self, nodes: "Nodes", model: Model, prompt: Prompt, *, has_begun: bool = False
+    ) -> None:
+        self._elsewhere = TRY_ELSEWHERE | UNFIT if has_begun else TRY_ELSEWHERE
         self._nodes = nodes
         self._model = model
         self._prompt = prompt
@@ -87,6 +100,7 @@ class Attempts:
         self._without = list[NodeId]()
         self._passing = set[NodeId]()  # of those, the ones that may do better in a moment
         self._losses = 0
+        self._barren = 0
         self._failure: Failed | None = None
 
     async def next(self) -> tuple[NodeId, Choice]:
@@ -109,15 +123,20 @@ class Attempts:
         Raises:
           InferenceError: no other one would.
         """
-        if failure.code not in TRY_ELSEWHERE:
+        if failure.code not in self._elsewhere:
             raise InferenceError(failure)
         self._failure = failure
         self._tried[node_id] = None
         self._without.append(node_id)
         # A runner that crashes again and again says when it is started again.
-        if failure.code in PASSING and "retry_after" not in failure.details:
+        if "retry_after" in failure.details:
+            return
+        if failure.code in PASSING:
             self._passing.add(node_id)
             self._losses += 1
+        self._barren += failure.code in MAY_BE_THE_REQUEST
+        if self._barren >= MAX_BARREN_FAILURES:
+            raise InferenceError(nobody(self._model, given_up(failure), list(self._tried)))
 
 
 class Relay:
@@ -155,6 +174,7 @@ class Relay:
         self._known = deque[Event]()  # what an earlier entry node had, and the client lacks
         self._loss: Failed | None = None  # how the attempt ended, found where nothing can wait
         self._lost: set[NodeId] = set()
+        self._unfit: set[NodeId] = set()  # the same, and it would be no use to ask them again
         self._barren = 0
 
     @property
@@ -168,7 +188,7 @@ class Relay:
         Raises:
           InferenceError: none does; or the request is wrong.
         """
-        attempts = Attempts(self._nodes, self._model, self._prompt)
+        attempts = Attempts(self._nodes, self._model, self._prompt, has_begun=self._answer.begun)
         while True:
             node_id, choice = await attempts.next()
             self._on_choice(choice)
@@ -240,8 +260,13 @@ class Relay:
 
     def _is_loss(self, event: Event) -> TypeGuard[Failed]:
         return (
-            isinstance(event, Failed) and event.code in TRY_ELSEWHERE and self._answer.mode != "off"
+            isinstance(event, Failed)
+            and self._may_do_elsewhere(event.code)
+            and self._answer.mode != "off"
         )
+
+    def _may_do_elsewhere(self, code: str) -> bool:
+        return code in TRY_ELSEWHERE or (code in UNFIT and self._answer.begun)
 
     def _take(self, event: Event) -> Event | None:
         self.heard_at = trio.current_time()
@@ -311,31 +336,38 @@ class Relay:
         """Find a node for the rest of the answer. Returns the failure if there is none."""
         lost_at, lost_on = self.heard_at, self.node_id
         if failure.code != ENTRY_LOST:  # else the one that served has all of it in its cache
-            self._lost.add(lost_on)
+            self._leave_out(lost_on, failure)
         self._barren += 1
         if self._barren > MAX_BARREN_FAILURES:
-            return failure
+            return given_up(failure)
         after_tokens, mode = self._answer.token_count, self._answer.mode
         give_up_at = trio.current_time() + WAIT_FOR_NODE_S
         while self._is_the_same_model():
             # The holders may have changed; those that failed this answer are left out.
             while (
-                found := self._nodes.pick(self._model, self._prompt, tuple(self._lost))
+                found := self._nodes.pick(self._model, self._prompt, (*self._lost, *self._unfit))
             ) is not None:
                 node_id, choice = found
                 refusal = await self._try(node_id, choice)
                 if refusal is None:
                     self._moved(lost_on, failure, mode, after_tokens, lost_at)
                     return None
-                if refusal.code not in TRY_ELSEWHERE:
+                if not self._may_do_elsewhere(refusal.code):
                     return refusal
-                self._lost.add(node_id)
-            if trio.current_time() >= give_up_at:
+                self._leave_out(node_id, refusal)
+                if "retry_after" not in refusal.details:  # else it was not even started
+                    self._barren += refusal.code in MAY_BE_THE_REQUEST
+                if self._barren > MAX_BARREN_FAILURES:
+                    return given_up(failure)
+            if failure.code in UNFIT or trio.current_time() >= give_up_at:
                 return failure
             await trio.sleep(WAIT_STEP_S)
             # Nobody else is there: a node that was lost may be back.
             self._lost.clear()
         return failure
+
+    def _leave_out(self, node_id: NodeId, failure: Failed) -> None:
+        (self._unfit if failure.code in UNFIT else self._lost).add(node_id)
 
     def _is_the_same_model(self) -> bool:
         """Look the model up again (its holders may have changed); false: deleted or replaced."""
@@ -361,6 +393,15 @@ class Relay:
             mode,
             silence_ms,
         )
+
+
+def given_up(failure: Failed) -> Failed:
+    """Why no other node is asked, though there may be some."""
+    message = (
+        f"{failure.message}; given up after {MAX_BARREN_FAILURES} failures in a row that added "
+        "nothing, since it may be the request that causes them"
+    )
+    return msgspec.structs.replace(failure, message=message)
 
 
 def nobody(model: Model, failure: Failed | None, tried: Sequence[str]) -> Failed:

@@ -281,16 +281,20 @@ class Router:
     # Inside.
 
     def _look_at(self, model: Model) -> _Known:
-        """The model's nodes as they are now."""
+        """The model's nodes as they are now, however old what the caller knows of it is."""
         version = self._version()
         known = self._known.get(model.digest)
         if known is None:
             self._forget_models()
             known = self._known[model.digest] = _Known(model, Fleet(self._index, self._here))
-        elif known.version is version and known.model is model:
+        elif known.version is version and known.model.name == model.name:
             if self._here in known.fleet.loads:  # nobody beats to itself
-                known.fleet.put(self._here, self._load(self.node_id, model))
+                known.fleet.put(self._here, self._load(self.node_id, known.model))
             return known
+        # Who waited, or moves for the second time, may know holders of long ago.
+        newest = self._state().find_model(model.name)
+        if newest is not None and newest.digest == model.digest:
+            model = newest
         known.model, known.version = model, version
         members = self._state().members
         wanted = {self._numbers.number(n): n for n in model.confirmed if n in members}

@@ -1,5 +1,8 @@
 """Answers that are kept for a client whose entry node died."""
 
+import tracemalloc
+from collections.abc import Callable
+
 import msgspec
 import pytest
 
@@ -10,8 +13,10 @@ from ollamad.core.inference import (
     Finished,
     GenerateRequest,
     InferenceError,
+    Likelihood,
     Options,
     Thought,
+    ToolCall,
 )
 from ollamad.core.transcripts import (
     KEPT_S,
@@ -21,6 +26,7 @@ from ollamad.core.transcripts import (
     Transcripts,
     fingerprint_of,
     seed_of,
+    size_of,
 )
 
 ASK = GenerateRequest("m", "hello", request_id="r1", fingerprint="f")
@@ -108,6 +114,59 @@ def test_long_answers_give_way_by_their_size() -> None:
         kept.add(transcript, Chunk(text, (1,)))
         kept.end(transcript, 0.0)
     assert kept._size <= MAX_BYTES
+
+
+def likely(others: int) -> Likelihood:
+    return Likelihood(b"x" * 7, -1.0, tuple(Likelihood(b" the", -2.0) for _ in range(others)))
+
+
+LARGE: dict[str, Callable[[int], Event]] = {
+    "a short chunk": lambda n: Chunk(f" {n}", (1000 + n,)),
+    "token ids": lambda n: Chunk("a", tuple(range(300, 1300))),
+    "other letters": lambda n: Chunk("\u6c49" * (500 + n % 9), (1000 + n,)),
+    "likelihoods": lambda n: Chunk("a", (1000 + n,), (likely(20),)),
+    "a thought": lambda n: Thought("x" * (500 + n % 9)),
+    "a call": lambda n: ToolCall("f", "x" * (500 + n % 9), f"call_{n}"),
+    "a context": lambda n: Finished("stop", context=tuple(range(300, 4096))),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_all_of_what_is_kept_is_counted(kind: str) -> None:
+    kept = Transcripts()
+    transcript = kept.begin(ASK, 0.0)
+    count = (1 << 20) // size_of(LARGE[kind](0))  # so many that what else is going on is little
+    written = [msgspec.msgpack.encode(LARGE[kind](number)) for number in range(count)]
+    decoder = msgspec.msgpack.Decoder(Event)
+    tracemalloc.start()
+    try:
+        for data in written:  # as events come, with nothing in common
+            kept.add(transcript, decoder.decode(data))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0.9 * taken <= kept._size <= 1.7 * taken
+
+
+def test_answers_that_run_are_bounded_too() -> None:
+    kept = Transcripts()
+    long, short = kept.begin(named(1), 0.0), kept.begin(named(2), 0.0)
+    ended = kept.begin(named(3), 0.0)
+    kept.add(ended, EVENTS[0])
+    kept.end(ended, 0.0)
+    kept.add(short, EVENTS[0])
+    for _ in range(20):
+        kept.add(long, Thought("x" * (MAX_BYTES // 10)))
+        assert kept._size <= MAX_BYTES
+    assert kept.find("r3", "f", 0.0) is None, "what has ended goes first"
+    assert kept.find("r1", "f", 0.0) is None, "the one that takes the room"
+    assert kept.find("r2", "f", 0.0) is short
+    assert not long.is_taken, "it goes on, but it cannot be told again"
+    assert long.events == []
+    kept.end(long, 0.0)
+    kept.end(short, 0.0)
+    kept.find("", "", 1.0 + KEPT_S)
+    assert (len(kept), kept._size) == (0, 0)
 
 
 def test_a_request_is_the_same_whatever_node_it_comes_through() -> None:

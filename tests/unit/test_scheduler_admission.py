@@ -13,6 +13,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from ollamad.core.admission import Asker, Place
 from ollamad.core.inference import (
     Chunk,
+    Event,
+    Failed,
     Finished,
     GenerateRequest,
     InferenceError,
@@ -23,6 +25,7 @@ from ollamad.core.prefix import prompt_of
 from ollamad.core.presence import Beat, Presence, Usage
 from ollamad.core.routing import BEYOND_SLOTS
 from ollamad.core.speeds import Speed, short_digest
+from ollamad.core.transcripts import Resume
 from tests.fakes.engines import drain
 from tests.fakes.peer_net import PeerNet
 from tests.unit.test_scheduler_dispatch import ASK, DONE, EMBED_ASK, NAME, A, B, C, Node, World
@@ -209,6 +212,44 @@ async def test_priorities_go_first(world: World, nursery: trio.Nursery) -> None:
         await each.end()
 
 
+NOW = 3600.0  # Unix time
+
+
+@pytest.mark.parametrize(
+    ("other", "order"),
+    [
+        (Presence(True, NOW, Beat(NOW, Usage(), started_at=1.0)), ["first", "resumed"]),
+        (Presence(True, NOW, Beat(NOW, Usage())), ["first", "resumed"]),  # when it began: unknown
+        (Presence(False, 0.0, Beat(0.0, Usage())), ["first", "resumed"]),  # never seen
+        (Presence(False, NOW - 61, Beat(NOW - 61, Usage())), ["first", "resumed"]),
+        (Presence(False, NOW - 50, Beat(NOW - 50, Usage())), ["resumed", "first"]),
+        (Presence(True, NOW, Beat(NOW, Usage(), started_at=NOW - 5)), ["resumed", "first"]),
+    ],
+)
+async def test_who_says_that_he_was_let_in_before_is_believed_after_a_loss_only(
+    world: World, nursery: trio.Nursery, other: Presence, order: list[str]
+) -> None:
+    """Else every request could say so, and go before those of others."""
+    world.presences[A] = Presence(True, NOW, Beat(NOW, Usage()))
+    world.presences[C] = other
+    running = await clients(world, nursery, *"a" * ROOM)
+
+    async def ask(name: str, resume: Resume) -> None:
+        request = msgspec.structs.replace(ASK, request_id=name)
+        async with world.a.dispatcher.generate(request, Asker("b"), resume):
+            pass
+
+    async with trio.open_nursery() as asking:
+        asking.start_soon(ask, "first", Resume(0))
+        await wait_all_tasks_blocked()
+        asking.start_soon(ask, "resumed", Resume(1, "a"))
+        await wait_all_tasks_blocked()
+        assert [one.request_id for one in world.a.dispatcher.admission.queued()] == order
+        asking.cancel_scope.cancel()
+    for each in running:
+        await each.end()
+
+
 async def test_a_full_queue_refuses_and_says_when_to_come_back(
     world: World, nursery: trio.Nursery
 ) -> None:
@@ -256,6 +297,34 @@ async def test_room_that_others_gave_back_is_found_in_beats(
 async def test_where_nobody_could_serve_nobody_waits(world: World) -> None:
     world.presences[B] = world.presence(online=False)
     assert (await world.refused()).code == "NO_REPLICA"
+
+
+async def test_who_waits_learns_of_new_holders(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    running = await clients(world, nursery, *"a" * ROOM)
+    waiting = await clients(world, nursery, *"bcd")
+    world.c.engine.hang_after = 1
+    world.hold(C)  # a copy was made, and the only holder is lost
+    world.presences[B] = world.presence(online=False)
+    await trio.sleep(1)
+    assert not any(each.failure for each in waiting)
+    assert all(each.is_running for each in waiting)
+    assert world.c.engine.running == 3
+    for each in [*running, *waiting]:
+        await each.end()
+
+
+async def test_a_request_that_was_let_in_learns_of_new_holders(world: World) -> None:
+    """It was tried at the only one, and a copy was made meanwhile."""
+
+    def refuse(request: GenerateRequest) -> list[Event | Exception]:
+        world.hold(B, C)
+        return [Failed("LOAD_FAILED", "no", 500)]
+
+    world.b.engine.script_for = refuse
+    world.b.engine.hang_after = None
+    assert (await world.ask())[0] == C
 
 
 async def test_loading_a_model_waits_for_nobody(world: World, nursery: trio.Nursery) -> None:

@@ -1,7 +1,7 @@
 """One request's life: here or forwarded, tried elsewhere, failed in band, cancelled; counters."""
 
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -21,13 +21,15 @@ from ollamad.core.inference import (
     Message,
     Options,
 )
+from ollamad.core.prefix import Prompt
 from ollamad.core.presence import Beat, Presence, Usage
+from ollamad.core.routing import Choice
 from ollamad.core.state import ClusterState, Model
 from ollamad.peers.link import Stream
 from ollamad.scheduler import exchange
 from ollamad.scheduler.dispatch import Dispatcher
 from ollamad.scheduler.exchange import EMBED, GENERATE, TRANSCRIPT
-from ollamad.scheduler.relay import PASSING, TRY_ELSEWHERE
+from ollamad.scheduler.relay import PASSING, TRY_ELSEWHERE, Attempts
 from ollamad.wire.codec import encode
 from tests.fakes.api_services import member, model
 from tests.fakes.engines import ScriptedEngine, drain, refusal
@@ -240,11 +242,45 @@ async def test_a_request_that_kills_every_runner_is_given_up_soon(
     failure = await world.fails()
     assert failure.code == "RUNNER_DIED"
     assert failure.details["nodes_tried"] == [B, C]
-    assert len(world.b.engine.requests) + len(world.c.engine.requests) == 4
+    assert "3 failures in a row" in failure.message
+    assert len(world.b.engine.requests) + len(world.c.engine.requests) == 3
     again_later = Failed("RUNNER_DIED", "it has crashed 3 times", 503, {"retry_after": 9})
     world.b.engine.refuse = world.c.engine.refuse = InferenceError(again_later)
     assert (await world.fails()).details["retry_after"] == 9
-    assert len(world.b.engine.requests) + len(world.c.engine.requests) == 6
+    assert len(world.b.engine.requests) + len(world.c.engine.requests) == 5
+
+
+@pytest.mark.parametrize(("code", "asked"), [("RUNNER_DIED", 3), ("NODE_LOST", 20)])
+async def test_a_request_that_kills_runners_is_not_given_to_every_holder(
+    world: World, code: str, asked: int
+) -> None:
+    holders = [NodeId(f"N{number}") for number in range(20)]
+
+    class Nodes:
+        def find_model(self, name: str) -> Model | None:
+            raise AssertionError
+
+        def pick(
+            self, model: Model, prompt: Prompt, without: Sequence[NodeId]
+        ) -> tuple[NodeId, Choice] | None:
+            left = [node_id for node_id in holders if node_id not in without]
+            return (left[0], cast("Choice", None)) if left else None
+
+        sending: Any = None
+        open: Any = None
+
+    attempts = Attempts(Nodes(), world.model, Prompt(5))
+
+    async def fail_all() -> None:
+        while True:
+            node_id, _ = await attempts.next()
+            attempts.failed(node_id, Failed(code, "gone", 503))
+
+    with pytest.raises(InferenceError) as caught:
+        await fail_all()
+    failure = caught.value.failure
+    assert failure.code == code
+    assert failure.details["nodes_tried"] == holders[:asked]
 
 
 async def test_an_answer_that_has_not_begun_in_time_is_given_up(

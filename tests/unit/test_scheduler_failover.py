@@ -15,7 +15,9 @@ from ollamad.core.inference import (
     GenerateRequest,
     InferenceError,
 )
+from ollamad.core.transcripts import Resume
 from ollamad.scheduler.dispatch import SILENCE_S, WATCH_INTERVAL_S
+from ollamad.scheduler.relay import MAX_BARREN_FAILURES
 from tests.fakes.engines import drain, refusal
 from tests.fakes.peer_net import PeerNet
 from tests.unit.test_scheduler_dispatch import ASK, NAME, A, B, C, World
@@ -145,10 +147,61 @@ async def test_an_answer_that_ends_without_its_last_word_goes_on(world: World) -
 
 
 async def test_a_failure_of_the_request_itself_is_told(world: World) -> None:
-    broken = Failed("ENGINE_ERROR", "no", 500)
+    broken = Failed("INVALID_REQUEST", "no", 400)
     world.b.engine.script_for = lambda request: says(TEXT[0], broken)
     assert (await world.ask())[1] == [TEXT[0], broken]
     assert world.c.engine.requests == []
+
+
+async def test_a_failure_to_decode_may_be_of_one_machine(world: World) -> None:
+    broken = Failed("ENGINE_ERROR", "no", 500)
+    world.b.engine.script_for = lambda request: says(TEXT[0], broken)
+    events = (await world.ask())[1]
+    assert text_of(events) == "abcdef"
+    assert end_of(events).failovers[0].reason == "ENGINE_ERROR"
+    world.c.engine.script_for = lambda request: says(Failed("ENGINE_ERROR", "nor here", 500))
+    begun = trio.current_time()
+    assert (await world.ask())[1] == [TEXT[0], broken], "nobody else is left, and it is told"
+    assert trio.current_time() - begun < 5
+    asked = len(world.c.engine.requests)
+    world.b.engine.script_for = lambda request: says(broken)
+    assert (await world.fails()) == broken, "before the first token it is the request's"
+    assert len(world.c.engine.requests) == asked
+
+
+TOO_LONG = refusal("PROMPT_TOO_LONG", 400)
+
+
+async def test_a_node_whose_context_is_smaller_is_passed_over(world: World) -> None:
+    world.hold(A, B, C)
+    world.a.engine.refuse = TOO_LONG
+    events = await ask_and_cut(world)
+    assert text_of(events) == "abcdef"
+    assert len(world.a.engine.requests) == 1, "this node is asked first"
+
+
+async def test_a_node_with_a_smaller_context_is_no_reason_not_to_wait(
+    world: World, autojump_clock: MockClock
+) -> None:
+    world.c.engine.refuse = TOO_LONG
+    world.b.engine.script_for = lambda request: (
+        writes_on(request) if request.resume else says(TEXT[0], DIED)
+    )
+    assert text_of((await world.ask())[1]) == "abcdef"
+    assert len(world.c.engine.requests) == 1, "it would say the same again"
+    world.b.engine.script_for = lambda request: (
+        says(refusal("NODE_LOST")) if request.resume else says(TEXT[0], DIED)
+    )
+    assert (await world.ask())[1] == [TEXT[0], DIED], "what it was lost by is told"
+
+
+async def test_who_resumes_behind_a_text_is_asked_for_elsewhere_too(world: World) -> None:
+    request = msgspec.structs.replace(ASK, request_id="r1")
+    world.b.engine.refuse = TOO_LONG
+    world.c.engine.script_for = lambda request: says(*TEXT[1:], Finished("stop"))
+    async with world.a.dispatcher.generate(request, resume=Resume(1, "a")) as relay:
+        assert text_of(await drain(relay)) == "bcdef"
+    assert (await world.fails()).code == "PROMPT_TOO_LONG", "else it is too long for all"
 
 
 async def test_the_local_runner_may_be_the_one_that_dies(world: World) -> None:
@@ -183,8 +236,20 @@ async def test_a_request_that_kills_each_runner_at_once_is_given_up(
         node.engine.script_for = lambda request: (
             says(DIED) if request.resume else says(TEXT[0], DIED)
         )
-    events = (await world.ask())[1]
-    assert events == [TEXT[0], DIED]
+    world.hold(A, B, C)
+    world.a.engine.script_for = world.b.engine.script_for
+    given_up((await world.ask())[1])
+    asked = [len(node.engine.requests) for node in (world.a, world.b, world.c)]
+    assert sum(asked) == 1 + MAX_BARREN_FAILURES
+
+
+def given_up(events: list[Event]) -> None:
+    """The answer ended after its first bit, since it may kill runners."""
+    first, failure = events
+    assert first == TEXT[0]
+    assert isinstance(failure, Failed)
+    assert failure.code == DIED.code
+    assert failure.message.startswith(f"{DIED.message}; given up after 3 failures in a row")
 
 
 async def test_a_replay_that_dies_at_the_same_place_each_time_is_given_up(world: World) -> None:
@@ -192,7 +257,7 @@ async def test_a_replay_that_dies_at_the_same_place_each_time_is_given_up(world:
         node.engine.script_for = lambda request: says(TEXT[0], DIED)
     request = msgspec.structs.replace(ASK, failover="replay")
     with trio.fail_after(5):
-        assert (await world.ask(request))[1] == [TEXT[0], DIED]
+        given_up((await world.ask(request))[1])
     assert len(world.b.engine.requests) + len(world.c.engine.requests) == 4
 
 
