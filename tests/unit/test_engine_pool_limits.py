@@ -3,6 +3,7 @@
 With fake runners; those that hang are stopped for real.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -22,6 +23,7 @@ from ollamad.core.weights import Weights
 from ollamad.engine import pool, process
 from ollamad.engine.accelerators import can_offload
 from ollamad.engine.engine import _groups
+from ollamad.engine.llama_client import RunnerGone
 from ollamad.engine.memory import GPU_RESERVE_BYTES, MIB
 from ollamad.engine.spec import ModelSpec
 from tests.fakes.runner_engines import events_of, fake_model, running_engine
@@ -149,6 +151,32 @@ async def test_clients_that_give_up_do_not_hide_a_hang(tmp_path: Path):
             nursery.start_soon(events_of, engine, spec, GenerateRequest(spec.name, "hi"))
             await until(lambda: not psutil.pid_exists(pid))
             nursery.cancel_scope.cancel()
+
+
+async def test_a_decode_loop_that_hangs_is_not_hidden_by_what_others_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(process, "BUSY_PATIENCE", 2)  # those answers take CPU time
+    spec = fake_model(tmp_path)
+    async with (
+        running_engine(tmp_path / "run", stall_timeout_s=STALL_S) as engine,
+        trio.open_nursery() as nursery,
+    ):
+        await engine.load(spec)
+        (resident,) = engine._pool._residents.values()
+        client = resident.runner.client
+
+        async def count_tokens() -> None:
+            while not resident.runner.over:
+                with contextlib.suppress(RunnerGone):
+                    await client.tokenize("a", add_special=True, parse_special=False)
+                await trio.sleep(STALL_S / 10)
+
+        nursery.start_soon(count_tokens)
+        with trio.fail_after(DEADLINE_S):
+            *_, last = await events_of(engine, spec, GenerateRequest(spec.name, "mute"))
+        assert isinstance(last, Failed)
+        assert "it hung: no sign of life for" in last.message
 
 
 async def test_a_request_that_is_forgotten_is_given_up_alone(tmp_path: Path):
