@@ -326,8 +326,10 @@ class RunnerPool:
         if crashes.failure is not None:
             message = f"{crashes.failure.message} ({times} times in a row; {again})"
             details = crashes.failure.details | retry
-            raise InferenceError(
-                msgspec.structs.replace(crashes.failure, message=message, details=details)
+            raise InferenceError(  # 503: it may be better by then
+                msgspec.structs.replace(
+                    crashes.failure, message=message, status=503, details=details
+                )
             )
         message = f"the runner of {spec.name} has crashed {times} times in a row; {again}"
         raise InferenceError(Failed("RUNNER_DIED", message, 503, retry))
