@@ -22,6 +22,7 @@ MIB = 1 << 20
 # Measured with xllamacpp: 12 MiB for the program beside its mapped files, 24 MiB more for
 # SmolLM2 at a batch of 64. With room, since too little ends in the kernel's killing a process.
 PROGRAM_BYTES = 96 * MIB
+LEAST_PROGRAM_BYTES = 36 * MIB  # of that, what was measured: counted whatever is seen later
 # For files that do not tell their layers: a model of 4 GB with full attention keeps 0.5 MB a
 # token, newer ones (grouped attention) a quarter of that.
 KV_GUESS_DIVISOR = 8192
@@ -79,9 +80,11 @@ def estimate(spec: ModelSpec, config: RunnerConfig, overhead: int | None = None)
     width = weights.width or spec.details.embedding_length
     widths = LIVE_WIDTHS * width + LIVE_FEED_FORWARDS * weights.feed_forward
     compute = batch * F32_BYTES * (weights.vocabulary + widths)
+    prompts = 0 if config.engine == CTRANSFORMERS else PROMPT_CACHE_MIB * MIB
     if overhead is None:
-        prompts = 0 if config.engine == CTRANSFORMERS else PROMPT_CACHE_MIB * MIB
         overhead = PROGRAM_BYTES + prompts
+    # The cache of prompts fills up by and by; when it was measured, it may have been empty.
+    overhead = max(overhead, LEAST_PROGRAM_BYTES + prompts)
     need = Need(spec.size, cache, compute, overhead)
     if not config.offloaded:
         return need
