@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from ollamad.core.weights import CTRANSFORMERS
-from ollamad.engine.runner import CPU_BATCH, PROMPT_CACHE_MIB
+from ollamad.engine.runner import CPU_BATCH, GPU_BATCH, PROMPT_CACHE_MIB
 from ollamad.engine.spec import AUTO_BATCH, ModelSpec, RunnerConfig
 
 MIB = 1 << 20
@@ -76,7 +76,9 @@ def estimate(spec: ModelSpec, config: RunnerConfig, overhead: int | None = None)
     kv_bytes_per_token = spec.details.kv_bytes_per_token or spec.size // KV_GUESS_DIVISOR
     tokens = config.context_length * config.parallel
     cache = int(kv_bytes_per_token * tokens * CACHE_SHARES[config.cache_type])
-    batch = CPU_BATCH if config.batch == AUTO_BATCH else config.batch
+    batch = config.batch
+    if batch == AUTO_BATCH:
+        batch = GPU_BATCH if config.offloaded else CPU_BATCH
     width = weights.width or spec.details.embedding_length
     widths = LIVE_WIDTHS * width + LIVE_FEED_FORWARDS * weights.feed_forward
     compute = batch * F32_BYTES * (weights.vocabulary + widths)
@@ -92,17 +94,22 @@ def estimate(spec: ModelSpec, config: RunnerConfig, overhead: int | None = None)
 
 
 def fitting_layers(spec: ModelSpec, need: Need, free_vram: Sequence[int]) -> int:
-    """How many layers go on GPUs with that many free bytes each; the output counts as one more."""
+    """How many layers go on GPUs with that many free bytes each; the output counts as one more.
+
+    `need` is that of a runner with layers on GPUs. No layer is shared between two GPUs.
+    """
     sizes = spec.weights.layer_bytes
     if not sizes:
         return 0
-    budget = sum(max(0, free - need.compute - GPU_RESERVE_BYTES) for free in free_vram)
-    layer = max(sizes) + need.cache // len(sizes)
-    layers = min(len(sizes), budget // max(1, layer))
+    rooms = [max(0, free - need.compute - GPU_RESERVE_BYTES) for free in free_vram]
+    layer = max(1, max(sizes) + need.cache // len(sizes))
+    layers = sum(room // layer for room in rooms)
     output = spec.size - sum(sizes)
-    if layers == len(sizes) and budget - layers * layer >= output:
-        layers += 1
-    return layers
+    # The output is on one of them, beside fewer layers.
+    beside = (layers - room // layer + (room - output) // layer for room in rooms if room >= output)
+    if max(beside, default=0) >= len(sizes):
+        return len(sizes) + 1
+    return min(len(sizes), layers)
 
 
 def _vram(spec: ModelSpec, need: Need, layers: int) -> int:

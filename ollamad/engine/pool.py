@@ -382,7 +382,7 @@ class RunnerPool:
     async def _layers(self, spec: ModelSpec, config: RunnerConfig) -> int:
         """How many layers fit on the GPUs, when idle models there have made room."""
         while True:
-            need = self.record.estimate(spec, config)
+            need = self.record.estimate(spec, dataclasses.replace(config, offloaded=1))
             layers = fitting_layers(spec, need, self._accelerators.free_vram())
             there = [
                 one

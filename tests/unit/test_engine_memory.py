@@ -56,7 +56,17 @@ def test_a_larger_batch_needs_larger_buffers():
 
 
 @pytest.mark.parametrize(
-    ("free_layers", "fit"), [((0,), 0), ((3.5,), 3), ((10,), 10), ((12,), 11), ((2.5, 4.2), 6)]
+    ("free_layers", "fit"),
+    [
+        ((0,), 0),
+        ((3.5,), 3),
+        ((10,), 10),
+        ((12,), 11),
+        ((2.5, 4.2), 6),
+        ((1.9, 1.9), 2),
+        ((5.6, 5.6), 10),
+        ((5.1, 6.1), 11),
+    ],
 )
 def test_as_many_layers_as_fit_go_on_gpus(free_layers: tuple[float, ...], fit: int):
     need = estimate(SPEC, config_of())
@@ -75,10 +85,18 @@ def test_a_gpu_without_room_gets_nothing():
 def test_what_is_on_a_gpu_is_not_in_memory():
     base = estimate(SPEC, config_of())
     half = estimate(SPEC, dataclasses.replace(config_of(), offloaded=5))
-    assert half.vram == 5 * LAYER + base.cache // 2 + base.compute
-    assert half.ram == base.total - half.vram
+    assert half.vram == 5 * LAYER + base.cache // 2 + half.compute
+    assert half.ram == half.total - half.vram
     whole = estimate(SPEC, dataclasses.replace(config_of(), offloaded=11))
-    assert whole.vram == base.weights + base.cache + base.compute
+    assert whole.vram == base.weights + base.cache + whole.compute
+
+
+def test_the_runners_own_batch_is_larger_with_layers_on_gpus():
+    config = config_of()
+    on_gpu = dataclasses.replace(config, offloaded=5)
+    assert estimate(SPEC, on_gpu).compute == 8 * estimate(SPEC, config).compute
+    told = dataclasses.replace(on_gpu, batch=64)
+    assert estimate(SPEC, told).compute == estimate(SPEC, config).compute
 
 
 def test_what_was_measured_corrects_the_estimate_for_good(tmp_path: Path):

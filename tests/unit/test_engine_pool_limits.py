@@ -323,6 +323,18 @@ async def test_layers_go_on_gpus_and_what_is_there_is_told_as_the_driver_says(tm
         assert engine.loaded()[0].size_vram == 0
 
 
+async def test_room_is_left_for_the_batch_that_a_gpu_gets(tmp_path: Path):
+    weights = Weights(layer_bytes=(100 * MIB,) * 8, vocabulary=100_000, width=64)
+    spec = msgspec.structs.replace(fake_model(tmp_path), size=900 * MIB, weights=weights)
+    gpus = FakeGpus([GPU_RESERVE_BYTES + 350 * MIB])
+    async with running_engine(tmp_path / "run", accelerators=gpus) as engine:
+        await engine.load(spec)
+        # Scores of 512 tokens are 195 MiB; of 64, as on a CPU, 24 MiB.
+        assert argument(runner_pids()[0], "--gpu-layers") == "1"
+        await engine.load(spec, Options(num_batch=64))
+        assert argument(runner_pids()[0], "--gpu-layers") == "3"
+
+
 async def test_an_engine_that_cannot_use_the_gpu_keeps_everything_in_memory(tmp_path: Path):
     weights = Weights(layer_bytes=(100 * MIB,) * 8)
     spec = msgspec.structs.replace(fake_model(tmp_path), size=900 * MIB, weights=weights)
