@@ -48,10 +48,11 @@ class Need:
     compute: int
     overhead: int
     vram: int = 0  # of the whole, on GPUs
+    vram_overhead: int = 0  # of that, what was measured beyond the other parts
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.compute + self.overhead
+        return self.weights + self.cache + self.compute + self.overhead + self.vram_overhead
 
     @property
     def ram(self) -> int:
@@ -70,8 +71,10 @@ class Used:
 UNKNOWN = Used(0)
 
 
-def estimate(spec: ModelSpec, config: RunnerConfig, overhead: int | None = None) -> Need:
-    """What a runner will take; `overhead` is the measured one, if there is one."""
+def estimate(
+    spec: ModelSpec, config: RunnerConfig, overhead: int | None = None, vram_overhead: int = 0
+) -> Need:
+    """What a runner will take; the overheads are the measured ones, if there are."""
     weights = spec.weights
     kv_bytes_per_token = spec.details.kv_bytes_per_token or spec.size // KV_GUESS_DIVISOR
     tokens = config.context_length * config.parallel
@@ -90,7 +93,8 @@ def estimate(spec: ModelSpec, config: RunnerConfig, overhead: int | None = None)
     need = Need(spec.size, cache, compute, overhead)
     if not config.offloaded:
         return need
-    return dataclasses.replace(need, vram=_vram(spec, need, config.offloaded))
+    vram = _vram(spec, need, config.offloaded) + vram_overhead
+    return dataclasses.replace(need, vram=vram, vram_overhead=vram_overhead)
 
 
 def fitting_layers(spec: ModelSpec, need: Need, free_vram: Sequence[int]) -> int:
@@ -101,7 +105,9 @@ def fitting_layers(spec: ModelSpec, need: Need, free_vram: Sequence[int]) -> int
     sizes = spec.weights.layer_bytes
     if not sizes:
         return 0
-    rooms = [max(0, free - need.compute - GPU_RESERVE_BYTES) for free in free_vram]
+    # The overhead was measured for all GPUs together.
+    taken = need.compute + GPU_RESERVE_BYTES + need.vram_overhead // max(1, len(free_vram))
+    rooms = [max(0, free - taken) for free in free_vram]
     layer = max(1, max(sizes) + need.cache // len(sizes))
     layers = sum(room // layer for room in rooms)
     output = spec.size - sum(sizes)
@@ -117,19 +123,24 @@ def _vram(spec: ModelSpec, need: Need, layers: int) -> int:
     if not sizes:
         return 0
     offloaded = min(layers, len(sizes))
-    # llama.cpp offloads the last layers first.
-    vram = sum(sizes[len(sizes) - offloaded :]) + need.cache * offloaded // len(sizes)
-    if layers > len(sizes):
-        vram += need.weights - sum(sizes)
+    vram = _vram_weights(spec, layers) + need.cache * offloaded // len(sizes)
     return vram + need.compute
+
+
+def _vram_weights(spec: ModelSpec, layers: int) -> int:
+    sizes = spec.weights.layer_bytes
+    if layers > len(sizes):
+        return spec.size
+    return sum(sizes[len(sizes) - layers :])  # llama.cpp offloads the last layers first
 
 
 class Measured(msgspec.Struct):
     """What is remembered of one model under one engine."""
 
-    overhead: int  # bytes beyond weights, cache and compute buffers
+    overhead: int  # bytes beyond weights, cache and compute buffers, not on GPUs
     estimated: int  # bytes, at the last measurement
     used: int
+    vram_overhead: int = 0  # likewise, on GPUs
 
 
 class MemoryRecord:
@@ -138,7 +149,7 @@ class MemoryRecord:
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
         self._measured: dict[str, Measured] = {}
-        self._saved: dict[str, int] = {}
+        self._saved: dict[str, tuple[int, int]] = {}
         if path is not None:
             # A damaged or foreign file costs the corrections, not the start.
             with contextlib.suppress(OSError, msgspec.DecodeError):
@@ -147,22 +158,28 @@ class MemoryRecord:
     def estimate(self, spec: ModelSpec, config: RunnerConfig) -> Need:
         """What a runner will take, corrected if the model was measured before."""
         known = self._measured.get(_key(spec, config))
-        return estimate(spec, config, None if known is None else int(known.overhead * SAFETY))
+        if known is None:
+            return estimate(spec, config)
+        overheads = int(known.overhead * SAFETY), int(known.vram_overhead * SAFETY)
+        return estimate(spec, config, *overheads)
 
     def learn(self, spec: ModelSpec, config: RunnerConfig, used: Used) -> None:
         """Take in what a runner takes that has answered something. The most counts."""
         need = estimate(spec, config)
-        # Weights that lie on a GPU, or were copied by the engine, are not told apart.
-        beyond = used.anonymous + used.vram - need.cache - need.compute
+        # Weights that were copied by the engine are not told apart.
+        beyond = used.anonymous - need.cache - need.compute
         beyond += max(0, used.mapped - spec.size)  # the program and its libraries
+        beyond_vram = 0
         if need.vram:
-            beyond -= sum(spec.weights.layer_bytes[-config.offloaded :])
+            beyond += need.vram - _vram_weights(spec, config.offloaded)
+            beyond_vram = used.vram - need.vram
         key = _key(spec, config)
         known = self._measured.pop(key, None)
         if known is not None:
             beyond = max(beyond, known.overhead)
+            beyond_vram = max(beyond_vram, known.vram_overhead)
         total = used.anonymous + used.mapped + used.vram
-        self._measured[key] = Measured(max(0, beyond), need.total, total)
+        self._measured[key] = Measured(max(0, beyond), need.total, total, max(0, beyond_vram))
         while len(self._measured) > MAX_REMEMBERED:
             del self._measured[next(iter(self._measured))]
 
@@ -173,7 +190,10 @@ class MemoryRecord:
         """Write the file if something changed by a MiB or more."""
         if self._path is None:
             return
-        rounded = {key: value.overhead // MIB for key, value in self._measured.items()}
+        rounded = {
+            key: (value.overhead // MIB, value.vram_overhead // MIB)
+            for key, value in self._measured.items()
+        }
         if rounded == self._saved:
             return
         partial = self._path.with_suffix(".partial")

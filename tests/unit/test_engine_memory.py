@@ -133,6 +133,34 @@ def test_what_a_runner_may_still_take_is_always_counted(engine: str, least: int)
     assert (known.overhead, known.overhead < need.overhead) == (least * MIB, True)
 
 
+def test_what_was_taken_of_a_gpu_beyond_the_plan_is_left_free_the_next_time(tmp_path: Path):
+    record = MemoryRecord(tmp_path / "memory.json")
+    config = dataclasses.replace(config_of(), offloaded=5)
+    plan = estimate(SPEC, config)
+    own = plan.cache - plan.cache // 2  # what is not on the GPU
+    record.learn(SPEC, config, Used(own + 200 * MIB, SPEC.size, plan.vram + 300 * MIB))
+    record.save()
+    known = MemoryRecord(tmp_path / "memory.json").estimate(SPEC, config)
+    assert known.vram - plan.vram == known.vram_overhead == pytest.approx(330 * MIB, abs=10)
+    assert known.overhead == pytest.approx(220 * MIB, abs=10)
+    assert known.ram == plan.ram - plan.overhead + known.overhead
+    free = [GPU_RESERVE_BYTES + plan.vram]
+    assert fitting_layers(SPEC, plan, free) == 5
+    assert fitting_layers(SPEC, known, free) == 1
+    assert fitting_layers(SPEC, known, free * 2) == 6  # half of it on each
+    # In memory alone it takes what it takes; and a driver may not tell what is on the GPU.
+    assert record.estimate(SPEC, config_of()) == estimate(SPEC, config_of())
+    record.learn(SPEC, config, Used(own))
+    assert record.estimate(SPEC, config) == known
+
+
+def test_a_record_of_an_earlier_version_is_read(tmp_path: Path):
+    path, config = tmp_path / "memory.json", config_of()
+    key = f"{SPEC.digest} {config.engine} text 0"
+    path.write_text(f'{{"{key}": {{"overhead": {300 * MIB}, "estimated": 1, "used": 2}}}}')
+    assert MemoryRecord(path).estimate(SPEC, config).overhead == pytest.approx(330 * MIB, abs=10)
+
+
 def test_it_is_remembered_for_each_model_and_engine(tmp_path: Path):
     record, config = MemoryRecord(tmp_path / "memory.json"), config_of()
     record.learn(SPEC, config, Used(1 << 40))
