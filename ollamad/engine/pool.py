@@ -80,6 +80,7 @@ class _Crashes:
     in_a_row: int = 0
     last: float = 0.0
     failure: Failed | None = None  # of the last load, if it was that
+    most_layers: int | None = None  # to put on GPUs the next time, if that may have been why
 
     def restart_at(self) -> float:
         if self.in_a_row < 2:
@@ -261,7 +262,7 @@ class RunnerPool:
         if (old := self._residents.get(key)) is not None:
             await self._end(old)
         wanted = config
-        config = await self._fitted(spec, config)
+        config = await self._fitted(key, spec, config)
         need = self.record.estimate(spec, config)
         await self._make_room(spec.name, need.ram)
         runner = Runner(
@@ -336,21 +337,27 @@ class RunnerPool:
 
     def _back_off_s(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> float:
         """Seconds until the model may be started."""
+        crashes = self._crashes_of(key, spec, config)
+        return 0.0 if crashes is None else max(0.0, crashes.restart_at() - trio.current_time())
+
+    def _crashes_of(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> _Crashes | None:
         crashes = self._crashes.get(key)
         if crashes is None or (crashes.digest, crashes.config) != (spec.digest, config):
-            return 0.0
-        return max(0.0, crashes.restart_at() - trio.current_time())
+            return None
+        return crashes
 
     def _note_crash(self, key: _Key, resident: Resident, failure: Failed | None) -> None:
         spec, config = resident.spec, resident.wanted
-        crashes = self._crashes.get(key)
-        if crashes is None or (crashes.digest, crashes.config) != (spec.digest, config):
+        crashes = self._crashes_of(key, spec, config)
+        if crashes is None:
             crashes = self._crashes[key] = _Crashes(spec.digest, config)
         crashes.in_a_row += 1
         crashes.last = trio.current_time()
         crashes.failure = failure
+        if failure is not None and resident.config.offloaded:
+            crashes.most_layers = resident.config.offloaded // 2
 
-    async def _fitted(self, spec: ModelSpec, config: RunnerConfig) -> RunnerConfig:
+    async def _fitted(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> RunnerConfig:
         """The configuration with as many layers on GPUs as fit, and no more slots than fit."""
         free_vram = self._accelerators.free_vram()
         # Of GPUs that the driver does not tell of (no NVIDIA's), llama.cpp itself takes care.
@@ -361,6 +368,9 @@ class RunnerPool:
             layers = config.gpu_layers
             if layers < 0:
                 layers = await self._layers(spec, config)
+                crashes = self._crashes_of(key, spec, config)
+                if crashes is not None and crashes.most_layers is not None:
+                    layers = min(layers, crashes.most_layers)
             config = dataclasses.replace(config, gpu_layers=layers, offloaded=layers)
         residents = self._residents.values()
         most = self._free_memory() + sum(one.runner.anonymous_bytes() for one in residents)
