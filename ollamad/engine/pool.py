@@ -88,6 +88,19 @@ class _Crashes:
         return self.last + min(MAX_BACK_OFF_S, FIRST_BACK_OFF_S * 2.0 ** (self.in_a_row - 2))
 
 
+@dataclasses.dataclass(eq=False, slots=True)
+class _Loading:
+    """A load, and how many requests wait for it. It ends with the last of them."""
+
+    digest: str
+    config: RunnerConfig
+    scope: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)
+    done: trio.Event = dataclasses.field(default_factory=trio.Event)
+    waiting: int = 0
+    resident: Resident | None = None  # then pinned for each that waits
+    error: Exception | None = None  # for one of them; the others try again
+
+
 class RunnerPool:
     """The runners of this node. `free_memory` tells the bytes that new processes may take."""
 
@@ -104,6 +117,7 @@ class RunnerPool:
         self.record = MemoryRecord(settings.memory_record)
         self._residents: dict[_Key, Resident] = {}
         self._crashes: dict[_Key, _Crashes] = {}
+        self._loadings: dict[_Key, _Loading] = {}
         self._load_lock = trio.Lock()
         self._waiting = 0  # requests that wait for a load
         self._nursery: trio.Nursery | None = None
@@ -127,7 +141,10 @@ class RunnerPool:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 task_status.started()
-                await self._end_idle_runners()
+                try:
+                    await self._end_idle_runners()
+                finally:
+                    self._nursery = None  # at once: a load that ends with it is not begun anew
         finally:
             self._nursery = None
 
@@ -136,7 +153,8 @@ class RunnerPool:
     ) -> Resident:
         """The runner of a model, loaded if need be, pinned until `release`.
 
-        Waits for busy models to make room. On cancellation a load that this call began ends.
+        Waits for busy models to make room. On cancellation the load ends, unless others wait for
+        it, too.
 
         Raises:
           InferenceError: the model cannot be loaded, or too many requests wait already.
@@ -150,13 +168,7 @@ class RunnerPool:
             try:
                 while resident is None:
                     await self._back_off(key, spec, config)
-                    async with self._load_lock:
-                        resident = self._find(key, spec, config)
-                        # It may have crashed while others had the lock; then they wait anew.
-                        if resident is None and self._back_off_s(key, spec, config) <= 0:
-                            resident = await self._load(key, spec, config)
-                        if resident is not None:
-                            resident.pins += 1
+                    resident = await self._loaded(key, spec, config)
             finally:
                 self._waiting -= 1
         else:
@@ -255,6 +267,52 @@ class RunnerPool:
             return None
         same = resident.wanted == config and resident.spec.digest == spec.digest
         return resident if same else None
+
+    async def _loaded(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> Resident | None:
+        """The runner, pinned, out of a load that is shared; None if it has to be tried again."""
+        if self._nursery is None:
+            raise InferenceError(_STOPPED)
+        loading = self._loadings.get(key)
+        if loading is None or (loading.digest, loading.config) != (spec.digest, config):
+            loading = self._loadings[key] = _Loading(spec.digest, config)
+            self._nursery.start_soon(self._load_for_all, loading, key, spec, config)
+        loading.waiting += 1
+        try:
+            await loading.done.wait()
+        except trio.Cancelled:
+            if loading.waiting == 1:
+                loading.scope.cancel()
+                with trio.CancelScope(shield=True):  # a killed process ends soon
+                    await loading.done.wait()
+            if loading.resident is not None:
+                self.release(loading.resident)
+            raise
+        finally:
+            loading.waiting -= 1
+        error, loading.error = loading.error, None
+        if error is not None:
+            raise error
+        return loading.resident
+
+    async def _load_for_all(
+        self, loading: _Loading, key: _Key, spec: ModelSpec, config: RunnerConfig
+    ) -> None:
+        try:
+            with loading.scope:
+                async with self._load_lock:
+                    resident = self._find(key, spec, config)
+                    # It may have crashed while others had the lock; then they wait anew.
+                    if resident is None and self._back_off_s(key, spec, config) <= 0:
+                        resident = await self._load(key, spec, config)
+                    if resident is not None:
+                        resident.pins += loading.waiting
+                        loading.resident = resident
+        except Exception as error:
+            loading.error = error
+        finally:
+            if self._loadings.get(key) is loading:
+                del self._loadings[key]
+            loading.done.set()
 
     async def _load(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> Resident:
         if self._nursery is None:

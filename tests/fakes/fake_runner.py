@@ -40,6 +40,7 @@ class Behaviour(msgspec.Struct):
     exit_code: int | None = None  # ends with it while "loading"
     last_words: str = ""
     never_ready: bool = False
+    ready_with: str = ""  # not before there is this file
     broken: bool = False  # loads, and crashes with the first token
     most_layers: int | None = None  # "loads" no more of them on GPUs
     script: list[dict[str, Any]] = []
@@ -109,7 +110,9 @@ class FakeRunner:
     def answer(self, target: str, question: dict[str, Any]) -> tuple[int, object]:
         match target:
             case "/health":
-                return (503 if self.behaviour.never_ready else 200), {}
+                file = self.behaviour.ready_with
+                loading = self.behaviour.never_ready or (file and not Path(file).exists())
+                return (503 if loading else 200), {}
             case "/slots":
                 count = self.arguments.parallel
                 return 200, [{"id": i, "is_processing": i < self.processing} for i in range(count)]
