@@ -37,7 +37,7 @@ def _known(error: BaseException) -> ServiceError | None:
         case InferenceError(failure=failure):
             retry_after_s = None
             if failure.status in (429, 503):
-                known = failure.details.get("retry_after_s", USUAL_RETRY_S)
+                known = failure.details.get("retry_after", USUAL_RETRY_S)
                 retry_after_s = int(known) if isinstance(known, int | float) else USUAL_RETRY_S
             return ServiceError(
                 failure.status,

@@ -27,7 +27,7 @@ Inside: `pool` (which models are in memory) holds `process` (one runner), which 
 `llama_client` (llama-server's protocol). `engine` joins `prompt` (messages to token ids),
 `sampling` (options to llama.cpp's) and `assembly` (events to chunks). `spec` holds the values.
 
-Failure codes: RUNNER_DIED, LOAD_FAILED and ENGINE_ERROR (500); INSUFFICIENT_MEMORY, QUEUE_FULL
-and STOPPED (503); PROMPT_TOO_LONG, INVALID_OPTION, INVALID_FORMAT, INVALID_REQUEST and
-EMPTY_INPUT (400).
+Failure codes: RUNNER_DIED, LOAD_FAILED and ENGINE_ERROR (500; while a model is not started again,
+503 with `retry_after`); INSUFFICIENT_MEMORY, QUEUE_FULL and STOPPED (503); PROMPT_TOO_LONG,
+INVALID_OPTION, INVALID_FORMAT, INVALID_REQUEST and EMPTY_INPUT (400).
 """

@@ -263,7 +263,7 @@ class Completion:
         cached = model.evaluate(prompt, progress)
         evaluated = time.perf_counter()
         decoder = codecs.getincrementaldecoder(ENCODING)(errors="ignore")
-        held = ""  # text that may be the beginning of a stop string
+        held = ""  # text that waits, with its tokens, until no stop string can begin in it
         text = ""  # all that was said
         count = 0
         stop_type = "limit"
@@ -283,12 +283,18 @@ class Completion:
                 tell(event | {"content": held[:at]})
                 stop_type = "word"
                 break
-            kept = max((_overlap(held, stop) for stop in self._stops), default=0)
-            said, held = held[: len(held) - kept], held[len(held) - kept :]
+            # A text goes out with all of its tokens and nobody else's: who goes on with these
+            # tokens elsewhere goes on behind this text.
+            unfinished, _ = decoder.getstate()
+            said = ""
+            if not unfinished and not any(_overlap(held, stop) for stop in self._stops):
+                said, held = held, ""
             text += said
             tell(event | {"content": said})
             if count < self._limit:
                 model.append(token, int(self._options.get("n_keep", 0)))
+        if stop_type == "limit":
+            text += held
         now = time.perf_counter()
         return {
             "content": "" if self._options.get("stream") else text,

@@ -8,7 +8,7 @@ elsewhere serves as well.
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import h11
 import msgspec
@@ -22,6 +22,9 @@ CONNECT_STEP_S = 0.005
 IDLE_CONNECTION_S = 2.0  # llama.cpp's server closes them after five seconds
 MAX_ANSWER_BYTES = 256 << 20  # 32 embeddings of 8,192 numbers are 6 MiB; a template is small
 MAX_EVENT_BYTES = 64 << 20  # of a stream; the last one repeats the whole prompt
+# What passes through the runner's decode loop. Its HTTP threads answer the rest, also when the
+# loop hangs.
+DECODED = frozenset(("/completion", "/v1/chat/completions", "/v1/embeddings"))
 
 T = TypeVar("T")
 
@@ -225,7 +228,7 @@ class LlamaClient:
         """Seconds: how long the request that waits longest has heard nothing, and all together.
 
         Zero when nothing is waited for. What keeps a connection alive without saying anything is
-        silence.
+        silence, and so is what the decode loop has no part in.
         """
         if not self._waits:
             return 0.0, 0.0
@@ -371,9 +374,10 @@ class LlamaClient:
         self, connection: "_Connection", method: str, target: str, body: bytes
     ) -> tuple[int, bytes]:
         try:
-            with self.waits(connection):
+            with self.waits(connection) as wait:
                 status = await connection.send(method, target, body)
                 answer = await connection.read_all()
+                wait.hears_loop = status == 200 and target in DECODED
             reusable = connection.reset()
         except BaseException:
             connection.close()
@@ -418,18 +422,20 @@ class LlamaClient:
 class _Wait:
     """Something is waited for while its context is open."""
 
-    __slots__ = ("_client", "_connection")
+    __slots__ = ("_client", "_connection", "hears_loop")
 
     def __init__(self, client: LlamaClient, connection: "_Connection") -> None:
         self._client = client
         self._connection = connection
+        self.hears_loop = True  # an answer shows that the decode loop works
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._client.begin_wait(self._connection)
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # Who gave up waiting has heard nothing.
-        self._client.end_wait(self._connection, heard=kind is None)
+        self._client.end_wait(self._connection, heard=kind is None and self.hears_loop)
 
 
 class _EventStream:

@@ -80,11 +80,25 @@ class _Crashes:
     in_a_row: int = 0
     last: float = 0.0
     failure: Failed | None = None  # of the last load, if it was that
+    most_layers: int | None = None  # to put on GPUs the next time, if that may have been why
 
     def restart_at(self) -> float:
         if self.in_a_row < 2:
             return 0.0
         return self.last + min(MAX_BACK_OFF_S, FIRST_BACK_OFF_S * 2.0 ** (self.in_a_row - 2))
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Loading:
+    """A load, and how many requests wait for it. It ends with the last of them."""
+
+    digest: str
+    config: RunnerConfig
+    scope: trio.CancelScope = dataclasses.field(default_factory=trio.CancelScope)
+    done: trio.Event = dataclasses.field(default_factory=trio.Event)
+    waiting: int = 0
+    resident: Resident | None = None  # then pinned for each that waits
+    error: Exception | None = None  # for one of them; the others try again
 
 
 class RunnerPool:
@@ -103,6 +117,7 @@ class RunnerPool:
         self.record = MemoryRecord(settings.memory_record)
         self._residents: dict[_Key, Resident] = {}
         self._crashes: dict[_Key, _Crashes] = {}
+        self._loadings: dict[_Key, _Loading] = {}
         self._load_lock = trio.Lock()
         self._waiting = 0  # requests that wait for a load
         self._nursery: trio.Nursery | None = None
@@ -126,7 +141,10 @@ class RunnerPool:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 task_status.started()
-                await self._end_idle_runners()
+                try:
+                    await self._end_idle_runners()
+                finally:
+                    self._nursery = None  # at once: a load that ends with it is not begun anew
         finally:
             self._nursery = None
 
@@ -135,7 +153,8 @@ class RunnerPool:
     ) -> Resident:
         """The runner of a model, loaded if need be, pinned until `release`.
 
-        Waits for busy models to make room. On cancellation a load that this call began ends.
+        Waits for busy models to make room. On cancellation the load ends, unless others wait for
+        it, too.
 
         Raises:
           InferenceError: the model cannot be loaded, or too many requests wait already.
@@ -149,13 +168,7 @@ class RunnerPool:
             try:
                 while resident is None:
                     await self._back_off(key, spec, config)
-                    async with self._load_lock:
-                        resident = self._find(key, spec, config)
-                        # It may have crashed while others had the lock; then they wait anew.
-                        if resident is None and self._back_off_s(key, spec, config) <= 0:
-                            resident = await self._load(key, spec, config)
-                        if resident is not None:
-                            resident.pins += 1
+                    resident = await self._loaded(key, spec, config)
             finally:
                 self._waiting -= 1
         else:
@@ -255,13 +268,59 @@ class RunnerPool:
         same = resident.wanted == config and resident.spec.digest == spec.digest
         return resident if same else None
 
+    async def _loaded(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> Resident | None:
+        """The runner, pinned, out of a load that is shared; None if it has to be tried again."""
+        if self._nursery is None:
+            raise InferenceError(_STOPPED)
+        loading = self._loadings.get(key)
+        if loading is None or (loading.digest, loading.config) != (spec.digest, config):
+            loading = self._loadings[key] = _Loading(spec.digest, config)
+            self._nursery.start_soon(self._load_for_all, loading, key, spec, config)
+        loading.waiting += 1
+        try:
+            await loading.done.wait()
+        except trio.Cancelled:
+            if loading.waiting == 1:
+                loading.scope.cancel()
+                with trio.CancelScope(shield=True):  # a killed process ends soon
+                    await loading.done.wait()
+            if loading.resident is not None:
+                self.release(loading.resident)
+            raise
+        finally:
+            loading.waiting -= 1
+        error, loading.error = loading.error, None
+        if error is not None:
+            raise error
+        return loading.resident
+
+    async def _load_for_all(
+        self, loading: _Loading, key: _Key, spec: ModelSpec, config: RunnerConfig
+    ) -> None:
+        try:
+            with loading.scope:
+                async with self._load_lock:
+                    resident = self._find(key, spec, config)
+                    # It may have crashed while others had the lock; then they wait anew.
+                    if resident is None and self._back_off_s(key, spec, config) <= 0:
+                        resident = await self._load(key, spec, config)
+                    if resident is not None:
+                        resident.pins += loading.waiting
+                        loading.resident = resident
+        except Exception as error:
+            loading.error = error
+        finally:
+            if self._loadings.get(key) is loading:
+                del self._loadings[key]
+            loading.done.set()
+
     async def _load(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> Resident:
         if self._nursery is None:
             raise InferenceError(_STOPPED)
         if (old := self._residents.get(key)) is not None:
             await self._end(old)
         wanted = config
-        config = await self._fitted(spec, config)
+        config = await self._fitted(key, spec, config)
         need = self.record.estimate(spec, config)
         await self._make_room(spec.name, need.ram)
         runner = Runner(
@@ -326,29 +385,37 @@ class RunnerPool:
         if crashes.failure is not None:
             message = f"{crashes.failure.message} ({times} times in a row; {again})"
             details = crashes.failure.details | retry
-            raise InferenceError(
-                msgspec.structs.replace(crashes.failure, message=message, details=details)
+            raise InferenceError(  # 503: it may be better by then
+                msgspec.structs.replace(
+                    crashes.failure, message=message, status=503, details=details
+                )
             )
         message = f"the runner of {spec.name} has crashed {times} times in a row; {again}"
         raise InferenceError(Failed("RUNNER_DIED", message, 503, retry))
 
     def _back_off_s(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> float:
         """Seconds until the model may be started."""
+        crashes = self._crashes_of(key, spec, config)
+        return 0.0 if crashes is None else max(0.0, crashes.restart_at() - trio.current_time())
+
+    def _crashes_of(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> _Crashes | None:
         crashes = self._crashes.get(key)
         if crashes is None or (crashes.digest, crashes.config) != (spec.digest, config):
-            return 0.0
-        return max(0.0, crashes.restart_at() - trio.current_time())
+            return None
+        return crashes
 
     def _note_crash(self, key: _Key, resident: Resident, failure: Failed | None) -> None:
         spec, config = resident.spec, resident.wanted
-        crashes = self._crashes.get(key)
-        if crashes is None or (crashes.digest, crashes.config) != (spec.digest, config):
+        crashes = self._crashes_of(key, spec, config)
+        if crashes is None:
             crashes = self._crashes[key] = _Crashes(spec.digest, config)
         crashes.in_a_row += 1
         crashes.last = trio.current_time()
         crashes.failure = failure
+        if failure is not None and resident.config.offloaded:
+            crashes.most_layers = resident.config.offloaded // 2
 
-    async def _fitted(self, spec: ModelSpec, config: RunnerConfig) -> RunnerConfig:
+    async def _fitted(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> RunnerConfig:
         """The configuration with as many layers on GPUs as fit, and no more slots than fit."""
         free_vram = self._accelerators.free_vram()
         # Of GPUs that the driver does not tell of (no NVIDIA's), llama.cpp itself takes care.
@@ -359,6 +426,9 @@ class RunnerPool:
             layers = config.gpu_layers
             if layers < 0:
                 layers = await self._layers(spec, config)
+                crashes = self._crashes_of(key, spec, config)
+                if crashes is not None and crashes.most_layers is not None:
+                    layers = min(layers, crashes.most_layers)
             config = dataclasses.replace(config, gpu_layers=layers, offloaded=layers)
         residents = self._residents.values()
         most = self._free_memory() + sum(one.runner.anonymous_bytes() for one in residents)
@@ -380,7 +450,7 @@ class RunnerPool:
     async def _layers(self, spec: ModelSpec, config: RunnerConfig) -> int:
         """How many layers fit on the GPUs, when idle models there have made room."""
         while True:
-            need = self.record.estimate(spec, config)
+            need = self.record.estimate(spec, dataclasses.replace(config, offloaded=1))
             layers = fitting_layers(spec, need, self._accelerators.free_vram())
             there = [
                 one

@@ -222,8 +222,8 @@ class Runner:
     async def _end_if_it_hangs(self, pid: int) -> None:
         """Kill the process when it owes answers and shows no sign of life.
 
-        Signs are: anything said to anybody, CPU time, memory that is read from the disk. A
-        request that hears nothing while others are served is given up alone.
+        Signs are: anything that the decode loop says to anybody, CPU time, memory that is read from
+        the disk. A request that hears nothing while others are served is given up alone.
         """
         limit_s = self._stall_timeout_s
         seen = _vitals(pid)

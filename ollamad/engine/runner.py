@@ -114,7 +114,7 @@ def _serve_embedded(arguments: argparse.Namespace) -> int:
     params.n_parallel = arguments.parallel
     params.cpuparams.n_threads = arguments.threads
     params.cpuparams_batch.n_threads = arguments.threads
-    params.n_batch = arguments.batch or _default_batch()
+    params.n_batch = arguments.batch or _default_batch(arguments.gpu_layers)
     params.n_ubatch = params.n_batch
     params.n_gpu_layers = arguments.gpu_layers
     params.embedding = arguments.embedding
@@ -219,7 +219,9 @@ def _http_threads(arguments: argparse.Namespace) -> int:
     return 2 * int(arguments.parallel) + 4
 
 
-def _default_batch() -> int:
+def _default_batch(gpu_layers: int) -> int:
+    if gpu_layers == 0:
+        return CPU_BATCH
     import xllamacpp
 
     cpu = xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_CPU

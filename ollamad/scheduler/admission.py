@@ -296,5 +296,5 @@ def _queue_full(retry_s: int) -> Failed:
         "QUEUE_FULL",
         "server busy, please try again.  maximum pending requests exceeded",
         503,
-        {"retry_after_s": retry_s},
+        {"retry_after": retry_s},
     )

@@ -40,7 +40,9 @@ class Behaviour(msgspec.Struct):
     exit_code: int | None = None  # ends with it while "loading"
     last_words: str = ""
     never_ready: bool = False
+    ready_with: str = ""  # not before there is this file
     broken: bool = False  # loads, and crashes with the first token
+    most_layers: int | None = None  # "loads" no more of them on GPUs
     script: list[dict[str, Any]] = []
     chat: list[dict[str, Any]] = []
     whole_chat: dict[str, Any] = {}
@@ -108,7 +110,9 @@ class FakeRunner:
     def answer(self, target: str, question: dict[str, Any]) -> tuple[int, object]:
         match target:
             case "/health":
-                return (503 if self.behaviour.never_ready else 200), {}
+                file = self.behaviour.ready_with
+                loading = self.behaviour.never_ready or (file and not Path(file).exists())
+                return (503 if loading else 200), {}
             case "/slots":
                 count = self.arguments.parallel
                 return 200, [{"id": i, "is_processing": i < self.processing} for i in range(count)]
@@ -216,6 +220,8 @@ async def exit_with_stdin() -> None:
 
 async def main(arguments: argparse.Namespace) -> None:
     behaviour = msgspec.json.decode(Path(arguments.model).read_bytes(), type=Behaviour)  # noqa: ASYNC240
+    if behaviour.most_layers is not None and arguments.gpu_layers > behaviour.most_layers:
+        os._exit(1)
     if behaviour.exit_code is not None:
         print(behaviour.last_words, file=sys.stderr, flush=True)
         os._exit(behaviour.exit_code)
@@ -235,6 +241,7 @@ if __name__ == "__main__":
     parser.add_argument("--model")
     parser.add_argument("--parallel", type=int)
     parser.add_argument("--ctx", type=int)
+    parser.add_argument("--gpu-layers", type=int)
     parser.add_argument("--list-devices", action="store_true")
     if parser.parse_known_args()[0].list_devices:
         print("CPU: a processor\nCUDA0: a GPU")

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from ollamad.core.weights import CTRANSFORMERS, LLAMA_SERVER, XLLAMACPP
+from ollamad.engine.runner import PROMPT_CACHE_MIB
 from tests.fakes.llama_program import llama_server
 from tests.fakes.tiny_llama import random_llama, text_of
 from tests.system.conftest import MODEL, open_cluster
@@ -222,7 +223,8 @@ def test_what_a_model_takes_is_estimated_and_then_known(node: Node) -> None:
     node.restart()
     load(node, "new")
     [better] = node.loaded()
-    assert resident <= better["size"] < resident * 1.3
+    prompts = PROMPT_CACHE_MIB << 20  # of which nothing is in use yet
+    assert resident <= better["size"] < resident * 1.3 + prompts
     assert better["size"] < guess["size"]
     assert better["size_vram"] == 0
 

@@ -164,7 +164,7 @@ async def test_a_refusal_after_waiting_is_the_last_line() -> None:
 async def test_a_full_queue_says_when_to_come_back(path: str) -> None:
     client = ApiClient()
     text = "server busy, please try again.  maximum pending requests exceeded"
-    failure = Failed("QUEUE_FULL", text, 503, {"retry_after_s": 17})
+    failure = Failed("QUEUE_FULL", text, 503, {"retry_after": 17})
     client.world.inference.refusal = InferenceError(failure)
     answer = await ask(client, path)
     assert (answer.status, answer.headers["retry-after"]) == (503, "17")

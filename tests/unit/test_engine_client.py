@@ -244,6 +244,40 @@ async def test_silence_is_what_is_waited_for_and_not_said(
         stream.close()
 
 
+async def test_only_what_was_decoded_breaks_the_silence(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+):
+    bodies = {
+        b"/detokenize": b'{"content":"y"}',
+        b"/v1/embeddings": b'{"data":[{"index":0,"embedding":[1.0]}]}',
+    }
+
+    async def handler(stream: trio.SocketStream) -> None:
+        async with stream:
+            asked = bytes(await stream.receive_some()).split()[1]
+            if asked not in bodies:
+                await stream.send_all(HEAD + chunk(FIRST))
+                await trio.sleep_forever()
+            body = bodies[asked]
+            await stream.send_all(
+                b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
+
+    async with client_of(tmp_path, handler) as client, trio.open_nursery() as nursery:
+        stream = await client.open_completion(b"{}")
+        await stream.receive()
+        nursery.start_soon(stream.receive)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(3)
+        assert await client.detokenize([1]) == "y"  # by an HTTP thread: it says nothing of the loop
+        assert client.silence()[1] >= 3
+        await client.embed([[1]])
+        longest_s, silent_s = client.silence()
+        assert longest_s >= 3 > silent_s  # who waits behind others that get on is no hang
+        nursery.cancel_scope.cancel()
+    stream.close()
+
+
 @pytest.mark.parametrize("streams", [True, False])
 async def test_who_is_given_up_hears_it_at_once(tmp_path: Path, streams: bool):
     async def handler(stream: trio.SocketStream) -> None:

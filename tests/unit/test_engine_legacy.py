@@ -3,10 +3,14 @@
 import argparse
 from typing import Any
 
+import msgspec
 import pytest
 
+from ollamad.core.inference import Chunk
 from ollamad.engine import legacy_runner
+from ollamad.engine.assembly import Assembler, Piece
 from ollamad.engine.legacy_runner import Completion, Model, Refusal, _mixed, _overlap
+from ollamad.engine.llama_client import CompletionEvent
 
 
 class Spelling(Model):
@@ -84,6 +88,54 @@ def test_an_answer_of_no_tokens():
 def test_a_character_in_pieces_is_told_when_it_is_whole():
     told, _ = run("\u20aca", n_predict=4)
     assert [event["content"] for event in told] == ["", "", "\u20ac", "a"]
+
+
+class Pieces(Spelling):
+    """A model whose tokens are these byte strings; the id behind them ends the answer."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        super().__init__()
+        self._pieces = pieces
+
+    def spell(self, token: int) -> bytes:
+        return self._pieces[token]
+
+    def is_end(self, token: int) -> bool:
+        return token == len(self._pieces)
+
+    def sample(self, options: dict[str, Any], seed: int) -> int:
+        return len(self.appended)
+
+
+@pytest.mark.parametrize("limit", range(1, 10))
+def test_what_is_told_is_the_text_of_exactly_its_tokens(limit: int):
+    model = Pieces(b"a<", b"b\xe2", b"\x82\xac", b"c\xe2", b"\x82\xac<", b"s", b"d<", b"<")
+    told: list[dict[str, Any]] = []
+    question = {"prompt": [1], "stream": True, "stop": ["<s>"], "n_predict": limit}
+    last = Completion(model, question).events(told.append)
+    assembler, told_text, told_ids = Assembler(), "", list[int]()
+
+    def check(pieces: list[Piece]) -> None:
+        nonlocal told_text
+        for piece in pieces:
+            assert isinstance(piece, Chunk)
+            told_text += piece.text
+            told_ids.extend(piece.tokens)
+            spelled = b"".join(map(model.spell, told_ids)).decode()
+            assert told_text == spelled  # wherever the node dies, nothing is lost or said twice
+
+    for event in told:
+        if "prompt_progress" not in event:
+            check(assembler.feed(msgspec.convert(event, CompletionEvent)))
+    pieces, kept = assembler.finish(last["stop_type"])
+    check(pieces)
+    assert told_ids + kept == list(range(min(limit, 8)))
+
+
+def test_a_whole_answer_has_what_was_held_back_at_its_limit():
+    question = {"prompt": [1], "stop": ["<s>"], "n_predict": 2}
+    last = Completion(Pieces(b"a", b"b<"), question).events(lambda _: None)
+    assert last["content"] == "ab<"
 
 
 def test_luck_depends_on_seed_and_position():

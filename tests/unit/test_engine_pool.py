@@ -308,6 +308,60 @@ async def test_a_cancelled_load_leaves_nothing(tmp_path: Path):
         assert engine.loaded() == ()
 
 
+async def test_a_load_goes_on_while_anybody_waits_for_it(tmp_path: Path):
+    ready = tmp_path / "ready"
+    spec = fake_model(tmp_path, ready_with=str(ready))
+    async with running_engine(tmp_path / "run") as engine, trio.open_nursery() as nursery:
+        first, second = trio.CancelScope(), trio.CancelScope()
+        loaded = trio.Event()
+
+        async def load(scope: trio.CancelScope) -> None:
+            with scope:
+                await engine.load(spec)
+                loaded.set()
+
+        nursery.start_soon(load, first)
+        await until(lambda: bool(runner_pids()))
+        nursery.start_soon(load, second)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        (pid,) = runner_pids()
+        first.cancel()  # who began it goes away
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert runner_pids() == [pid]
+        ready.touch()
+        with trio.fail_after(DEADLINE_S):
+            await loaded.wait()
+        assert runner_pids() == [pid]
+        await until(lambda: engine._pool._residents[("fake:latest", False)].pins == 0)
+        await engine.unload(spec.name)
+
+        ready.unlink()
+        first, second = trio.CancelScope(), trio.CancelScope()
+        nursery.start_soon(load, first)
+        nursery.start_soon(load, second)
+        await until(lambda: bool(runner_pids()))
+        first.cancel()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        second.cancel()  # nobody is left
+        await until(lambda: not runner_pids())
+
+
+async def test_who_waits_for_a_load_hears_of_the_engines_end(tmp_path: Path):
+    spec = fake_model(tmp_path, never_ready=True)
+    async with trio.open_nursery() as nursery:
+
+        async def load() -> None:
+            with pytest.raises(InferenceError, match="is not running"):
+                await engine.load(spec)
+
+        with trio.fail_after(DEADLINE_S):
+            async with running_engine(tmp_path / "run") as engine:
+                nursery.start_soon(load)
+                nursery.start_soon(load)
+                await until(lambda: bool(runner_pids()))
+    assert runner_pids() == []
+
+
 async def test_a_runner_that_cannot_be_started(tmp_path: Path):
     command = (str(tmp_path / "missing"),)
     async with running_engine(tmp_path / "run", runner_command=command) as engine:

@@ -3,6 +3,7 @@
 With fake runners; those that hang are stopped for real.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -17,11 +18,13 @@ import pytest
 import trio
 import trio.testing
 
+from ollamad.api.errors import as_service_error
 from ollamad.core.inference import Chunk, Failed, GenerateRequest, InferenceError, Options
 from ollamad.core.weights import Weights
 from ollamad.engine import pool, process
 from ollamad.engine.accelerators import can_offload
 from ollamad.engine.engine import _groups
+from ollamad.engine.llama_client import RunnerGone
 from ollamad.engine.memory import GPU_RESERVE_BYTES, MIB
 from ollamad.engine.spec import EngineSettings, ModelSpec
 from tests.fakes.runner_engines import events_of, fake_model, running_engine
@@ -33,6 +36,11 @@ STALL_S = 0.6
 def argument(pid: int, name: str) -> str:
     line = psutil.Process(pid).cmdline()
     return line[line.index(name) + 1]
+
+
+def retry_after_of(failure: Failed) -> int | None:
+    """What the client is told by the header."""
+    return as_service_error(InferenceError(failure), "r").retry_after_s
 
 
 async def test_a_model_that_is_to_stay_for_ever_leaves_last(tmp_path: Path):
@@ -94,7 +102,7 @@ async def test_a_crashed_model_waits_without_holding_up_others(
         assert isinstance(refused, Failed)
         assert (refused.code, refused.status) == ("RUNNER_DIED", 503)
         assert "has crashed 5 times in a row" in refused.message
-        assert refused.details["retry_after"] in (3, 4)
+        assert retry_after_of(refused) == refused.details["retry_after"] in (3, 4)
         mock_clock.jump(4)
         answer = await events_of(engine, bad, GenerateRequest("bad", "hi"))
         assert answer[:1] == [Chunk("a", (97,))]
@@ -149,6 +157,32 @@ async def test_clients_that_give_up_do_not_hide_a_hang(tmp_path: Path):
             nursery.start_soon(events_of, engine, spec, GenerateRequest(spec.name, "hi"))
             await until(lambda: not psutil.pid_exists(pid))
             nursery.cancel_scope.cancel()
+
+
+async def test_a_decode_loop_that_hangs_is_not_hidden_by_what_others_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(process, "BUSY_PATIENCE", 2)  # those answers take CPU time
+    spec = fake_model(tmp_path)
+    async with (
+        running_engine(tmp_path / "run", stall_timeout_s=STALL_S) as engine,
+        trio.open_nursery() as nursery,
+    ):
+        await engine.load(spec)
+        (resident,) = engine._pool._residents.values()
+        client = resident.runner.client
+
+        async def count_tokens() -> None:
+            while not resident.runner.over:
+                with contextlib.suppress(RunnerGone):
+                    await client.tokenize("a", add_special=True, parse_special=False)
+                await trio.sleep(STALL_S / 10)
+
+        nursery.start_soon(count_tokens)
+        with trio.fail_after(DEADLINE_S):
+            *_, last = await events_of(engine, spec, GenerateRequest(spec.name, "mute"))
+        assert isinstance(last, Failed)
+        assert "it hung: no sign of life for" in last.message
 
 
 async def test_a_request_that_is_forgotten_is_given_up_alone(tmp_path: Path):
@@ -289,6 +323,47 @@ async def test_layers_go_on_gpus_and_what_is_there_is_told_as_the_driver_says(tm
         assert engine.loaded()[0].size_vram == 0
 
 
+async def test_room_is_left_for_the_batch_that_a_gpu_gets(tmp_path: Path):
+    weights = Weights(layer_bytes=(100 * MIB,) * 8, vocabulary=100_000, width=64)
+    spec = msgspec.structs.replace(fake_model(tmp_path), size=900 * MIB, weights=weights)
+    gpus = FakeGpus([GPU_RESERVE_BYTES + 350 * MIB])
+    async with running_engine(tmp_path / "run", accelerators=gpus) as engine:
+        await engine.load(spec)
+        # Scores of 512 tokens are 195 MiB; of 64, as on a CPU, 24 MiB.
+        assert argument(runner_pids()[0], "--gpu-layers") == "1"
+        await engine.load(spec, Options(num_batch=64))
+        assert argument(runner_pids()[0], "--gpu-layers") == "3"
+
+
+@pytest.mark.parametrize(("most", "tried"), [(3, [9, 4, 2]), (0, [9, 4, 2, 1, 0])])
+async def test_after_a_load_that_failed_fewer_layers_go_on_gpus(
+    tmp_path: Path, mock_clock: trio.testing.MockClock, most: int, tried: list[int]
+):
+    mock_clock.rate = 5.0
+    weights = Weights(layer_bytes=(100 * MIB,) * 8, vocabulary=1000, width=64)
+    spec = msgspec.structs.replace(
+        fake_model(tmp_path, most_layers=most), size=900 * MIB, weights=weights
+    )
+    gpus = FakeGpus([GPU_RESERVE_BYTES + 1000 * MIB])
+    async with running_engine(tmp_path / "run", accelerators=gpus) as engine:
+        for _ in tried[:-1]:
+            mock_clock.jump(5)
+            with pytest.raises(InferenceError, match="could not be loaded"):
+                await engine.load(spec)
+        mock_clock.jump(5)
+        await engine.load(spec)
+        assert argument(runner_pids()[0], "--gpu-layers") == str(tried[-1])
+        # Once it works, what it takes is known: the next load is planned anew.
+        await events_of(engine, spec, GenerateRequest(spec.name, "hi"))
+        assert not engine._pool._crashes
+        # What somebody asks for by number is tried as it is.
+        for _ in range(2):
+            with pytest.raises(InferenceError, match="could not be loaded"):
+                await engine.load(spec, Options(num_gpu=9))
+        (crashes,) = engine._pool._crashes.values()
+        assert crashes.most_layers == 4
+
+
 async def test_an_engine_that_cannot_use_the_gpu_keeps_everything_in_memory(tmp_path: Path):
     weights = Weights(layer_bytes=(100 * MIB,) * 8)
     spec = msgspec.structs.replace(fake_model(tmp_path), size=900 * MIB, weights=weights)
@@ -362,7 +437,8 @@ async def test_loads_that_fail_again_and_again_are_not_tried_each_time(
             messages.append(caught.value.failure.message)
         assert all("exit code 1 (bad file)" in message for message in messages)
         assert "5 times in a row; it is started again in" in messages[-1]
-        assert caught.value.failure.details["retry_after"] in (2, 3, 4)
+        assert caught.value.failure.status == 503
+        assert retry_after_of(caught.value.failure) in (3, 4)
         # Another file of that name, or other options, have a clean record.
         with pytest.raises(InferenceError) as again:
             await engine.load(spec, Options(num_ctx=64))

@@ -1,14 +1,16 @@
 """A llama-server of the user's is looked at before anything is served."""
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
 
 from ollamad.engine import llama_server
 from ollamad.engine.llama_server import NEEDED, Unusable, inspect
-from ollamad.engine.runner import _parse, server_arguments
+from ollamad.engine.runner import _default_batch, _parse, server_arguments
 
 
 def program(tmp_path: Path, version: str, help_: str, *, code: int = 0) -> str:
@@ -87,3 +89,14 @@ async def test_one_that_may_not_be_run(tmp_path: Path):
     path.chmod(0o755)
     with pytest.raises(Unusable, match="cannot be run"):
         await inspect(os.fspath(path))
+
+
+def test_without_layers_on_the_gpu_both_engines_take_a_cpus_batch(monkeypatch: pytest.MonkeyPatch):
+    kinds = SimpleNamespace(GGML_BACKEND_DEVICE_TYPE_CPU=0)
+    library = SimpleNamespace(
+        ggml_backend_dev_type=kinds, get_device_info=lambda: [{"type": 0}, {"type": 1}]
+    )
+    monkeypatch.setitem(sys.modules, "xllamacpp", library)
+    for layers, batch in ((0, 64), (-1, 512), (3, 512)):
+        line = server_arguments(_parse(["--gpu-layers", str(layers)]))
+        assert line[line.index("--batch-size") + 1] == str(_default_batch(layers)) == str(batch)

@@ -258,7 +258,7 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back(
     failure = await world.refused()
     assert (failure.code, failure.status) == ("QUEUE_FULL", 503)
     assert failure.message.startswith("server busy, please try again.")
-    retry_s = failure.details["retry_after_s"]
+    retry_s = failure.details["retry_after"]
     assert isinstance(retry_s, int)
     assert 1 <= retry_s <= 600
     with pytest.raises(InferenceError, match="server busy"):
