@@ -244,6 +244,9 @@ class _Run:
             if file.digest and await self._store.has_blob(file.digest):
                 return None
             try:
+                if not file.digest and not file.version:
+                    # Nobody can tell whether what came earlier is of the same file.
+                    await self._store.discard_partial(_key(file))
                 return await self._store.open_growing(
                     _key(file), file.size, named=bool(file.digest)
                 )
@@ -270,5 +273,5 @@ def _key(file: RemoteFile) -> str:
     """The digest of a file, or what stands for it: this version of it, at this place."""
     if file.digest:
         return file.digest
-    text = msgspec.json.encode([file.url, file.size, file.etag])
+    text = msgspec.json.encode([file.url, file.size, file.version])
     return f"sha256:{hashlib.sha256(_KEY_SALT + text).hexdigest()}"

@@ -400,11 +400,11 @@ class BlobStore:
         """Throw away what is here of a blob that nobody wants any more.
 
         Raises:
-          StoreError: it is being received right now; close that first.
+          BeingReceived: it is, right now; close that first.
         """
         paths = PartialPaths(self.blob_path(digest))
         if digest in self._partials:
-            raise StoreError(f"{digest} is being received")
+            raise BeingReceived(f"{digest} is being received")
         self._partials[digest] = None  # nobody begins to receive it meanwhile
         try:
             await self.in_thread(paths.remove)
