@@ -416,8 +416,8 @@ class _Fetch:
             self._learn_hashes(hashes)
 
     def _learn_hashes(self, hashes: dict[int, bytes]) -> None:
-        assert self._blob is not None
-        assert self._picker is not None
+        if self._blob is None or self._picker is None:  # the fetch failed, and is about to end
+            return
         try:
             self._blob.learn(hashes)
         except self._fetcher.corrupt as error:

@@ -19,6 +19,7 @@ from ollamad.share import Share
 from ollamad.sources.base import OriginUnreachable
 from ollamad.store.models import ModelStore
 from ollamad.store.scrub import Rot, Scrubber
+from ollamad.transfer.fetch import Fetcher
 from tests.fakes.gguf_files import LLAMA, gguf_bytes
 from tests.fakes.library_nodes import LibraryNode, ScriptedSource, until
 from tests.unit.test_library_models import NAME, REFERENCE, A, B, C, World
@@ -289,6 +290,35 @@ async def test_a_copy_on_its_way_is_not_freed(
     await until(world.shared, lambda: world.confirmed() == (A, B))
     digests = {layer.digest for layer in world.models[NAME].layers}
     assert await world.nodes[B].holds(digests) == digests
+
+
+@pytest.mark.usefixtures("small_counts")
+@pytest.mark.parametrize("growing", [True, False])
+async def test_an_unforeseen_error_of_a_fetch_ends_nothing_else(
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    growing: bool,
+) -> None:
+    a, b = world.nodes[A], world.nodes[B]
+    a.source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}" if growing else ""
+    monkeypatch.setattr(share, "FIRST_RETRY_S", 0.05)
+    monkeypatch.setattr(share, "RECHECK_S", 0.05)
+    real, failed = Fetcher.fetch_blob, False
+
+    async def break_once(self: Fetcher, *arguments: Any, **more: Any) -> None:
+        nonlocal failed
+        if not failed:
+            failed = True
+            raise AssertionError("a bug")
+        await real(self, *arguments, **more)
+
+    monkeypatch.setattr(Fetcher, "fetch_blob", break_once)
+    await a.library.download(REFERENCE, nodes=[A, B])
+    await until(world.shared, lambda: world.confirmed() == (A, B))
+    assert "failed" in {t.status for t in b.table.list()}
+    [record] = [r for r in caplog.records if "unforeseen" in r.message]
+    assert record.exc_info
 
 
 @pytest.mark.usefixtures("small_counts")

@@ -564,7 +564,27 @@ async def test_hashes_count_only_of_the_node_that_gets_the_blob_from_its_origin(
             growing.learn({index: piece_map.hash_of(index)})
             growing.write_piece(index, CONTENT[index * MIB : (index + 1) * MIB])
     assert content_of(node, layer) == CONTENT
-    assert node.fetcher.bans.reasons() == {}
+    assert node.fetcher.bans.reasons().keys() == {A}
+
+
+async def test_hashes_before_the_map_end_the_exchange_and_nothing_else(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    node = Node(network, HERE)
+    layer, _ = layer_of(CONTENT)
+
+    async def hasty(peer: NodeId, request: bytes, stream: MemoryStream) -> None:
+        side = HolderSide(PIECES)
+        await stream.send(side.bitfield(0, bytes(32), plain=False, spreads=True))
+        await stream.send(encode(pieces.Hashes((0,), b"x" * 32)))
+        await trio.sleep_forever()
+
+    network.handle(A, pieces.METHOD, hasty)
+    unknown = msgspec.structs.replace(layer, pieces_root="")
+    with pytest.raises(FetchFailed, match="hashes before the map"):
+        await node.fetcher.fetch_blob(
+            unknown, lambda: [A], node.reports.append, authority=A, give_up_after_s=20
+        )
 
 
 async def test_a_piece_that_a_holder_cannot_read_comes_from_another(
