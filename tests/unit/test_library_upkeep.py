@@ -1,5 +1,6 @@
 """Models that were there before, pulls that go on after a restart, and blobs that rot."""
 
+import errno
 import hashlib
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import trio
 
 from ollamad import adoption, bringing, pulls, share
+from ollamad import scrubbing as scrubbing_module
 from ollamad.api.services import ServiceError
 from ollamad.core.commands import AskReplicas, SetDesired
 from ollamad.core.ids import NodeId
@@ -17,6 +19,7 @@ from ollamad.core.state import Model
 from ollamad.scrubbing import Scrubbing
 from ollamad.share import Share
 from ollamad.sources.base import OriginUnreachable
+from ollamad.store import scrub
 from ollamad.store.models import ModelStore
 from ollamad.store.scrub import Rot, Scrubber
 from ollamad.transfer.fetch import Fetcher
@@ -381,10 +384,10 @@ def weights_of(world: World) -> str:
 
 
 async def scrubbed(node: LibraryNode) -> None:
-    scrub = scrubbing(node)
-    await scrub.round()  # takes note of what is here
+    scrubber = scrubbing(node)
+    await scrubber.round()  # takes note of what is here
     await trio.sleep(0.001)
-    await scrub.round()
+    await scrubber.round()
 
 
 async def test_a_rotten_blob_is_replaced_by_a_peer(world: World) -> None:
@@ -399,6 +402,34 @@ async def test_a_rotten_blob_is_replaced_by_a_peer(world: World) -> None:
     await until(world.shared, lambda: node.transfer(copy.id).status == "completed")
     await scrubbed(node)
     assert node.unloaded == [NAME]  # nothing more was found
+
+
+async def test_a_disk_that_cannot_read_for_a_moment_costs_no_copy(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the last one. What can never be read is fetched again in the end."""
+    monkeypatch.setattr(scrubbing_module, "MAX_UNREADABLE", 2)
+    await world.pulled(A, B)
+    node, digest = world.nodes[A], weights_of(world)
+    real = scrub.read_exactly
+    failing = True
+
+    def read(descriptor: int, length: int, offset: int) -> bytes:
+        if failing and offset == 2 * MIB:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(descriptor, length, offset)
+
+    monkeypatch.setattr(scrub, "read_exactly", read)
+    scrubber = scrubbing(node)
+    for failing in (True, True, False, True, True):  # noqa: B007 - `read` looks at it
+        await trio.sleep(0.001)
+        await scrubber.round()
+    assert node.unloaded == []
+    assert await node.store.has_blob(digest)
+    await trio.sleep(0.001)
+    await scrubber.round()
+    await until(world.shared, lambda: node.unloaded == [NAME])
+    await until(world.shared, lambda: world.confirmed() == (A, B))
 
 
 async def test_what_is_put_aside_is_not_freed_meanwhile(
