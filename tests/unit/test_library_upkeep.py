@@ -25,7 +25,7 @@ from ollamad.store.scrub import Rot, Scrubber
 from ollamad.transfer.fetch import Fetcher
 from tests.fakes.gguf_files import LLAMA, gguf_bytes
 from tests.fakes.library_nodes import LibraryNode, ScriptedSource, until
-from tests.unit.test_library_models import NAME, REFERENCE, A, B, C, World
+from tests.unit.test_library_models import NAME, REFERENCE, A, B, C, World, comes_to_hold
 
 LARGE = gguf_bytes(tensors={"w": ((1024, 1024), 0)}, fill=random.Random(4).randbytes(1 << 22))
 
@@ -220,7 +220,7 @@ async def test_a_model_that_changed_at_its_origin_is_fetched_and_replaces_the_ol
         layer.digest for layer in world.models[NAME].layers
     }
     assert gone
-    assert not await b.holds(gone)
+    await comes_to_hold(b, gone, set())  # freed only once everybody knows of the new ones
     a.source.failure = OriginUnreachable("no way there")
     with pytest.raises(ServiceError, match="no way there") as caught:
         await a.library.update(NAME)
