@@ -34,6 +34,9 @@ MAX_BUFFERED_BYTES: Final = 256 * MIB  # pieces in memory, before fewer connecti
 MIN_SPAN_BYTES: Final = 4 * MIB
 MAX_SPAN_BYTES: Final = 128 * MIB
 MAX_FAILURES: Final = 6  # in a row, on all connections, without a piece
+# So much has to come in so much time, 1 kB/s: a byte now and then is no progress.
+CHUNK_BYTES: Final = 64 * 1024
+CHUNK_S: Final = 60.0
 BACKOFF_S: Final = 0.5  # before the second attempt; doubles with each failure in a row
 MAX_BACKOFF_S: Final = 15.0
 
@@ -221,8 +224,14 @@ class _Download:
         """Take the pieces of an answer and write those that are missing."""
         sizes, index = self._target.map, first
         piece = bytearray()
-        async with unwinding(response.aiter_raw(256 * 1024)) as chunks:
-            async for data in chunks:
+        async with unwinding(response.aiter_raw(CHUNK_BYTES)) as chunks:
+            while True:
+                with trio.move_on_after(CHUNK_S) as waiting:
+                    data = await anext(chunks, b"")
+                if waiting.cancelled_caught:
+                    raise TryAgain(f"less than {CHUNK_BYTES:,} bytes came in {CHUNK_S:g} s")
+                if not data:
+                    break
                 view = memoryview(data)
                 self._received += len(data)
                 self._progress(self._received)
