@@ -639,7 +639,6 @@ async def test_holders_that_never_send_a_whole_piece_keep_no_fetch_going(
     ) -> lane.EndCode | None:
         if reason == "breaks off":
             await self._send(lane.encode_block_head(index, 0, 500) + CONTENT[:500])
-            return lane.EndCode.UNREADABLE
         return lane.EndCode.UNREADABLE
 
     monkeypatch.setattr(MemorySendingLane, "send_piece", send_piece)
