@@ -4,9 +4,10 @@ Knows the sources and the store, and nothing of the cluster. Each file grows as 
 what came is on the disk, and is not fetched again after a break, a cancellation or a restart.
 """
 
+import functools
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,11 +180,13 @@ class _Run:
             # Packed or not, the model takes about as much again.
             sizes = {package.digest: package.size or 0}
             missing = await self._store.missing_bytes(sizes)
-            with self._store.space.reserve(missing | {"": package.size or 0}):
+            unpacked = f"unpacked {package.digest}"  # what its digest will be is not known yet
+            with self._store.space.reserve(missing | {unpacked: package.size or 0}):
                 await self._bring(package, hold)
                 path = await self._store.find_blob(package.digest)
+                ingest = functools.partial(self._ingest, reserved=unpacked)
                 try:
-                    digest, _ = await self._origin.unpack(path, self._ingest)
+                    digest, _ = await self._origin.unpack(path, ingest)
                 except SourceError:
                     # It is what the index promised, and no model: no use to keep it.
                     await self._store.remove_blob(package.digest)
@@ -191,8 +194,10 @@ class _Run:
         await self._store.free(lambda: (), among=[package.digest], grace_s=0)
         return digest
 
-    async def _ingest(self, chunks: object, /, *, size: int | None) -> tuple[str, object]:
-        return await self._store.ingest(chunks, size=size, hold=self._hold)  # type: ignore[arg-type]
+    async def _ingest(
+        self, chunks: AsyncIterable[bytes], /, *, size: int | None, reserved: str = ""
+    ) -> tuple[str, object]:
+        return await self._store.ingest(chunks, size=size, hold=self._hold, reserved=reserved)
 
     async def _sized(self, file: RemoteFile) -> RemoteFile:
         return file if file.size is not None and file.digest else await self._origin.stat(file)
@@ -244,6 +249,9 @@ class _Run:
             if file.digest and await self._store.has_blob(file.digest):
                 return None
             try:
+                if not file.digest and not file.version:
+                    # Nobody can tell whether what came earlier is of the same file.
+                    await self._store.discard_partial(_key(file))
                 return await self._store.open_growing(
                     _key(file), file.size, named=bool(file.digest)
                 )
@@ -270,5 +278,5 @@ def _key(file: RemoteFile) -> str:
     """The digest of a file, or what stands for it: this version of it, at this place."""
     if file.digest:
         return file.digest
-    text = msgspec.json.encode([file.url, file.size, file.etag])
+    text = msgspec.json.encode([file.url, file.size, file.version])
     return f"sha256:{hashlib.sha256(_KEY_SALT + text).hexdigest()}"

@@ -141,6 +141,9 @@ class Following(Background):
         except (FetchFailed, StoreError, OSError) as error:
             log.info("following %s: %s", request.name, error)
             self._table.fail(follow.transfer_id, str(error))
+        except Exception as error:  # whatever it is, it ends this fetch and not the daemon
+            log.exception("following %s failed in an unforeseen way", request.name)
+            self._table.fail(follow.transfer_id, f"unforeseen: {error}")
         finally:
             del self._follows[request.key]
             follow.ended.set()

@@ -8,6 +8,7 @@ it only the pieces that went bad. If nobody else holds it, pulling it again does
 import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from ollamad.store.scrub import Scrubber, discard_rotten
 log = logging.getLogger(__name__)
 
 ROUND_S = 60.0  # how often to look whether a blob is due
+# Rounds in a row after which what cannot be read counts as rotten: an hour, in which a controller
+# or a cable recovers if it ever does. Bad sectors do not, and a peer may have good copies of them.
+MAX_UNREADABLE = 60
 KEEP_ROTTEN_S = 7 * 86400.0  # what was put aside can be looked at for so long
 
 
@@ -54,6 +58,7 @@ class Scrubbing:
         self._note = Note(path, dict[str, float], {})
         self._wall = wall
         self._read_at: dict[str, float] = {}
+        self._unreadable: Counter[str] = Counter()  # rounds in a row
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -81,8 +86,11 @@ class Scrubbing:
     async def _check(self, layer: Layer) -> None:
         digest = layer.digest
         try:
-            rot = await self._scrubber.check(digest, layer.pieces_root)
+            # A disk or a controller may fail for a moment, and the copy may be the last one.
+            forgive = self._unreadable[digest] < MAX_UNREADABLE
+            rot = await self._scrubber.check(digest, layer.pieces_root, forgive_unreadable=forgive)
             self._read_at[digest] = self._wall()
+            del self._unreadable[digest]
             if rot is None:
                 return
             async with self._store.pins.hold(digest):
@@ -98,7 +106,8 @@ class Scrubbing:
         except BlobMissing:
             await self._lost(digest)
         except (StoreError, OSError) as error:
-            log.error("reading %s: %s", digest, error)
+            self._unreadable[digest] += 1
+            log.error("reading %s: %s; it is read again in the next round", digest, error)
 
     def _layers(self) -> dict[str, Layer]:
         """The blobs of models that this node says it holds."""

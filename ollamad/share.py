@@ -302,7 +302,9 @@ class Share:
             if scope.cancelled_caught:
                 self._table.cancelled(transfer_id)
                 await self._abandon(model)
-        except (FetchFailed, StoreError, ServiceError, OSError) as error:
+        except Exception as error:  # whatever it is, it ends this fetch and not the daemon
+            if not isinstance(error, FetchFailed | StoreError | ServiceError | OSError):
+                log.exception("fetching %s failed in an unforeseen way", model.name)
             pause = min(MAX_RETRY_S, 2 * self._retry_after.get(key, FIRST_RETRY_S / 2))
             self._retry_after[key] = pause
             self._retry_at[key] = trio.current_time() + pause

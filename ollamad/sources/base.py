@@ -41,7 +41,13 @@ class RemoteFile(msgspec.Struct, frozen=True):
     url: str
     size: int | None = None  # bytes, if told before
     digest: str = ""  # "sha256:<hex>" as the origin or the user promises; "" if nobody does
-    etag: str = ""  # by which the server knows this version of the file
+    etag: str = ""  # by which the server knows this version of the file; "" if it is weak
+    modified: str = ""  # the server's Last-Modified; "" if it tells nothing of the version
+
+    @property
+    def version(self) -> str:
+        """What a server has to say of the same bytes again; "" if nothing tells them apart."""
+        return self.etag or self.modified
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -103,7 +109,7 @@ class OpenSource(Protocol):
         ...
 
     async def stat(self, file: RemoteFile) -> RemoteFile:
-        """The file with its size, and its etag if it has one.
+        """The file with its size, and what tells this version of it, if anything does.
 
         Raises:
           SourceError: it cannot be had.

@@ -37,7 +37,7 @@ from ollamad.sources.base import (
 )
 from ollamad.sources.client import OriginClient, shown, split_credentials
 from ollamad.sources.pipconfig import PipConfig
-from ollamad.sources.policy import ANY_HOST, HostList, Origin, Policy, origin_of
+from ollamad.sources.policy import HostList, Origin, Policy, origin_of
 from ollamad.sources.simpleindex import ACCEPT, IndexFile, choose_wheel, parse_page
 from ollamad.sources.zipstream import (
     EVENT_BYTES,
@@ -211,8 +211,9 @@ def open_client(config: PipConfig, policy: Policy) -> OriginClient:
                 logins[origin] = login
     own = HostList(frozenset(hosts))
     return OriginClient(
-        # Who configured the indexes meant them, wherever they are, and keep and redirect to.
-        Policy(policy.allow_http | own, HostList(frozenset({ANY_HOST})), any_redirects=True),
+        # Who configured the indexes meant them, wherever they are. What these list and redirect to
+        # may be anywhere on the internet, as every file has a digest, but not behind this node.
+        Policy(policy.allow_http | own, policy.allow_private | own, any_redirects=True),
         ca_file=config.cert or "",
         proxy=config.proxy,
         unverified=HostList(frozenset(config.trusted_hosts)),

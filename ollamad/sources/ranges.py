@@ -2,7 +2,8 @@
 
 The target keeps what came through crashes and restarts, so a download never asks for a piece
 that it has. A server without ranges is read from the start on one connection; of what is here
-already the bytes must then come again, but are not written again.
+already the bytes must then come again, but are not written again. Where neither a digest nor the
+server tells one version of a file from another, all of it has to come in a single answer.
 """
 
 from collections import deque
@@ -33,6 +34,9 @@ MAX_BUFFERED_BYTES: Final = 256 * MIB  # pieces in memory, before fewer connecti
 MIN_SPAN_BYTES: Final = 4 * MIB
 MAX_SPAN_BYTES: Final = 128 * MIB
 MAX_FAILURES: Final = 6  # in a row, on all connections, without a piece
+# So much has to come in so much time, 1 kB/s: a byte now and then is no progress.
+CHUNK_BYTES: Final = 64 * 1024
+CHUNK_S: Final = 60.0
 BACKOFF_S: Final = 0.5  # before the second attempt; doubles with each failure in a row
 MAX_BACKOFF_S: Final = 15.0
 
@@ -54,7 +58,7 @@ class Span:
 
 
 async def stat(open_url: Opener, file: RemoteFile) -> RemoteFile:
-    """The file with what the server says of it: size and etag.
+    """The file with what the server says of it: size, etag and the time of its last change.
 
     One byte is asked for, since servers that sign their URLs allow a GET only.
 
@@ -70,7 +74,7 @@ async def stat(open_url: Opener, file: RemoteFile) -> RemoteFile:
             else:
                 check_status(response)
                 size = _size(response)
-            etag = response.headers.get("ETag", "")
+            etag, modified = _etag(response), _modified(response)
     except (httpx.HTTPError, httpx.InvalidURL, TryAgain) as error:
         raise OriginUnreachable(explain(file.url, error)) from error
     if size is None:
@@ -79,7 +83,7 @@ async def stat(open_url: Opener, file: RemoteFile) -> RemoteFile:
         raise SourceError(
             f"{shown(file.url)} has {size:,} bytes, not the {file.size:,} that were announced"
         )
-    return msgspec.structs.replace(file, size=size, etag="" if etag.startswith("W/") else etag)
+    return msgspec.structs.replace(file, size=size, etag=etag, modified=modified)
 
 
 async def download(
@@ -111,11 +115,18 @@ class _Download:
         self._failures = 0  # in a row
         self._has_ranges = trio.Event()
         self._received = 0
+        # Whether bytes of several answers may be put together.
+        self._joins = bool(file.digest or file.version)
 
     async def go(self, connections: int) -> None:
         piece_size = self._target.map.piece_size
         workers = max(1, min(connections, MAX_BUFFERED_BYTES // piece_size))
-        self._plan(workers)
+        if self._joins:
+            self._plan(workers)
+        elif any(self._target.have):
+            raise ValueError("nobody can tell whether what is here is of the same file")
+        elif self._target.have:
+            self._spans.append(Span(0, len(self._target.have)))
         if not self._spans:
             return
         try:
@@ -165,6 +176,12 @@ class _Download:
                 raise SourceError(f"there is no {shown(self._file.url)} any more") from None
             except (httpx.TransportError, TryAgain) as error:
                 self._failures += 1
+                if not self._joins and any(self._target.have):
+                    raise OriginUnreachable(
+                        f"{shown(self._file.url)} broke off ({error}), and cannot be gone on with: "
+                        "its server tells neither an ETag nor when it changed. Pull it again, or "
+                        "add its digest (#sha256=…)"
+                    ) from error
                 if self._failures >= MAX_FAILURES:
                     raise OriginUnreachable(explain(self._file.url, error)) from error
                 pause = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (self._failures - 1))
@@ -185,8 +202,9 @@ class _Download:
         begin = span.first * sizes.piece_size
         end = min(span.end * sizes.piece_size, sizes.size)
         headers = {"Range": f"bytes={begin}-{end - 1}"}
-        if self._file.etag:
-            headers["If-Range"] = self._file.etag
+        # Where a digest says what is right, another time (of another mirror) does not matter.
+        if validator := self._file.etag if self._file.digest else self._file.version:
+            headers["If-Range"] = validator
         async with self._open(self._file.url, headers, vouched=bool(self._file.digest)) as response:
             check_status(response)
             if self._is_partial(response, begin):
@@ -206,8 +224,14 @@ class _Download:
         """Take the pieces of an answer and write those that are missing."""
         sizes, index = self._target.map, first
         piece = bytearray()
-        async with unwinding(response.aiter_raw(256 * 1024)) as chunks:
-            async for data in chunks:
+        async with unwinding(response.aiter_raw(CHUNK_BYTES)) as chunks:
+            while True:
+                with trio.move_on_after(CHUNK_S) as waiting:
+                    data = await anext(chunks, b"")
+                if waiting.cancelled_caught:
+                    raise TryAgain(f"less than {CHUNK_BYTES:,} bytes came in {CHUNK_S:g} s")
+                if not data:
+                    break
                 view = memoryview(data)
                 self._received += len(data)
                 self._progress(self._received)
@@ -247,11 +271,14 @@ class _Download:
         return True
 
     def _check_same(self, response: httpx.Response, size: int | None) -> None:
-        etag = response.headers.get("ETag", "")
         changed = size is not None and size != self._target.map.size
         # Where a digest says what is right, another etag (of another mirror) does not matter.
-        if self._file.etag and not self._file.digest and etag and etag != self._file.etag:
-            changed = True
+        if self._file.version and not self._file.digest:
+            name = "ETag" if self._file.etag else "Last-Modified"
+            told = response.headers.get(name, "")
+            # A part that is sent because the condition held need not say so again.
+            is_silent = not told and response.status_code == httpx.codes.PARTIAL_CONTENT
+            changed = changed or (told != self._file.version and not is_silent)
         if changed:
             raise SourceError(
                 f"{shown(self._file.url)} has changed while it was fetched; pull it again, "
@@ -265,6 +292,18 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
             yield from _leaves(error)
         else:
             yield error
+
+
+def _etag(response: httpx.Response) -> str:
+    """The etag; "" for a weak one, which may stand for other bytes."""
+    etag: str = response.headers.get("ETag", "")
+    return "" if etag.startswith("W/") else etag
+
+
+def _modified(response: httpx.Response) -> str:
+    """The time of the last change; "" if the file may change once more in the same second."""
+    modified: str = response.headers.get("Last-Modified", "")
+    return "" if modified == response.headers.get("Date") else modified
 
 
 def _size(response: httpx.Response) -> int | None:

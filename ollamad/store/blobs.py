@@ -203,12 +203,14 @@ class BlobStore:
         size: int | None = None,
         progress: Progress | None = None,
         hold: Hold | None = None,
+        reserved: str = "",
     ) -> tuple[str, PieceMap]:
         """Take a blob from a stream of chunks of any length; returns its digest and piece map.
 
         Without `size` it is hashed once more at its end, for its pieces. If `expected_digest`
         is here already, nothing is taken from `chunks`. Closing `chunks` is the caller's part.
-        With a `hold` the blob is held from the moment that it can be found.
+        With a `hold` the blob is held from the moment that it can be found. `reserved` is the key
+        under which its room was reserved, as its digest is not known.
 
         Raises:
           DigestMismatch, SizeMismatch: the bytes are not those that were announced.
@@ -219,7 +221,7 @@ class BlobStore:
             await hold.add(expected_digest)
         if expected_digest is not None and await self._is_here(expected_digest):
             return expected_digest, await self.piece_map(expected_digest)
-        async with Incoming(self, self.blobs, size) as incoming:
+        async with Incoming(self, self.blobs, size, reserved) as incoming:
             batch: list[bytes] = []
             gathered = 0
             async for chunk in chunks:
@@ -400,11 +402,11 @@ class BlobStore:
         """Throw away what is here of a blob that nobody wants any more.
 
         Raises:
-          StoreError: it is being received right now; close that first.
+          BeingReceived: it is, right now; close that first.
         """
         paths = PartialPaths(self.blob_path(digest))
         if digest in self._partials:
-            raise StoreError(f"{digest} is being received")
+            raise BeingReceived(f"{digest} is being received")
         self._partials[digest] = None  # nobody begins to receive it meanwhile
         try:
             await self.in_thread(paths.remove)

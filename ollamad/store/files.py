@@ -139,7 +139,7 @@ class Space:
         self._reserved: dict[str, int] = {}  # part of `promised`, by the digest that it is for
 
     def promise(self, size: int, digest: str = "") -> None:
-        """Set bytes aside, those first that are reserved for that blob.
+        """Set bytes aside, those first that are reserved for that blob; "" for none.
 
         Raises:
           StoreFull: there are not as many.

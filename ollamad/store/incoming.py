@@ -41,11 +41,13 @@ class Disk(Protocol):
 class Incoming:
     """One blob on its way into a temp file: `async with` it, `add` bytes, `commit`.
 
-    Without a commit the temp file is removed. `size` is None when it is not known before.
+    Without a commit the temp file is removed. `size` is None when it is not known before;
+    `reserved` is the key of a reservation of its room, if there is one.
     """
 
-    def __init__(self, disk: Disk, directory: Path, size: int | None) -> None:
+    def __init__(self, disk: Disk, directory: Path, size: int | None, reserved: str = "") -> None:
         self._disk = disk
+        self._reserved = reserved
         self._temp = temp_path(directory)
         self._size = size
         self._hasher = None if size is None else PieceHasher(size)
@@ -114,7 +116,7 @@ class Incoming:
         return got, piece_map
 
     def _promise(self, size: int) -> None:
-        self._disk.space.promise(size)
+        self._disk.space.promise(size, self._reserved)
         self._promised += size
 
     def _release(self, size: int) -> None:

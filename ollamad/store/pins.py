@@ -11,7 +11,7 @@ Belongs to the event loop's thread; knows no disk.
 
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 import trio
@@ -60,6 +60,7 @@ class Pins:
         self._leases: dict[str, float] = {}  # digest -> until when
         self._sweeps: list[Sweep] = []
         self._removed: dict[str, trio.Event] = {}  # what is being removed now
+        self._removers: Counter[str] = Counter()  # how many do that: sweeps may overlap
 
     @asynccontextmanager
     async def hold(self, *digests: str) -> AsyncIterator[Hold]:
@@ -115,13 +116,15 @@ class Pins:
 
     @contextmanager
     def no_holds(self, digest: str) -> Iterator[None]:
-        event = self._removed.setdefault(digest, trio.Event())
+        self._removed.setdefault(digest, trio.Event())
+        self._removers[digest] += 1
         try:
             yield
         finally:
-            event.set()
-            with suppress(KeyError):
-                del self._removed[digest]
+            self._removers[digest] -= 1
+            if not self._removers[digest]:
+                del self._removers[digest]
+                self._removed.pop(digest).set()
 
     def _note(self, digest: str) -> None:
         for sweep in self._sweeps:

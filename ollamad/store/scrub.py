@@ -58,12 +58,28 @@ class Scrubber:
         self._rate = rate
         self._clock = clock
 
-    async def check(self, digest: str, pieces_root: str = "") -> Rot | None:
+    async def check(
+        self, digest: str, pieces_root: str = "", *, forgive_unreadable: bool = True
+    ) -> Rot | None:
         """Read a blob; None if all of it is right. A map with that root is trusted.
 
+        What is wrong is read once more: a cable or memory may have been at fault.
+
+        Args:
+          forgive_unreadable: what cannot be read is no rot, but an error.
+
         Raises:
-          BlobMissing: it is not here. StoreError: it cannot be read at all.
+          BlobMissing: it is not here. StoreError, OSError: it cannot be read.
         """
+        rot = await self._read(digest, pieces_root, forgive_unreadable)
+        if rot is None:
+            return None
+        again = await self._read(digest, pieces_root, forgive_unreadable)
+        if again is not None and again.pieces is rot.pieces:
+            again.sound.update(rot.sound)
+        return again
+
+    async def _read(self, digest: str, pieces_root: str, forgive_unreadable: bool) -> Rot | None:
         path = await self._store.find_blob(digest)
         known = await self._store.known_map(digest)
         size = await self._store.blob_size(digest)
@@ -78,8 +94,11 @@ class Scrubber:
         try:
             for index, offset in enumerate(range(0, size, step)):
                 began = self._clock()
-                reading = functools.partial(_hash, descriptor, offset, min(step, size - offset))
-                got = await self._store.in_thread(functools.partial(reading, whole))
+                length = min(step, size - offset)
+                reading = functools.partial(
+                    _hash, descriptor, offset, length, whole, forgive_unreadable
+                )
+                got = await self._store.in_thread(reading)
                 if pieces is not None and got == pieces.hash_of(index):
                     sound[index] = got
                 await trio.sleep(max(0.0, step / self._rate - (self._clock() - began)))
@@ -132,15 +151,23 @@ def discard_rotten(store: BlobStore, age_s: float, now: float) -> list[Path]:
     return removed
 
 
-def _hash(descriptor: int, offset: int, length: int, whole: "hashlib._Hash") -> bytes:
+def _hash(
+    descriptor: int,
+    offset: int,
+    length: int,
+    whole: "hashlib._Hash",
+    forgive_unreadable: bool,
+) -> bytes:
     """Hash a part of a file as it is on the disk, not as memory has it."""
     os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
     piece = hashlib.sha256()
     for at in range(offset, offset + length, STEP_BYTES):
         try:
             data = read_exactly(descriptor, min(STEP_BYTES, offset + length - at), at)
-        except OSError:  # a sector that cannot be read is as good as a wrong one
-            data = b""
+        except OSError:
+            if forgive_unreadable:
+                raise
+            data = b""  # a sector that can never be read is as good as a wrong one
         piece.update(data)
         whole.update(data)
     os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)

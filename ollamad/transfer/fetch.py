@@ -36,7 +36,11 @@ MAX_SOURCES = 16  # holders used at once; more hardly add speed, and cost messag
 RECHECK_S = 1.0  # how often new holders and stalls are looked at
 KEEP_UP_S = 0.25  # how often what came is hashed and perhaps synced
 GOT_INTERVAL_S = 0.1  # how late a holder that spreads learns what came
-GIVE_UP_AFTER_S = 120.0  # without a byte from anybody: long enough for a host to reboot
+# Without a byte of a piece from anybody: long enough for a host to reboot.
+GIVE_UP_AFTER_S = 120.0
+# What may come without a piece being whole, in pieces, and still be progress: twice what is on its
+# way if each holder is amid one. More, and pieces break off again and again.
+MAX_BROKEN_OFF = 2 * MAX_SOURCES
 MIN_RETRY_S = 1.0  # before a holder is asked again for a piece that it refused
 SLOW_RETRY_S = 60.0  # before a holder is used again that was far slower than others
 MAX_ROTTEN = 3  # times that a disk may lose pieces before a fetch fails
@@ -117,7 +121,7 @@ class Fetcher:
           authority: the node that gets the blob from its origin now, when the state does not know
             it yet (`layer.pieces_root` is empty): its word counts for the hashes of pieces, and
             the blob's digest for the whole.
-          give_up_after_s: seconds without a byte from anybody until it fails.
+          give_up_after_s: seconds without a byte of a piece from anybody until it fails.
 
         A second fetch of the same blob waits for the first. If cancelled, the verified pieces
         stay for the next time.
@@ -194,7 +198,8 @@ class _Fetch:
         self._failure: Exception | None = None
         self._verified = 0
         self._received = 0
-        self._alive = trio.current_time()  # when bytes last came
+        self._alive = trio.current_time()  # when bytes of pieces last came
+        self._since_whole = 0  # bytes that came since a piece was whole
 
     async def run(self, give_up_after_s: float) -> None:
         try:
@@ -416,8 +421,8 @@ class _Fetch:
             self._learn_hashes(hashes)
 
     def _learn_hashes(self, hashes: dict[int, bytes]) -> None:
-        assert self._blob is not None
-        assert self._picker is not None
+        if self._blob is None or self._picker is None:  # the fetch failed, and is about to end
+            return
         try:
             self._blob.learn(hashes)
         except self._fetcher.corrupt as error:
@@ -529,6 +534,7 @@ class _Fetch:
         """A piece is here, and right."""
         assert self._picker is not None
         self._verified += size
+        self._since_whole = 0
         self._picker.arrived(session.holder, index, size, trio.current_time())
         self._book.succeeded(session.holder)
         for other in self._picker.asked_of(index):
@@ -551,9 +557,13 @@ class _Fetch:
             session.heard = heard
             session.counted += size
             self._received += size
-            self._alive = trio.current_time()
+            now = trio.current_time()
             assert self._picker is not None
-            self._picker.heard_of(session.holder, size, self._alive)
+            self._picker.heard_of(session.holder, size, now)
+            # A handshake or a refusal says that somebody is there, and is no progress.
+            self._since_whole += size
+            if size and self._since_whole <= MAX_BROKEN_OFF * self._layer.piece_size:
+                self._alive = now
             self._report(session.holder)
 
     def _count_verified(self, bits: int) -> None:

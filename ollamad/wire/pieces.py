@@ -241,6 +241,7 @@ class FetcherSide:
         self._cancelled: set[int] = set()  # of those
         self._map_requested = False  # and has not come
         self._map_asked = False  # ever
+        self._map_came = False  # so that hashes have something to add to
 
     def opening(self) -> bytes:
         """The request that opens the exchange."""
@@ -311,6 +312,7 @@ class FetcherSide:
                 if not self._map_requested:
                     raise ProtocolViolation("a map that nobody asked for")
                 self._map_requested = False
+                self._map_came = True
                 return MapReceived(PieceMap(message.size, message.piece_size, message.hashes))
             case Hashes():
                 return self._learn(message)
@@ -331,6 +333,8 @@ class FetcherSide:
     def _learn(self, message: Hashes) -> FetcherEvent:
         if not self._want.growing:
             raise ProtocolViolation("hashes that nobody asked for")
+        if not self._map_came:
+            raise ProtocolViolation("hashes before the map that they add to")
         if len(message.hashes) != len(message.indices) * HASH_SIZE:
             raise ProtocolViolation("there are not as many hashes as pieces")
         found = {}

@@ -161,11 +161,8 @@ class MemoryReceivingLane:
         self._sinks = sinks
         self._reader = LaneReader(sinks)
         self.received = 0
+        self.heard = 1  # as after a handshake
         self.is_waiting = False
-
-    @property
-    def heard(self) -> int:
-        return self.received
 
     async def receive(self) -> int | RequestEnded:
         while True:
@@ -175,6 +172,7 @@ class MemoryReceivingLane:
                 raise EOFError(str(error)) from None
             if message is None:
                 raise EOFError("the other side closed the connection")
+            self.heard += len(message)
             frame = self._reader.read(message[: FRAME.size])
             if isinstance(frame, RequestEnded):
                 return frame

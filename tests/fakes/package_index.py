@@ -55,6 +55,7 @@ class PackageIndex:
         self.lengths = True
         self.credentials: tuple[str, str] | None = None
         self.redirect_files = False
+        self.redirect_to = ""  # another server; "" for this one
         self.status: Callable[[str], int | None] = lambda path: None
         # How many bytes of a file each request for it gets before the connection breaks.
         self.cuts: list[int] = []
@@ -115,7 +116,8 @@ class PackageIndex:
         if parts[0] == "simple" and parts[1] in self.projects:
             return self._send_page(request, self.projects[parts[1]])
         if parts[0] == "moved" and self.redirect_files:
-            return self._send(request, 302, b"", "text/plain", location=f"/files/{parts[1]}")
+            place = f"{self.redirect_to}/files/{parts[1]}"
+            return self._send(request, 302, b"", "text/plain", location=place)
         for listed in (listed for files in self.projects.values() for listed in files):
             if parts[-1] == listed.name:
                 return self._send_file(request, listed.data)

@@ -1,5 +1,6 @@
 """Models that were there before, pulls that go on after a restart, and blobs that rot."""
 
+import errno
 import hashlib
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import trio
 
 from ollamad import adoption, bringing, pulls, share
+from ollamad import scrubbing as scrubbing_module
 from ollamad.api.services import ServiceError
 from ollamad.core.commands import AskReplicas, SetDesired
 from ollamad.core.ids import NodeId
@@ -17,8 +19,10 @@ from ollamad.core.state import Model
 from ollamad.scrubbing import Scrubbing
 from ollamad.share import Share
 from ollamad.sources.base import OriginUnreachable
+from ollamad.store import scrub
 from ollamad.store.models import ModelStore
 from ollamad.store.scrub import Rot, Scrubber
+from ollamad.transfer.fetch import Fetcher
 from tests.fakes.gguf_files import LLAMA, gguf_bytes
 from tests.fakes.library_nodes import LibraryNode, ScriptedSource, until
 from tests.unit.test_library_models import NAME, REFERENCE, A, B, C, World, comes_to_hold
@@ -216,7 +220,7 @@ async def test_a_model_that_changed_at_its_origin_is_fetched_and_replaces_the_ol
         layer.digest for layer in world.models[NAME].layers
     }
     assert gone
-    await comes_to_hold(b, gone, set())
+    await comes_to_hold(b, gone, set())  # freed only once everybody knows of the new ones
     a.source.failure = OriginUnreachable("no way there")
     with pytest.raises(ServiceError, match="no way there") as caught:
         await a.library.update(NAME)
@@ -292,6 +296,35 @@ async def test_a_copy_on_its_way_is_not_freed(
 
 
 @pytest.mark.usefixtures("small_counts")
+@pytest.mark.parametrize("growing", [True, False])
+async def test_an_unforeseen_error_of_a_fetch_ends_nothing_else(
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    growing: bool,
+) -> None:
+    a, b = world.nodes[A], world.nodes[B]
+    a.source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}" if growing else ""
+    monkeypatch.setattr(share, "FIRST_RETRY_S", 0.05)
+    monkeypatch.setattr(share, "RECHECK_S", 0.05)
+    real, failed = Fetcher.fetch_blob, False
+
+    async def break_once(self: Fetcher, *arguments: Any, **more: Any) -> None:
+        nonlocal failed
+        if not failed:
+            failed = True
+            raise AssertionError("a bug")
+        await real(self, *arguments, **more)
+
+    monkeypatch.setattr(Fetcher, "fetch_blob", break_once)
+    await a.library.download(REFERENCE, nodes=[A, B])
+    await until(world.shared, lambda: world.confirmed() == (A, B))
+    assert "failed" in {t.status for t in b.table.list()}
+    [record] = [r for r in caplog.records if "unforeseen" in r.message]
+    assert record.exc_info
+
+
+@pytest.mark.usefixtures("small_counts")
 async def test_who_follows_in_vain_is_told(world: World) -> None:
     a, b = world.nodes[A], world.nodes[B]
     digest = a.source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}"
@@ -351,10 +384,10 @@ def weights_of(world: World) -> str:
 
 
 async def scrubbed(node: LibraryNode) -> None:
-    scrub = scrubbing(node)
-    await scrub.round()  # takes note of what is here
+    scrubber = scrubbing(node)
+    await scrubber.round()  # takes note of what is here
     await trio.sleep(0.001)
-    await scrub.round()
+    await scrubber.round()
 
 
 async def test_a_rotten_blob_is_replaced_by_a_peer(world: World) -> None:
@@ -369,6 +402,34 @@ async def test_a_rotten_blob_is_replaced_by_a_peer(world: World) -> None:
     await until(world.shared, lambda: node.transfer(copy.id).status == "completed")
     await scrubbed(node)
     assert node.unloaded == [NAME]  # nothing more was found
+
+
+async def test_a_disk_that_cannot_read_for_a_moment_costs_no_copy(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the last one. What can never be read is fetched again in the end."""
+    monkeypatch.setattr(scrubbing_module, "MAX_UNREADABLE", 2)
+    await world.pulled(A, B)
+    node, digest = world.nodes[A], weights_of(world)
+    real = scrub.read_exactly
+    failing = True
+
+    def read(descriptor: int, length: int, offset: int) -> bytes:
+        if failing and offset == 2 * MIB:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(descriptor, length, offset)
+
+    monkeypatch.setattr(scrub, "read_exactly", read)
+    scrubber = scrubbing(node)
+    for failing in (True, True, False, True, True):  # noqa: B007 - `read` looks at it
+        await trio.sleep(0.001)
+        await scrubber.round()
+    assert node.unloaded == []
+    assert await node.store.has_blob(digest)
+    await trio.sleep(0.001)
+    await scrubber.round()
+    await until(world.shared, lambda: node.unloaded == [NAME])
+    await until(world.shared, lambda: world.confirmed() == (A, B))
 
 
 async def test_what_is_put_aside_is_not_freed_meanwhile(

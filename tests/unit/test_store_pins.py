@@ -58,6 +58,24 @@ async def test_a_hold_that_came_and_went_during_a_sweep_counts() -> None:
     assert may_remove(pins, "a")
 
 
+async def test_a_blob_that_two_sweeps_remove_is_free_when_both_have_ended() -> None:
+    pins = Pins()
+    held = trio.Event()
+
+    async def hold() -> None:
+        async with pins.hold("a"):
+            held.set()
+
+    async with trio.open_nursery() as nursery:
+        with pins.sweep() as second, second.removing("a"):
+            with pins.sweep() as first, first.removing("a"):
+                nursery.start_soon(hold)
+                await wait_all_tasks_blocked()
+            await wait_all_tasks_blocked()
+            assert not held.is_set()
+        await held.wait()
+
+
 async def test_who_wants_a_blob_that_is_being_removed_waits_until_it_is_gone() -> None:
     pins = Pins()
     held = trio.Event()

@@ -1,5 +1,6 @@
 """Rotten blobs: found, put aside with what is right of them, and completed again."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ import trio
 import trio.testing
 
 from ollamad.core.pieces import MIB
+from ollamad.store import scrub
 from ollamad.store.blobs import BlobStore
 from ollamad.store.scrub import Rot, Scrubber, discard_rotten
 
@@ -61,6 +63,38 @@ async def test_one_flipped_bit_costs_one_piece(store: BlobStore, offset: int) ->
     await blob.finish()
     assert again.blob_path(DIGEST).read_bytes() == DATA
     assert await Scrubber(again, FAST).check(DIGEST, pieces.root()) is None
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_what_is_right_the_second_time_is_not_rotten(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    root = (await store.piece_map(DIGEST)).root() if trusted else ""
+    real, flipped = scrub.read_exactly, False
+
+    def flip_once(descriptor: int, length: int, offset: int) -> bytes:
+        nonlocal flipped
+        data = real(descriptor, length, offset)
+        if flipped:
+            return data
+        flipped = True
+        return data[:-1] + b"?"
+
+    monkeypatch.setattr(scrub, "read_exactly", flip_once)
+    assert await Scrubber(store, FAST).check(DIGEST, root) is None
+    assert flipped
+
+
+async def test_what_cannot_be_read_is_no_verdict_unless_it_never_can(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int, length: int, offset: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(scrub, "read_exactly", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        await Scrubber(store, FAST).check(DIGEST)
+    assert await Scrubber(store, FAST).check(DIGEST, forgive_unreadable=False) is not None
 
 
 @pytest.mark.parametrize("trusted", ["", "0" * 64])

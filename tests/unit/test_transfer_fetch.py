@@ -17,13 +17,14 @@ from ollamad.core.spread import CLAIM_S
 from ollamad.core.state import Layer
 from ollamad.peers.bulk import ARRIVAL_TIMEOUT_S, SEND_TIMEOUT_S
 from ollamad.store.pieces import Region
+from ollamad.transfer import fetch
 from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
 from ollamad.transfer.server import PieceServer
 from ollamad.wire import lane, pieces
 from ollamad.wire.codec import encode
 from ollamad.wire.lane import RequestEnded
 from ollamad.wire.pieces import HolderSide
-from tests.fakes.memory_lanes import MemoryReceivingLane
+from tests.fakes.memory_lanes import MemoryReceivingLane, MemorySendingLane
 from tests.fakes.memory_streams import Hook, MemoryStream
 from tests.fakes.piece_nodes import (
     Corrupt,
@@ -564,7 +565,27 @@ async def test_hashes_count_only_of_the_node_that_gets_the_blob_from_its_origin(
             growing.learn({index: piece_map.hash_of(index)})
             growing.write_piece(index, CONTENT[index * MIB : (index + 1) * MIB])
     assert content_of(node, layer) == CONTENT
-    assert node.fetcher.bans.reasons() == {}
+    assert node.fetcher.bans.reasons().keys() == {A}
+
+
+async def test_hashes_before_the_map_end_the_exchange_and_nothing_else(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    node = Node(network, HERE)
+    layer, _ = layer_of(CONTENT)
+
+    async def hasty(peer: NodeId, request: bytes, stream: MemoryStream) -> None:
+        side = HolderSide(PIECES)
+        await stream.send(side.bitfield(0, bytes(32), plain=False, spreads=True))
+        await stream.send(encode(pieces.Hashes((0,), b"x" * 32)))
+        await trio.sleep_forever()
+
+    network.handle(A, pieces.METHOD, hasty)
+    unknown = msgspec.structs.replace(layer, pieces_root="")
+    with pytest.raises(FetchFailed, match="hashes before the map"):
+        await node.fetcher.fetch_blob(
+            unknown, lambda: [A], node.reports.append, authority=A, give_up_after_s=20
+        )
 
 
 async def test_a_piece_that_a_holder_cannot_read_comes_from_another(
@@ -596,6 +617,55 @@ async def test_a_piece_that_a_holder_cannot_read_comes_from_another(
         holders.append(B)
     assert content_of(node, layer) == CONTENT
     assert network.opened[A] == 1  # an unreadable piece is no reason to leave
+
+
+@pytest.mark.parametrize("reason", ["refused", "breaks off"])
+async def test_holders_that_never_send_a_whole_piece_keep_no_fetch_going(
+    network: Network,
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    reason: str,
+) -> None:
+    """They are there, they answer, and nothing comes of it."""
+    broken, node = Node(network, A), Node(network, HERE)
+    layer = broken.store.add(CONTENT)
+
+    async def send_piece(
+        self: MemorySendingLane,
+        index: int,
+        region: Region,
+        wanted: Callable[[], bool],
+        sent: Callable[[int], None],
+    ) -> lane.EndCode | None:
+        if reason == "breaks off":
+            await self._send(lane.encode_block_head(index, 0, 500) + CONTENT[:500])
+        return lane.EndCode.UNREADABLE
+
+    monkeypatch.setattr(MemorySendingLane, "send_piece", send_piece)
+    monkeypatch.setattr(fetch, "MAX_BROKEN_OFF", 0.01)
+    with trio.fail_after(1000), pytest.raises(FetchFailed, match="no node sent anything"):
+        await node.fetch(layer, [A], give_up_after_s=120)
+
+
+async def test_nodes_that_lack_the_same_pieces_keep_no_fetch_going(
+    network: Network, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Whoever had the others is gone."""
+    layer, piece_map = layer_of(CONTENT)
+    nodes = [Node(network, A), Node(network, HERE)]
+    for node in nodes:
+        partial = await node.store.open_partial(layer.digest, piece_map)
+        partial.write_piece(0, CONTENT[:MIB])
+        partial.close()
+
+    async def fails(node: Node, other: NodeId) -> None:
+        with pytest.raises(FetchFailed):
+            await node.fetch(layer, [other], give_up_after_s=120)
+
+    with trio.fail_after(1000):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fails, nodes[0], HERE)
+            nursery.start_soon(fails, nodes[1], A)
 
 
 async def test_a_piece_that_settled_as_its_lane_was_lost_is_not_fetched_again(

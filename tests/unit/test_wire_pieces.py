@@ -226,7 +226,7 @@ def test_hashes_are_told_in_messages_that_fit() -> None:
     holder, fetcher = HolderSide(count), FetcherSide(DIGEST, growing=True)
     fetcher.receive(holder.bitfield(0, TICKET, plain=False, spreads=True))
     holder.receive(fetcher.request_map())
-    holder.map(PieceMap(count * MIB, MIB, bytes(32 * count)))
+    fetcher.receive(holder.map(PieceMap(count * MIB, MIB, bytes(32 * count))))
     full = PieceMap(count * MIB, MIB, b"h" * 32 * count)
     told = []
     while message := holder.hashes(full):
@@ -270,8 +270,18 @@ def test_a_fetcher_names_what_a_holder_does_wrong(message: bytes) -> None:
     ],
 )
 def test_hashes_that_make_no_sense_are_refused(message: bytes) -> None:
+    fetcher, holder = begun(growing=True)
+    holder.receive(fetcher.request_map())
+    fetcher.receive(holder.map(PieceMap(MAP.size, MIB, bytes(96))))
     with pytest.raises(ProtocolViolation):
-        begun(growing=True)[0].receive(message)
+        fetcher.receive(message)
+
+
+def test_hashes_come_after_the_map_that_they_add_to() -> None:
+    fetcher, _ = begun(growing=True)
+    fetcher.request_map()
+    with pytest.raises(ProtocolViolation, match="before the map"):
+        fetcher.receive(encode(pieces.Hashes((1,), bytes(32))))
 
 
 @pytest.mark.parametrize(
