@@ -146,7 +146,7 @@ class TransferSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     max_upload: str = "unlimited"  # of this node, over all transfers
     max_download: str = "unlimited"
-    while_generating: str = "25MB"  # neither is faster while a model answers on this node
+    while_generating: str = "8MB"  # neither is faster while a model answers on this node
     # off: pieces travel in the clear to and from nodes with the same setting (a trusted LAN).
     encryption: bool = True
 
