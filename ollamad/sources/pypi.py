@@ -54,6 +54,8 @@ T = TypeVar("T")
 _Item = MemberStarted | MemberData | MembersEnded
 
 SCHEME: Final = "pypi:"
+# Where an index has its files, if not with it.
+FILE_HOSTS: Final = {"pypi.org:443": "files.pythonhosted.org:443"}
 CHUNK_BYTES: Final = 1 << 20  # one turn of a hashing and unpacking thread: about 10 ms
 MAX_PAGE_BYTES: Final = 32 << 20  # of an index page; the longest real ones have some 5 MB
 THREADS: Final = 2  # for hashing and unpacking; a pull or two at a time
@@ -210,10 +212,12 @@ def open_client(config: PipConfig, policy: Policy) -> OriginClient:
             if login is not None:
                 logins[origin] = login
     own = HostList(frozenset(hosts))
+    theirs = HostList(frozenset(FILE_HOSTS.get(host, host) for host in hosts))
     return OriginClient(
-        # Who configured the indexes meant them, wherever they are. What these list and redirect to
-        # may be anywhere on the internet, as every file has a digest, but not behind this node.
-        Policy(policy.allow_http | own, policy.allow_private | own, any_redirects=True),
+        # Who configured the indexes meant them, wherever they are, and some networks have their own
+        # PyPI behind its names. What indexes list and redirect to may be anywhere on the internet,
+        # as every file has a digest, but not behind this node.
+        Policy(policy.allow_http | own, policy.allow_private | own | theirs, any_redirects=True),
         ca_file=config.cert or "",
         proxy=config.proxy,
         unverified=HostList(frozenset(config.trusted_hosts)),

