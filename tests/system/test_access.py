@@ -253,7 +253,8 @@ def test_limits_count_each_caller_for_itself(cluster: Cluster) -> None:
     answers = [node.request("GET", "/nodes", token=token) for _ in range(60)]
     assert {each.status_code for each in answers} == {200, 429}
     assert all("RateLimit-Remaining" in each.headers for each in answers)
-    assert answers[-1].json()["code"] == "RATE_LIMITED"
+    refusals = [each for each in answers if each.status_code == 429]  # the last may be let in again
+    assert {each.json()["code"] for each in refusals} == {"RATE_LIMITED"}
     assert who(node, node.admin_token()) == 200, "another caller"
     # Programs of Ollama are bounded by other means.
     with httpx.Client(base_url=node.url) as client:
