@@ -44,6 +44,7 @@ RECHECK_S = 5.0  # how often a node compares what it holds with what it should h
 FIRST_RETRY_S = 2.0  # after a failed fetch; doubles up to MAX_RETRY_S
 MAX_RETRY_S = 60.0
 BARRIER_S = 5.0  # for a majority to confirm what would have a copy dropped
+CLEANUP_S = 5.0  # after a cancellation; a disk that hangs must not hold up the end
 NO_ROOM_S = 600.0  # so long other nodes are asked first
 MAX_NO_ROOM = 16  # models told in a heartbeat
 
@@ -158,7 +159,7 @@ class Share:
                 await self._tell(key, model, desired)
             except BaseException:
                 # If it comes to be all the same, `_take_stock` finds it.
-                with trio.CancelScope(shield=True):
+                with trio.move_on_after(CLEANUP_S, shield=True):
                     await self._set_manifest(key, before)
                 raise
             self._remember(key, model.digest)
