@@ -213,7 +213,7 @@ def main() -> int:
         first.post("/distribution/auto-configure", {"enabled": False})  # nor copied when hot
         first.import_model(smollm2_file(), "bench")
         first.answer("/generate", model="bench", prompt="")
-        reached.append(compare_pace(Bench(cluster, directory), 384))
+        reached.append(compare_pace(Bench(cluster, directory), 128))
     return 0 if all(reached) else 1
 
 
