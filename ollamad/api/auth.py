@@ -158,11 +158,12 @@ class Auth:
           ServiceError: 401, a token was sent and is not good (the loopback rule is no way out).
         """
         token = _token_of(headers)
+        if token is not None and (_may_be_ours(token) or not ignores_placeholders):
+            return self._identity_of(token)
         role = self._settings.loopback_role
-        is_local = role != "none" and is_local_request(headers, peer, self._origins)
-        if token is None or (ignores_placeholders and is_local and not _may_be_ours(token)):
-            return Identity("local", role) if is_local else None
-        return self._identity_of(token)
+        if role != "none" and is_local_request(headers, peer, self._origins):
+            return Identity("local", role)
+        return None if token is None else self._identity_of(token)
 
     async def check_password(self, username: str, password: str) -> User | None:
         """The user if the password is right. Takes as long when there is no such user."""

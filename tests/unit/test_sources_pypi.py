@@ -5,7 +5,7 @@ import random
 import urllib.parse
 import zipfile
 from collections.abc import AsyncIterable, Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -252,24 +252,34 @@ async def test_what_is_no_zip_file_is_refused(index: PackageIndex, store: ModelS
 # The connection.
 
 
+@contextmanager
+def files_elsewhere(index: PackageIndex) -> Iterator[PackageIndex]:
+    """Have the index redirect to another one for the file of its only package."""
+    listed = index.add("tiny", "1.0", WHEEL)
+    index.redirect_files = True
+    with PackageIndex() as inside:
+        inside.projects["x"] = [listed]
+        index.redirect_to = inside.url.removesuffix("/simple")
+        yield inside
+
+
+async def bring(index: PackageIndex, store: ModelStore, policy: Policy) -> None:
+    bringer = Bringer(store, Origins(OriginSettings(policy=policy), pip=config_of(index)))
+    wanted = resolve_source("pypi:tiny")
+    async with store.pins.hold() as hold:
+        await bringer.bring(wanted, "tiny", hold, lambda step: None, lambda files: None)
+
+
 async def test_an_index_cannot_have_a_node_ask_what_is_behind_it(
     index: PackageIndex, store: ModelStore
 ) -> None:
     """The index itself may be at a private address, as it is configured; others need a setting."""
-    listed = index.add("tiny", "1.0", WHEEL)
-    index.redirect_files = True
     plain = parse_hosts("127.0.0.1")
-    with PackageIndex() as inside:
-        inside.projects["x"] = [listed]
-        index.redirect_to = inside.url.removesuffix("/simple")
+    with files_elsewhere(index) as inside:
         for policy in (Policy(plain), Policy(plain, plain)):
-            bringer = Bringer(store, Origins(OriginSettings(policy=policy), pip=config_of(index)))
             refused = policy.allow_private != plain
             with pytest.raises(OriginRefused, match="allow_private") if refused else nullcontext():
-                async with store.pins.hold() as hold:
-                    await bringer.bring(
-                        resolve_source("pypi:tiny"), "tiny", hold, lambda s: None, lambda f: None
-                    )
+                await bring(index, store, policy)
             assert bool(inside.requests) != refused
 
 
@@ -277,21 +287,11 @@ async def test_an_index_may_have_its_files_at_a_host_that_is_known_for_it(
     index: PackageIndex, store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As PyPI does; some networks have their own behind its names."""
-    listed = index.add("tiny", "1.0", WHEEL)
-    index.redirect_files = True
-    plain = parse_hosts("127.0.0.1")
-    with PackageIndex() as inside:
-        inside.projects["x"] = [listed]
-        index.redirect_to = inside.url.removesuffix("/simple")
+    with files_elsewhere(index) as inside:
         known = [urllib.parse.urlsplit(one.url).netloc for one in (index, inside)]
         monkeypatch.setitem(pypi.FILE_HOSTS, *known)
-        bringer = Bringer(
-            store, Origins(OriginSettings(policy=Policy(plain)), pip=config_of(index))
-        )
-        async with store.pins.hold() as hold:
-            await bringer.bring(
-                resolve_source("pypi:tiny"), "tiny", hold, lambda s: None, lambda f: None
-            )
+        await bring(index, store, Policy(parse_hosts("127.0.0.1")))
+        assert inside.requests
     private = pypi.open_client(PipConfig(), Policy())._policy.allow_private
     assert private.has(origin_of("https://files.pythonhosted.org/x"))
     assert not private.has(origin_of("https://example.org/x"))
