@@ -538,4 +538,7 @@ def _translated(refusal: RunnerRefused) -> InferenceError:
         return too_long(error.n_prompt_tokens, error.n_ctx)
     if 400 <= refusal.status < 500:
         return InferenceError(Failed(code="INVALID_REQUEST", message=error.message, status=400))
-    return InferenceError(Failed(code="ENGINE_ERROR", message=error.message))
+    message = error.message
+    if error.is_unparsed:
+        message += "; this llama-server cannot tell text that is no UTF-8, newer builds can"
+    return InferenceError(Failed(code="ENGINE_ERROR", message=message))

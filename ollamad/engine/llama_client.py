@@ -25,6 +25,9 @@ MAX_EVENT_BYTES = 64 << 20  # of a stream; the last one repeats the whole prompt
 # What passes through the runner's decode loop. Its HTTP threads answer the rest, also when the
 # loop hangs.
 DECODED = frozenset(("/completion", "/v1/chat/completions", "/v1/embeddings"))
+# Some versions of llama-server (b10434; no more b11549) read every answer with a parser, which
+# refuses what is no UTF-8 (llama.cpp's issue 27543): the tokens were computed, but are not told.
+UNPARSED = "does not match the expected"
 
 T = TypeVar("T")
 
@@ -54,6 +57,11 @@ class ErrorBody(msgspec.Struct):
     code: int = 500
     n_prompt_tokens: int = 0
     n_ctx: int = 0
+
+    @property
+    def is_unparsed(self) -> bool:
+        """Whether the model spoke, and what it said could not be read."""
+        return UNPARSED in self.message
 
 
 class _ErrorAnswer(msgspec.Struct):
@@ -295,6 +303,9 @@ class LlamaClient:
         try:
             while not (await stream.receive()).stop:
                 pass
+        except RunnerRefused as refusal:
+            if not refusal.error.is_unparsed:
+                raise
         finally:
             stream.close()
 

@@ -35,7 +35,7 @@ from tests.fakes import ggml_files
 from tests.fakes.ggml_files import ggml_bytes
 from tests.fakes.llama_program import llama_server
 from tests.fakes.runner_engines import REAL_RUNNER, events_of, running_engine
-from tests.fakes.tiny_llama import BOS, TOKENS, TinyLlama, ids_of, parrot, random_llama
+from tests.fakes.tiny_llama import BOS, FIRST_BYTE, TOKENS, TinyLlama, ids_of, parrot, random_llama
 
 pytestmark = pytest.mark.system
 
@@ -180,6 +180,24 @@ async def test_characters_that_are_split_over_tokens_come_whole(
     assert all("\ufffd" not in event.text for event in events if isinstance(event, Chunk))
     events = await ask(engine, spec, prompt="x", options=Options(temperature=0, stop=("\u00fc",)))
     assert text_of(events) == "5\u20ac,f"
+
+
+@pytest.mark.parametrize("kind", [Kind(XLLAMACPP, 3), Kind(LLAMA_SERVER, 3)], ids=str)
+async def test_a_model_that_says_what_is_no_text_is_loaded_all_the_same(
+    engine: Engine, kind: Kind, tmp_path: Path
+):
+    # Behind an `a`, which a model is tried with when it was loaded, comes half a character.
+    ids = [TOKENS.index("a"), FIRST_BYTE + 0x82, TOKENS.index("b")]
+    spec = llama_spec(tmp_path, kind, parrot(ids))
+    events = await ask(engine, spec, prompt="x", options=Options(temperature=0))
+    assert len(engine.loaded()) == 1
+    if kind.engine == XLLAMACPP:
+        assert (text_of(events), tokens_of(events)) == ("a\ufffdb", ids)
+    else:
+        failed = events[-1]
+        assert isinstance(failed, Failed)
+        assert failed.code == "ENGINE_ERROR"
+        assert "no UTF-8" in failed.message
 
 
 @pytest.mark.parametrize("kind", LLAMAS, ids=str)
