@@ -27,6 +27,13 @@ Told = tuple[int, Output | Finished | ServiceError]  # of which choice
 class _Choice:
     outputs: list[Output] = dataclasses.field(default_factory=list)
     end: Finished | None = None
+    began_at: str = ""  # the id of a node
+
+    @property
+    def node_id(self) -> str:
+        """Where it came to its end."""
+        failovers = self.end.failovers if self.end is not None else ()
+        return failovers[-1].to_node if failovers else self.began_at
 
     @property
     def mean_logprob(self) -> float:
@@ -91,7 +98,7 @@ async def answer_all(
             said = dataclasses.replace(said, logprobs=())
         assert choice.end is not None
         bodies.append(layout.choice(said, choice.end))
-    return reply(shown[0].body(bodies, _usage(choices, prompts)))
+    return reply(shown[0].body(bodies, _usage(choices, prompts)), headers=_headers(choices))
 
 
 async def _run(
@@ -106,7 +113,7 @@ async def _run(
     async with receive, trio.open_nursery() as nursery:
         async with send:
             for index, request in enumerate(requests):
-                nursery.start_soon(_generate, call, index, request, send.clone())
+                nursery.start_soon(_generate, call, index, request, choices[index], send.clone())
         async for index, event in receive:
             if isinstance(event, ServiceError):
                 failure = event
@@ -127,12 +134,17 @@ async def _run(
 
 
 async def _generate(
-    call: Call, index: int, request: GenerateRequest, send: trio.MemorySendChannel[Told]
+    call: Call,
+    index: int,
+    request: GenerateRequest,
+    choice: _Choice,
+    send: trio.MemorySendChannel[Told],
 ) -> None:
     async with send:
         meter: Meter | None = None
         try:
             async with call.services.inference.generate(request, asker_of(call)) as generation:
+                choice.began_at = str(generation.node_id)
                 meter = Meter(request, generation.events)
                 while True:
                     event = await meter.receive()
@@ -148,6 +160,15 @@ async def _generate(
         finally:
             if meter is not None:
                 call.spend_tokens(meter.tokens)
+
+
+def _headers(choices: Sequence[_Choice]) -> dict[str, str]:
+    """The nodes that wrote the choices, each once, and how often one of them was lost."""
+    headers = {"X-Ollamad-Node": ", ".join(dict.fromkeys(choice.node_id for choice in choices))}
+    lost_count = sum(len(choice.end.failovers) for choice in choices if choice.end is not None)
+    if lost_count:
+        headers["X-Ollamad-Failovers"] = str(lost_count)
+    return headers
 
 
 def _usage(choices: Sequence[_Choice], prompts: int) -> dict[str, Any]:

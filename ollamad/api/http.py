@@ -32,13 +32,14 @@ from hypercorn.utils import parse_socket_addr
 
 from ollamad.api.asgi import FIXED_HEADERS, POLICY
 from ollamad.api.calls import error_reply
-from ollamad.api.dialects import native_error
+from ollamad.api.dialects import error_body_for
 from ollamad.api.limits import address_group, too_many
 from ollamad.api.services import ServiceError
 from ollamad.api.turns import Turns
 
 READ_SIZE = 64 << 10
 MAX_HEADERS = 100  # a browser sends twenty
+MAX_REQUEST_LINE = 4096  # of which the path is read to answer in its clients' shape
 # A head is a few hundred bytes in one packet; who takes longer sends it a byte at a time.
 HEAD_TIMEOUT_S = 15.0
 KEEP_ALIVE_S = 75.0  # idle connections of well-behaved clients live this long
@@ -356,12 +357,19 @@ class _Http(H11Protocol):
         """Whether a part of a request's head is here."""
         return bool(self.connection.trailing_data[0])
 
-    async def refuse(self, error: ServiceError) -> None:
+    @property
+    def _path_begun(self) -> str:
+        """What the head asks for that is here in parts; empty if that is not known yet."""
+        line = bytes(self.connection.trailing_data[0][:MAX_REQUEST_LINE]).partition(b"\r\n")[0]
+        parts = line.split(b" ")
+        return parts[1].decode("latin-1") if len(parts) == 3 else ""
+
+    async def refuse(self, error: ServiceError, path: str = "") -> None:
         """Answer for a request that could not be read; the last word on this connection."""
         if self.refused:
             return
         self.refused = True
-        await self.send(RawData(whole_answer(error)))
+        await self.send(RawData(whole_answer(error, path=path or self._path_begun)))
 
     async def stream_send(self, event: StreamEvent) -> None:
         if isinstance(event, Response) and event.status_code >= 200:
@@ -412,7 +420,8 @@ class _Http(H11Protocol):
                     f"a request may have {MAX_HEADERS} headers with {most:,} bytes, this one has "
                     f"{len(request.headers)} with {size:,}",
                     {"limit": MAX_HEADERS, "limit_bytes": most},
-                )
+                ),
+                request.target.decode("latin-1"),
             )
             await self.send(Closed())
             return
@@ -441,9 +450,14 @@ def _asks_for_websocket(request: h11.Request) -> bool:
     )
 
 
-def whole_answer(error: ServiceError, extra: tuple[tuple[bytes, bytes], ...] = ()) -> bytes:
-    """An error as the last answer of a connection that no app will see."""
-    reply = error_reply(error, native_error)
+def whole_answer(
+    error: ServiceError, extra: tuple[tuple[bytes, bytes], ...] = (), path: str = ""
+) -> bytes:
+    """An error as the last answer of a connection that no app will see.
+
+    `path`: what was asked for, if that is known: its clients have a shape for errors.
+    """
+    reply = error_reply(error, error_body_for(path.partition("?")[0]))
     lines = [b"HTTP/1.1 %d %b" % (reply.status, HTTPStatus(reply.status).phrase.encode())]
     lines += [
         b"content-type: " + reply.content_type,

@@ -71,7 +71,11 @@ class Hub:
 
     def is_full(self, address: str) -> bool:
         """Whether this address has all the connections that it may have."""
-        return 0 < self.limit <= self._of_address[address]
+        return 0 < self.limit <= self.count(address)
+
+    def count(self, address: str) -> int:
+        """How many connections this address has."""
+        return self._of_address[address]
 
     def enter(self, session: Listener) -> None:
         self._sessions[session] = None

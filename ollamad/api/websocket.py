@@ -27,10 +27,11 @@ from ollamad.api.auth import Identity
 from ollamad.api.errors import as_service_error
 from ollamad.api.http import Upgrade, whole_answer
 from ollamad.api.hub import Hub, frame_of
-from ollamad.api.limits import address_group, too_many
+from ollamad.api.limits import address_group, headers_of, too_many
 from ollamad.api.messages import CHANNELS
 from ollamad.api.outbox import Outbox
 from ollamad.api.services import Cluster, ServiceError, Unavailable
+from ollamad.core.ratelimit import Allowance
 from ollamad.core.state import ApiKey
 
 PATHS = ("/ws", "/api/v1/ws")
@@ -440,7 +441,7 @@ class Sockets:
 
     async def __call__(self, stream: trio.SocketStream, upgrade: Upgrade, host: str) -> None:
         request_id = secrets.token_hex(8)
-        with_id = (b"x-request-id", request_id.encode())
+        extra = ((b"x-request-id", request_id.encode()), *self._allowance(address_group(host)))
         headers = Headers(
             [(n.decode("latin-1"), v.decode("latin-1")) for n, v in upgrade.request.headers]
         )
@@ -454,10 +455,10 @@ class Sockets:
                 raise _too_many(self._hub.limit, host)
             if caller.key is not None:
                 self._spend_request(caller.key)
-            head = accept_head(headers, (with_id, *FIXED_HEADERS))
+            head = accept_head(headers, (*extra, *FIXED_HEADERS))
         except Exception as error:
             refusal = as_service_error(error, request_id)
-            await stream.send_all(whole_answer(refusal, (with_id,)))
+            await stream.send_all(whole_answer(refusal, extra))
             return
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         session = Session(
@@ -472,6 +473,14 @@ class Sockets:
             trailing=upgrade.trailing,
         )
         await session.run(head)
+
+    def _allowance(self, address: str) -> tuple[tuple[bytes, bytes], ...]:
+        """How many sockets this address may open beside the one that it asks for."""
+        limit = self._hub.limit
+        if not limit:
+            return ()
+        left = max(0, limit - 1 - self._hub.count(address))
+        return headers_of(Allowance(limit, left, reset_s=0.0, wait_s=0.0))
 
     def close_all(self) -> None:
         self._hub.close_all(CloseReason.GOING_AWAY, "this node stops; connect to another one")

@@ -359,6 +359,30 @@ async def test_floods_of_headers_are_refused(head: bytes) -> None:
         await is_well(server)
 
 
+@pytest.mark.parametrize(
+    ("path", "keys"),
+    [
+        (b"/v1/chat/completions", {"error": {"message", "type", "param", "code"}}),
+        (b"/v1/messages?beta=true", {"error": {"type", "message", "code"}, "type": None}),
+        (b"/api/chat", {"error": None}),
+    ],
+)
+async def test_a_flood_is_refused_in_the_shape_of_the_surface(
+    path: bytes, keys: dict[str, set[str] | None]
+) -> None:
+    async with serving() as server:
+        wire = await server.connect()
+        head = b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 40_000
+        await wire.stream.send_all(head + b"\r\n\r\n")
+        answer = await rest(wire.stream)
+        assert answer.startswith(b"HTTP/1.1 431 ")
+        body = json.loads(answer.partition(b"\r\n\r\n")[2])
+        shape = {
+            key: set(value) if isinstance(value, dict) else None for key, value in body.items()
+        }
+        assert shape == keys
+
+
 async def test_http_2_and_nonsense_are_told_what_is_spoken_here() -> None:
     async with serving() as server:
         for data, statuses in [

@@ -338,6 +338,17 @@ async def test_several_choices(seed: int | None, taken: set[int | None]) -> None
     assert seeds == taken
 
 
+async def test_the_nodes_of_several_choices_are_told_each_once() -> None:
+    client = ApiClient()
+    move = Failover(NODE_2, NODE_1, "NODE_LOST", "continue", 2, 240)
+    moved = msgspec.structs.replace(FINISHED, failovers=(move,))
+    scripts = iter([HELLO, [*HELLO[:-1], moved], HELLO])
+    client.world.inference.script_for = lambda: next(scripts)
+    answer = await chat(client, n=3)
+    assert set(answer.headers["x-ollamad-node"].split(", ")) == {NODE_1, NODE_2}
+    assert answer.headers["x-ollamad-failovers"] == "1"
+
+
 async def test_several_choices_are_streamed_side_by_side() -> None:
     got = events(await chat(ApiClient(), n=2, stream=True, stream_options={"include_usage": True}))
     assert got.pop() == "[DONE]"

@@ -118,6 +118,12 @@ async def test_an_address_has_only_so_many() -> None:
             assert (refused.status, refused.json["code"]) == (429, "TOO_MANY_CONNECTIONS")
             assert refused.json["details"]["limit"] == 2
             assert int(refused.headers["retry-after"]) > 0
+            assert first.response is not None
+            told = [
+                (r.headers["ratelimit-limit"], r.headers["ratelimit-remaining"])
+                for r in (first.response, refused)
+            ]
+            assert told == [("2", "1"), ("2", "0")]
             await first.stream.aclose()
             with trio.fail_after(SOON_S):
                 while len(server.client.app.api.hub) > 1:  # noqa: ASYNC110 - nothing tells
