@@ -65,7 +65,7 @@ View = Callable[..., Awaitable[Reply | None]]  # takes the request and the path'
 @dataclasses.dataclass(frozen=True, slots=True)
 class Route:
     """One row of the table. `bounded`: the general deadline holds for it. `model_op`: the stricter
-    rate limit does, too."""
+    rate limit does, too. `counted`: false for what probes ask, which no limit may turn away."""
 
     method: str
     path: str
@@ -73,13 +73,14 @@ class Route:
     handler: Handler
     bounded: bool = True
     model_op: bool = False
+    counted: bool = True
 
 
 ROUTES = (
     Route("GET", "/", PUBLIC, status.root, bounded=False),
     Route("GET", METRICS, "viewer", prometheus.metrics),
-    Route("GET", f"{BASE}/health", PUBLIC, status.health, bounded=False),
-    Route("GET", f"{BASE}/version", PUBLIC, status.version, bounded=False),
+    Route("GET", f"{BASE}/health", PUBLIC, status.health, bounded=False, counted=False),
+    Route("GET", f"{BASE}/version", PUBLIC, status.version, bounded=False, counted=False),
     Route("GET", f"{BASE}/openapi.json", "viewer", docs.openapi),
     Route("GET", f"{BASE}/docs", PUBLIC, docs.page),
     Route("GET", f"{BASE}/docs/docs.js", PUBLIC, docs.script),
@@ -238,11 +239,12 @@ class ApiApp(QuartTrio):
             return _error_reply(rest, request.id, request.path)
 
     def _limited(self, request: Request, error: Exception) -> Exception:
-        """Count what was refused before anybody was known: by its address."""
+        """Count what was refused before anybody was known: by its address, and apart from what
+        is answered there, since others may be behind the same proxy."""
         if request.limit_headers or not _has_limits(request.path):
             return error
         try:
-            _take(self.api, request, address_group(peer_of(request)), model_op=False)
+            _take(self.api, request, f"refused {address_group(peer_of(request))}", model_op=False)
         except ServiceError as refusal:
             return refusal
         return error
@@ -297,8 +299,11 @@ def _view(api: Api, route: Route) -> View:
                 )
             caller = api.auth.identify(request.headers, peer, ignores_placeholders=is_foreign)
         if limited:
-            identity = caller.token_id if caller else ""
-            _take(api, request, identity or address_group(peer), model_op=route.model_op)
+            identity = (caller.token_id if caller else "") or address_group(peer)
+            if route.counted:
+                _take(api, request, identity, model_op=route.model_op)
+            elif (allowance := api.throttle.look(identity)) is not None:
+                request.limit_headers = headers_of(allowance)
         if route.role is not None:
             caller = _authorize(caller, route.role)
             if caller.key is not None:

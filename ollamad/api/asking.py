@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from ollamad.api.auth import Identity
 from ollamad.api.bodies import invalid
 from ollamad.api.calls import Call
 from ollamad.api.services import Generation, ServiceError
@@ -45,12 +46,20 @@ def asker_of(call: Call, on_wait: Callable[[Place], Awaitable[None]] | None = No
             {"required": "operator", "role": caller.role if caller is not None else ""},
         )
     return Asker(
-        identity=caller.username if caller is not None else "",
+        identity=_name_of(caller),
         priority=PRIORITIES[name],
         deadline_s=_deadline_s(headers.get(DEADLINE_HEADER)),
         wants_scores=headers.get(EXPLAIN_HEADER, "false").lower() in ("true", "1", "yes"),
         on_wait=on_wait,
     )
+
+
+def _name_of(caller: Identity | None) -> str:
+    """Whose share of the queue it is, and whose the names of requests are."""
+    if caller is None:
+        return ""
+    # Keys may have the same name, and belong to different people all the same.
+    return caller.username if caller.key is None else f"key:{caller.key.id}"
 
 
 def routing_headers(generation: Generation) -> dict[str, str]:

@@ -54,6 +54,13 @@ class Throttle:
             if count
         }
 
+    def look(self, identity: str) -> Allowance | None:
+        """What is left of the general limit, without counting or refusing anything."""
+        limit = self._limits.get("general")
+        if limit is None:
+            return None
+        return dataclasses.replace(limit.look(identity, self._clock()), wait_s=0.0)
+
     def take(self, identity: str, *, model_op: bool) -> Allowance | None:
         """Count a request; what is left then of the limit that is nearest, or None without one.
 

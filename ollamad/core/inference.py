@@ -112,6 +112,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
         return not (self.prompt or (self.raw and self.context))
 
     @property
+    def generates(self) -> bool:
+        """Whether tokens are asked for; else a model is loaded, or a prompt is counted."""
+        return not (self.only_loads or self.only_counts)
+
+    @property
     def is_parsed(self) -> bool:
         """Whether thoughts and calls are to be told apart from the text. Token ids are not known
         then."""

@@ -218,7 +218,9 @@ class Engine:
             config = runner_config(spec, options, self._settings)
             async with self._resident(spec, config, request.keep_alive_s) as resident:
                 load_duration = time.perf_counter_ns() - started
-                async with _slot(resident, self._settings.max_queue):
+                # Who only counts needs the tokenizer, which is always free.
+                slot = _slot(resident, self._settings.max_queue)
+                async with contextlib.nullcontext() if request.only_counts else slot:
                     schema = json_schema(request.format)
                     await _check_schema(resident.runner, schema)
                     work = _Work(resident.runner, spec, request, options, config, schema)

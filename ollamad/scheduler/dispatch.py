@@ -195,7 +195,7 @@ class Dispatcher:
             # It was let in once, but nobody is left who knows. At other times anybody could say so.
             asker = dataclasses.replace(asker, priority=HIGHEST)
         async with (
-            self._asked_for(model, request.only_loads),
+            self._asked_for(model, generates=request.generates),
             self._admitted(model, request, asker, tokens, told is not None) as admitted,
         ):
             answer = Answer(request, parse_mode(request.failover or self._failover))
@@ -356,9 +356,9 @@ class Dispatcher:
     # Inside.
 
     @asynccontextmanager
-    async def _asked_for(self, model: Model, only_loads: bool = False) -> AsyncIterator[None]:
+    async def _asked_for(self, model: Model, *, generates: bool = True) -> AsyncIterator[None]:
         """Counts a request for a model, from before it waits until it is answered."""
-        if only_loads:
+        if not generates:
             yield
             return
         self._demand.begin(model.name, trio.current_time())
@@ -376,7 +376,7 @@ class Dispatcher:
         tokens: float,
         has_waited: bool,
     ) -> AsyncIterator[Admitted | None]:
-        if request.only_loads:  # nothing is generated, and nobody is to wait for that
+        if not request.generates:  # nobody is to wait for that
             yield None
             return
         limit = request.options.num_predict

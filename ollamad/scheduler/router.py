@@ -428,11 +428,11 @@ class Serving(AbstractContextManager["Serving"]):
         if not self._begun:
             self._begun = True
             self._router.pend(self._model, -self._pending)
-            if not self._request.only_loads:
+            if self._request.generates:
                 self._router.began(self._model, self._prompt)
         if isinstance(event, Chunk):
             self._text.append(event.text)
-        elif isinstance(event, Finished) and not self._request.only_loads:
+        elif isinstance(event, Finished) and self._request.generates:
             if not self._request.resume:
                 self._router.measure(self._model, event, self._prompt)
             self._router.began(self._model, said(self._request, self._model, self._text, event))

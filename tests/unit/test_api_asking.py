@@ -64,6 +64,18 @@ async def test_every_surface_says_who_asks_and_on_what_terms(path: str) -> None:
     assert asker.wants_scores
 
 
+async def test_keys_of_one_name_are_callers_of_their_own() -> None:
+    client = ApiClient()
+    for _ in range(2):
+        made = await client.call("POST", "/keys", {"name": "default", "role": "inference"})
+        bearer = {"Authorization": f"Bearer {made.json['key']}"}
+        body = {"model": MODEL, "prompt": "hi"}
+        answer = await client.call("POST", "/generate", body, headers=bearer, role=None)
+        assert answer.status == 200
+    first, second = client.world.inference.askers
+    assert first.identity != second.identity
+
+
 async def test_embeddings_too() -> None:
     client = ApiClient()
     await client.call("POST", "/embeddings", {"model": MODEL, "prompt": "x"}, headers=HEADERS)

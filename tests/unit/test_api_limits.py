@@ -24,7 +24,7 @@ def limits(answer: Answer) -> tuple[int, int, int]:
 
 async def test_every_answer_says_what_is_left_and_the_last_one_when_to_come_again() -> None:
     client = ApiClient(rate_limits=RateLimits(general=3))
-    seen = [await client.call("GET", "/health", role=None) for _ in range(4)]
+    seen = [await client.call("GET", "/docs", role=None) for _ in range(4)]
     assert [answer.status for answer in seen] == [200, 200, 200, 429]
     assert [limits(answer) for answer in seen] == [(3, 2, 20), (3, 1, 40), (3, 0, 60), (3, 0, 60)]
     refused = seen[-1]
@@ -32,8 +32,27 @@ async def test_every_answer_says_what_is_left_and_the_last_one_when_to_come_agai
     assert refused.headers["retry-after"] == "20"
     assert refused.json["details"] == {"limit": 3, "retry_after": 20}
     client.world.clock.now += 20
-    assert (await client.call("GET", "/health", role=None)).status == 200
-    assert (await client.call("GET", "/health", role=None)).status == 429
+    assert (await client.call("GET", "/docs", role=None)).status == 200
+    assert (await client.call("GET", "/docs", role=None)).status == 429
+
+
+async def test_probes_are_never_turned_away() -> None:
+    client = ApiClient(rate_limits=RateLimits(general=1))
+    assert (await client.call("GET", "/docs", role=None)).status == 200
+    assert (await client.call("GET", "/docs", role=None)).status == 429
+    for path in ("/health", "/version"):
+        for _ in range(3):
+            answer = await client.call("GET", path, role=None)
+            assert (answer.status, limits(answer)[:2]) == (200, (1, 0))
+
+
+async def test_who_is_refused_takes_nothing_from_others_of_that_address() -> None:
+    client = ApiClient(rate_limits=RateLimits(general=1))
+    bad = {"Authorization": "Bearer x"}
+    seen = [await client.call("GET", "/nodes", role=None, headers=dict(bad)) for _ in range(2)]
+    assert [answer.status for answer in seen] == [401, 429]
+    body = {"username": "admin", "password": PASSWORD}
+    assert (await client.call("POST", "/auth/login", body, role=None)).status == 200
 
 
 async def test_the_contracts_numbers_are_the_defaults() -> None:

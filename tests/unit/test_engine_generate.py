@@ -317,6 +317,21 @@ async def test_requests_beyond_the_slots_wait_in_a_bounded_queue(tmp_path: Path)
         assert len(finished) == 1
 
 
+async def test_who_only_counts_waits_for_no_slot(tmp_path: Path):
+    spec = fake_model(tmp_path)
+    endless = GenerateRequest(spec.name, "endless")
+    async with (
+        running_engine(tmp_path / "run", num_parallel=1) as engine,
+        engine.generate(spec, endless) as events,
+    ):
+        await events.receive()
+        asked = GenerateRequest(spec.name, "hi", only_counts=True)
+        with trio.fail_after(5):
+            counted = await finish_of(engine, spec, asked)
+        assert counted.prompt_eval_count == 1 + len("user:hi\n")
+        assert counted.eval_count == 0
+
+
 async def test_who_stops_waiting_leaves_the_queue(tmp_path: Path):
     spec = fake_model(tmp_path)
     endless = GenerateRequest(spec.name, "endless")

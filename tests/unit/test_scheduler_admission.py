@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -327,11 +328,14 @@ async def test_a_request_that_was_let_in_learns_of_new_holders(world: World) -> 
     assert (await world.ask())[0] == C
 
 
-async def test_loading_a_model_waits_for_nobody(world: World, nursery: trio.Nursery) -> None:
+@pytest.mark.parametrize("asked", [{"prompt": ""}, {"only_counts": True}], ids=str)
+async def test_what_generates_nothing_waits_for_nobody(
+    world: World, nursery: trio.Nursery, asked: dict[str, Any]
+) -> None:
     made = await clients(world, nursery, *"a" * ROOM)
     world.b.engine.hang_after = None
     world.b.engine.script = [Finished("load")]
-    assert (await world.ask(msgspec.structs.replace(ASK, prompt="")))[1] == [Finished("load")]
+    assert (await world.ask(msgspec.structs.replace(ASK, **asked)))[1] == [Finished("load")]
     for each in made:
         await each.end()
 
