@@ -95,6 +95,18 @@ def prompt_of_tokens(tokens: Sequence[int], digest: str) -> Prompt:
     return prompt_of(GenerateRequest("", context=tuple(tokens)), digest)
 
 
+def prompt_after(
+    request: GenerateRequest, digest: str, texts: Iterable[str], context: Sequence[int]
+) -> Prompt:
+    """What a cache holds when an answer has ended, as the next request will name it.
+
+    `context`: the ids of all its tokens, if the client was told them.
+    """
+    if context:
+        return prompt_of_tokens(context, digest)
+    return prompt_of(request, digest, "".join(texts))
+
+
 def _parts(request: GenerateRequest) -> Iterator[bytes]:
     """All that the prompt is made of, in the order in which templates put it."""
     if request.context:

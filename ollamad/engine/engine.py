@@ -5,12 +5,14 @@ stream. Which models stay in memory is the pool's affair, sampling llama.cpp's.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 
 import msgspec
 import trio
 
+from ollamad.core import prefix
 from ollamad.core.inference import (
     Chunk,
     Embeddings,
@@ -24,6 +26,7 @@ from ollamad.core.inference import (
     LoadedModel,
     Options,
 )
+from ollamad.core.slots import NOTHING
 from ollamad.core.weights import XLLAMACPP, Choice
 from ollamad.engine import check
 from ollamad.engine.accelerators import NO_ACCELERATORS, Accelerators
@@ -41,6 +44,7 @@ from ollamad.engine.prompt import (
     too_long,
 )
 from ollamad.engine.sampling import (
+    ANY_SLOT,
     chat_body,
     comes_whole,
     completion_body,
@@ -118,7 +122,7 @@ class Engine:
         config = runner_config(spec, options, self._settings, embedding=True)
         async with self._resident(spec, config, request.keep_alive_s) as resident:
             load_duration = time.perf_counter_ns() - started
-            async with _slot(resident, self._settings.max_queue):
+            async with _slot(resident, NOTHING, self._settings.max_queue):
                 inputs = await _embedding_inputs(resident, request)
                 vectors: list[tuple[float, ...]] = []
                 for group in _groups(inputs):
@@ -219,14 +223,23 @@ class Engine:
             async with self._resident(spec, config, request.keep_alive_s) as resident:
                 load_duration = time.perf_counter_ns() - started
                 # Who only counts needs the tokenizer, which is always free.
-                slot = _slot(resident, self._settings.max_queue)
-                async with contextlib.nullcontext() if request.only_counts else slot:
+                beginning = prefix.prompt_of(request, spec.digest)
+                slot = _slot(resident, beginning, self._settings.max_queue)
+                async with contextlib.nullcontext(_Seat()) if request.only_counts else slot as seat:
                     schema = json_schema(request.format)
                     await _check_schema(resident.runner, schema)
-                    work = _Work(resident.runner, spec, request, options, config, schema)
+                    work = _Work(
+                        resident.runner, spec, request, options, config, schema, seat.number
+                    )
+                    texts: list[str] = []
                     async with contextlib.aclosing(work.events()) as events:
                         async for event in events:
-                            if isinstance(event, Finished):
+                            if isinstance(event, Chunk):
+                                texts.append(event.text)
+                            elif isinstance(event, Finished):
+                                seat.held = prefix.prompt_after(
+                                    request, spec.digest, texts, event.context
+                                )
                                 self._pool.finished_well(resident)
                                 event = msgspec.structs.replace(
                                     event,
@@ -263,6 +276,7 @@ class _Work:
         options: Options,
         config: RunnerConfig,
         schema: msgspec.Raw | None,
+        slot: int,
     ) -> None:
         self._runner = runner
         self._spec = spec
@@ -270,6 +284,7 @@ class _Work:
         self._options = options
         self._config = config
         self._schema = schema
+        self._slot = slot
 
     async def events(self) -> AsyncGenerator[Event, None]:
         request = self._request
@@ -304,7 +319,8 @@ class _Work:
             limit = min(limit, config.context_length - len(prompt.ids))
         if request.is_parsed:
             arguments = template_arguments(request, prompt.messages)
-            return self._chat(chat_body(arguments, request, self._options, limit, self._schema))
+            body = chat_body(arguments, request, self._options, limit, self._schema, self._slot)
+            return self._chat(body)
         return self._complete(prompt, limit)
 
     async def _chat(self, body: bytes) -> AsyncGenerator[Event, None]:
@@ -345,7 +361,7 @@ class _Work:
                 left = shifted(asked, self._config.context_length, keep)
                 resumed -= len(asked) - len(left)
                 asked = left
-        body = completion_body(asked, request, self._options, limit, self._schema)
+        body = completion_body(asked, request, self._options, limit, self._schema, self._slot)
         emitted: list[int] = []
         stream = await runner.client.open_completion(body)
         try:
@@ -392,8 +408,18 @@ class _Events(trio.abc.ReceiveChannel[Event]):
         await trio.lowlevel.checkpoint()
 
 
+@dataclasses.dataclass(slots=True)
+class _Seat:
+    """A slot that a request has, and what it will hold of it."""
+
+    number: int = ANY_SLOT
+    held: prefix.Prompt = NOTHING
+
+
 @contextlib.asynccontextmanager
-async def _slot(resident: Resident, max_queue: int) -> AsyncIterator[None]:
+async def _slot(
+    resident: Resident, beginning: prefix.Prompt, max_queue: int
+) -> AsyncIterator[_Seat]:
     """One of the runner's slots, first come, first served."""
     if resident.slots.value == 0 and resident.queued >= max_queue:
         raise queue_full()
@@ -403,10 +429,12 @@ async def _slot(resident: Resident, max_queue: int) -> AsyncIterator[None]:
     finally:
         resident.queued -= 1
     resident.busy += 1
+    seat = _Seat(resident.caches.take(beginning), beginning)
     try:
-        yield
+        yield seat
     finally:
         resident.busy -= 1
+        resident.caches.give_back(seat.number, seat.held)
         resident.slots.release()
 
 

@@ -19,6 +19,7 @@ import msgspec
 import trio
 
 from ollamad.core.inference import Failed, InferenceError, LoadedModel
+from ollamad.core.slots import Slots
 from ollamad.core.weights import LLAMA_SERVER
 from ollamad.engine.accelerators import NO_ACCELERATORS, Accelerators, can_offload
 from ollamad.engine.memory import UNKNOWN, MemoryRecord, Need, Used, fitting_layers
@@ -52,7 +53,8 @@ class Resident:
     config: RunnerConfig  # what fits: perhaps fewer slots, and layers on GPUs
     runner: Runner
     need: Need
-    slots: trio.Semaphore
+    slots: trio.Semaphore  # how many are free
+    caches: Slots  # what they hold
     keep_alive_s: float
     pins: int = 0
     busy: int = 0
@@ -338,6 +340,7 @@ class RunnerPool:
             runner=runner,
             need=need,
             slots=trio.Semaphore(config.parallel),
+            caches=Slots(config.parallel),
             keep_alive_s=self._settings.keep_alive_s,
             last_used=trio.current_time(),
             loaded_at=trio.current_time(),

@@ -31,6 +31,8 @@ DEFAULTS = Options(
 # must end.
 MAX_CONTEXTS = 10
 
+ANY_SLOT = -1  # the runner's choice
+
 _ANY_JSON_OBJECT = msgspec.Raw(b'{"type":"object"}')
 
 
@@ -40,12 +42,14 @@ def completion_body(
     options: Options,
     limit: int,
     schema: msgspec.Raw | None,
+    slot: int = ANY_SLOT,
 ) -> bytes:
     """The JSON body that asks the runner for a streamed completion of at most `limit` tokens.
 
     The prompt is token ids, a text, or a text with images.
     """
     body = _sampling(request, options, limit, schema)
+    body["id_slot"] = slot
     body |= {"prompt": prompt, "return_tokens": True}
     if request.logprobs >= 0:
         # The token itself is told with at least one candidate.
@@ -59,12 +63,14 @@ def chat_body(
     options: Options,
     limit: int,
     schema: msgspec.Raw | None,
+    slot: int = ANY_SLOT,
 ) -> bytes:
     """The JSON body that asks the runner for a chat; `arguments` are the template's.
 
     It is streamed unless `comes_whole`.
     """
     body = _sampling(request, options, limit, schema)
+    body["id_slot"] = slot
     body |= arguments | {"reasoning_format": "deepseek"}
     body["stream_options"] = {"include_usage": True}
     if "tools" in arguments:

@@ -21,8 +21,8 @@ from ollamad.core.prefix import (
     PrefixIndex,
     PrefixNews,
     Prompt,
+    prompt_after,
     prompt_of,
-    prompt_of_tokens,
 )
 from ollamad.core.presence import Beat, Presence
 from ollamad.core.routing import STICKY_BOUND_S, Choice, Fleet, Load, Pick, Policy, Score
@@ -435,14 +435,10 @@ class Serving(AbstractContextManager["Serving"]):
         elif isinstance(event, Finished) and self._request.generates:
             if not self._request.resume:
                 self._router.measure(self._model, event, self._prompt)
-            self._router.began(self._model, said(self._request, self._model, self._text, event))
-
-
-def said(request: GenerateRequest, model: Model, text: Sequence[str], end: Finished) -> Prompt:
-    """What a cache holds when an answer has ended, as the next request will name it."""
-    if end.context:
-        return prompt_of_tokens(end.context, model.digest)
-    return prompt_of(request, model.digest, "".join(text))
+            self._router.began(
+                self._model,
+                prompt_after(self._request, self._model.digest, self._text, event.context),
+            )
 
 
 def _memory_free(beat: Beat) -> int:

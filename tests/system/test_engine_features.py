@@ -207,3 +207,24 @@ async def test_counting_and_the_stop_that_came(engine: Engine, spec: ModelSpec):
     *_, stopped = await run(engine, spec, prompt=CAPITAL, raw=True, options=options)
     assert isinstance(stopped, Finished)
     assert (stopped.reason, stopped.stop_text) == ("stop", "Paris")
+
+
+async def test_conversations_with_one_system_prompt_keep_their_caches(
+    engine: Engine, spec: ModelSpec
+):
+    system = Message("system", "You keep the lighthouse of a small town. " * 12)
+    talks = {name: [system] for name in ("Anna", "Bert")}
+    read = 0
+    for turn in range(3):
+        for name, messages in talks.items():
+            asked = f"{name} asks for the {turn}. time: how far does the light reach? " * 4
+            messages.append(Message("user", asked))
+            events = await run(engine, spec, messages=tuple(messages))
+            messages.append(Message("assistant", text_of(events)))
+            end = events[-1]
+            assert isinstance(end, Finished)
+            if turn:
+                # All but what is new, and what the template puts around it.
+                assert end.prompt_eval_count - end.prompt_cached_count < 110, (turn, name)
+            read += end.prompt_eval_count
+    assert read > 6 * 200

@@ -52,6 +52,7 @@ def test_a_replay_reads_its_prompt_whole():
 def test_ollamas_defaults():
     assert body_of(Options()) == {
         "prompt": [1, 2],
+        "id_slot": -1,
         "stream": True,
         "return_tokens": True,
         "cache_prompt": True,

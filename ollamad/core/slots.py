@@ -1,0 +1,79 @@
+"""Which slot of a runner a prompt goes to, so that conversations keep what is cached of them. Pure.
+
+llama.cpp itself takes the free slot whose content begins most alike, however little that is: then
+conversations with the same system prompt take one slot from each other, and others stay empty.
+Here a prompt goes on with a slot only if it keeps most of its content; else it gets an empty one,
+and only if there is none, one in which little that is likely to be asked for again is lost.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ollamad.core.prefix import Prompt
+
+# A prompt that keeps so much of what a slot holds is the same conversation, also if its last answer
+# is to be made anew. A system prompt in common is rarely that much of a conversation.
+SAME = 0.8
+NOTHING = Prompt(0)
+
+
+@dataclass(slots=True)
+class _Slot:
+    held: Prompt = NOTHING  # what its cache holds
+    used_at: int = 0  # counts up with each use of any slot
+    busy: bool = False
+
+
+class Slots:
+    """The slots of a runner, which are numbered from 0, and what each holds."""
+
+    def __init__(self, count: int) -> None:
+        self._slots = [_Slot() for _ in range(count)]
+        self._uses = 0
+
+    def take(self, prompt: Prompt) -> int:
+        """The number of the free slot that is best for this prompt, busy from now on.
+
+        Raises:
+          ValueError: all are busy.
+        """
+        free = [number for number, slot in enumerate(self._slots) if not slot.busy]
+        best = _best(prompt, [self._slots[number] for number in free])
+        self._slots[free[best]].busy = True
+        return free[best]
+
+    def give_back(self, number: int, held: Prompt) -> None:
+        """A slot is free again, and holds this."""
+        self._uses += 1
+        self._slots[number] = _Slot(held, self._uses)
+
+
+def _best(prompt: Prompt, free: Sequence[_Slot]) -> int:
+    """Which of these slots is best for a prompt."""
+    shared = [shared_blocks(prompt, slot.held) for slot in free]
+    kept = [slot.held.covered(blocks) for slot, blocks in zip(free, shared, strict=True)]
+    same = [place for place, part in enumerate(kept) if part >= SAME]
+    if same:
+        return max(same, key=lambda place: shared[place])
+    empty = [place for place, slot in enumerate(free) if not slot.held.size]
+    if empty:
+        return empty[0]
+    # The longer a conversation rests, the less likely it goes on.
+    by_age = sorted(range(len(free)), key=lambda place: free[place].used_at)
+
+    def cost(place: int) -> float:
+        lost = free[place].held.size * (1 - kept[place])
+        likely = by_age.index(place) / max(1, len(free) - 1)
+        return prompt.size * (1 - prompt.covered(shared[place])) + likely * lost
+
+    return min(by_age, key=cost)
+
+
+def shared_blocks(one: Prompt, other: Prompt) -> int:
+    """How many blocks two prompts begin with alike."""
+    count = 0
+    for mine, others in zip(one.blocks, other.blocks, strict=False):
+        if mine != others:
+            break
+        count += 1
+    return count
