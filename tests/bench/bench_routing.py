@@ -10,6 +10,7 @@ the least that can be evaluated. All in one run, one cluster after the other.
 
 import argparse
 import json
+import os
 import random
 import signal
 import statistics
@@ -165,6 +166,8 @@ def run(policy: str, count: int, slots: int, sessions: int, model: Path, directo
         "OLLAMA_NUM_PARALLEL": str(slots),
         "OLLAMA_CONTEXT_LENGTH": "4096",
         "OLLAMA_KEEP_ALIVE": "-1",
+        # Nodes that share a machine would else wait for one another at every layer's barrier.
+        "OLLAMAD_ENGINE__THREADS": str(max(1, (os.cpu_count() or 1) // count)),
     }
     with Cluster(directory, environment) as cluster:
         first = cluster.found()
