@@ -32,7 +32,7 @@ from ollamad.archive import (
 )
 from ollamad.core.ids import NodeId
 from ollamad.core.state import ClusterState, Member, Model
-from ollamad.datadir import DataDir, DataDirError
+from ollamad.datadir import DataDir, DataDirError, check_owner
 from ollamad.errors import StartError
 from ollamad.machine import Machine
 from ollamad.peers.identity import Identity, IdentityError
@@ -116,12 +116,6 @@ def backup(
     except (DataDirError, RaftError, IdentityError, MalformedMessage, OSError) as error:
         raise StartError(str(error)) from None
     return _report(path, size, copy, effective, held)
-
-
-def check_owner(data_dir: Path) -> None:
-    """Whether who runs this is who runs the daemon; what others leave there it could not write."""
-    if data_dir.is_dir() and (owner := data_dir.stat().st_uid) != os.geteuid():
-        raise StartError(f"{data_dir} belongs to another user; run this as user {owner} (sudo -u)")
 
 
 async def read_journal(directory: DataDir) -> Copy:

@@ -18,9 +18,12 @@ restoring        there while a backup is being restored; what is here then is no
 import fcntl
 import os
 from dataclasses import dataclass
+import pwd
 from pathlib import Path
 from types import TracebackType
 
+
+from ollamad.errors import StartError
 
 class DataDirError(Exception):
     """The data directory cannot be used; the message says why and what to do."""
@@ -35,6 +38,24 @@ class ModelPlaces:
 
 
 class DataDir:
+def check_owner(data_dir: Path) -> None:
+    """Whether who runs this is who runs the daemon; what others leave there it could not read.
+
+    Raises:
+      StartError: it is somebody else.
+    """
+    if not data_dir.is_dir() or (owner := data_dir.stat().st_uid) == os.geteuid():
+        return
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        name = f"'#{owner}'"  # as sudo and a shell take a number
+    raise StartError(
+        f"{data_dir} belongs to another user; run this as that one: "
+        f"sudo -u {name} ollamad … --data-dir {data_dir}"
+    )
+
+
     """The directory of one daemon; a context manager that holds the lock."""
 
     def __init__(self, path: Path) -> None:

@@ -22,7 +22,7 @@ from ollamad.cluster import CONSENSUS_VIEW, ConsensusView
 from ollamad.core.commands import Proposal, RecoverCluster
 from ollamad.core.ids import NodeId, short
 from ollamad.core.state import ClusterState, Member
-from ollamad.datadir import DataDir, DataDirError
+from ollamad.datadir import DataDir, DataDirError, check_owner
 from ollamad.errors import StartError
 from ollamad.machine import Machine
 from ollamad.peers.identity import (
@@ -108,9 +108,7 @@ def recover(
 
 def _check_directory(data_dir: Path) -> None:
     """Whether this looks like what is to be recovered; makes nothing, unlike a start."""
-    if data_dir.is_dir() and (owner := data_dir.stat().st_uid) != os.geteuid():
-        # The daemon could not write what another user leaves there.
-        raise StartError(f"{data_dir} belongs to another user; run this as user {owner} (sudo -u)")
+    check_owner(data_dir)
     if not (data_dir / "raft.db").is_file() or not (data_dir / "identity" / KEY_FILE).is_file():
         raise StartError(
             f"{data_dir} is not the data directory of a node that was in a cluster; name it with "

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import trio
 
-from ollamad.backup import check_owner, read_journal
-from ollamad.datadir import DataDir, DataDirError
+from ollamad.backup import read_journal
+from ollamad.datadir import DataDir, DataDirError, check_owner
 from ollamad.errors import StartError
 from ollamad.peers.identity import Identity, IdentityError
 from ollamad.raft.errors import RaftError

@@ -21,12 +21,12 @@ import trio
 
 from ollamad.admission import forget_cluster
 from ollamad.archive import BLOBS, CONFIG, STATE, Archive, opened
-from ollamad.backup import SOURCES, check_owner
+from ollamad.backup import SOURCES
 from ollamad.core.ids import NodeId
 from ollamad.core.names import node_name_of, parse_name
 from ollamad.core.refounding import refound
 from ollamad.core.state import ClusterState
-from ollamad.datadir import DataDir, DataDirError
+from ollamad.datadir import DataDir, DataDirError, check_owner
 from ollamad.errors import StartError
 from ollamad.machine import Machine
 from ollamad.peers.identity import (

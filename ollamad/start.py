@@ -21,12 +21,12 @@ from ollamad.admission import Invitation, choose_identity, forget_cluster, parse
 from ollamad.api.serve import CannotListen
 from ollamad.api.services import ServiceError
 from ollamad.daemon import Daemon
-from ollamad.datadir import DataDir, DataDirError
+from ollamad.datadir import DataDir, DataDirError, check_owner
 from ollamad.errors import HasLeft, StartError
 from ollamad.peers.identity import IdentityError
 from ollamad.raft.errors import RaftError
 from ollamad.reload import Reloader
-from ollamad.settings import Settings
+from ollamad.settings import Settings, is_root
 from ollamad.store.errors import StoreError
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ def run(
     hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     invitation = parse_invitation(join) if join else None
+    if is_root():  # others may share the directory by their group, or cannot write there anyway
+        check_owner(data_dir)
     try:
         with DataDir(data_dir) as directory:
             directory.check_whole()

@@ -64,16 +64,17 @@ class Identity:
         """Read the key, or make one on the first start (file mode 0600, directory 0700)."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = directory / KEY_FILE
-        if path.exists():
-            try:
-                key = serialization.load_pem_private_key(path.read_bytes(), None)
-            except ValueError as error:
-                raise IdentityError(f"{path} is not a private key: {error}") from None
-            if not isinstance(key, Ed25519PrivateKey):
-                raise IdentityError(f"{path} is not an ed25519 key")
-            return cls(directory, key)
-        key = Ed25519PrivateKey.generate()
-        write_private(path, private_pem(key))
+        try:
+            key = serialization.load_pem_private_key(path.read_bytes(), None)
+        except FileNotFoundError:
+            key = Ed25519PrivateKey.generate()
+            write_private(path, private_pem(key))
+        except PermissionError:
+            raise IdentityError(f"{path} must belong to whoever runs ollamad (chown)") from None
+        except ValueError as error:
+            raise IdentityError(f"{path} is not a private key: {error}") from None
+        if not isinstance(key, Ed25519PrivateKey):
+            raise IdentityError(f"{path} is not an ed25519 key")
         return cls(directory, key)
 
     @classmethod

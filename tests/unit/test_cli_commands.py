@@ -178,6 +178,8 @@ def test_cluster_token_prints_the_command_alone(cli: Cli, fake_api: FakeApi) -> 
     result = cli("cluster", "token", "--ttl", "30m")
     assert ok(result) == "ollamad start --join T0KEN@127.0.0.1:9000\n"
     assert "2030-01-01" in result.stderr
+    [packaged] = lines_with(result.stderr, "sudo -u ollamad ollamad start", "/var/lib/ollamad")
+    assert packaged.endswith(" --join T0KEN@127.0.0.1:9000")
     assert fake_api.asked("POST", "/cluster/token")[0].json == {"ttl_seconds": 1800}
     data = json.loads(ok(cli("cluster", "token", "-o", "json")))
     assert data["token"] == "T0KEN"

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import pwd
 import re
 import socket
 import stat
@@ -272,6 +273,27 @@ def test_a_second_daemon_in_one_directory_does_not_start(
 
 
 @pytest.mark.usefixtures("root_logger")
+@pytest.mark.usefixtures("root_logger")
+def test_root_starts_no_daemon_in_the_services_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it would leave there the service could not read."""
+    if os.geteuid() == 0:
+        os.chown(tmp_path, 65534, 65534)
+
+    async def begin(*_: object) -> None:
+        raise AssertionError("it starts")
+
+    monkeypatch.setattr(start, "_run", begin)
+    monkeypatch.setattr(os, "umask", lambda mask: 0)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    owner = pwd.getpwuid(tmp_path.stat().st_uid).pw_name
+    wanted = f"sudo -u {owner} ollamad … --data-dir {tmp_path}"
+    with pytest.raises(StartError, match=re.escape(wanted)):
+        start.run(Settings(), tmp_path, None, Settings)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_clock_that_does_not_fit_stops_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -398,6 +398,17 @@ def test_a_key_becomes_a_members_by_one_rename(ca: CertificateAuthority, tmp_pat
 def test_the_certificate_is_renewed_when_a_third_of_its_life_is_left(
     ca: CertificateAuthority, tmp_path: Path
 ) -> None:
+def test_a_key_of_another_user_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Identity.load_or_create(tmp_path)
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(IdentityError, match=r"node\.key must belong to whoever runs ollamad"):
+        Identity.load_or_create(tmp_path)
+
+
     now = utc_now()
     identity = TlsNode(tmp_path).enter(ca, at=now).identity
     due = now + CERTIFICATE_LIFETIME - RENEW_BEFORE

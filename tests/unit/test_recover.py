@@ -1,6 +1,7 @@
 """`ollamad recover`: when it refuses, what it changes, and that it changes all of it or nothing."""
 
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -285,7 +286,13 @@ def test_directories_that_are_none(survivor: Survivor, tmp_path: Path) -> None:
 def test_another_users_directory(survivor: Survivor, monkeypatch: pytest.MonkeyPatch) -> None:
     survivor.write()
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    assert f"run this as user {os.getuid()}" in refusal(survivor)
+    assert f"sudo -u {pwd.getpwuid(os.getuid()).pw_name} ollamad" in refusal(survivor)
+
+    def unknown(number: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)  # of another host, or a container
+    assert f"sudo -u '#{os.getuid()}' ollamad" in refusal(survivor)
 
 
 def test_a_running_daemon(survivor: Survivor) -> None:

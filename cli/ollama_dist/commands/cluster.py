@@ -14,6 +14,9 @@ from ollama_dist.text import parse_duration, plural, short_id, size
 if TYPE_CHECKING:
     from rich.text import Text
 
+# As ollamad.service does it: whatever root leaves in that directory its user could not read.
+PACKAGED_START = "sudo -u ollamad ollamad start --data-dir /var/lib/ollamad"
+
 app = typer.Typer(no_args_is_help=True, help="The cluster: who leads, who joins, who leaves.")
 
 
@@ -184,7 +187,14 @@ def token(
         return
     # The command alone on stdout, so that it can be piped to the new node.
     session.note(f"Run this on the new node; the token works until {made.get('expires_at')}.")
-    session.say(made.get("command") or made["token"])
+    shown = made.get("command") or made["token"]
+    session.say(shown)
+    packaged = shown.replace("ollamad start", PACKAGED_START, 1)
+    session.note(
+        "With the package, stop its service (systemctl stop ollamad), run it as the service's "
+        "user instead, and start the service again once it is ready:"
+    )
+    session.note(f"  {packaged}")
 
 
 @app.command("join")
