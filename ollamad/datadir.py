@@ -4,7 +4,8 @@ lock             held while a daemon runs; holds its pid
 identity/        key, certificate, CA certificate
 joining/         the key to join with, which becomes `identity` once a cluster lets it in
 raft.db          the replicated log and its snapshot; beside it raft.db-wal, SQLite's log of
-                 what is not in it yet, and raft.db-witness, which change was acknowledged last
+                 what is not in it yet, and raft.db-witness, which change was acknowledged last;
+                 as it was before each `ollamad recover`: raft.db.before-recovery-TIME
 seeds            members to talk to before the log tells (written when joining)
 models/          blobs and manifests in Ollama's layout
 run/             sockets of runner processes
@@ -17,13 +18,13 @@ restoring        there while a backup is being restored; what is here then is no
 
 import fcntl
 import os
-from dataclasses import dataclass
 import pwd
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-
 from ollamad.errors import StartError
+
 
 class DataDirError(Exception):
     """The data directory cannot be used; the message says why and what to do."""
@@ -37,7 +38,6 @@ class ModelPlaces:
     shelves: list[Path]
 
 
-class DataDir:
 def check_owner(data_dir: Path) -> None:
     """Whether who runs this is who runs the daemon; what others leave there it could not read.
 
@@ -56,6 +56,7 @@ def check_owner(data_dir: Path) -> None:
     )
 
 
+class DataDir:
     """The directory of one daemon; a context manager that holds the lock."""
 
     def __init__(self, path: Path) -> None:
@@ -183,5 +184,6 @@ def check_owner(data_dir: Path) -> None:
         """
         endings = ("", "-wal", "-shm", "-witness")
         journal = [self.raft.with_name(self.raft.name + end) for end in endings]
+        journal += self.path.glob(f"{self.raft.name}.before-recovery-*")
         rest = [self.seeds, self.replicas, self.cli_token, self.admin_password]
         return [*journal, *rest, self.identity]

@@ -181,7 +181,7 @@ def restore(
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
-    """Make a new cluster of one node out of a backup, in an empty data directory.
+    """Make a new cluster of one node out of a backup, in the data directory of no node.
 
     The other nodes join it again. See "Backup and restore" in docs/operations.md.
     """

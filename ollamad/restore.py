@@ -2,8 +2,8 @@
 
 A cluster begins anew with one node, which holds the state of the backup: with a CA, an id and
 keys of its own (see `core/refounding.py`), so that it and what is left of the old one do not
-disturb each other. All is checked before anything is written, the directory must be empty, and
-the certificate, without which nothing starts, is written last.
+disturb each other. All is checked before anything is written, nothing of a cluster may be in the
+directory, and the certificate, without which nothing starts, is written last.
 """
 
 import datetime
@@ -45,13 +45,7 @@ from ollamad.store.errors import StoreError
 from ollamad.store.manifests import write_manifest
 from ollamad.wire.codec import MalformedMessage
 
-# What may be in the directory of a new node: files of models, and what was put aside by us.
 CONFIG_ASIDE = "config-of-backup"
-HARMLESS = {"lost+found", ".cache", "models", "config", CONFIG_ASIDE}
-# What `forget` leaves there of the node that was.
-HARMLESS |= {"lock", "restoring", "joining", "run", "pulls", "adopted", "scrubbed", "memory.json"}
-HARMLESS |= {"departed"}
-ASIDE = "left-"
 SPARE_BYTES = 64 << 20  # beside the files themselves: for the journal
 
 
@@ -81,7 +75,7 @@ def restore(
         with opened(path) as archive:
             state = _state_of(path, archive)
             with DataDir(data_dir) as directory:
-                _check_empty(directory)
+                _check_of_no_cluster(directory)
                 chosen = _read_settings(archive, config_dir, settings)
                 _check_space(archive, directory, chosen)
                 warnings = _elsewhere(archive, directory, chosen, settings)
@@ -165,12 +159,9 @@ def _state_of(path: Path, archive: Archive) -> ClusterState:
     return machine.state
 
 
-def _check_empty(directory: DataDir) -> None:
-    found = sorted(
-        entry.name
-        for entry in directory.path.iterdir()
-        if entry.name not in HARMLESS and not entry.name.startswith(ASIDE)
-    )
+def _check_of_no_cluster(directory: DataDir) -> None:
+    """All else may be there: models, and what is in a home, as it is that of the service's user."""
+    found = [path.name for path in directory.of_cluster() if path.exists()]
     if directory.restoring.exists():
         # What is there of a cluster was to be one, and was cut off.
         forget_cluster(directory)

@@ -379,12 +379,28 @@ def test_variables_are_told_by_name_only(
 # What is refused, and that nothing changes then.
 
 
-def test_a_directory_that_is_not_empty_is_refused(host: Host) -> None:
+def test_the_directory_of_a_node_is_refused(host: Host) -> None:
     host.backup()
     before = content(host.path)
     with pytest.raises(StartError, match=r"belongs to a node already.*ollamad forget"):
         put_back(host.file, host.path)
     assert content(host.path) == before
+
+
+def test_what_is_of_no_cluster_may_be_there(host: Host, empty: Path) -> None:
+    """As in the home directory that it is for the service's user."""
+    host.backup()
+    (empty / ".local").mkdir(parents=True)
+    (empty / ".local/history").write_text("hello")
+    kept = empty / "raft.db.before-recovery-20260101-000000"
+    kept.write_text("")
+    with pytest.raises(StartError, match=kept.name):
+        put_back(host.file, empty)
+    forget(empty)
+    assert not kept.exists(), "it goes with its cluster"
+    put_back(host.file, empty)
+    started(empty)
+    assert (empty / ".local/history").read_text() == "hello"
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o666])
