@@ -57,10 +57,6 @@ def parse_invitation(text: str) -> Invitation:
         token = parse_token(token_text)
     except InvalidToken as error:
         raise StartError(str(error)) from None
-    if token.expires_at < time.time():
-        raise StartError(
-            "the join token has expired; make a new one with `ollama-dist cluster token`"
-        )
     return Invitation(token, address or None)
 
 
@@ -224,14 +220,14 @@ async def choose_identity(
 ) -> Identity:
     """The identity to start with: this node's own, or one to join with.
 
-    A node that is in the inviting cluster already goes on as it is. One that is in no cluster, in
-    a cluster of one, or without a journal joins, and with a new key: logs of other nodes may still
-    count its old id as a voter. A cluster of one is what a first `ollamad start` makes; it is
-    given up for a real one.
+    A node that is in the inviting cluster already goes on as it is, also when the token has
+    expired: a container's command keeps it. One that is in no cluster, in a cluster of one, or
+    without a journal joins, and with a new key: logs of other nodes may still count its old id as
+    a voter. A cluster of one is what a first `ollamad start` makes; it is given up for a real one.
 
     Raises:
       HasLeft: this node was taken out of a cluster, and is to join none.
-      StartError: this node is in a cluster with others, or must not join any.
+      StartError: this node is in a cluster with others, or must not join any, or comes too late.
       IdentityError, RaftError: the identity or the journal is damaged.
     """
     if invitation is None:
@@ -243,6 +239,10 @@ async def choose_identity(
         own = Identity.load_or_create(directory.identity)
         if own.is_member and await _is_to_stay(own, directory, invitation):
             return own
+    if invitation.token.expires_at < time.time():
+        raise StartError(
+            "the join token has expired; make a new one with `ollama-dist cluster token`"
+        )
     return Identity.to_join(directory.joining)
 
 

@@ -1,8 +1,10 @@
 """How a node comes in: whose key it uses, in which order it keeps things, what a crash leaves."""
 
+import dataclasses
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -28,6 +30,9 @@ CA = make_ca(utc_now())
 OTHER = NodeId("B" * 52)
 INVITATION = Invitation(
     Token("t", b"s" * 16, channel_binding(certificate_der(CA.certificate_pem)), 2**40), "host:9000"
+)
+EXPIRED = msgspec.structs.replace(
+    INVITATION, token=dataclasses.replace(INVITATION.token, expires_at=1)
 )
 ADDRESSES = Addresses(("", 8080), ("", 9000), ("", 7000))
 CAPACITY = Capacity(cpu_cores=1, memory_bytes=1, disk_bytes=1)
@@ -93,8 +98,14 @@ async def test_who_joins_does_so_with_a_new_key_which_becomes_its_own(house: Hou
     assert not house.directory.joining.exists()
     assert house.left == []
     # With or without the invitation, it is a member from now on.
-    for invitation in (None, INVITATION):
+    for invitation in (None, INVITATION, EXPIRED):
         assert (await house.start(invitation))[0].node_id == own.node_id
+
+
+async def test_who_comes_with_an_expired_token_is_told_and_changes_nothing(house: House) -> None:
+    with pytest.raises(StartError, match=r"has expired; make .*`ollama-dist cluster token`"):
+        await house.start(EXPIRED)
+    assert list(house.path.iterdir()) == []
 
 
 async def test_who_leaves_comes_back_as_somebody_else(house: House) -> None:
