@@ -79,6 +79,7 @@ def backup(
     *,
     models: bool = False,
     stale: bool = False,
+    live: bool = False,
 ) -> str:
     """Write a backup to `path`.
 
@@ -86,6 +87,7 @@ def backup(
       config_dir: where this node's settings are.
       models: with the files of the models that this node holds.
       stale: if a daemon runs, and no majority answers it: what it knows is good enough.
+      live: only of a daemon that runs; the journal of a stopped one gets old.
 
     Returns:
       What was done, for the user.
@@ -106,6 +108,10 @@ def backup(
         directory.check_whole()
         try:
             with directory:
+                if live:
+                    raise StartError(
+                        f"no daemon runs in {data_dir}; without --live its journal is backed up"
+                    )
                 copy = trio.run(read_journal, directory)
         except DataDirError:
             copy = _ask_daemon(directory, effective, stale=stale)

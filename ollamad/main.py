@@ -148,6 +148,10 @@ def backup(
     stale: Annotated[
         bool,
         typer.Option("--stale", help="What this node knows is good enough if there is no quorum."),
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="Fail if the daemon does not run, as a timer should."),
+    ] = False,
     ] = False,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
@@ -164,7 +168,9 @@ def backup(
 
     where = config or default_config_dir(directory)
     try:
-        typer.echo(backup.backup(file, directory, effective, where, models=models, stale=stale))
+        typer.echo(
+            backup.backup(file, directory, effective, where, models=models, stale=stale, live=live)
+        )
     except StartError as error:
         _fail(str(error), EXIT_FAILURE)
 

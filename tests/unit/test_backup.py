@@ -403,6 +403,14 @@ def test_what_is_of_no_cluster_may_be_there(host: Host, empty: Path) -> None:
     assert (empty / ".local/history").read_text() == "hello"
 
 
+def test_a_timer_gets_no_backup_of_a_node_that_does_not_run(host: Host) -> None:
+    with pytest.raises(StartError, match="no daemon runs"):
+        backup(host.file, host.path, effective(), None, live=True)
+    assert not host.file.exists()
+    with DataDir(host.path), pytest.raises(StartError, match="the daemon is in no cluster yet"):
+        backup(host.file, host.path, effective(), None, live=True)
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o666])
 def test_a_file_that_others_may_read_is_refused(host: Host, empty: Path, mode: int) -> None:
     host.backup()
