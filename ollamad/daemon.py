@@ -62,7 +62,7 @@ from ollamad.library import Library
 from ollamad.machine import Machine
 from ollamad.peers.bulk import BulkPeers
 from ollamad.peers.doorman import Doorman
-from ollamad.peers.identity import RENEWAL_CHECK_S, Identity, write_private
+from ollamad.peers.identity import RENEWAL_CHECK_S, Identity, ca_end_in_sight, write_private
 from ollamad.peers.mesh import Mesh
 from ollamad.peers.tls import Gate, PeerUnreachable
 from ollamad.peers.tls_stream import TlsStream
@@ -655,6 +655,7 @@ class Daemon:
     async def _renew_certificate(self) -> None:
         """Every member holds the CA's key, so a node renews its own certificate in time."""
         while True:
+            self._watch_ca()
             self._renew_if_due()
             self._local_token_written = False  # it too would end some day
             self._write_local_token()
@@ -665,6 +666,16 @@ class Daemon:
         if state.ca is not None and self._identity.renew_if_due(state.ca, state.incarnation, now):
             self._gate.refresh()
             log.info("this node's certificate was renewed")
+
+    def _watch_ca(self) -> None:
+        """Nobody renews the CA, and where it has ended no node talks to another."""
+        ca, now = self._machine.state.ca, datetime.datetime.now(datetime.UTC)
+        if ca is not None and (end := ca_end_in_sight(ca, now)) is not None:
+            log.warning(
+                "the cluster's CA ends on %s, and connections between its nodes with it; make the "
+                'cluster anew before: see "Certificates" in docs/operations.md',
+                f"{end:%Y-%m-%d}",
+            )
 
     async def _stop_on_departure(self) -> None:
         """A node that is no member any more keeps its models and forgets the cluster."""

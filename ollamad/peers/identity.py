@@ -26,6 +26,7 @@ from ollamad.core.ids import NodeId, node_id_of
 from ollamad.core.state import CertificateAuthority
 
 CA_LIFETIME = datetime.timedelta(days=3650)
+CA_NOTICE = datetime.timedelta(days=365)  # it is not renewed: a new cluster has to be planned
 CERTIFICATE_LIFETIME = datetime.timedelta(days=398)
 RENEW_BEFORE = datetime.timedelta(days=130)  # a third of the lifetime; looked at every start, and
 RENEWAL_CHECK_S = 86400.0  # so often while the daemon runs
@@ -226,6 +227,12 @@ def make_ca(now: datetime.datetime) -> CertificateAuthority:
     return CertificateAuthority(
         certificate.public_bytes(serialization.Encoding.PEM), private_pem(key)
     )
+
+
+def ca_end_in_sight(ca: CertificateAuthority, now: datetime.datetime) -> datetime.datetime | None:
+    """When the CA ends, if that is soon enough to be told of."""
+    end = x509.load_pem_x509_certificate(ca.certificate_pem).not_valid_after_utc
+    return end if end - now < CA_NOTICE else None
 
 
 def issue_certificate(

@@ -21,10 +21,13 @@ from ollamad.core.state import CertificateAuthority
 from ollamad.peers import tls
 from ollamad.peers.identity import (
     BACKDATE,
+    CA_LIFETIME,
+    CA_NOTICE,
     CERTIFICATE_LIFETIME,
     RENEW_BEFORE,
     Identity,
     IdentityError,
+    ca_end_in_sight,
     certificate_der,
     issue_certificate,
     make_ca,
@@ -395,9 +398,14 @@ def test_a_key_becomes_a_members_by_one_rename(ca: CertificateAuthority, tmp_pat
     again.server_context()
 
 
-def test_the_certificate_is_renewed_when_a_third_of_its_life_is_left(
-    ca: CertificateAuthority, tmp_path: Path
-) -> None:
+def test_the_end_of_a_ca_is_told_in_its_last_year(ca: CertificateAuthority) -> None:
+    end = utc_now() + CA_LIFETIME
+    assert ca_end_in_sight(ca, end - CA_NOTICE - DAY) is None
+    told = ca_end_in_sight(ca, end - CA_NOTICE + DAY)
+    assert told is not None
+    assert abs(told - end) < DAY
+
+
 def test_a_key_of_another_user_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Identity.load_or_create(tmp_path)
 
@@ -409,6 +417,9 @@ def test_a_key_of_another_user_is_told(tmp_path: Path, monkeypatch: pytest.Monke
         Identity.load_or_create(tmp_path)
 
 
+def test_the_certificate_is_renewed_when_a_third_of_its_life_is_left(
+    ca: CertificateAuthority, tmp_path: Path
+) -> None:
     now = utc_now()
     identity = TlsNode(tmp_path).enter(ca, at=now).identity
     due = now + CERTIFICATE_LIFETIME - RENEW_BEFORE
