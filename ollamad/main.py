@@ -23,7 +23,6 @@ app = typer.Typer(
     name="ollamad",
     help="The daemon of Ollama Distributed: one on every host, together one big Ollama.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # as in ollama-dist: half the time
     pretty_exceptions_enable=False,
 )
@@ -148,10 +147,10 @@ def backup(
     stale: Annotated[
         bool,
         typer.Option("--stale", help="What this node knows is good enough if there is no quorum."),
+    ] = False,
     live: Annotated[
         bool,
         typer.Option("--live", help="Fail if the daemon does not run, as a timer should."),
-    ] = False,
     ] = False,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,

@@ -16,10 +16,11 @@ from pathlib import Path
 from binary import BUILD, DIST, FOLDER, ROOT, epoch, version
 
 WORK = ROOT / "build" / "deb"
+PROGRAMS = ("ollamad", "ollama-dist")
 COMPLETIONS = {
-    "bash": "usr/share/bash-completion/completions/ollama-dist",
-    "zsh": "usr/share/zsh/vendor-completions/_ollama-dist",
-    "fish": "usr/share/fish/vendor_completions.d/ollama-dist.fish",
+    "bash": "usr/share/bash-completion/completions/{}",
+    "zsh": "usr/share/zsh/vendor-completions/_{}",
+    "fish": "usr/share/fish/vendor_completions.d/{}.fish",
 }
 
 
@@ -54,7 +55,7 @@ def fill(root: Path, number: str) -> None:
         library.chmod(0o644)
     programs = root / "usr/bin"
     programs.mkdir(parents=True)
-    for name in ("ollamad", "ollama-dist"):
+    for name in PROGRAMS:
         (programs / name).symlink_to(f"../lib/ollamad/{name}")
     settings = root / "etc"
     (settings / "ollamad").mkdir(parents=True)
@@ -71,19 +72,28 @@ def fill(root: Path, number: str) -> None:
         env=os.environ | {"SOURCE_DATE_EPOCH": epoch()},
         check=True,
     )
-    for shell, path in COMPLETIONS.items():
-        script = subprocess.run(
-            [FOLDER / "ollama-dist"],
-            env={"_OLLAMA_DIST_COMPLETE": f"source_{shell}", "PATH": os.environ["PATH"]},
-            capture_output=True,
-            text=True,
-            check=False,  # Typer ends with 1 after a script
-        ).stdout
-        assert "_OLLAMA_DIST_COMPLETE" in script, f"no completion for {shell}"
-        if shell == "zsh":  # the key press that loads the file wants an answer too
-            script += '\n_ollama_dist_completion "$@"'
-        (root / path).parent.mkdir(parents=True)
-        (root / path).write_text(f"{script.strip()}\n")
+    for shell, pattern in COMPLETIONS.items():
+        for name in PROGRAMS:
+            path = root / pattern.format(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(completion(FOLDER / name, shell))
+
+
+def completion(program: Path, shell: str) -> str:
+    """The script with which a shell completes that program."""
+    function = f"_{program.name.replace('-', '_')}"
+    variable = f"{function.upper()}_COMPLETE"
+    script = subprocess.run(
+        [program],
+        env={variable: f"source_{shell}", "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,  # Typer ends with 1 after a script
+    ).stdout
+    assert variable in script, f"no completion of {program.name} for {shell}"
+    if shell == "zsh":  # the key press that loads the file wants an answer too
+        script += f'\n{function}_completion "$@"'
+    return f"{script.strip()}\n"
 
 
 def glibc() -> str:

@@ -219,36 +219,40 @@ def test_the_manual_has_every_command(machine: Machine) -> None:
     assert warnings == ""
 
 
-def test_shells_complete(machine: Machine) -> None:
-    fish = machine.call("fish", "-c", "complete -C 'ollama-dist mod'")
-    assert "models" in fish
+@pytest.mark.parametrize(
+    ("words", "whole"), [("ollama-dist models im", "import"), ("ollamad backup --li", "--live")]
+)
+def test_shells_complete(machine: Machine, words: str, whole: str) -> None:
+    program = words.split()[0]
+    fish = machine.call("fish", "-c", f"complete -C '{words}'")
+    assert whole in fish
     bash = machine.call(
         "bash",
         "-c",
-        """
+        f"""
         . /usr/share/bash-completion/bash_completion
-        _completion_loader ollama-dist
-        COMP_WORDS=(ollama-dist models im) COMP_CWORD=2
-        $(complete -p ollama-dist | sed 's/.*-F \\([^ ]*\\).*/\\1/') ollama-dist
-        echo "${COMPREPLY[@]}"
+        _completion_loader {program}
+        COMP_WORDS=({words}) COMP_CWORD=2
+        $(complete -p {program} | sed 's/.*-F \\([^ ]*\\).*/\\1/') {program}
+        echo "${{COMPREPLY[@]}}"
         """,
     )
-    assert bash.split() == ["import"]
+    assert bash.split() == [whole]
     zsh = machine.call(
         "zsh",
         "-fc",
-        """
+        f"""
         autoload -U compinit && compinit -u
-        print -r -- $_comps[ollama-dist]
-        zsh -n /usr/share/zsh/vendor-completions/_ollama-dist && print fine
+        print -r -- $_comps[{program}]
+        zsh -n /usr/share/zsh/vendor-completions/_{program} && print fine
         # Outside of a line that is edited nothing can be completed: what would be is shown.
-        _arguments() { print -r -- "$@" }
-        words=(ollama-dist models im) CURRENT=3
-        . /usr/share/zsh/vendor-completions/_ollama-dist
+        _arguments() {{ print -r -- "$@" }}
+        words=({words}) CURRENT=3
+        . /usr/share/zsh/vendor-completions/_{program}
         """,
     )
-    assert zsh.split()[:2] == ["_ollama-dist", "fine"]
-    assert '"import"' in zsh
+    assert zsh.split()[:2] == [f"_{program}", "fine"]
+    assert f'"{whole}"' in zsh
 
 
 def test_removing_keeps_what_is_there(machine: Machine) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -161,3 +162,19 @@ def test_the_code_in_an_engine_has_its_licence_where_it_is_inside(
     (text,) = core["evidence"]["licenses"]
     assert "The ggml authors" in text["license"]["text"]["content"]
     assert parts.with_core(wheel, {library.with_suffix(".py")}) == wheel, "of another machine"
+
+
+@pytest.mark.parametrize("name", ["ollamad", "ollama-dist"])
+def test_each_program_tells_how_a_shell_completes_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / name
+    package = name.replace("-", "_")
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'cli')!r}]\n"
+        f"from {package}.main import main\nmain()\n"
+    )
+    program.chmod(0o755)
+    script = recipe("deb", monkeypatch).completion(program, "zsh")
+    assert script.startswith(f"#compdef {name}\n")
+    assert script.endswith(f'\n_{package}_completion "$@"\n')
