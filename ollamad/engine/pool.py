@@ -175,9 +175,8 @@ class RunnerPool:
                 self._waiting -= 1
         else:
             resident.pins += 1
-        resident.keep_alive_s = (
-            self._settings.keep_alive_s if keep_alive_s is None else keep_alive_s
-        )
+        if keep_alive_s is not None:  # who says nothing of it takes no pin away
+            resident.keep_alive_s = keep_alive_s
         return resident
 
     def release(self, resident: Resident) -> None:

@@ -47,6 +47,7 @@ async def test_a_model_that_is_to_stay_for_ever_leaves_last(tmp_path: Path):
     a, b, c, d = (fake_model(tmp_path, name) for name in "abcd")
     async with running_engine(tmp_path / "run", max_loaded_models=2) as engine:
         await engine.load(a, keep_alive_s=-1)
+        await events_of(engine, a, GenerateRequest("a", "hi"))  # which says nothing of it
         await engine.load(b)
         await engine.load(c)  # `a` is unused for longer, but was asked to stay
         assert names(engine) == ["a", "c"]
