@@ -62,7 +62,7 @@ from ollamad.engine.spec import (
 
 # Inputs in one question to the runner, and their tokens: bounds its answer, lets others in between,
 # and it is silent no longer than a slow machine needs for that many: 35 tokens a second are enough
-# to be heard before `stall_timeout_s`, after which it is given up if others are answered meanwhile.
+# to be heard within `stall_timeout_s`, a tenth of that before it is given up.
 EMBED_GROUP = 32
 EMBED_GROUP_TOKENS = 2048
 MAX_SPELLINGS = 1024  # remembered of one model's untold tokens, a few hundred bytes each

@@ -5,10 +5,11 @@ models, slots or processes. The paths and fields are llama-server's own, so that
 elsewhere serves as well.
 """
 
+import math
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import h11
 import msgspec
@@ -28,6 +29,11 @@ DECODED = frozenset(("/completion", "/v1/chat/completions", "/v1/embeddings"))
 # Some versions of llama-server (b10434; no more b11549) read every answer with a parser, which
 # refuses what is no UTF-8 (llama.cpp's issue 27543): the tokens were computed, but are not told.
 UNPARSED = "does not match the expected"
+
+# What is waited for: the first sign of an answer, its next token, or all of it. Prompts are read in
+# batches, those of lower slots first, so the first may be long in coming while others are served;
+# a next token is part of every batch.
+Awaited = Literal["first", "next", "whole"]
 
 T = TypeVar("T")
 
@@ -228,29 +234,28 @@ class LlamaClient:
     def __init__(self, socket_path: Path) -> None:
         self._path = str(socket_path)
         self._idle: list[_Connection] = []
-        # The connections whose answer is waited for, each with when its silence began.
-        self._waits: dict[_Connection, float] = {}
+        self._waits: set[_Wait] = set()
         self._heard_at = 0.0
 
-    def silence(self) -> tuple[float, float]:
-        """Seconds: how long the request that waits longest has heard nothing, and all together.
+    def silence_s(self) -> float:
+        """Seconds that all who wait have heard nothing; zero when nothing is waited for.
 
-        Zero when nothing is waited for. What keeps a connection alive without saying anything is
-        silence, and so is what the decode loop has no part in.
+        What keeps a connection alive without saying anything is silence, and so is what the
+        decode loop has no part in.
         """
         if not self._waits:
-            return 0.0, 0.0
-        now = trio.current_time()
-        first = min(self._waits.values())
-        return now - first, now - max(first, self._heard_at)
+            return 0.0
+        first = min(wait.since for wait in self._waits)
+        return trio.current_time() - max(first, self._heard_at)
 
-    def abandon(self, silent_s: float) -> int:
-        """End the requests that heard nothing for so long; each raises RunnerStalled."""
-        before = trio.current_time() - silent_s
-        stalled = [one for one, since in self._waits.items() if since <= before]
-        for connection in stalled:
-            connection.abandon()
-        return len(stalled)
+    def overdue(self, next_s: float, first_s: float) -> list["_Wait"]:
+        """The waits that have lasted so many seconds: `next_s` for a next token, `first_s` else.
+
+        Those for whole answers are never among them: that they are silent says nothing.
+        """
+        now = trio.current_time()
+        patience = {"first": first_s, "next": next_s, "whole": math.inf}
+        return [wait for wait in self._waits if now - wait.since >= patience[wait.what]]
 
     async def is_ready(self) -> bool:
         """Whether the model is loaded. False also while nobody listens yet."""
@@ -328,7 +333,7 @@ class LlamaClient:
     async def ask_chat(self, body: bytes) -> ChatEvent:
         """The whole answer of `/v1/chat/completions` to a body that asks for no stream, as one
         event."""
-        status, answer = await self._request("POST", "/v1/chat/completions", body)
+        status, answer = await self._request("POST", "/v1/chat/completions", body, "whole")
         whole = _answer(status, answer, _WholeChat)
         choices = []
         for choice in whole.choices:
@@ -350,15 +355,16 @@ class LlamaClient:
             raise
         return connection
 
-    def waits(self, connection: "_Connection") -> "_Wait":
+    def waits(self, connection: "_Connection", what: Awaited = "first") -> "_Wait":
         """A context in which this connection's answer is waited for."""
-        return _Wait(self, connection)
+        return _Wait(self, connection, what)
 
-    def begin_wait(self, connection: "_Connection") -> None:
-        self._waits[connection] = trio.current_time()
+    def begin_wait(self, wait: "_Wait") -> None:
+        wait.since = trio.current_time()
+        self._waits.add(wait)
 
-    def end_wait(self, connection: "_Connection", *, heard: bool) -> None:
-        del self._waits[connection]
+    def end_wait(self, wait: "_Wait", *, heard: bool) -> None:
+        self._waits.remove(wait)
         if heard:
             self._heard_at = trio.current_time()
 
@@ -371,21 +377,23 @@ class LlamaClient:
         status, body = await self._request("POST", target, msgspec.json.encode(question))
         return _answer(status, body, answer_type)
 
-    async def _request(self, method: str, target: str, body: bytes = b"") -> tuple[int, bytes]:
+    async def _request(
+        self, method: str, target: str, body: bytes = b"", what: Awaited = "first"
+    ) -> tuple[int, bytes]:
         while (connection := self._take_idle()) is not None:
             try:
-                return await self._exchange(connection, method, target, body)
+                return await self._exchange(connection, method, target, body, what)
             except RunnerStalled:
                 raise
             except RunnerGone:
                 continue  # closed meanwhile; the next one is tried, a new one at last
-        return await self._exchange(await self._connect(), method, target, body)
+        return await self._exchange(await self._connect(), method, target, body, what)
 
     async def _exchange(
-        self, connection: "_Connection", method: str, target: str, body: bytes
+        self, connection: "_Connection", method: str, target: str, body: bytes, what: Awaited
     ) -> tuple[int, bytes]:
         try:
-            with self.waits(connection) as wait:
+            with self.waits(connection, what) as wait:
                 status = await connection.send(method, target, body)
                 answer = await connection.read_all()
                 wait.hears_loop = status == 200 and target in DECODED
@@ -433,20 +441,26 @@ class LlamaClient:
 class _Wait:
     """Something is waited for while its context is open."""
 
-    __slots__ = ("_client", "_connection", "hears_loop")
+    __slots__ = ("_client", "_connection", "hears_loop", "since", "what")
 
-    def __init__(self, client: LlamaClient, connection: "_Connection") -> None:
+    def __init__(self, client: LlamaClient, connection: "_Connection", what: Awaited) -> None:
         self._client = client
         self._connection = connection
+        self.what: Awaited = what
+        self.since = 0.0  # when this silence began
         self.hears_loop = True  # an answer shows that the decode loop works
 
+    def abandon(self) -> None:
+        """End the request; who waits hears RunnerStalled."""
+        self._connection.abandon()
+
     def __enter__(self) -> Self:
-        self._client.begin_wait(self._connection)
+        self._client.begin_wait(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # Who gave up waiting has heard nothing.
-        self._client.end_wait(self._connection, heard=kind is None and self.hears_loop)
+        self._client.end_wait(self, heard=kind is None and self.hears_loop)
 
 
 class _EventStream:
@@ -550,11 +564,15 @@ class CompletionStream(_EventStream):
             if event.error is not None:
                 raise RunnerRefused(event.error.code, event.error)
             if event.prompt_progress is None:
+                self._wait.what = "next"
                 return event
 
 
 class ChatStream(_EventStream):
-    """A running chat: its text, thoughts and calls."""
+    """A running chat: its text, thoughts and calls.
+
+    Not every token is heard: of a call llama.cpp tells what it understands so far.
+    """
 
     async def receive(self) -> ChatEvent | None:
         """The next event; None at the end.

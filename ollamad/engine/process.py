@@ -223,26 +223,33 @@ class Runner:
         """Kill the process when it owes answers and shows no sign of life.
 
         Signs are: anything that the decode loop says to anybody, CPU time, memory that is read from
-        the disk. A request that hears nothing while others are served is given up alone.
+        the disk. A request that hears nothing more while others are served is given up alone; one
+        that has heard no token yet may have to wait for their prompts.
         """
         limit_s = self._stall_timeout_s
+        patient_s = BUSY_PATIENCE * limit_s
         seen = _vitals(pid)
         alive_at = trio.current_time()
         while True:
             await trio.sleep(min(limit_s / STALL_LOOKS, MAX_STALL_LOOK_S))
-            longest_s, silent_s = self.client.silence()
+            silent_s = self.client.silence_s()
             vitals, before = _vitals(pid), seen
             seen = vitals
             if vitals != before or silent_s == 0:
                 alive_at = trio.current_time()
             still_s = min(silent_s, trio.current_time() - alive_at)
-            if still_s >= limit_s or silent_s >= BUSY_PATIENCE * limit_s:
+            # Where nobody hears anything it is the runner that takes so long.
+            overdue = self.client.overdue(limit_s if silent_s < limit_s else patient_s, patient_s)
+            if still_s >= limit_s or (overdue and silent_s >= patient_s):
                 self._hung_s = silent_s
                 self._over.set()
                 return
-            if longest_s >= BUSY_PATIENCE * limit_s or longest_s >= limit_s > silent_s:
-                count = self.client.abandon(limit_s)
-                log.warning("%d requests to %s hear nothing and are given up", count, self._name)
+            for wait in overdue:
+                wait.abandon()
+            if overdue:
+                log.warning(
+                    "%d requests to %s hear nothing and are given up", len(overdue), self._name
+                )
 
     async def _read_output(self, process: trio.Process) -> None:
         assert process.stdout is not None

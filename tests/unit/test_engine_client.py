@@ -1,6 +1,7 @@
 """The client against servers that misbehave, byte by byte."""
 
 import contextlib
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -226,20 +227,19 @@ async def test_silence_is_what_is_waited_for_and_not_said(
             await stream.send_all(chunk(FIRST) + chunk(LAST))
 
     async with client_of(tmp_path, handler) as client, trio.open_nursery() as nursery:
-        assert client.silence() == (0, 0)
+        assert client.silence_s() == 0
         stream = await client.open_completion(b"{}")
         await stream.receive()
         mock_clock.jump(5)
-        assert client.silence() == (0, 0)  # nobody waits: a client may read as slowly as it likes
+        assert client.silence_s() == 0  # nobody waits: a client may read as slowly as it likes
         nursery.start_soon(stream.receive)
         await trio.testing.wait_all_tasks_blocked()
         mock_clock.jump(3)
         await trio.testing.wait_all_tasks_blocked(0.01)
-        longest_s, silent_s = client.silence()
-        assert longest_s == silent_s >= 3  # what only keeps the connection alive says nothing
+        assert client.silence_s() >= 3  # what only keeps the connection alive says nothing
         speak.set()
         mock_clock.jump(1)
-        while client.silence() != (0, 0):
+        while client.silence_s():
             await trio.testing.wait_all_tasks_blocked(0.01)
         stream.close()
 
@@ -270,10 +270,10 @@ async def test_only_what_was_decoded_breaks_the_silence(
         await trio.testing.wait_all_tasks_blocked()
         mock_clock.jump(3)
         assert await client.detokenize([1]) == "y"  # by an HTTP thread: it says nothing of the loop
-        assert client.silence()[1] >= 3
+        assert client.silence_s() >= 3
         await client.embed([[1]])
-        longest_s, silent_s = client.silence()
-        assert longest_s >= 3 > silent_s  # who waits behind others that get on is no hang
+        assert client.silence_s() < 3  # who waits behind others that get on is no hang
+        assert len(client.overdue(3, math.inf)) == 1
         nursery.cancel_scope.cancel()
     stream.close()
 
@@ -301,7 +301,44 @@ async def test_who_is_given_up_hears_it_at_once(tmp_path: Path, streams: bool):
             stream.close()
 
         nursery.start_soon(ask)
-        while client.silence()[0] < 0.05:  # noqa: ASYNC110
+        while client.silence_s() < 0.05:  # noqa: ASYNC110
             await trio.sleep(0.01)
-        assert client.abandon(1000) == 0
-        assert client.abandon(0.01) == 1
+        assert client.overdue(1000, 1000) == []
+        (wait,) = client.overdue(0.01, 0.01)
+        wait.abandon()
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        (b"", "first"),
+        (HEAD + chunk(PROGRESS), "first"),
+        (HEAD + chunk(PROGRESS) + chunk(FIRST), "next"),
+        (b"", "whole"),
+    ],
+)
+async def test_who_may_have_to_wait_is_told_from_who_is_forgotten(
+    tmp_path: Path, mock_clock: trio.testing.MockClock, said: bytes, what: str
+):
+    async def handler(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some()
+            await stream.send_all(said)
+            await trio.sleep_forever()
+
+    async with client_of(tmp_path, handler) as client, trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            if what == "whole":
+                await client.ask_chat(b"{}")
+            with contextlib.closing(await client.open_completion(b"{}")) as stream:
+                while True:
+                    await stream.receive()
+
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        mock_clock.jump(3)
+        assert client.silence_s() == 3
+        assert bool(client.overdue(next_s=3, first_s=9)) == (what == "next")
+        assert bool(client.overdue(next_s=9, first_s=3)) == (what == "first")
+        nursery.cancel_scope.cancel()

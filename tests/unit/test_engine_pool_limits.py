@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
@@ -24,9 +25,10 @@ from ollamad.core.weights import Weights
 from ollamad.engine import pool, process
 from ollamad.engine.accelerators import can_offload
 from ollamad.engine.engine import _groups
-from ollamad.engine.llama_client import RunnerGone
+from ollamad.engine.llama_client import Awaited, RunnerGone
 from ollamad.engine.memory import GPU_RESERVE_BYTES, MIB
-from ollamad.engine.spec import EngineSettings, ModelSpec
+from ollamad.engine.process import Runner
+from ollamad.engine.spec import EngineSettings, ModelSpec, runner_config
 from tests.fakes.runner_engines import events_of, fake_model, running_engine
 from tests.unit.test_engine_pool import DEADLINE_S, names, runner_pids, until
 
@@ -209,6 +211,70 @@ async def test_a_request_that_is_forgotten_is_given_up_alone(tmp_path: Path):
         assert runner_pids() == [pid]
         assert engine.loaded()[0].busy == 1
         nursery.cancel_scope.cancel()
+
+
+class Patient:
+    """A connection that is given up."""
+
+    def __init__(self) -> None:
+        self.given_up_at = math.inf
+
+    def abandon(self) -> None:
+        self.given_up_at = min(self.given_up_at, trio.current_time())
+
+
+@pytest.mark.parametrize(
+    ("what", "works", "others", "given_up_s", "killed_s"),
+    [
+        ("next", True, True, 60, math.inf),
+        # It may have to wait for the prompts of others.
+        ("first", True, True, 600, math.inf),
+        # Of an answer that comes whole nothing is heard, however well it goes.
+        ("whole", True, True, math.inf, math.inf),
+        # Alone: a batch may take long.
+        ("next", True, False, math.inf, 600),
+        ("first", True, False, math.inf, 600),
+        ("whole", True, False, math.inf, math.inf),
+        # A process that stands still is no riddle.
+        ("next", False, False, math.inf, 60),
+        ("first", False, False, math.inf, 60),
+        ("whole", False, False, math.inf, 60),
+    ],
+)
+async def test_how_long_a_silence_is_borne(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: trio.testing.MockClock,
+    what: Awaited,
+    works: bool,
+    others: bool,
+    given_up_s: float,
+    killed_s: float,
+):
+    spec = fake_model(tmp_path)
+    config = runner_config(spec, Options(), EngineSettings(runtime_dir=tmp_path))
+    runner = Runner(spec, config, (), tmp_path / "s", 300, 60)
+    monkeypatch.setattr(process, "_vitals", lambda pid: works and trio.current_time())
+    silent: Any = Patient()
+    killed = math.inf
+    begun = trio.current_time()
+
+    async def others_hear() -> None:
+        while others:
+            other: Any = Patient()
+            with runner.client.waits(other, "next"):
+                await trio.sleep(1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(others_hear)
+        with runner.client.waits(silent, what), trio.move_on_after(5000) as scope:
+            await runner._end_if_it_hangs(1)
+        if not scope.cancelled_caught:
+            killed = trio.current_time() - begun
+        nursery.cancel_scope.cancel()
+    look_s = process.MAX_STALL_LOOK_S
+    for seen_s, expected_s in ((silent.given_up_at - begun, given_up_s), (killed, killed_s)):
+        assert seen_s == expected_s or expected_s <= seen_s <= expected_s + look_s
 
 
 async def test_a_client_that_reads_slowly_is_no_hang(tmp_path: Path):
