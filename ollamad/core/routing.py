@@ -209,10 +209,12 @@ class Fleet:
         *,
         bound_s: float = STICKY_BOUND_S,
         without: int = 0,
+        looks: bool = False,
     ) -> Choice | None:
         """The node for a request whose prompt has about so many tokens; None if there is none.
 
-        `without` are nodes that are out of the question, as bits.
+        `without` are nodes that are out of the question, as bits. Who only `looks` sends nothing
+        there, and takes nobody's turn.
         """
         willing = self._willing & ~without
         if not willing:
@@ -226,8 +228,10 @@ class Fleet:
                 return Choice(best, "the least predicted time, caches left aside")
             case "round-robin":
                 later = willing >> (self._turn + 1) << (self._turn + 1)
-                self._turn = next(bits(later or willing))
-                return Choice(self._score(self._turn, prompt, tokens, 0), "its turn")
+                number = next(bits(later or willing))
+                if not looks:
+                    self._turn = number
+                return Choice(self._score(number, prompt, tokens, 0), "its turn")
             case "random":
                 number = _rotated(willing, pick)[0]
                 return Choice(self._score(number, prompt, tokens, 0), "by chance")

@@ -155,7 +155,7 @@ class Router:
         tokens = self.tokens(prompt, model)
         if choice is None:
             choice = known.fleet.choose(
-                prompt, tokens, self.policy, self._pick, bound_s=self._bound_s
+                prompt, tokens, self.policy, self._pick, bound_s=self._bound_s, looks=True
             )
         members = self._state().members
         scores = []

@@ -112,6 +112,7 @@ def test_least_loaded_leaves_caches_aside() -> None:
 def test_round_robin_takes_turns_among_the_willing() -> None:
     fleet = fleet_of(IDLE, replace(IDLE, willing=False), IDLE, IDLE)
     assert [chosen(fleet, "round-robin") for _ in range(5)] == [0, 2, 3, 0, 2]
+    assert [chosen(fleet, "round-robin", looks=looks) for looks in (True, True, False)] == [3] * 3
 
 
 def test_random_takes_everybody() -> None:
