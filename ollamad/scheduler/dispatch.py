@@ -30,6 +30,7 @@ from ollamad.core.inference import (
     EmbedRequest,
     Event,
     Failed,
+    Finished,
     GenerateRequest,
     InferenceError,
 )
@@ -176,8 +177,7 @@ class Dispatcher:
           InferenceError: no node can answer; carries what the client should see.
         """
         begin_by = trio.current_time() + (asker.deadline_s or math.inf)
-        if request.only_loads and request.keep_alive_s == 0:
-            await self._unload_everywhere(request)
+        unloaded = await self._unload_everywhere(request) if _unloads(request) else None
         if request.default_seed < 0:
             # Known here, so that the request can be run again and say the same.
             seed = seed_of(request.request_id) if request.request_id else self._rng.getrandbits(31)
@@ -189,7 +189,7 @@ class Dispatcher:
             request = msgspec.structs.replace(request, fingerprint=fingerprint)
         prompt = self.router.prompt(request, model)
         tokens = self.router.tokens(prompt, model)
-        told = await self._told_before(model, request)
+        told = unloaded or await self._told_before(model, request)
         is_resumed = told is None and resume is not None and resume.from_token > 0
         if is_resumed and self._has_lost_a_node():
             # It was let in once, but nobody is left who knows. At other times anybody could say so.
@@ -296,7 +296,7 @@ class Dispatcher:
         """Handle a forwarded generation: events go back in batches, as they come."""
         try:
             asked = decode(request or await receive_whole(stream), GenerateRequest)
-            model = self._local(asked.model)
+            model = self._local(asked.model, may_drain=_unloads(asked))
             if asked.digest not in ("", model.digest):
                 # Replaced meanwhile; who asks, or this node, does not know yet.
                 raise InferenceError(_not_here(asked.model))
@@ -476,19 +476,25 @@ class Dispatcher:
             )
         return model
 
-    def _local(self, name: str) -> Model:
+    def _local(self, name: str, *, may_drain: bool = False) -> Model:
         model = self._state().find_model(name)
         member = self._state().members.get(self._node_id)
         # Who asks knows the model; here the log may be a little behind.
         if model is None or self._node_id not in model.confirmed:
             raise InferenceError(_not_here(name))
-        if member is not None and member.draining:
+        if member is not None and member.draining and not may_drain:
             raise InferenceError(DRAINING)
         return model
 
-    async def _unload_everywhere(self, request: GenerateRequest) -> None:
-        """Have every node drop the model from memory; those that cannot be asked are left out."""
+    async def _unload_everywhere(
+        self, request: GenerateRequest
+    ) -> tuple[NodeId, list[Event]] | None:
+        """Have every node drop the model from memory; those that cannot be asked are left out.
+
+        Returns what one of them says of it, if any does.
+        """
         model = self._find(request.model)
+        done: list[tuple[NodeId, list[Event]]] = []
 
         async def tell(node_id: NodeId) -> None:
             with (
@@ -496,12 +502,15 @@ class Dispatcher:
                 suppress(InferenceError, trio.EndOfChannel, *LOSSES),
             ):
                 async with AsyncExitStack() as stack:
-                    await (await self.open(stack, node_id, model, request)).receive()
+                    event = await (await self.open(stack, node_id, model, request)).receive()
+                    if isinstance(event, Finished):
+                        done.append((node_id, [event]))
 
         async with trio.open_nursery() as nursery:
             for node_id in model.confirmed:
                 if self._presence(node_id).online:
                     nursery.start_soon(tell, node_id)
+        return done[0] if done else None
 
     async def _embed_on(self, node_id: NodeId, model: Model, request: EmbedRequest) -> Embeddings:
         if node_id == self._node_id:
@@ -565,6 +574,11 @@ def _to_begin_by(deadline: float, asker: Asker) -> Iterator[None]:
         yield
     if scope.cancelled_caught:
         raise InferenceError(deadline_passed(asker, "no node has begun to answer"))
+
+
+def _unloads(request: GenerateRequest) -> bool:
+    """Whether all that it asks is to drop the model from memory."""
+    return request.only_loads and request.keep_alive_s == 0
 
 
 def _not_here(name: str) -> Failed:

@@ -544,6 +544,17 @@ async def test_unloading_reaches_every_node_that_is_there(world: World) -> None:
     assert world.c.engine.requests == []
 
 
+async def test_unloading_reaches_nodes_that_drain(world: World) -> None:
+    unload = msgspec.structs.replace(ASK, prompt="", keep_alive_s=0.0)
+    for node_id, node in ((B, world.b), (C, world.c)):
+        node.engine.script = [Finished("unload")]
+        world.state.members[node_id] = member(node_id, node_id.lower(), draining=True)
+    assert (await world.ask(unload))[1] == [Finished("unload")]
+    assert [len(node.engine.requests) for node in (world.b, world.c)] == [1, 1]
+    load = msgspec.structs.replace(unload, keep_alive_s=60.0)
+    assert (await world.fails(load)).code == "NO_REPLICA"
+
+
 async def test_loading_reaches_one_node(world: World) -> None:
     load = msgspec.structs.replace(ASK, prompt="", keep_alive_s=60.0)
     await world.ask(load)
