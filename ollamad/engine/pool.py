@@ -82,7 +82,6 @@ class _Crashes:
     in_a_row: int = 0
     last: float = 0.0
     failure: Failed | None = None  # of the last load, if it was that
-    most_layers: int | None = None  # to put on GPUs the next time, if that may have been why
 
     def restart_at(self) -> float:
         if self.in_a_row < 2:
@@ -320,8 +319,30 @@ class RunnerPool:
             raise InferenceError(_STOPPED)
         if (old := self._residents.get(key)) is not None:
             await self._end(old)
-        wanted = config
-        config = await self._fitted(key, spec, config)
+        give_up_at = trio.current_time() + self._settings.load_timeout_s
+        most_layers: int | None = None
+        while True:
+            resident = await self._planned(spec, config, most_layers)
+            failure = await self._nursery.start(self._keep, key, resident)
+            if failure is None:
+                self._residents[key] = resident
+                self._notify()
+                return resident
+            # It may have been too much for the GPUs. Layers asked for by number stay as they are.
+            layers = resident.config.offloaded if config.gpu_layers < 0 else 0
+            is_late = trio.current_time() >= give_up_at
+            if not layers or is_late or resident.runner.refuses_file:
+                self._note_crash(key, resident, failure)
+                raise InferenceError(failure)
+            most_layers = layers // 2
+            log.info("%s is tried again with %d layers on GPUs", spec.name, most_layers)
+            await resident.runner.exited.wait()  # so that what it took is free
+
+    async def _planned(
+        self, spec: ModelSpec, wanted: RunnerConfig, most_layers: int | None
+    ) -> Resident:
+        """A runner that is not started yet, when there is room for it."""
+        config = await self._fitted(spec, wanted, most_layers)
         need = self.record.estimate(spec, config)
         await self._make_room(spec.name, need.ram)
         runner = Runner(
@@ -332,7 +353,7 @@ class RunnerPool:
             self._settings.load_timeout_s,
             self._settings.stall_timeout_s,
         )
-        resident = Resident(
+        return Resident(
             spec=spec,
             wanted=wanted,
             config=config,
@@ -344,13 +365,6 @@ class RunnerPool:
             last_used=trio.current_time(),
             loaded_at=trio.current_time(),
         )
-        failure = await self._nursery.start(self._keep, key, resident)
-        if failure is not None:
-            self._note_crash(key, resident, failure)
-            raise InferenceError(failure)
-        self._residents[key] = resident
-        self._notify()
-        return resident
 
     async def _keep(
         self, key: _Key, resident: Resident, *, task_status: trio.TaskStatus[Failed | None]
@@ -414,10 +428,10 @@ class RunnerPool:
         crashes.in_a_row += 1
         crashes.last = trio.current_time()
         crashes.failure = failure
-        if failure is not None and resident.config.offloaded:
-            crashes.most_layers = resident.config.offloaded // 2
 
-    async def _fitted(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> RunnerConfig:
+    async def _fitted(
+        self, spec: ModelSpec, config: RunnerConfig, most_layers: int | None
+    ) -> RunnerConfig:
         """The configuration with as many layers on GPUs as fit, and no more slots than fit."""
         free_vram = self._accelerators.free_vram()
         # Of GPUs that the driver does not tell of (no NVIDIA's), llama.cpp itself takes care.
@@ -428,9 +442,8 @@ class RunnerPool:
             layers = config.gpu_layers
             if layers < 0:
                 layers = await self._layers(spec, config)
-                crashes = self._crashes_of(key, spec, config)
-                if crashes is not None and crashes.most_layers is not None:
-                    layers = min(layers, crashes.most_layers)
+                if most_layers is not None:
+                    layers = min(layers, most_layers)
             config = dataclasses.replace(config, gpu_layers=layers, offloaded=layers)
         residents = self._residents.values()
         most = self._free_memory() + sum(one.runner.anonymous_bytes() for one in residents)

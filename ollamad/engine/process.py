@@ -180,6 +180,11 @@ class Runner:
         """The last lines of output that are errors, each once; any lines if there is none."""
         return _errors(list(self._output))
 
+    @property
+    def refuses_file(self) -> bool:
+        """Whether the engine has said that it does not take the model's file at all."""
+        return bool(_meaning(self.errors()))
+
     async def _load(self) -> Failed | None:
         pause_s = READY_POLL_S
         with trio.move_on_after(self._load_timeout_s):
