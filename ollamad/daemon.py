@@ -486,6 +486,10 @@ class Daemon:
             receive_rate=self._library.receive_rate,
             no_room=self._library.no_room(),
             shares=self._dispatcher.admission.ledger.told(),
+            places=self._engine.places,
+            vram_free=self._engine.usable_vram(
+                [gpu.memory_total - gpu.memory_used for gpu in self._host.gpus]
+            ),
         )
 
     def _limit(self, rate: str) -> Limit:

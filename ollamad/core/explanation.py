@@ -12,7 +12,7 @@ class NodeScore(msgspec.Struct, frozen=True):
     willing: bool
     why_not: str  # offline or draining, if it is not willing
     loaded: bool  # the model is in its memory
-    fits: bool  # or would fit
+    fits: bool  # or would fit, beside those that serve somebody
     slots: int
     in_use: int  # requests that have a slot there or wait for one
     pending_tokens: int  # of prompts to be evaluated before this one

@@ -90,6 +90,9 @@ class Beat(msgspec.Struct, frozen=True):
     no_room: tuple[str, ...] = ()  # models that it should hold and found no room for
     heard: tuple[Rumour, ...] = ()  # of others, in clusters where not all tell all (core.gossip)
     shares: Shares = NOBODY  # who asks there, and what they got
+    # Models that can be loaded there before another one has to leave; None: it does not tell.
+    places: int | None = None
+    vram_free: int = 0  # bytes on GPUs that a model can have there
 
 
 @dataclass(frozen=True, slots=True)

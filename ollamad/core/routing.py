@@ -36,7 +36,8 @@ OVERLOAD_S = 10.0  # of waiting for a slot: then a cache saves little of it
 # and TLS, some twentieth of its time; and predictions are not so exact that less would be a reason.
 HOP_S = 0.1
 HERE_FACTOR = 0.8
-NO_ROOM_S = 30.0  # where the model fits only if others are unloaded, or not at all
+NO_ROOM_S = 30.0  # where a model that serves somebody would have to end first, or none helps
+EVICTION_S = 1.0  # where an idle one would: it may be asked for again
 CLASS_WIDTH = 1.25
 SHORTEST_WAIT_S = 0.001
 MAX_CLASS = 80  # a wait of twelve hours
@@ -70,7 +71,8 @@ class Load:
     why_not: str = ""  # if it is not: offline, draining
     loaded: bool = True
     loading: bool = False  # a request that was sent there loads it now
-    fits: bool = True  # in memory, if it is not loaded
+    fits: bool = True  # in memory beside those that serve somebody, if it is not loaded
+    evicts: bool = False  # it fits only when an idle one leaves
     slots: int = 1
     in_use: int = 0  # requests that have a slot or wait for one, those on their way included
     pending: float = 0.0  # tokens of prompts to be evaluated before ours
@@ -91,8 +93,8 @@ class Load:
         if not self.loaded:
             # Who comes while it loads waits for the rest of that, and saves a second load.
             wait += self.load_s / 2 if self.loading else self.load_s
-            if not self.fits and not self.loading:
-                wait += NO_ROOM_S
+            if not self.loading:
+                wait += NO_ROOM_S if not self.fits else EVICTION_S if self.evicts else 0.0
         return wait
 
     @property

@@ -161,6 +161,18 @@ class Engine:
         """The models in memory."""
         return self._pool.loaded()
 
+    @property
+    def places(self) -> int:
+        """How many more models can be loaded, by their number, before another one has to leave.
+
+        A model that makes embeddings beside text counts twice.
+        """
+        return self._pool.places
+
+    def usable_vram(self, free_vram: Sequence[int]) -> int:
+        """Bytes that models can have on GPUs of which so many are free on each."""
+        return self._pool.usable_vram(free_vram)
+
     def estimate(self, spec: ModelSpec, options: Options = NO_OPTIONS) -> int:
         """Bytes of memory that the model would take with these options, generating text.
 

@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,14 @@ from ollamad.core.inference import Failed, InferenceError, LoadedModel
 from ollamad.core.slots import Slots
 from ollamad.core.weights import LLAMA_SERVER
 from ollamad.engine.accelerators import NO_ACCELERATORS, Accelerators, can_offload
-from ollamad.engine.memory import UNKNOWN, MemoryRecord, Need, Used, fitting_layers
+from ollamad.engine.memory import (
+    GPU_RESERVE_BYTES,
+    UNKNOWN,
+    MemoryRecord,
+    Need,
+    Used,
+    fitting_layers,
+)
 from ollamad.engine.process import Runner
 from ollamad.engine.spec import EngineSettings, ModelSpec, RunnerConfig
 
@@ -112,6 +119,7 @@ class RunnerPool:
         accelerators: Accelerators = NO_ACCELERATORS,
     ) -> None:
         self._settings = settings
+        self._most_runners = max(1, settings.max_loaded_models)
         self._free_memory = free_memory
         self._accelerators = accelerators
         self._offloads: dict[str, bool] = {}  # engine -> whether it can use the GPUs
@@ -211,6 +219,18 @@ class RunnerPool:
             if not resident.pins:
                 await self._end(resident)
         return bool(residents)
+
+    @property
+    def places(self) -> int:
+        """How many runners can be started, by their number, before another one has to end."""
+        return max(0, self._most_runners - len(self._residents) - self._load_lock.locked())
+
+    def usable_vram(self, free_vram: Sequence[int]) -> int:
+        """Bytes that runners can have of so many free ones on each GPU, as far as is known."""
+        knows_gpus = any(self._offloads.values()) or not self._offloads
+        if not knows_gpus or self._settings.gpu_layers == 0:
+            return 0
+        return sum(max(0, free - GPU_RESERVE_BYTES) for free in free_vram)
 
     def loaded(self) -> tuple[LoadedModel, ...]:
         """The models in memory.
@@ -498,7 +518,7 @@ class RunnerPool:
                 for resident, bytes_taken in zip(residents, taken, strict=True)
             )
             free = available - promised
-            full = len(self._residents) >= max(1, self._settings.max_loaded_models)
+            full = len(self._residents) >= self._most_runners
             if size <= free and not full:
                 return
             idle = [resident for resident in residents if not resident.pins]

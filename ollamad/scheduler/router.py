@@ -342,12 +342,14 @@ class Router:
             else:
                 requests = max(told, sent.requests)
                 tokens = max(tokens, sent.tokens)
+        fits, evicts = (True, False) if loaded is not None else _room_for(model, beat)
         return Load(
             willing=presence.online and not member.draining,
             why_not="offline" if not presence.online else "draining" if member.draining else "",
             loaded=loaded is not None,
             loading=loaded is None and requests > 0,
-            fits=loaded is not None or _memory_free(beat) >= _needed(model),
+            fits=fits,
+            evicts=evicts,
             slots=max(1, loaded.slots) if loaded is not None else self._slots,
             in_use=max(0, requests),
             pending=tokens,
@@ -441,13 +443,17 @@ class Serving(AbstractContextManager["Serving"]):
             )
 
 
-def _memory_free(beat: Beat) -> int:
-    idle = sum(one.size for one in beat.loaded if not one.busy and not one.queued)
-    return beat.usage.memory_available + idle
+def _room_for(model: Model, beat: Beat) -> tuple[bool, bool]:
+    """Whether a model fits there beside those that serve somebody, and if an idle one must leave.
 
-
-def _needed(model: Model) -> int:
-    return model.size + USUAL_CONTEXT * model.details.kv_bytes_per_token + LOADED_MARGIN
+    Weights may lie on GPUs or not, in any parts, so both memories count as one.
+    """
+    needed = model.size + USUAL_CONTEXT * model.details.kv_bytes_per_token + LOADED_MARGIN
+    free = beat.usage.memory_available + beat.vram_free
+    idle = [one.size for one in beat.loaded if not one.busy and not one.queued]
+    has_place = beat.places is None or beat.places > 0
+    fits = free + sum(idle) >= needed and (has_place or len(idle) > 0)
+    return fits, fits and not (has_place and free >= needed)
 
 
 def _shown(score: Score, node_id: NodeId, name: str, chosen: bool) -> NodeScore:

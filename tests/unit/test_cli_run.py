@@ -174,7 +174,7 @@ def test_explain_shows_where_a_prompt_would_go(cli: Cli, fake_api: FakeApi) -> N
     assert result.exit_code == 0
     first, second, third = result.stdout.splitlines()[1:4]
     assert first.split() == ["*", "alpha", "0.20", "s", "75", "%", "1/4", "42", "210", "loaded"]
-    assert "does not fit" in second
+    assert "no room" in second
     assert third.split()[1:3] == ["-", "75"]
     assert "prefix: its cache has most of the prompt" in result.stdout
     asked = fake_api.requests[-1].json

@@ -11,6 +11,7 @@ from ollamad.core.prefix import PrefixIndex, Prompt, bits
 from ollamad.core.routing import (
     BEYOND_SLOTS,
     CLASS_WIDTH,
+    EVICTION_S,
     HERE_FACTOR,
     HOP_S,
     NO_ROOM_S,
@@ -70,6 +71,9 @@ def chosen(fleet: Fleet, policy: str = "prefix", **how: object) -> int | None:
         ([replace(COLD, fits=False), COLD], {}, 1),
         ([replace(COLD, fits=False), replace(IDLE, in_use=30)], {}, 1),
         ([replace(COLD, fits=False)], {}, 0),
+        # Not at the price of an idle one, if that is not needed.
+        ([replace(COLD, evicts=True), COLD], {}, 1),
+        ([replace(COLD, evicts=True), replace(IDLE, in_use=30)], {}, 0),
         # Prompts before ours, at each node's own speed.
         ([replace(IDLE, pending=900), replace(IDLE, pending=100)], {}, 1),
         ([IDLE, replace(IDLE, prefill=1000.0)], {}, 1),
@@ -162,6 +166,7 @@ loads = st.builds(
     loaded=st.booleans(),
     loading=st.booleans(),
     fits=st.booleans(),
+    evicts=st.booleans(),
     slots=st.integers(1, 8),
     in_use=st.integers(0, 20),
     pending=st.floats(0, 1e5),
@@ -224,5 +229,6 @@ def test_the_sorted_sets_are_what_the_loads_say(changes: list[tuple[int, Load | 
     assert fleet.room == sum(max(0, load.slots + BEYOND_SLOTS - load.in_use) for load in able)
 
 
-def test_where_nothing_fits_costs_as_much_as_it_says() -> None:
+def test_room_that_is_not_there_costs_as_much_as_it_says() -> None:
     assert replace(COLD, fits=False).wait_s == NO_ROOM_S + COLD.load_s
+    assert replace(COLD, evicts=True).wait_s == EVICTION_S + COLD.load_s

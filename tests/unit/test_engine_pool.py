@@ -145,14 +145,17 @@ async def test_unloading_a_busy_model_waits_for_its_answer(tmp_path: Path):
 
 async def test_text_and_embeddings_have_runners_of_their_own_but_are_one_model(tmp_path: Path):
     spec = fake_model(tmp_path)
-    async with running_engine(tmp_path / "run") as engine:
+    async with running_engine(tmp_path / "run", max_loaded_models=2) as engine:
+        assert engine.places == 2
         await engine.embed(spec, EmbedRequest(spec.name, ("hi",)))
+        assert engine.places == 1
         (alone,) = engine.loaded()
         assert alone.context_length == 512
         await engine.load(spec)
         (both,) = engine.loaded()
         assert both.context_length == 4096
         assert both.size == alone.size + engine.estimate(spec)
+        assert engine.places == 0
         assert len(runner_pids()) == 2
         assert await engine.unload(spec.name)
         assert runner_pids() == []
@@ -300,12 +303,15 @@ async def test_a_load_that_hangs_ends_at_its_deadline(tmp_path: Path):
 
 async def test_a_cancelled_load_leaves_nothing(tmp_path: Path):
     spec = fake_model(tmp_path, never_ready=True)
-    async with running_engine(tmp_path / "run") as engine:
-        with trio.move_on_after(0.2) as scope:
-            await engine.load(spec)
-        assert scope.cancelled_caught
+    async with running_engine(tmp_path / "run", max_loaded_models=2) as engine:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.load, spec)
+            await until(lambda: bool(runner_pids()))
+            assert engine.places == 1
+            nursery.cancel_scope.cancel()
         assert runner_pids() == []
         assert engine.loaded() == ()
+        assert engine.places == 2
 
 
 async def test_a_load_goes_on_while_anybody_waits_for_it(tmp_path: Path):

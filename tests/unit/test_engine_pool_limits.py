@@ -457,8 +457,10 @@ async def test_an_engine_that_cannot_use_the_gpu_keeps_everything_in_memory(tmp_
     async with running_engine(
         tmp_path / "run", lambda: 1500 * MIB, gpus, runner_command=command
     ) as engine:
+        assert engine.usable_vram([1 << 40, 1]) == (1 << 40) - GPU_RESERVE_BYTES
         await engine.load(spec)
         assert engine.loaded()[0].size_vram == 0
+        assert engine.usable_vram([1 << 40, 1]) == 0
     async with running_engine(
         tmp_path / "run", lambda: 900 * MIB, gpus, runner_command=command
     ) as engine:

@@ -401,6 +401,50 @@ async def test_explaining_runs_nothing_and_tells_everybody(world: World) -> None
         world.a.dispatcher.explain(msgspec.structs.replace(ASK, model="nope"))
 
 
+async def test_explaining_takes_nobodys_turn(world: World) -> None:
+    world.hold(B, C)
+    router = world.a.dispatcher.router
+    router.policy = "round-robin"
+    prompt = router.prompt(ASK, world.model)
+    turns = []
+    for _ in range(3):
+        told = world.a.dispatcher.explain(ASK)
+        choice = router.choose(world.model, prompt)
+        assert choice is not None
+        turns.append(router.node(choice))
+        assert told.chosen == turns[-1]
+    assert turns == [B, C, B]
+
+
+@pytest.mark.parametrize(
+    ("busy", "here", "expected"),
+    [
+        # What serves somebody would have to end first; what is idle may be wanted again.
+        (1, {"places": 0}, C),
+        (0, {"places": 0}, C),
+        (1, {"places": 1}, A),
+        # A node of an earlier version does not tell.
+        (1, {}, A),
+        # Weights lie on GPUs as well.
+        (1, {"places": 1, "usage": Usage(memory_available=1 << 20)}, C),
+        (1, {"places": 1, "usage": Usage(memory_available=1 << 20), "vram_free": 1 << 34}, A),
+        # In all there is room, but an idle one has it now.
+        (0, {"places": 1, "usage": Usage(memory_available=1 << 20)}, C),
+    ],
+)
+async def test_a_model_is_loaded_where_nobody_has_to_leave(
+    world: World, busy: int, here: dict[str, object], expected: str
+) -> None:
+    world.hold(A, C)
+    other = LoadedModel("other", "sha256:other", 1 << 34, 0, 4096, 0, slots=4, busy=busy)
+    world.presences[A] = telling(world.presence(other), **here)
+    world.presences[C] = telling(world.presence(), places=3)
+    assert world.a.dispatcher.explain(ASK).chosen == expected
+    # Where there is nobody else it is taken as it is.
+    world.hold(A)
+    assert world.a.dispatcher.explain(ASK).chosen == A
+
+
 async def test_the_scores_of_the_decision_come_on_request(world: World) -> None:
     world.b.engine.hang_after = None
     async with world.a.dispatcher.generate(ASK, Asker(wants_scores=True)) as relay:

@@ -48,7 +48,7 @@ def explain(
 def _row(score: dict[str, Any]) -> tuple[str, ...]:
     state = score["why_not"] or ("loaded" if score["loaded"] else "not loaded")
     if not score["loaded"] and score["willing"] and not score["fits"]:
-        state = "does not fit"
+        state = "no room"
     return (
         "*" if score["chosen"] else "",
         str(score["node"]),
