@@ -6,7 +6,8 @@ fetches what it should hold and lacks from peers, and drops what it should not h
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -88,6 +89,7 @@ class Share:
         self._owns_store = owns_store
         self.received = Rate()  # of copies from peers
         self._held: dict[str, str] = {}
+        self._unchecked: set[str] = set()  # name keys of those that were not looked for yet
         self._fetches: dict[str, _Fetch] = {}  # by name key
         # Name keys of models that are on the disk and on their way into the state: hands off.
         self._publishing: set[str] = set()
@@ -102,11 +104,11 @@ class Share:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self._held = self._note.read()
+            self._unchecked = set(self._held)  # somebody may have cleaned up
             await nursery.start(self.following.run)
             task_status.started()
             if self._owns_store:
                 nursery.start_soon(self._collect_garbage)
-            await self._check_disk()
             while True:
                 changed = self._cluster.changes.next()
                 self._note.catch_up()
@@ -197,12 +199,6 @@ class Share:
                 await self._unload(key)
                 await self._confirm(model, present=False)
 
-    async def _check_disk(self) -> None:
-        """Do not claim to hold what is not on the disk any more (somebody cleaned up)."""
-        for model in list(self._cluster.state.models.values()):
-            if self._cluster.node_id in model.confirmed:
-                await self._take_stock(model)
-
     async def _take_stock(self, model: Model) -> None:
         """This node should have that model: remember it, or say that it is not here."""
         for layer in model.layers:
@@ -222,20 +218,27 @@ class Share:
             if wanted is None or me not in wanted.desired or wanted.digest != fetch.digest:
                 self._table.request_cancel(fetch.transfer_id)
         for key, model in models.items():
-            if key in self._publishing:
-                continue
-            if me in model.desired and me not in model.confirmed:
-                if key not in self._fetches and self._retry_at.get(key, 0) <= trio.current_time():
-                    self._start_fetch(model)
-            elif self._is_spare(model):
-                await self._give_up(key, model)
-            elif me in model.confirmed and self._held.get(key) != model.digest:
-                await self._take_stock(model)
+            if key not in self._publishing:
+                with _told(model.name):
+                    await self._reconcile_model(key, model)
         if self._unwanted():
             # This node may not know yet what was agreed on last, least of all after a start.
             await self._cluster.read_barrier(BARRIER_S)
             for key in self._unwanted():
-                await self._drop(key)
+                with _told(key):
+                    await self._drop(key)
+
+    async def _reconcile_model(self, key: str, model: Model) -> None:
+        me = self._cluster.node_id
+        if me in model.desired and me not in model.confirmed:
+            if key not in self._fetches and self._retry_at.get(key, 0) <= trio.current_time():
+                self._start_fetch(model)
+        elif self._is_spare(model):
+            await self._give_up(key, model)
+        elif me in model.confirmed and (
+            self._held.get(key) != model.digest or key in self._unchecked
+        ):
+            await self._take_stock(model)
 
     def _unwanted(self) -> list[str]:
         """Names of models that this node holds, and that were deleted, replaced or moved away."""
@@ -465,10 +468,20 @@ class Share:
 
     def _remember(self, key: str, digest: str) -> None:
         self._held[key] = digest
+        self._unchecked.discard(key)
         self._write_held()
 
     def _write_held(self) -> None:
         self._note.write(self._held)
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Log it if the disk refuses what concerns one model, so that the others have their turn."""
+    try:
+        yield
+    except (StoreError, OSError) as error:
+        log.error("%s: %s; the next round tries again", name, error)
 
 
 def _blobs(manifest: bytes | None) -> set[str]:

@@ -106,10 +106,15 @@ def manifest_path(root: Path, name: ModelName) -> Path:
 def write_manifest(root: Path, name: ModelName, data: bytes) -> None:
     """Store the bytes as they are.
 
+    Those that are there already are not written again, which needs no room on a full disk and
+    leaves the file its time.
+
     Raises:
       StoreError, StoreFull: the disk refused.
     """
     path = manifest_path(root, name)
+    if _has(path, data):
+        return
     try:
         make_directories(path.parent)
     except OSError as error:
@@ -171,6 +176,14 @@ def _entries(directory: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [path for path in paths if not path.name.startswith(TEMP_PREFIX)]
+
+
+def _has(path: Path, data: bytes) -> bool:
+    """Whether a file has just these bytes; one that cannot be read has not."""
+    try:
+        return _read(path) == data
+    except (OSError, ManifestInvalid):
+        return False
 
 
 def _read(path: Path) -> bytes:

@@ -19,7 +19,8 @@ from ollamad.core.state import Model
 from ollamad.scrubbing import Scrubbing
 from ollamad.share import Share
 from ollamad.sources.base import OriginUnreachable
-from ollamad.store import scrub
+from ollamad.store import manifests, scrub
+from ollamad.store.errors import StoreFull
 from ollamad.store.models import ModelStore
 from ollamad.store.scrub import Rot, Scrubber
 from ollamad.transfer.fetch import Fetcher
@@ -354,6 +355,40 @@ async def test_what_an_origin_sends_wrongly_stays_nowhere(world: World) -> None:
     await until(world.shared, lambda: world.confirmed() == (A, B))
     for node in (a, b):
         assert node.store.blob_path(digest).read_bytes() == LARGE
+
+
+# What is here when the daemon starts.
+
+
+async def test_a_disk_that_refuses_at_the_start_holds_up_only_what_it_refuses(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk takes no manifest."""
+    await world.pulled(A)
+    node = world.nodes[A]
+    await node.library.derive("other", NAME)
+    await node.stop()
+    for name in (NAME, "other:latest"):
+        await node.store.delete_manifest(name)
+    real, failing = manifests.write_atomically, True
+
+    def refuse(path: Path, data: bytes) -> None:
+        if failing and "tiny" in str(path):
+            raise StoreFull(len(data), 0)
+        real(path, data)
+
+    monkeypatch.setattr(manifests, "write_atomically", refuse)
+    monkeypatch.setattr(share, "RECHECK_S", 0.02)
+    await world.start(A)
+
+    def has(name: str) -> bool:
+        return (node.store.manifests / f"registry.ollama.ai/library/{name}/latest").exists()
+
+    await until(world.shared, lambda: has("other"))
+    assert not has("tiny")
+    assert world.confirmed() == (A,)
+    failing = False
+    await until(world.shared, lambda: has("tiny"))
 
 
 # Rot.

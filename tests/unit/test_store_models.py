@@ -10,8 +10,8 @@ import pytest
 from ollamad.core.inference import Message, Options
 from ollamad.core.names import InvalidName
 from ollamad.core.pieces import MIN_PIECE_SIZE
-from ollamad.store import files
-from ollamad.store.errors import BlobMissing, ManifestInvalid, ManifestMissing
+from ollamad.store import files, manifests
+from ollamad.store.errors import BlobMissing, ManifestInvalid, ManifestMissing, StoreFull
 from ollamad.store.gguf import GgufError
 from ollamad.store.manifests import (
     ADAPTER_TYPE,
@@ -314,6 +314,20 @@ async def test_a_replaced_manifest_is_never_half_written(
     assert len(list(store.manifests.rglob("*/*/*/*"))) == 1
     await store.write_manifest("a", b"new")
     assert await store.read_manifest("a") == b"new"
+
+
+async def test_a_manifest_that_is_there_already_is_not_written_again(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.write_manifest("a", b"same")
+
+    def full(path: Path, data: bytes) -> None:
+        raise StoreFull(len(data), 0)
+
+    monkeypatch.setattr(manifests, "write_atomically", full)
+    await store.write_manifest("a", b"same")
+    with pytest.raises(StoreFull):
+        await store.write_manifest("a", b"other")
 
 
 async def test_the_directories_of_a_manifest_outlive_a_power_cut(
