@@ -90,6 +90,7 @@ class Share:
         self.received = Rate()  # of copies from peers
         self._held: dict[str, str] = {}
         self._unchecked: set[str] = set()  # name keys of those that were not looked for yet
+        self._kept: set[str] = set()  # of those that moved away, whose files stay: see `_drop`
         self._fetches: dict[str, _Fetch] = {}  # by name key
         # Name keys of models that are on the disk and on their way into the state: hands off.
         self._publishing: set[str] = set()
@@ -188,7 +189,7 @@ class Share:
             await self._cluster.require(ConfirmReplica(name, model.digest, me, present=True))
 
     def holds(self, key: str) -> bool:
-        """Whether this node has a model of that name for the cluster, or is publishing one."""
+        """Whether this node has, keeps or publishes a model of that name for the cluster."""
         return key in self._held or key in self._publishing or key in self._fetches
 
     async def lost(self, digest: str) -> None:
@@ -250,7 +251,7 @@ class Share:
             if key not in self._publishing
             and (
                 (model := models.get(key)) is None
-                or (me not in model.desired and me not in model.confirmed)
+                or not (key in self._kept or me in model.desired or me in model.confirmed)
             )
         ]
 
@@ -393,14 +394,15 @@ class Share:
         """Free what this node holds of a model that is not wanted here any more."""
         await self._unload(key)
         if not self._owns_store and key in self._cluster.state.models:
-            # It was here before the cluster was: only a deletion takes it away.
-            self._held.pop(key, None)
-            self._write_held()
+            # It was here before the cluster was: only a deletion takes it away. So it stays in
+            # `_held`, else the adoption would take it for new, and that for a copy too many.
+            self._kept.add(key)
             return
         digests = await self._blobs_of(key)
         await self._store.delete_manifest(key)
         freed = await self.free(digests)
         self._held.pop(key, None)
+        self._kept.discard(key)
         self._write_held()
         log.info("%s is gone from this node; %.1f MB freed", key, freed / 1e6)
 
@@ -469,6 +471,7 @@ class Share:
     def _remember(self, key: str, digest: str) -> None:
         self._held[key] = digest
         self._unchecked.discard(key)
+        self._kept.discard(key)
         self._write_held()
 
     def _write_held(self) -> None:

@@ -115,6 +115,46 @@ async def test_what_is_deleted_does_not_come_back_but_what_is_new_does(
     await until(world.shared, lambda: "two:latest" in world.models)
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_what_is_moved_away_is_not_taken_for_new(
+    world: World, tmp_path: Path, read_only: bool
+) -> None:
+    """Else the cluster would make, and give up, the same copy for ever."""
+    key = "one:latest"
+    theirs = await ollama_at(tmp_path / "ollama", "one")
+    node = adopt(world, C, theirs.root, read_only=read_only)
+    await world.start(C)
+    await until(world.shared, lambda: world.confirmed(key) == (C,))
+
+    async def scan() -> None:
+        await world.settled()
+        before = len(world.shared.proposed)
+        assert node.library._adoption is not None
+        await node.library._adoption.scan()
+        await world.settled()
+        assert world.shared.proposed[before:] == []
+
+    for round_ in (1, 2):
+        world.shared.apply(SetDesired(key, (B, C)))
+        await until(world.shared, lambda: world.confirmed(key) == (B, C))
+        world.shared.apply(AskReplicas(key, 1, ()))
+        world.shared.apply(SetDesired(key, (B,)))
+        await until(world.shared, lambda: world.confirmed(key) == (B,))
+        await scan()
+        assert node.unloaded == [key] * round_
+    await node.stop()
+    await world.start(C)
+    await scan()
+    assert world.confirmed(key) == (B,)
+    manifest = theirs.manifests / "registry.ollama.ai/library/one/latest"
+    assert manifest.exists()
+    # A deletion is for what was moved away, too.
+    await world.nodes[A].library.delete("one")
+    await until(world.shared, lambda: manifest.exists() == read_only)
+    await scan()
+    assert key not in world.models
+
+
 async def test_a_name_that_means_another_model_is_left_alone(world: World, tmp_path: Path) -> None:
     await world.pulled(A)
     theirs = await ollama_at(tmp_path / "ollama", "tiny", "other")
