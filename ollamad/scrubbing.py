@@ -81,7 +81,10 @@ class Scrubbing:
                 await self._check(layers[digest])
         self._note.write(self._read_at)
         clearing = functools.partial(discard_rotten, self._store, KEEP_ROTTEN_S, self._wall())
-        await self._store.in_thread(clearing)
+        try:
+            await self._store.in_thread(clearing)
+        except OSError as error:
+            log.error("what was put aside cannot be removed: %s", error)
 
     async def _check(self, layer: Layer) -> None:
         digest = layer.digest

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ollamad.core.pieces import MIB
 from tests.fakes.gguf_files import LLAMA, TENSORS, gguf_bytes, write_gguf
 from tests.fakes.tiny_llama import random_llama
 from tests.system.conftest import open_cluster
@@ -27,6 +28,14 @@ if "start" in sys.orig_argv:
     import ollamad.raft.journal, ollamad.raft.node
     ollamad.raft.node.COMPACT_ENTRIES = 32
     ollamad.raft.journal.COMPACTION_TAIL = 2
+"""
+
+# A round of the scrub comes soon after the one before.
+WARY = """
+import sys
+if "start" in sys.orig_argv:
+    import ollamad.scrubbing
+    ollamad.scrubbing.ROUND_S = 0.2
 """
 
 
@@ -125,6 +134,37 @@ def test_a_node_learns_from_a_snapshot_what_was_deleted_while_it_was_down(
     assert weights(last) < held
     refused(last.request("GET", "/models/gone"), 404, "MODEL_NOT_FOUND")
     assert last.get("/models/kept")["model"]["name"] == "kept:latest"
+
+
+@pytest.fixture
+def wary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes that read their files all the time."""
+    modules = tmp_path_factory.mktemp("modules")
+    (modules / "sitecustomize.py").write_text(WARY)
+    settings = {"OLLAMAD_MODELS__SCRUB_INTERVAL": "1s", "OLLAMAD_MODELS__SCRUB_RATE": "1000"}
+    for cluster in open_cluster(tmp_path_factory, PYTHONPATH=str(modules), **settings):
+        cluster.found()
+        cluster.grow()
+        yield cluster
+
+
+def test_a_bit_that_flips_on_a_disk_costs_one_piece_which_a_peer_replaces(
+    wary: Cluster, tmp_path: Path
+) -> None:
+    first, second = wary.nodes
+    first.import_model(cargo(tmp_path / "cargo.gguf", 1), "cargo")
+    wary.wait_replicas("cargo", wary.nodes)
+    [name] = weights(second)
+    file = second.data_dir / "models" / "blobs" / name
+    content = file.read_bytes()
+    with file.open("r+b", buffering=0) as broken:
+        broken.seek(5 * MIB)
+        broken.write(bytes([content[5 * MIB] ^ 1]))
+    found = f"is rotten on this disk: {MIB} of {len(content)} bytes are to come again"
+    wait_until("it is found", lambda: found in second.log())
+    wait_until("it is whole again", lambda: file.exists() and file.read_bytes() == content)
+    wary.wait_replicas("cargo", wary.nodes)
+    assert "is rotten" not in first.log()
 
 
 def weights(node: Node) -> set[str]:

@@ -479,6 +479,19 @@ async def test_a_rotten_blob_is_replaced_by_a_peer(world: World) -> None:
     assert node.unloaded == [NAME]  # nothing more was found
 
 
+async def test_a_disk_that_cannot_remove_what_was_put_aside_ends_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await world.pulled(A)
+
+    def refuse(store: ModelStore, age_s: float, now: float) -> list[Path]:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(scrubbing_module, "discard_rotten", refuse)
+    await scrubbed(world.nodes[A])
+    assert "Read-only file system" in caplog.text
+
+
 async def test_a_disk_that_cannot_read_for_a_moment_costs_no_copy(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
