@@ -187,8 +187,11 @@ class Archive:
             raise _damaged(self._path, name)
         return data
 
-    def copy(self, name: str, to: Path) -> None:
-        """Write a file of any size, whole or not at all, and check it once more."""
+    def copy(self, name: str, to: Path, passing: Callable[[bytes], None]) -> None:
+        """Write a file of any size, whole or not at all, and check it once more.
+
+        `passing` sees its bytes, in their order.
+        """
         partial = to.with_name(f".{to.name}.tmp")
         partial.unlink(missing_ok=True)
         file = self._tar.extractfile(self._members[name])
@@ -198,6 +201,7 @@ class Archive:
         with os.fdopen(descriptor, "wb") as target:
             while data := file.read(COPY_BYTES):
                 found.update(data)
+                passing(data)
                 target.write(data)
             target.flush()
             os.fsync(target.fileno())

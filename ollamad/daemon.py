@@ -83,7 +83,7 @@ from ollamad.settings import (
 )
 from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.policy import Policy, parse_hosts
-from ollamad.store.errors import BlobMissing, PieceCorrupt, PiecesRotten
+from ollamad.store.errors import BlobMissing, PieceCorrupt, PieceMapMissing, PiecesRotten
 from ollamad.store.models import ModelStore
 from ollamad.store.scrub import Scrubber
 from ollamad.transfer.fetch import Fetcher
@@ -285,8 +285,14 @@ class Daemon:
         self._mesh.handle(GENERATE, self._dispatcher.serve_generate)
         self._mesh.handle(TRANSCRIPT, self._dispatcher.serve_transcript)
         self._mesh.handle(EMBED, self._dispatcher.serve_embed)
-        pieces = PieceServer(self._store, self._lanes, missing=BlobMissing, plain=plain)
-        self._mesh.handle(PIECES, pieces.handle)
+        self._pieces = PieceServer(
+            self._store,
+            self._lanes,
+            missing=BlobMissing,
+            unmapped=PieceMapMissing,
+            plain=plain,
+        )
+        self._mesh.handle(PIECES, self._pieces.handle)
 
     @classmethod
     async def build(cls, settings: Settings, directory: DataDir, identity: Identity) -> "Daemon":
@@ -367,6 +373,7 @@ class Daemon:
                 await nursery.start(self._cluster.heartbeats.run)
                 await nursery.start(self._cluster.run)
                 await nursery.start(self._usage.run)
+                await nursery.start(self._pieces.run)
                 await nursery.start(self._library.run)
                 await nursery.start(self._reconciler.run)
                 await nursery.start(self._dispatcher.run)

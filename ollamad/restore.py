@@ -24,6 +24,7 @@ from ollamad.archive import BLOBS, CONFIG, STATE, Archive, opened
 from ollamad.backup import SOURCES
 from ollamad.core.ids import NodeId
 from ollamad.core.names import node_name_of, parse_name
+from ollamad.core.pieces import PieceHasher
 from ollamad.core.refounding import refound
 from ollamad.core.state import ClusterState
 from ollamad.datadir import DataDir, DataDirError, check_owner
@@ -41,6 +42,7 @@ from ollamad.raft.errors import RaftError
 from ollamad.raft.recovery import begin_with
 from ollamad.raft.sqlite_store import SqliteStore
 from ollamad.settings import ConfigError, Settings
+from ollamad.store.blobs import write_piece_map
 from ollamad.store.errors import StoreError
 from ollamad.store.manifests import write_manifest
 from ollamad.wire.codec import MalformedMessage
@@ -283,7 +285,10 @@ def _restore_models(
     root = _model_root(directory, settings)
     (root / "blobs").mkdir(parents=True, exist_ok=True)
     for name in names:
-        archive.copy(name, root / name)
+        pieces = PieceHasher(archive.manifest.files[name].size)
+        archive.copy(name, root / name, pieces.update)
+        # Nodes that join would wait for it to be made.
+        write_piece_map(root / name, pieces.finish()[1])
     sync_directory(root / "blobs")
     included = {model.digest for model in archive.manifest.models if model.included}
     (root / "manifests").mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ Blobs (`blobs.py`; digests are `sha256:<64 hex>`, everything else is InvalidDige
 
 Pieces, for the transfer between nodes (`pieces.py`, `partial.py`):
 
-    await piece_map(digest) -> PieceMap
+    await piece_map(digest) -> PieceMap                 # may have to read the blob
     await open_piece_source(digest) -> PieceSource      # of a complete or still partial blob
         .digest .map .have .is_origin   with .open_piece(i) as Region   .close()
     await open_partial(digest, piece_map) -> PartialBlob     # is a PieceSource, too

@@ -36,6 +36,7 @@ from ollamad.store.errors import (
     BlobMissing,
     DigestMismatch,
     InvalidPieceMap,
+    PieceMapMissing,
     StoreError,
     StoreFull,
     StoreUnusable,
@@ -97,7 +98,8 @@ class BlobStore:
         self.pins = Pins()
         self._limiter = trio.CapacityLimiter(DISK_THREADS)
         self._partials: dict[str, PartialBlob | None] = {}  # None while it is being opened
-        self._mapping = trio.Lock()  # one blob is hashed for its piece map at a time
+        self._mapping = trio.Lock()  # one large blob is hashed for its piece map at a time
+        self._unsaved: dict[str, PieceMap] = {}  # piece maps that the disk refused
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Do blocking work on the disk in one of the store's own threads."""
@@ -267,22 +269,33 @@ class BlobStore:
           DigestMismatch: its bytes are not what its name says: the disk lost some.
         """
         size = await self.blob_size(digest)
-        async with self._mapping:
-            known = await self.in_thread(functools.partial(self._load_map, digest))
-            if known is not None and known.size == size:
-                return known
-            path = await self.find_blob(digest)
-            descriptor = await self.in_thread(
-                functools.partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
-            )
-            try:
-                got, piece_map = await hash_pieces(self, descriptor, size)
-            finally:
-                os.close(descriptor)
-            if got != digest:
-                raise DigestMismatch(digest, got)
-            await self._keep_map(digest, piece_map)
-            return piece_map
+        known = await self._ready_map(digest, size)
+        if known is None:
+            async with self._mapping:
+                # Somebody else may have made it meanwhile.
+                known = await self._ready_map(digest, size) or await self._make_map(digest, size)
+        return known
+
+    async def _ready_map(self, digest: str, size: int) -> PieceMap | None:
+        """The piece map of a blob that is here, if it was kept or can be made in no time."""
+        if size <= MIN_PIECE_SIZE:  # not kept
+            return await self._make_map(digest, size)
+        known = await self.known_map(digest)
+        return known if known is not None and known.size == size else None
+
+    async def _make_map(self, digest: str, size: int) -> PieceMap:
+        path = await self.find_blob(digest)
+        descriptor = await self.in_thread(
+            functools.partial(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        )
+        try:
+            got, piece_map = await hash_pieces(self, descriptor, size)
+        finally:
+            os.close(descriptor)
+        if got != digest:
+            raise DigestMismatch(digest, got)
+        await self._keep_map(digest, piece_map)
+        return piece_map
 
     async def known_map(self, digest: str) -> PieceMap | None:
         """The piece map of a blob as it was kept, if it was; the blob is not read."""
@@ -293,12 +306,15 @@ class BlobStore:
 
         Raises:
           BlobMissing: it is neither.
+          PieceMapMissing: `piece_map` has to make its map first.
         """
         partial = self._partials.get(digest)
         if partial is not None and partial.proved:
             with contextlib.suppress(FileNotFoundError):  # it has just become complete
                 return await self._arriving(partial)
-        piece_map = await self.piece_map(digest)
+        piece_map = await self._ready_map(digest, await self.blob_size(digest))
+        if piece_map is None:
+            raise PieceMapMissing(f"the piece map of {digest} is missing")
         try:
             file = await self._open_shared(await self.find_blob(digest))
         except FileNotFoundError:
@@ -375,6 +391,7 @@ class BlobStore:
 
         Raises:
           BlobMissing: it is not here, and not on its way in this process.
+          PieceMapMissing: as `open_piece_source`.
         """
         partial = self._partials.get(digest)
         if partial is None or partial.proved:
@@ -440,6 +457,7 @@ class BlobStore:
 
         Those who read it right now can finish. Partial blobs are not touched.
         """
+        self._unsaved.pop(digest, None)
         return await self.in_thread(functools.partial(self._remove, self.blob_path(digest)))
 
     async def blobs_except(self, keep: Iterable[str], *, grace_s: float = GRACE_S) -> set[str]:
@@ -514,27 +532,24 @@ class BlobStore:
         return any(status.st_size == size for status in self._blob_files().values())
 
     def _load_map(self, digest: str) -> PieceMap | None:
-        path = self._pieces_path(digest)
-        try:
-            if path.stat().st_size > MAX_PIECES_FILE_BYTES:
-                return None
-            root, piece_map = msgspec.msgpack.decode(path.read_bytes(), type=tuple[str, PieceMap])
-        except (OSError, msgspec.DecodeError):
-            return None
-        sound = piece_map.problem() is None and piece_map.root() == root
-        return piece_map if sound else None
+        path = self.blobs / (blob_name(digest) + PIECES_SUFFIX)
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            if path.stat().st_size <= MAX_PIECES_FILE_BYTES:
+                kept = msgspec.msgpack.decode(path.read_bytes(), type=tuple[str, PieceMap])
+                root, piece_map = kept
+                if piece_map.problem() is None and piece_map.root() == root:
+                    return piece_map
+        return self._unsaved.get(digest)
 
     def _save_map(self, digest: str, piece_map: PieceMap) -> None:
-        path = self._pieces_path(digest)
-        if piece_map.size <= MIN_PIECE_SIZE:
-            return  # made again in no time
-        # It can always be made again, so trouble here is no reason to lose the blob.
-        with contextlib.suppress(StoreError):
-            if not path.exists():
-                write_atomically(path, msgspec.msgpack.encode((piece_map.root(), piece_map)))
-
-    def _pieces_path(self, digest: str) -> Path:
-        return self.blobs / (blob_name(digest) + PIECES_SUFFIX)
+        if self._load_map(digest) == piece_map:
+            return
+        # It can always be made again, so trouble here is no reason to lose the blob. But that
+        # takes long, and a full disk would refuse it again: until the next start it is known.
+        try:
+            write_piece_map(self.blobs / blob_name(digest), piece_map)
+        except StoreError:
+            self._unsaved[digest] = piece_map
 
     def _list_partials(self) -> list[str]:
         names = [path.name for path in self.blobs.iterdir() if path.suffix == PARTIAL_SUFFIX]
@@ -557,6 +572,19 @@ class BlobStore:
             for digest, status in self._blob_files().items()
             if digest not in keep and status.st_mtime <= newest
         }
+
+
+def write_piece_map(blob: Path, piece_map: PieceMap) -> None:
+    """Keep the piece map of that file beside it; not of a small one, whose map is made in no time.
+
+    Blocks on the disk.
+
+    Raises:
+      StoreError, StoreFull: the disk refused.
+    """
+    if piece_map.size > MIN_PIECE_SIZE:
+        content = msgspec.msgpack.encode((piece_map.root(), piece_map))
+        write_atomically(blob.with_name(blob.name + PIECES_SUFFIX), content)
 
 
 def _open_source(path: Path) -> int:

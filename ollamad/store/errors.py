@@ -50,6 +50,10 @@ class BlobMissing(StoreError):
     """There is no such blob here."""
 
 
+class PieceMapMissing(StoreError):
+    """The blob is here, but has to be read before its pieces are known, which may take minutes."""
+
+
 class PieceMissing(StoreError):
     """That piece of a partial blob has not arrived yet, or does not exist."""
 

@@ -4,8 +4,9 @@
     fetcher = Fetcher(peers, lanes, store, corrupt=PieceCorrupt, rotten=PiecesRotten)
     await fetcher.fetch_blob(layer, holders, progress)      # FetchFailed, or the store's errors
 
-    server = PieceServer(store, lanes, missing=BlobMissing)
+    server = PieceServer(store, lanes, missing=BlobMissing, unmapped=PieceMapMissing)
     peers.handle(ollamad.wire.pieces.METHOD, server.handle)
+    await nursery.start(server.run)
 
     table = TransferTable(node_id, run, wall=time.time, steady=time.monotonic)
     id_ = table.begin("smollm2:135m", "replication", bytes_total=size, cancel=scope.cancel)

@@ -119,6 +119,9 @@ class Shelf(Protocol):
     async def open_growing_source(self, digest: str) -> PieceSource:
         """Also of a blob whose map is not complete."""
 
+    async def piece_map(self, digest: str) -> PieceMap:
+        """The map of a complete blob, made and kept if it is missing, which may take minutes."""
+
 
 class FetchLane(Protocol):
     """The fetcher's end of a lane."""

@@ -38,6 +38,9 @@ MAX_EXCHANGES_PER_PEER = 8  # blobs that one peer fetches at once
 NEWS_INTERVAL_S = 0.2  # how late a peer learns of pieces that have just arrived here
 TELL_TIMEOUT_S = 60.0  # for a peer to take a message; a live link does in milliseconds
 BUSY_RETRY_S = 2.0
+MAPPING_RETRY_S = 5.0  # a large blob takes minutes
+# What could not be read, or has rotten, is as it was if it is read again at once.
+UNMAPPABLE_RETRY_S = 3600.0
 MISSING_RETRY_S = 1.0
 UNREADABLE_RETRY_S = 60.0  # a broken disk does not heal at once
 
@@ -47,6 +50,7 @@ class PieceServer:
 
     Args:
       missing: the error with which the shelf says that it does not have a blob.
+      unmapped: with which it says that the blob is to be read for its map first, which `run` does.
       plain: lanes are without encryption, to fetchers that want that, too.
     """
 
@@ -56,18 +60,32 @@ class PieceServer:
         lanes: Lanes,
         *,
         missing: type[Exception],
+        unmapped: type[Exception],
         plain: bool = False,
         randrange: Randrange = random.randrange,
     ) -> None:
         self._shelf = shelf
         self._lanes = lanes
         self._missing = missing
+        self._unmapped = unmapped
         self._plain = plain
         self._randrange = randrange
         self._exchanges: Counter[NodeId] = Counter()
         self._spreads: dict[str, _Spreading] = {}
+        self._mapping: set[str] = set()  # digests of blobs that are read for their maps
+        self._nursery: trio.Nursery | None = None
         self.turns = Turns()
         self.bytes_sent = 0  # of pieces, since the start
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Make piece maps that are missing; until cancelled. All else is done without it."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None  # an exchange that is ending must not begin anything more
 
     async def handle(self, peer: NodeId, request: bytes, stream: Stream) -> None:
         """Serve one exchange until the peer ends it, breaks the protocol, or stops reading."""
@@ -98,6 +116,12 @@ class PieceServer:
                 # fetcher asks again after longer and longer pauses.
                 await stream.send(encode_bye("unknown_blob", "it does not have the blob"))
                 return
+            except self._unmapped:
+                self._begin_mapping(want.digest)
+                await stream.send(
+                    encode_bye("busy", "it reads the blob for its piece map", MAPPING_RETRY_S)
+                )
+                return
             try:
                 await self._serve(peer, want, source, stream)
             finally:
@@ -105,6 +129,21 @@ class PieceServer:
         finally:
             self._exchanges[peer] -= 1
             self._exchanges += Counter()  # forget peers with none
+
+    def _begin_mapping(self, digest: str) -> None:
+        """Make a map once, whoever asks meanwhile: none of them waits for as long as it takes."""
+        if self._nursery is not None and digest not in self._mapping:
+            self._mapping.add(digest)
+            self._nursery.start_soon(self._map, digest)
+
+    async def _map(self, digest: str) -> None:
+        try:
+            await self._shelf.piece_map(digest)
+        except Exception as error:  # whatever it is, it ends this and not the daemon
+            log.error("%s cannot be served: %s", digest, error)
+            await trio.sleep(UNMAPPABLE_RETRY_S)
+        finally:
+            self._mapping.discard(digest)
 
     async def _serve(
         self, peer: NodeId, want: pieces.Want, source: PieceSource, stream: Stream

@@ -22,7 +22,7 @@ from ollamad.library import Library
 from ollamad.peers.mesh import Mesh
 from ollamad.reconcile import Reconciler
 from ollamad.sources.base import Offer, Progress, Read, RemoteFile, Sent, Sink, SourceError, Target
-from ollamad.store.errors import BlobMissing, PieceCorrupt, PiecesRotten
+from ollamad.store.errors import BlobMissing, PieceCorrupt, PieceMapMissing, PiecesRotten
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher
 from ollamad.transfer.server import PieceServer
@@ -241,12 +241,14 @@ class LibraryNode:
             adopted_path=None if self.ollama is None else self.root / "adopted",
             view=self.reconciler.view,
         )
-        mesh.handle(METHOD, PieceServer(self.store, lanes, missing=BlobMissing).handle)
+        server = PieceServer(self.store, lanes, missing=BlobMissing, unmapped=PieceMapMissing)
+        mesh.handle(METHOD, server.handle)
         self._scope, self._stopped = trio.CancelScope(), trio.Event()
 
         async def run(*, task_status: trio.TaskStatus[None]) -> None:
             with self._scope:
                 async with trio.open_nursery() as inner:
+                    await inner.start(server.run)
                     await inner.start(self.library.run)
                     await inner.start(self.reconciler.run)
                     task_status.started()

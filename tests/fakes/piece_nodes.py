@@ -113,6 +113,10 @@ class Missing(Exception):
     """There is no such blob."""
 
 
+class Unmapped(Exception):
+    """Its map is not known."""
+
+
 class Full(Exception):
     """There is no room."""
 
@@ -262,6 +266,10 @@ class MemoryStore:
         source = MemorySource(found.map, found.data, found.have, is_origin=found.is_origin)
         self.sources.append(source)
         return source
+
+    async def piece_map(self, digest: str) -> PieceMap:
+        await trio.lowlevel.checkpoint()
+        return self.blobs[digest].map
 
     async def open_growing_source(self, digest: str) -> MemorySource:
         await trio.lowlevel.checkpoint()

@@ -29,7 +29,13 @@ from ollamad.peers.identity import Identity
 from ollamad.peers.mesh import Mesh
 from ollamad.peers.tls import Gate, split_address
 from ollamad.peers.tls_stream import TlsStream
-from ollamad.store.errors import BlobMissing, PieceCorrupt, PiecesRotten, StoreError
+from ollamad.store.errors import (
+    BlobMissing,
+    PieceCorrupt,
+    PieceMapMissing,
+    PiecesRotten,
+    StoreError,
+)
 from ollamad.store.models import ModelStore
 from ollamad.store.partial import PartialBlob
 from ollamad.store.sink import PieceSink
@@ -98,7 +104,9 @@ class SwarmNode:
         self._doorman = Doorman(gate, self._serve, lanes=self._bulk)
         self.lanes = BulkLanes(self._bulk, download=Limit(config.rate))
         plain = config.plain
-        self.server = PieceServer(self.store, self.lanes, missing=BlobMissing, plain=plain)
+        self.server = PieceServer(
+            self.store, self.lanes, missing=BlobMissing, unmapped=PieceMapMissing, plain=plain
+        )
         self._mesh.handle(METHOD, self.server.handle)
         self.fetcher = Fetcher(
             self._mesh,

@@ -99,6 +99,16 @@ def test_a_copy_goes_slowly_while_a_model_answers_on_either_node(
     assert quick_s < fair_s
 
 
+def test_a_holder_without_a_piece_map_makes_it_and_serves(two: Cluster, tmp_path: Path) -> None:
+    source, target = two.nodes
+    source.import_model(cargo(tmp_path / "cargo.gguf", 2), "cargo")
+    [kept] = (source.data_dir / "models" / "blobs").glob("*.pieces")
+    piece_map = kept.read_bytes()
+    kept.unlink()
+    seconds_of_copy(source, target, "cargo")
+    assert kept.read_bytes() == piece_map
+
+
 @pytest.fixture
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Three nodes whose logs are short."""

@@ -45,6 +45,8 @@ from ollamad.renewal import renew
 from ollamad.restore import forget, restore
 from ollamad.settings import ConfigError, Effective, Settings, load
 from ollamad.start import run
+from ollamad.store import blobs
+from ollamad.store.models import ModelStore
 from ollamad.wire.codec import encode
 from tests.fakes.api_services import member
 from tests.unit.test_recover import Survivor
@@ -255,6 +257,17 @@ def test_of_a_node_only_settings_and_models_are_restored(host: Host, empty: Path
     assert "Start it with `ollamad start --join" in said
     assert (empty / "models" / "blobs" / f"sha256-{BLOB}").is_file()
     assert not any(path.exists() for path in DataDir(empty).of_cluster())
+
+
+def test_models_come_back_with_their_piece_maps(
+    host: Host, empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blobs, "MIN_PIECE_SIZE", 0)  # of so small a file none is kept
+    host.backup()
+    put_back(host.file, empty)
+    piece_map = trio.run(ModelStore(empty / "models").known_map, f"sha256:{BLOB}")
+    assert piece_map is not None
+    assert piece_map.hashes.hex() == BLOB
 
 
 def test_without_models_none_are_in_it(host: Host, empty: Path) -> None:

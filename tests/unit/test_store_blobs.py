@@ -12,12 +12,13 @@ import pytest
 import trio
 
 from ollamad.core.pieces import MIB, PieceHasher, PieceMap
-from ollamad.store import files, incoming
+from ollamad.store import blobs, files, incoming
 from ollamad.store.blobs import BlobStore
 from ollamad.store.errors import (
     BlobMissing,
     DigestMismatch,
     InvalidDigest,
+    PieceMapMissing,
     PieceMissing,
     SizeMismatch,
     StoreError,
@@ -245,7 +246,33 @@ async def test_a_missing_or_broken_piece_map_is_made_again(store: BlobStore) -> 
         path.unlink()
         if broken is not None:
             path.write_bytes(broken)
+        with pytest.raises(PieceMapMissing):
+            await store.open_piece_source(DIGEST)
         assert await store.piece_map(DIGEST) == map_of(DATA)
+        assert path.read_bytes() == good
+
+
+async def test_a_map_that_the_disk_refuses_is_known_all_the_same(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise StoreFull(len(data), 0)
+
+    monkeypatch.setattr(blobs, "write_atomically", full)
+    await store.ingest(Chunks(DATA))
+    assert names(store) == {BLOB}
+    (await store.open_piece_source(DIGEST)).close()
+    assert await BlobStore(store.root, keep_free_bytes=0).known_map(DIGEST) is None
+
+
+async def test_nobody_waits_for_the_map_of_another_blob(store: BlobStore) -> None:
+    small, _ = await store.put_bytes(b"a template")
+    await store.ingest(Chunks(DATA))
+    with trio.fail_after(5):
+        async with store._mapping:  # a large one is being read
+            for digest in (small, DIGEST):
+                await store.piece_map(digest)
+                (await store.open_piece_source(digest)).close()
 
 
 async def test_a_blob_that_the_disk_changed_is_noticed_when_it_is_mapped(

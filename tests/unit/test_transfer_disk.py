@@ -8,10 +8,18 @@ import pytest
 import trio
 
 from ollamad.core.ids import NodeId
-from ollamad.core.pieces import MIB
+from ollamad.core.pieces import MIB, PieceMap
 from ollamad.core.state import Layer
-from ollamad.store.errors import BlobMissing, PieceCorrupt, PiecesRotten, StoreFull
+from ollamad.store.errors import (
+    BlobMissing,
+    DigestMismatch,
+    PieceCorrupt,
+    PieceMapMissing,
+    PiecesRotten,
+    StoreFull,
+)
 from ollamad.store.models import ModelStore
+from ollamad.transfer import server
 from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
 from ollamad.transfer.server import PieceServer
 from ollamad.wire import pieces
@@ -35,13 +43,20 @@ async def open_store(path: Path) -> ModelStore:
     return store
 
 
+def server_of(network: Network, name: NodeId, store: ModelStore) -> PieceServer:
+    """A node's server, which the others reach."""
+    server = PieceServer(
+        store, network.lanes_of(name), missing=BlobMissing, unmapped=PieceMapMissing
+    )
+    network.handle(name, pieces.METHOD, server.handle)
+    return server
+
+
 async def holder(network: Network, path: Path, name: NodeId) -> tuple[ModelStore, Layer]:
     """A node that has the blob and serves it."""
     store = await open_store(path / name)
     digest, piece_map = await store.put_bytes(CONTENT)
-    network.handle(
-        name, pieces.METHOD, PieceServer(store, network.lanes_of(name), missing=BlobMissing).handle
-    )
+    server_of(network, name, store)
     layer = Layer("model", digest, piece_map.size, piece_map.piece_size, piece_map.root())
     return store, layer
 
@@ -68,9 +83,7 @@ async def test_a_blob_arrives_on_disk_and_is_served_on(network: Network, tmp_pat
     await fetcher_of(network, here).fetch_blob(layer, lambda: [A], ignore)
     assert here.blob_path(layer.digest).read_bytes() == CONTENT
     assert [path.suffix for path in sorted(here.blobs.iterdir())] == ["", ".pieces"]
-    network.handle(
-        B, pieces.METHOD, PieceServer(here, network.lanes_of(B), missing=BlobMissing).handle
-    )
+    server_of(network, B, here)
     third = await open_store(tmp_path / "third")
     await fetcher_of(network, third).fetch_blob(layer, lambda: [B], ignore)
     assert third.blob_path(layer.digest).read_bytes() == CONTENT
@@ -101,6 +114,43 @@ async def test_flipped_bits_on_a_holders_disk_never_arrive(
     await fetcher.fetch_blob(layer, lambda: [A, B], ignore)
     assert network.opened[A] == 1
     assert here.blob_path(layer.digest).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("rotten", [False, True])
+async def test_a_piece_map_is_made_once_however_long_that_takes(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rotten: bool
+) -> None:
+    """Whoever asks does not wait for it, so that its leaving does not begin it anew."""
+    monkeypatch.setattr(server, "MAPPING_RETRY_S", 0.01)
+    store, layer = await holder(network, tmp_path, A)
+    store.blob_path(layer.digest).with_suffix(".pieces").unlink()
+    begun, go = 0, trio.Event()
+
+    async def late(digest: str) -> PieceMap:
+        nonlocal begun
+        begun += 1
+        await go.wait()
+        if rotten:
+            raise DigestMismatch(digest, "another")
+        return await ModelStore.piece_map(store, digest)
+
+    monkeypatch.setattr(store, "piece_map", late)
+    here = await open_store(tmp_path / "here")
+    fetcher = fetcher_of(network, here)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server_of(network, A, store).run)
+        with pytest.raises(FetchFailed, match="A: it reads the blob for its piece map"):
+            await fetcher.fetch_blob(layer, lambda: [A], ignore, give_up_after_s=0.5)
+        assert network.opened[A] > 1
+        go.set()
+        if rotten:
+            with pytest.raises(FetchFailed):
+                await fetcher.fetch_blob(layer, lambda: [A], ignore, give_up_after_s=0.5)
+        else:
+            await fetcher.fetch_blob(layer, lambda: [A], ignore)
+            assert here.blob_path(layer.digest).read_bytes() == CONTENT
+        nursery.cancel_scope.cancel()
+    assert begun == 1
 
 
 async def test_a_receiver_that_is_restarted_never_asks_for_a_verified_piece(
@@ -155,10 +205,8 @@ async def test_two_nodes_that_fetch_at_once_give_each_other_pieces(
 ) -> None:
     _, layer = await holder(network, tmp_path, A)
     left, right = await open_store(tmp_path / "left"), await open_store(tmp_path / "right")
-    servers = {}
     for name, store in ((B, left), (HERE, right)):
-        servers[name] = PieceServer(store, network.lanes_of(name), missing=BlobMissing)
-        network.handle(name, pieces.METHOD, servers[name].handle)
+        server_of(network, name, store)
     async with trio.open_nursery() as nursery:
         for name, store in ((B, left), (HERE, right)):
             others = [node for node in (A, B, HERE) if node != name]

@@ -34,6 +34,7 @@ from tests.fakes.piece_nodes import (
     Missing,
     Network,
     Rotten,
+    Unmapped,
     layer_of,
 )
 
@@ -58,7 +59,9 @@ class Node:
         self.store = MemoryStore()
         lanes = network.lanes_of(name)
         randrange = random.Random(2).randrange
-        self.server = PieceServer(self.store, lanes, missing=Missing, randrange=randrange)
+        self.server = PieceServer(
+            self.store, lanes, missing=Missing, unmapped=Unmapped, randrange=randrange
+        )
         self.reports: list[FetchProgress] = []
         network.handle(name, pieces.METHOD, self.server.handle)
         self.restart()

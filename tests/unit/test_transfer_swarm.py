@@ -20,7 +20,7 @@ from ollamad.transfer.fetch import Fetcher
 from ollamad.transfer.server import PieceServer
 from ollamad.wire import pieces
 from ollamad.wire.lane import BLOCK_SIZE, BLOCK_TAG
-from tests.fakes.piece_nodes import Corrupt, MemoryStore, Missing, Network, Rotten
+from tests.fakes.piece_nodes import Corrupt, MemoryStore, Missing, Network, Rotten, Unmapped
 
 SCALE = 256
 PIECE = MIB // SCALE
@@ -70,7 +70,9 @@ async def spread(network: Network, nodes: int, count: int) -> tuple[float, float
             return message
 
         network.hooks[name] = send
-        servers[name] = PieceServer(stores[name], network.lanes_of(name), missing=Missing)
+        servers[name] = PieceServer(
+            stores[name], network.lanes_of(name), missing=Missing, unmapped=Unmapped
+        )
         network.handle(name, pieces.METHOD, servers[name].handle)
 
     async def fetch(name: NodeId) -> None:
