@@ -444,11 +444,13 @@ class BlobStore:
         return discarded
 
     async def missing_bytes(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Of blobs and their sizes those that are not here, with the bytes that are to come.
+        """Of blobs and their sizes those to make room for, with the bytes that are to come.
 
-        What is here of a partial blob takes its place on the disk already.
+        What is here of a partial blob takes its place on the disk already, and for one that is
+        being received now all of it is promised.
         """
-        return await self.in_thread(functools.partial(self._missing_bytes, dict(sizes)))
+        missing = await self.in_thread(functools.partial(self._missing_bytes, dict(sizes)))
+        return {d: n for d, n in missing.items() if self._partials.get(d) is None}
 
     # Freeing.
 

@@ -822,3 +822,18 @@ async def test_bytes_of_a_partial_blob_are_not_needed_twice(store: BlobStore) ->
     blob.close()
     missing = await store.missing_bytes({DIGEST: len(DATA), "sha256:" + "0" * 64: 7})
     assert missing == {DIGEST: len(DATA) - MIB, "sha256:" + "0" * 64: 7}
+
+
+async def test_room_for_a_blob_that_is_being_received_is_not_made_twice(
+    store: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another model, which shares it, is pulled meanwhile."""
+    monkeypatch.setattr(files, "free_bytes_of", lambda directory: (len(DATA) + 10, 1 << 30))
+    other = "sha256:" + "0" * 64
+    with store.space.reserve(await store.missing_bytes({DIGEST: len(DATA)})):
+        blob = await store.open_partial(DIGEST, MAP)
+        with store.space.reserve(await store.missing_bytes({DIGEST: len(DATA), other: 7})):
+            assert store.space.promised == len(DATA) + 7
+        blob.close()
+        assert await store.missing_bytes({DIGEST: len(DATA)}) == {DIGEST: len(DATA)}
+    assert store.space.promised == 0
