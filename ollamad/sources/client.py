@@ -116,7 +116,7 @@ class OriginClient:
         credentials: Credentials | None = None,
         vouched: bool = False,
     ) -> AsyncIterator[httpx.Response]:
-        """The answer to a request after all redirects, its body not yet read.
+        """The answer to a request, its body not yet read; to a GET the one after all redirects.
 
         Args:
           credentials: for the origin of `url` and no other.
@@ -153,8 +153,9 @@ class OriginClient:
                 ):
                     answered = True
                     continue
-                # What is sent is not sent to somebody else.
-                if response.has_redirect_location and method in ("GET", "HEAD"):
+                # What is sent is not sent to somebody else, and who asks with HEAD whether
+                # something is there has the answer.
+                if response.has_redirect_location and method == "GET":
                     plain, _ = split_credentials(join(plain, response.headers["Location"]))
                     origin = self._policy.check_redirect(origin, plain, vouched=vouched)
                     continue
@@ -234,9 +235,12 @@ class OriginClient:
         if proxy:
             return httpx.AsyncHTTPTransport(verify=context, proxy=proxy, trust_env=False)
         transport = httpx.AsyncHTTPTransport(verify=context, trust_env=False)
-        # httpx has no way to hand in a network backend, which httpcore has.
+        # httpx has no way to hand in a network backend, which httpcore has. How many connections
+        # there are is the downloads' business: who waits for one here counts as not answered.
         transport._pool = httpcore.AsyncConnectionPool(
-            ssl_context=context, network_backend=GuardedBackend(self._policy)
+            ssl_context=context,
+            max_connections=None,
+            network_backend=GuardedBackend(self._policy),
         )
         return transport
 

@@ -72,6 +72,7 @@ class Pusher:
         await self._request("PUT", url, manifest, {"Content-Type": MANIFEST_TYPE})
 
     async def _has(self, digest: str) -> bool:
+        """Whether the registry has a blob; perhaps elsewhere, where a redirect leads."""
         try:
             await self._request("HEAD", self._registry.blob_url(digest))
         except NotFound:
@@ -144,7 +145,8 @@ class Pusher:
                     if response.status_code == 400 or response.status_code == 405:
                         reason = (await response.aread())[:300].decode(errors="replace").strip()
                         raise SourceError(f"{shown(url)} does not take it: {reason}")
-                    check_status(response)
+                    if method != "HEAD" or not response.has_redirect_location:
+                        check_status(response)
                     return response
             except (httpx.HTTPError, httpx.InvalidURL, TryAgain) as error:
                 if attempt == tries:

@@ -6,6 +6,7 @@ already the bytes must then come again, but are not written again. Where neither
 server tells one version of a file from another, all of it has to come in a single answer.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -33,7 +34,9 @@ MAX_BUFFERED_BYTES: Final = 256 * MIB  # pieces in memory, before fewer connecti
 # connections stay busy until the end.
 MIN_SPAN_BYTES: Final = 4 * MIB
 MAX_SPAN_BYTES: Final = 128 * MIB
-MAX_FAILURES: Final = 6  # in a row, on all connections, without a piece
+# In a row, without a piece. The pauses between them are half a minute together: a router that
+# begins anew, an address that changes.
+MAX_FAILURES: Final = 7
 # So much has to come in so much time, 1 kB/s: a byte now and then is no progress.
 CHUNK_BYTES: Final = 64 * 1024
 CHUNK_S: Final = 60.0
@@ -113,6 +116,7 @@ class _Download:
         self._progress = progress
         self._spans: deque[Span] = deque()
         self._failures = 0  # in a row
+        self._failed_at = -math.inf  # the last of them
         self._has_ranges = trio.Event()
         self._received = 0
         # Whether bytes of several answers may be put together.
@@ -169,13 +173,16 @@ class _Download:
     async def _work(self) -> None:
         while self._spans:
             span = self._spans.popleft()
-            pause = 0.0
+            begun, pause = trio.current_time(), 0.0
             try:
                 await self._bring(span)
             except NotFound:
                 raise SourceError(f"there is no {shown(self._file.url)} any more") from None
             except (httpx.TransportError, TryAgain) as error:
-                self._failures += 1
+                # What breaks one connection breaks all: those that were open say nothing new.
+                if begun > self._failed_at:
+                    self._failures += 1
+                    self._failed_at = trio.current_time()
                 if not self._joins and any(self._target.have):
                     raise OriginUnreachable(
                         f"{shown(self._file.url)} broke off ({error}), and cannot be gone on with: "

@@ -256,6 +256,28 @@ async def test_a_list_that_goes_on_elsewhere_takes_no_token_along() -> None:
     assert len(asked) == 1
 
 
+async def test_no_connection_waits_for_the_end_of_another() -> None:
+    """However many the settings allow: who waits counts as somebody who does not answer."""
+    count = 16
+    all_there = threading.Barrier(count)
+
+    def wait(handler: BaseHTTPRequestHandler, first: int, last: int) -> None:
+        with suppress(threading.BrokenBarrierError):
+            all_there.wait(5)
+        honest(handler, first, last)
+
+    with origin(wait) as url:
+        async with client.OriginClient(HERE) as asking, trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                async with asking.open(url, {"Range": "bytes=1-1"}) as response:
+                    await response.aread()
+
+            for _ in range(count):
+                nursery.start_soon(ask)
+        assert not all_there.broken
+
+
 @pytest.mark.parametrize("times", [1, 3])
 async def test_what_the_disk_lost_during_a_pull_comes_again(
     store: ModelStore, monkeypatch: pytest.MonkeyPatch, times: int
@@ -325,3 +347,33 @@ async def test_a_registry_cannot_have_a_model_sent_elsewhere() -> None:
             with pytest.raises(OriginRefused, match="the registry's own host"):
                 await pusher.push(b"{}", [(DIGEST, len(GGUF))], read, lambda sent: None)
     assert elsewhere == []
+
+
+async def test_what_a_registry_keeps_elsewhere_is_not_sent_again() -> None:
+    """Its blobs may be at a storage service, whose address is then the answer."""
+    written: list[str] = []
+
+    class Registry(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(307)
+            self.send_header("Location", "https://storage.example/x?signature=y")
+            self.end_headers()
+
+        def do_PUT(self) -> None:
+            written.append(self.path)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(201)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    async def read(digest: str, offset: int, length: int) -> bytes:
+        raise AssertionError("nothing is to be sent")
+
+    with serving(Registry) as registry:
+        async with client.OriginClient(HERE) as asking:
+            name = parse_name(f"127.0.0.1:{registry.server_address[1]}/me/x")
+            pusher = Pusher(asking, name, plain_http=HERE.allow_http)
+            await pusher.push(b"{}", [(DIGEST, len(GGUF))], read, lambda sent: None)
+    assert written == ["/v2/me/x/manifests/latest"]

@@ -330,7 +330,7 @@ async def test_a_connection_that_always_breaks_ends_with_advice(
     with pytest.raises(OriginUnreachable, match=r"127\.0\.0\.1:\d+ cannot be reached or broke off"):
         await pull(config_of(index), store)
     asked = [path for path, _ in index.requests if path.startswith("/files/")]
-    assert len(asked) <= ranges.MAX_FAILURES + 1
+    assert len(asked) <= ranges.MAX_FAILURES * ranges.CONNECTIONS
     assert_nothing_left(store, kept=True)
 
 
