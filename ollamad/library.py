@@ -362,11 +362,16 @@ class Library:
             self._store.pins.end_lease(digest)
         return here
 
-    async def receive_blob(self, digest: str, chunks: AsyncIterator[bytes]) -> None:
-        """Store an uploaded blob of this node under its digest, durably."""
+    async def receive_blob(
+        self, digest: str, chunks: AsyncIterator[bytes], size: int | None = None
+    ) -> None:
+        """Store an uploaded blob of this node under its digest, durably.
+
+        With its `size` there is room for all of it from the start, or none of it is taken.
+        """
         try:
             async with self._store.pins.hold() as hold:
-                await self._store.ingest(chunks, expected_digest=digest, hold=hold)
+                await self._store.ingest(chunks, expected_digest=digest, size=size, hold=hold)
                 self._store.pins.lease(digest, UPLOAD_LEASE_S)
         except (DigestMismatch, SizeMismatch) as error:
             raise ServiceError(400, "DIGEST_MISMATCH", str(error), {"digest": digest}) from None

@@ -230,7 +230,8 @@ async def upload_blob(call: Call, digest: str) -> Reply:
     library = call.services.library
     if await library.has_blob(digest):
         return reply(Blob(digest))
-    await library.receive_blob(digest, call.request.body)
+    body = call.request.body
+    await library.receive_blob(digest, body, body.expected_length)
     return reply(Blob(digest), 201)
 
 

@@ -264,8 +264,13 @@ class Library(Protocol):
 
     async def has_blob(self, digest: str) -> bool: ...
 
-    async def receive_blob(self, digest: str, chunks: AsyncIterator[bytes]) -> None:
+    async def receive_blob(
+        self, digest: str, chunks: AsyncIterator[bytes], size: int | None = None
+    ) -> None:
         """Store a blob of this node under its digest, durably, when this returns.
+
+        Args:
+          size: in bytes, if it is told before, so that there is room for all of it from the start.
 
         Raises:
           ServiceError: 400 DIGEST_MISMATCH, 503 DISK_FULL.

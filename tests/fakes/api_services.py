@@ -330,8 +330,11 @@ class FakeLibrary:
     async def has_blob(self, digest: str) -> bool:
         return digest in self.blobs
 
-    async def receive_blob(self, digest: str, chunks: AsyncIterator[bytes]) -> None:
+    async def receive_blob(
+        self, digest: str, chunks: AsyncIterator[bytes], size: int | None = None
+    ) -> None:
         data = bytearray()
+        self._log("receive_blob", digest, size)
         async for chunk in chunks:
             data += chunk
             if self.on_chunk is not None:

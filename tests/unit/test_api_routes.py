@@ -366,6 +366,7 @@ async def test_upload_a_blob() -> None:
     wrong = await client.call("POST", path, data=b"other")
     assert (wrong.status, wrong.code) == (400, "DIGEST_MISMATCH")
     assert (await client.call("POST", path, data=BLOB)).status == 201
+    assert client.world.library.calls[-1] == ("receive_blob", DIGEST, len(BLOB))
     assert (await client.call("POST", path, data=BLOB)).status == 200
     assert (await client.call("HEAD", path)).status == 200
     assert client.world.library.blobs == {DIGEST: BLOB}

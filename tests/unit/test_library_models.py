@@ -6,6 +6,7 @@ Stores, transfers and links are real, the consensus applies at once or when a te
 import errno
 import hashlib
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
@@ -290,6 +291,23 @@ async def test_a_model_is_made_of_an_upload(world: World) -> None:
     await until(world.shared, lambda: len(world.confirmed("mine:latest")) == 2)
     again = await node.library.create("mine", {"x.gguf": digest})
     assert again.digest == model.digest
+
+
+async def test_an_upload_that_does_not_fit_is_refused_before_it_comes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal taken
+        while taken < 10:
+            taken += 1
+            yield bytes(1000)
+
+    monkeypatch.setattr("ollamad.store.files.free_bytes_of", lambda _: (5000, 1 << 40))
+    with pytest.raises(ServiceError) as caught:
+        await world.nodes[A].library.receive_blob("sha256:" + "0" * 64, chunks(), 10_000)
+    assert (caught.value.code, taken) == ("DISK_FULL", 0)
 
 
 async def test_what_no_model_can_be_made_of(world: World) -> None:
