@@ -1,13 +1,14 @@
 """Brings a model from its origin into this node's store, and goes on where an earlier try stopped.
 
-Knows the sources and the store, and nothing of the cluster. Each file grows as a partial blob:
-what came is on the disk, and is not fetched again after a break, a cancellation or a restart.
+Knows the sources and the store, and of the cluster only that it may have a file already. Each
+file grows as a partial blob: what came is on the disk, and is not fetched again after a break, a
+cancellation or a restart.
 """
 
 import functools
 import hashlib
 import logging
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,14 +47,29 @@ class Step:
 
 Report = Callable[[Step], None]
 Announce = Callable[[Sequence[Descriptor]], None]
+# Has the blob of that digest and size in the store, from nearer than its origin; whether it is.
+# False: nobody has it. It tells the bytes on the disk and those that came. Raises NearbyFailed.
+FetchNearby = Callable[[str, int, Callable[[int, int], None]], Awaitable[bool]]
+
+
+class NearbyFailed(Exception):
+    """Who has the file did not give it, or all of it. What came stays, to be gone on with."""
+
+
+async def nowhere(digest: str, size: int, progress: Callable[[int, int], None]) -> bool:
+    """A `FetchNearby` that finds nothing."""
+    return False
 
 
 class Bringer:
     """Makes models of this node's store out of what origins have. Starts nothing."""
 
-    def __init__(self, store: ModelStore, source: Source) -> None:
+    def __init__(
+        self, store: ModelStore, source: Source, fetch_nearby: FetchNearby = nowhere
+    ) -> None:
         self._store = store
         self._source = source
+        self._fetch_nearby = fetch_nearby
 
     async def bring(
         self, wanted: Wanted, name: str, hold: Hold, report: Report, announce: Announce
@@ -73,7 +89,7 @@ class Bringer:
         """
         async with self._source.open(wanted.reference) as origin:
             offer = await origin.resolve()
-            run = _Run(self._store, origin, hold, report, announce)
+            run = _Run(self._store, origin, self._fetch_nearby, hold, report, announce)
             if offer.manifest:
                 return await run.bring_manifest(offer, name)
             if offer.local:
@@ -116,12 +132,14 @@ class _Run:
         self,
         store: ModelStore,
         origin: OpenSource,
+        fetch_nearby: FetchNearby,
         hold: Hold,
         report: Report,
         announce: Announce,
     ) -> None:
         self._store = store
         self._origin = origin
+        self._fetch_nearby = fetch_nearby
         self._hold = hold
         self._report = report
         self._announce = announce
@@ -215,16 +233,15 @@ class _Run:
 
     async def _bring_once(self, file: RemoteFile, hold: Hold | None) -> str:
         assert file.size is not None, "sized before"
-        blob = await self._open(file)
+        blob = None if await self._came_from_nearby(file) else await self._open(file)
         if blob is None:  # it is here
-            self._before += file.size
-            self._tell(0)
+            self._ended(file.size)
             return file.digest
         try:
             self._tell(blob.have_bytes)
             if not blob.complete:
                 await self._origin.download(
-                    file, blob, lambda received: self._heard(blob, received)
+                    file, blob, lambda received: self._heard(blob.have_bytes, received)
                 )
             try:
                 digest = await blob.finish((hold or self._hold).add)
@@ -237,11 +254,22 @@ class _Run:
         finally:
             blob.close()
         self._digest = self._digest or digest
-        self._before += file.size
-        self._received += self._now
-        self._now = 0
-        self._tell(0)
+        self._ended(file.size)
         return digest
+
+    async def _came_from_nearby(self, file: RemoteFile) -> bool:
+        """Whether the file is here, without a word to its origin."""
+        if not file.digest:
+            return False
+        assert file.size is not None
+        try:
+            return await self._fetch_nearby(file.digest, file.size, self._heard)
+        except NearbyFailed as error:
+            log.warning("%s; it comes from its origin", error)
+            self._fetch_nearby = nowhere  # to wait in vain once is enough
+            self._received += self._now
+            self._now = 0
+            return False
 
     async def _open(self, file: RemoteFile) -> PartialBlob | None:
         assert file.size is not None
@@ -258,9 +286,16 @@ class _Run:
             except BeingReceived:  # by another pull, or from a peer
                 await trio.sleep(RECHECK_S)
 
-    def _heard(self, blob: PartialBlob, received: int) -> None:
+    def _heard(self, done: int, received: int) -> None:
         self._now = received
-        self._tell(blob.have_bytes)
+        self._tell(done)
+
+    def _ended(self, size: int) -> None:
+        """The present file is here."""
+        self._before += size
+        self._received += self._now
+        self._now = 0
+        self._tell(0)
 
     def _tell(self, done: int) -> None:
         self._report(

@@ -100,14 +100,20 @@ class Following(Background):
 
     async def take_over(self, key: str) -> None:
         """The model is published: end the follow of it, so that its blobs are free to fetch."""
-        follow = self._follows.get(key)
-        if follow is not None:
+        if (follow := self._follows.get(key)) is not None:
             follow.taken_over = True
+        await self.leave(key)
+
+    async def leave(self, key: str) -> None:
+        """Follow the pull of that name no more, so that what came is free to be gone on with."""
+        while (follow := self._follows.get(key)) is not None:
             follow.scope.cancel()
             await follow.ended.wait()
 
     async def _on_begin(self, peer: NodeId, request: FollowRequest) -> bool:
-        if self._nursery is None or request.key in self._follows:
+        # Who says so last is the one that pulls: whoever did before is lost or has given up.
+        await self.leave(request.key)
+        if self._nursery is None:
             return False
         scope = trio.CancelScope()
         transfer_id = self._table.begin(

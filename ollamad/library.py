@@ -122,12 +122,14 @@ class Library:
         self._pulls = Pulls(
             cluster=cluster,
             store=store,
+            fetcher=fetcher,
             source=source,
             table=table,
             publish=self._publish,
             announce=self._announce,
             withdraw=self._share.following.untell,
-            running=self._running_pull,
+            leave=self._share.following.leave,
+            transfers=self.transfers,
             transfer=self.transfer,
             cancel=self.cancel,
             pulls_path=pulls_path,
@@ -428,14 +430,6 @@ class Library:
             task_status.started()
 
     # Bringing in.
-
-    async def _running_pull(self, key: str) -> Transfer | None:
-        """The pull of that name that runs anywhere."""
-        for transfer in await self.transfers():
-            runs = transfer.type == "download" and transfer.status in ("pending", "active")
-            if runs and parse_name(transfer.model_name).key == key:
-                return transfer
-        return None
 
     def _announce(self, request: PullRequest, files: Sequence[Descriptor]) -> list[NodeId]:
         """Have those fetch a model's large files already that will get copies of it."""

@@ -1,13 +1,15 @@
 """Pulls from origins: one node of the cluster does each, and this module finds the one.
 
 Whoever is asked for a pull has the leader choose, so that a model that many ask for at once
-still crosses the internet once. A node that does not get through to the origin, or has no room,
-hands the pull on; its transfer then shows what the next one does. Pulls outlive a restart: what
-was under way when the daemon ended goes on when it starts again.
+still crosses the internet once. What other nodes hold comes from them. A node that does not get
+through to the origin, or has no room, hands the pull on; its transfer then shows what the next one
+does. Pulls outlive a restart: what was under way when the daemon ended goes on when it starts
+again, unless somebody has done it or dealt with that name meanwhile.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +26,7 @@ from ollamad.core.names import parse_name
 from ollamad.core.pulling import UNREACHABLE_S, Candidate, rank
 from ollamad.core.state import Model
 from ollamad.core.transfers import Transfer
+from ollamad.nearby import Nearby
 from ollamad.notes import Note
 from ollamad.peers.link import HandlerError, RemoteFailure
 from ollamad.peers.tls import PeerUnreachable
@@ -33,14 +36,18 @@ from ollamad.store.errors import StoreError, StoreFull
 from ollamad.store.gguf import GgufError
 from ollamad.store.manifests import Descriptor
 from ollamad.store.models import ModelStore
+from ollamad.transfer.fetch import Fetcher
 from ollamad.transfer.transfers import TransferTable
 
 log = logging.getLogger(__name__)
 
 PEER_TIMEOUT_S = 5.0  # for the beginning of a pull elsewhere; the origin is asked after that
-PUBLISH_AGAIN_S = 2.0  # while the cluster cannot agree on what has come
+BARRIER_S = 3.0  # for a majority to confirm what is known of a name; within PEER_TIMEOUT_S
+AGREE_AGAIN_S = 2.0  # while the cluster cannot agree on what has come, or on what goes on
 MIRROR_INTERVAL_S = 0.5  # how often a handed-on pull is looked at
 LOST_AFTER_S = 15.0  # a node that has it and does not answer for so long is lost
+OVERTAKEN = "PULL_OVERTAKEN"
+NOT_TO_BE = ("UNKNOWN_SOURCE", OVERTAKEN)  # why a pull does not go on after a restart, ever
 
 T = TypeVar("T")
 
@@ -55,6 +62,10 @@ class PullRequest(msgspec.Struct, frozen=True):
     asked: NodeId = NodeId("")  # the node that the user asked
     tried: tuple[NodeId, ...] = ()  # nodes that could not
     size: int = 0  # bytes, once somebody knows
+    # What the node that has begun it notes, to find out after a restart whether it is wanted still.
+    begun_by: NodeId = NodeId("")
+    begun_at: float = 0.0  # Unix seconds
+    known: str = ""  # digest of the model that had the name then
 
     @property
     def key(self) -> str:
@@ -83,13 +94,15 @@ Publish = Callable[[Model, Sequence[NodeId], int], Awaitable[None]]
 Announce = Callable[[PullRequest, Sequence[Descriptor]], Sequence[NodeId]]
 # Tells them that nothing more comes from here.
 Withdraw = Callable[[str, Sequence[NodeId]], None]
+# Ends what this node fetches of that name (by key) from another node's pull.
+Leave = Callable[[str], Awaitable[None]]
 
 
 class Pulls(Background):
     """The cluster's pulls, from this node's point of view.
 
     Args:
-      running: the pull of a name (by key) that runs somewhere in the cluster, if there is one.
+      transfers: the active and recent ones of all nodes; `transfer`: one of them, by its id.
       pulls_path: remembers the pulls of this node that are not over.
       objection: why a model that is here could not be run here; empty if nothing is known.
     """
@@ -99,12 +112,14 @@ class Pulls(Background):
         *,
         cluster: Cluster,
         store: ModelStore,
+        fetcher: Fetcher,
         source: Source,
         table: TransferTable,
         publish: Publish,
         announce: Announce,
         withdraw: Withdraw,
-        running: Callable[[str], Awaitable[Transfer | None]],
+        leave: Leave,
+        transfers: Callable[[], Awaitable[Sequence[Transfer]]],
         transfer: Callable[[str], Awaitable[Transfer | None]],
         cancel: Callable[[str], Awaitable[None]],
         pulls_path: Path,
@@ -113,33 +128,51 @@ class Pulls(Background):
         super().__init__()
         self._cluster = cluster
         self._store = store
-        self._bringer = Bringer(store, source)
+        self._bringer = Bringer(store, source, Nearby(cluster, fetcher).fetch)
         self._table = table
         self._publish = publish
         self._announce = announce
         self._withdraw = withdraw
-        self._running = running
+        self._leave = leave
+        self._transfers = transfers
         self._transfer = transfer
         self._cancel = cancel
         self._objection = objection
         self._note = Note(pulls_path, list[PullRequest], [])
         self._here: dict[str, tuple[str, PullRequest]] = {}  # key -> transfer id, request
+        self._left: dict[str, PullRequest] = {}  # by key; of the last run, and not yet here again
         self._choosing: dict[str, trio.Lock] = {}
         self._unreachable: dict[tuple[NodeId, str], float] = {}  # node and origin -> when
         cluster.mesh.answer("pulls.begin", PullRequest, self._on_begin)
         cluster.mesh.answer("library.pull", PullRequest, self._on_pull)
 
     def _resume(self) -> None:
-        for request in self._note.read():
-            with suppress(ServiceError):
-                self._start(request)
-                log.info("the pull of %s goes on where it was", request.name)
+        assert self._nursery is not None, "called by run()"
+        self._left = {request.key: request for request in self._note.read()}
+        for request in self._left.values():
+            self._nursery.start_soon(self._go_on, request)
+
+    async def _go_on(self, request: PullRequest) -> None:
+        """Have a pull of the last run go on, here or where it runs by now, if it is wanted."""
+        while True:
+            try:
+                begun = await self.begin(request)
+                log.info("the pull of %s goes on at %s", request.name, short(begun.node_id))
+                break
+            except ServiceError as error:
+                log.info("the pull of %s does not go on: %s", request.name, error)
+                if error.code in NOT_TO_BE:
+                    break
+            await trio.sleep(AGREE_AGAIN_S)
+        del self._left[request.key]
+        self._remember()
 
     async def begin(self, request: PullRequest) -> Begun:
         """Have a pull run, here or elsewhere; returns at once, with the one that runs already.
 
         Raises:
-          ServiceError: 404 for a source that is not understood, 503 if no node can.
+          ServiceError: 404 for a source that is not understood, 503 if no node can, 409 for one
+            that was begun before a restart and overtaken by what others did.
         """
         _ = request.wanted  # what is wrong with it is told here
         leader = self._cluster.leader()
@@ -167,13 +200,48 @@ class Pulls(Background):
         try:
             async with lock:
                 if not request.tried:
-                    running = await self._running(request.key)
-                    if running is not None:
-                        return Begun(running.node_id, running.id)
+                    pulls = await self._pulls_of(request.key)
+                    for pull in pulls:
+                        if pull.status in ("pending", "active"):
+                            return Begun(pull.node_id, pull.id)
+                    if request.begun_by:
+                        await self._check_wanted(request, pulls)
                 return await self._choose_alone(request)
         finally:
             if not lock.locked():
                 self._choosing.pop(request.key, None)
+
+    async def _pulls_of(self, key: str) -> list[Transfer]:
+        """The active and recent pulls of a name, of all nodes."""
+        return [
+            transfer
+            for transfer in await self._transfers()
+            if transfer.type == "download" and parse_name(transfer.model_name).key == key
+        ]
+
+    async def _check_wanted(self, request: PullRequest, pulls: Sequence[Transfer]) -> None:
+        """Whether a pull that was begun before a restart is wanted still.
+
+        The state forgets names that were deleted, so the transfers count as well.
+
+        Raises:
+          ServiceError: 409 if its model was pulled, made or deleted meanwhile; 503 if nobody can
+            tell now.
+        """
+        await self._cluster.read_barrier(BARRIER_S)
+        came = any(
+            pull.status == "completed" and (pull.finished_at or 0.0) > request.begun_at
+            for pull in pulls
+        )
+        if came or self._digest_of(request.name) != request.known:
+            raise ServiceError(
+                409, OVERTAKEN, f"{request.name} was pulled, made or deleted meanwhile"
+            )
+
+    def _digest_of(self, name: str) -> str:
+        """The digest of the model that has a name now; "" for none."""
+        model = self._cluster.state.find_model(name)
+        return "" if model is None else model.digest
 
     async def _choose_alone(self, request: PullRequest) -> Begun:
         origin = _origin(request.wanted)
@@ -185,19 +253,7 @@ class Pulls(Background):
             self._unreachable[request.tried[-1], origin] = now
         failed: list[NodeId] = []
         while True:
-            tried = {*request.tried, *failed}
-            nodes = rank(
-                self._candidates(origin),
-                size=request.size,
-                asked=request.nodes,
-                tried=tried,
-                here=request.asked,
-            )
-            if not nodes and request.nodes:
-                # Those who should have it cannot get it; others can, and pass it on.
-                nodes = rank(
-                    self._candidates(origin), size=request.size, tried=tried, here=request.asked
-                )
+            nodes = self._rank(request, origin, {*request.tried, *failed})
             if not nodes:
                 raise ServiceError(503, "NO_NODE", "no node that is online can pull this model")
             if nodes[0] == self._cluster.node_id:
@@ -208,20 +264,39 @@ class Pulls(Background):
             except (PeerUnreachable, trio.TooSlowError):
                 failed.append(nodes[0])
 
-    def _candidates(self, origin: str) -> list[Candidate]:
+    def _rank(self, request: PullRequest, origin: str, tried: Collection[NodeId]) -> list[NodeId]:
+        """The nodes that may pull, best first."""
+        candidates = self._candidates(request, origin)
+        # Who has begun has a part of it. Those who should have it come next; where they cannot get
+        # it, others can, and pass it on.
+        begun = [(request.begun_by,)] if request.begun_by else []
+        for asked in (*begun, request.nodes, ()):
+            nodes = rank(
+                candidates, size=request.size, asked=asked, tried=tried, here=request.asked
+            )
+            if nodes:
+                return nodes
+        return []
+
+    def _candidates(self, request: PullRequest, origin: str) -> list[Candidate]:
         now = trio.current_time()
+        model = self._cluster.state.find_model(request.name)
+        holders = () if model is None else model.confirmed
         found = []
         for member in self._cluster.state.members.values():
             presence = self._cluster.presence(member.id)
             since = self._unreachable.get((member.id, origin))
+            # Who has just started and asks for its pull is there, though it was not heard of yet.
+            is_there = member.id == request.begun_by or self._cluster.is_online(member.id)
             found.append(
                 Candidate(
                     member.id,
-                    self._cluster.is_online(member.id) and not member.draining,
+                    is_there and not member.draining,
                     presence.beat.usage.disk_free,
                     presence.beat.usage.cpu,
                     presence.beat.active_requests,
                     None if since is None else now - since,
+                    member.id in holders,
                 )
             )
         return found
@@ -242,6 +317,12 @@ class Pulls(Background):
         if self._nursery is None:
             raise ServiceError(503, "STARTING", "this node is starting; try again", {})
         wanted = request.wanted
+        request = msgspec.structs.replace(
+            request,
+            begun_by=self._cluster.node_id,
+            begun_at=time.time(),
+            known=self._digest_of(request.name),
+        )
         scope = trio.CancelScope()
         transfer_id = self._table.begin(request.name, "download", cancel=scope.cancel)
         self._here[request.key] = transfer_id, request
@@ -292,6 +373,7 @@ class Pulls(Background):
         self, request: PullRequest, wanted: Wanted, report: Callable[[Step], None]
     ) -> str:
         """Have the model here and in the cluster; returns what speaks against its use."""
+        await self._leave(request.key)  # whoever pulled it before is lost, or handed it on
         told: list[NodeId] = []
         async with self._store.pins.hold() as hold:
             try:
@@ -321,7 +403,7 @@ class Pulls(Background):
                 return
             except (NoQuorum, Unavailable) as error:
                 log.warning("%s came whole, and is still to be told: %s", request.name, error)
-            await trio.sleep(PUBLISH_AGAIN_S)
+            await trio.sleep(AGREE_AGAIN_S)
 
     async def _hand_on(
         self, request: PullRequest, transfer_id: str, error: SourceError | StoreError
@@ -373,7 +455,8 @@ class Pulls(Background):
             raise
 
     def _remember(self) -> None:
-        self._note.write([request for _, request in self._here.values()])
+        here = {key: request for key, (_, request) in self._here.items()}
+        self._note.write(list((self._left | here).values()))
 
     # What other nodes ask.
 

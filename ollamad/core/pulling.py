@@ -2,7 +2,8 @@
 
 One node talks to the origin, and the others get the model from it. It should have room, be able
 to get through to the origin, and have little else to do, since hashing and writing take time
-from its answers. Who turns out not to get through hands the pull to the next one.
+from its answers. Who has the model of that name lacks least of its next version. Who turns out
+not to get through hands the pull to the next one.
 """
 
 from collections.abc import Collection, Iterable
@@ -25,6 +26,7 @@ class Candidate:
     cpu: float  # 0 to 1
     active_requests: int
     unreachable_for_s: float | None = None  # since it last failed to reach that origin
+    holds: bool = False  # the model of that name, as it is now
 
 
 def rank(
@@ -53,9 +55,18 @@ def rank(
 
 def _cost(
     each: Candidate, size: int, here: NodeId | None
-) -> tuple[bool, bool, int, bool, int, str]:
+) -> tuple[bool, bool, int, bool, bool, int, str]:
     since = each.unreachable_for_s
     is_cut_off = since is not None and since < UNREACHABLE_S
     is_tight = each.disk_free - size < KEEP_FREE_BYTES
     load = each.active_requests + (1 if each.cpu > BUSY_CPU else 0)
-    return (is_cut_off, is_tight, load, each.node_id != here, -each.disk_free, each.node_id)
+    is_here = each.node_id == here
+    return (
+        is_cut_off,
+        is_tight,
+        load,
+        not each.holds,
+        not is_here,
+        -each.disk_free,
+        each.node_id,
+    )

@@ -25,6 +25,8 @@ def node(name: str, **changes: object) -> Candidate:
     [
         ([node("b")], "ab"),  # equals: the node that was asked
         ([node("b", disk_free=900 * GB)], "ab"),  # what has room has room
+        ([node("b", holds=True)], "ba"),  # most of it is there
+        ([node("b", holds=True, active_requests=1)], "ab"),
         ([node("0", active_requests=1)], "a0"),
         ([node("0", cpu=0.9)], "a0"),
         ([node("0", usable=False)], "a"),

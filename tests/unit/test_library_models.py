@@ -198,7 +198,7 @@ async def test_a_change_of_the_state_does_not_touch_a_model_on_its_way(world: Wo
 async def test_a_pull_that_ends_without_quorum_waits_for_one(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pulls, "PUBLISH_AGAIN_S", 0.02)
+    monkeypatch.setattr(pulls, "AGREE_AGAIN_S", 0.02)
     node = world.nodes[A]
     node.source.digest = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
     world.shared.has_quorum = False

@@ -3,15 +3,17 @@
 import errno
 import hashlib
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from ollamad import adoption, bringing, pulls, share
+from ollamad import adoption, bringing, nearby, pulls, share
 from ollamad import scrubbing as scrubbing_module
 from ollamad.api.services import ServiceError
+from ollamad.bringing import Bringer, NearbyFailed, Step
 from ollamad.core.commands import AskReplicas, SetDesired
 from ollamad.core.ids import NodeId
 from ollamad.core.pieces import MIB, PieceHasher
@@ -19,6 +21,7 @@ from ollamad.core.state import Model
 from ollamad.scrubbing import Scrubbing
 from ollamad.share import Share
 from ollamad.sources.base import OriginUnreachable
+from ollamad.sources.references import resolve_source
 from ollamad.store import manifests, scrub
 from ollamad.store.errors import StoreFull
 from ollamad.store.models import ModelStore
@@ -192,13 +195,85 @@ async def test_a_pull_goes_on_after_a_restart(
     await node.library.download(REFERENCE, nodes=nodes)
     await until(world.shared, lambda: node.source.fetches == 1)
     await trio.sleep(0.1)
+    node.cluster.beat(active_requests=9)  # busy, and yet the one that has a part of it
     await node.stop()
     node.source.gate = None
     node.store = ModelStore(node.store.root, keep_free_bytes=0)
-    await world.start(A)
+    await node.start(world.nursery)
+    await until(world.shared, lambda: node.source.fetches == 2)
+    world.shared.offline.discard(A)  # the others hear of it only now
     await until(world.shared, lambda: world.confirmed() == nodes)
     assert node.source.fetches == 2
     await until(world.shared, lambda: (node.root / "pulls").read_bytes() == b"\x90")  # none left
+
+
+@pytest.mark.parametrize("meanwhile", ["running", "published", "deleted"])
+async def test_a_pull_that_was_overtaken_does_not_go_on(world: World, meanwhile: str) -> None:
+    a, b = world.nodes[A], world.nodes[B]
+    a.source.gate = trio.Event()
+    await a.library.download(REFERENCE, nodes=[A])
+    await until(world.shared, lambda: a.source.fetches == 1)
+    await a.stop()
+    b.source.gate = trio.Event()
+    transfer_id = await b.library.download(REFERENCE, nodes=[B])
+    await until(world.shared, lambda: b.source.fetches == 1)
+    if meanwhile != "running":
+        b.source.gate.set()
+        await until(world.shared, lambda: b.transfer(transfer_id).status == "completed")
+    if meanwhile == "deleted":
+        await b.library.delete(NAME)
+    a.source.gate = None
+    a.store = ModelStore(a.store.root, keep_free_bytes=0)
+    await world.start(A)
+    await until(world.shared, lambda: (a.root / "pulls").read_bytes() == b"\x90")  # none left
+    b.source.gate.set()
+    await until(world.shared, lambda: b.transfer(transfer_id).status == "completed")
+    await world.settled()
+    assert a.source.fetches == 1
+    assert world.confirmed() == (() if meanwhile == "deleted" else (B,))
+
+
+@pytest.mark.parametrize("rotten", [False, True])
+async def test_what_a_peer_holds_does_not_cross_the_internet_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, rotten: bool
+) -> None:
+    """Another name of the same weights. What the peer fails to give, the origin does."""
+    b = world.nodes[B]
+    digest = b.source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}"
+    await world.pulled(A)
+    if rotten:
+        monkeypatch.setattr(nearby, "PATIENCE_S", 0.3)
+        rot(world.nodes[A], digest)
+    await b.library.download("pypi:other", nodes=[B])
+    await until(world.shared, lambda: world.confirmed("other:latest") == (B,))
+    assert b.source.fetches == rotten
+    assert b.store.blob_path(digest).read_bytes() == LARGE
+    assert b.store.space.promised == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_comes_from_nearby_is_told(tmp_path: Path, fails: bool) -> None:
+    store, source = ModelStore(tmp_path, keep_free_bytes=0), ScriptedSource(LARGE)
+    await store.prepare()
+    source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}"
+    steps: list[Step] = []
+
+    async def fetch(digest: str, size: int, progress: Callable[[int, int], None]) -> bool:
+        progress(MIB, 2 * MIB)
+        if fails:
+            raise NearbyFailed("it is gone")
+        await store.put_bytes(LARGE)
+        return True
+
+    async with store.pins.hold() as hold:
+        bringer = Bringer(store, source, fetch)
+        wanted = resolve_source(REFERENCE)
+        await bringer.bring(wanted, "mine", hold, steps.append, lambda files: None)
+    assert (steps[0].done, steps[0].received) == (MIB, 2 * MIB)
+    assert steps[-1].done == len(LARGE)
+    assert (steps[-1].received > 2 * MIB) == fails
+    received = [step.received for step in steps]
+    assert received == sorted(received)
 
 
 async def test_who_does_not_get_through_hands_the_pull_on(world: World) -> None:
@@ -282,6 +357,30 @@ async def test_peers_fetch_while_the_origin_still_sends(world: World) -> None:
     assert b.store.blob_path(digest).read_bytes() == LARGE
     assert (a.source.fetches, b.source.fetches) == (1, 0)
     await until(world.shared, lambda: {t.status for t in b.table.list()} == {"completed"})
+
+
+@pytest.mark.usefixtures("small_counts")
+@pytest.mark.parametrize(("puller", "follower"), [(B, C), (C, B)])
+async def test_who_followed_a_node_that_is_lost_goes_on(
+    world: World, puller: NodeId, follower: NodeId
+) -> None:
+    """As the one that pulls, or following the one that does."""
+    await world.start(C)
+    digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}"
+    for node in world.nodes.values():
+        node.source.digest = digest
+        node.source.gate = trio.Event()
+    await world.nodes[A].library.download(REFERENCE, nodes=[A, B])
+    await until(world.shared, lambda: held_by(world.nodes[B], digest) == 4)
+    world.nodes[A].library._pulls._withdraw = lambda key, nodes: None  # it is killed
+    await world.nodes[A].stop()
+    pulling, follows = world.nodes[puller], world.nodes[follower].library._share.following._follows
+    await pulling.library.download(REFERENCE, nodes=[B, C])
+    await until(
+        world.shared, lambda: pulling.source.fetches == 1 and follows[NAME].origin == puller
+    )
+    pulling.source.gate.set()  # type: ignore[union-attr]
+    await until(world.shared, lambda: world.confirmed() == (B, C))
 
 
 @pytest.mark.usefixtures("small_counts")
