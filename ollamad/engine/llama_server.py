@@ -14,6 +14,8 @@ from typing import Final
 
 import trio
 
+from ollamad.engine.runner import outside_environment
+
 TIMEOUT_S: Final = 30.0  # drivers of GPUs may take seconds to wake up
 MAX_SHOWN: Final = 200  # characters of the program's own words
 
@@ -66,8 +68,15 @@ async def inspect(path: str) -> Program:
     """
     if not Path(path).is_absolute():
         raise Unusable(f"{path!r} is no absolute path")
-    if not os.path.exists(path):  # noqa: ASYNC240, PTH110 - once, at the start
-        raise Unusable(f"there is no file {path}")
+    try:
+        os.stat(path)  # noqa: PTH116 - once, at the start
+    except PermissionError:
+        raise Unusable(
+            f"{path} is hidden from this user, as all below /home and /root is from the service; "
+            "put it below /opt or /usr/local"
+        ) from None
+    except OSError:
+        raise Unusable(f"there is no file {path}") from None
     if os.path.isdir(path) or not os.access(path, os.X_OK):  # noqa: ASYNC240, PTH112
         raise Unusable(f"{path} is no program that may be run; see `chmod +x`")
     told = await _run(path, "--version")
@@ -93,6 +102,7 @@ async def _run(path: str, option: str) -> str:
                 capture_stdout=True,
                 stderr=subprocess.STDOUT,
                 check=False,
+                env=outside_environment(),
             )
     except OSError as error:
         raise Unusable(f"{path} cannot be run: {error}") from None

@@ -70,10 +70,25 @@ def run_runner(argv: Sequence[str]) -> int:
 def _become(program: str, arguments: Sequence[str]) -> int:
     """Turn into another program; returns only if that cannot be."""
     try:
-        os.execv(program, [program, *arguments])
+        os.execve(program, [program, *arguments], outside_environment())
     except OSError as error:
         print(f"0.00.000.000 E {program} cannot be run: {error}", file=sys.stderr)
     return 1
+
+
+def outside_environment() -> dict[str, str]:
+    """The environment for a program that is not part of this one.
+
+    PyInstaller's loader puts the folder of the frozen program first in LD_LIBRARY_PATH. The C++
+    library there may be older than what a program that was built elsewhere needs.
+    """
+    variables = dict(os.environ)
+    if getattr(sys, "frozen", False):
+        variables.pop("LD_LIBRARY_PATH", None)
+        before = variables.pop("LD_LIBRARY_PATH_ORIG", None)  # as the loader has kept it
+        if before is not None:
+            variables["LD_LIBRARY_PATH"] = before
+    return variables
 
 
 def server_arguments(arguments: argparse.Namespace) -> list[str]:

@@ -1,6 +1,7 @@
 """A llama-server of the user's is looked at before anything is served."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,63 @@ async def test_what_is_no_llama_server(tmp_path: Path):
         with pytest.raises(Unusable) as caught:
             await inspect(path)
         assert reason in str(caught.value)
+
+
+async def test_one_that_is_hidden_from_the_service(monkeypatch: pytest.MonkeyPatch):
+    """As systemd hides /home; by a fake, since root sees everything."""
+
+    path, plain = "/home/eve/llama-server", os.stat
+
+    def stat(asked: str | int | Path, **more: bool) -> os.stat_result:
+        if asked == path:
+            raise PermissionError(13, "Permission denied", path)
+        return plain(asked, **more)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(Unusable, match=r"hidden from this user.* put it below /opt"):
+        await inspect(path)
+
+
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch):
+    """As PyInstaller's loader leaves it."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/lib/ollamad/_internal:/opt/cuda")
+    monkeypatch.setenv("LD_LIBRARY_PATH_ORIG", "/opt/cuda")
+
+
+@pytest.mark.usefixtures("frozen")
+async def test_it_does_not_get_the_libraries_of_the_frozen_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shown = "version: ${LD_LIBRARY_PATH-none} ${LD_LIBRARY_PATH_ORIG-none}"
+    path = program(tmp_path, shown, help_with(NEEDED))
+    assert (await inspect(path)).version == "/opt/cuda none"
+    monkeypatch.delenv("LD_LIBRARY_PATH_ORIG")
+    assert (await inspect(path)).version == "none none"
+    # As a package of Python, it is the user's own path.
+    monkeypatch.delattr(sys, "frozen")
+    assert (await inspect(path)).version == "/usr/lib/ollamad/_internal:/opt/cuda none"
+
+
+@pytest.mark.usefixtures("frozen")
+def test_nor_do_its_runners(tmp_path: Path):
+    path = tmp_path / "llama-server"
+    path.write_text("#!/bin/sh\necho $1 $LD_LIBRARY_PATH\n")
+    path.chmod(0o755)
+    script = "import sys; sys.frozen = True; from ollamad.engine.runner import run_runner; "
+    script += "sys.exit(run_runner(sys.argv[1:]))"
+    with subprocess.Popen(
+        [
+            *(sys.executable, "-c", script),
+            *("--engine", "llama-server", "--program", path, "--list-devices"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as runner:
+        assert runner.stdout is not None
+        assert runner.stdout.read() == "--list-devices /opt/cuda\n"
 
 
 async def test_one_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
