@@ -81,6 +81,8 @@ CHANGE_TIMEOUT_S = 3.0  # for one change of the voters
 REMOVE_VOTER_TIMEOUT_S = 15.0  # for all tries, leader changes included
 HAND_OVER_TIMEOUT_S = 600.0  # a large model takes minutes to copy on a LAN
 ANNOUNCE_RETRY_S = 1.0
+ADDRESS_CHECK_S = 60.0  # so often this host's addresses are looked at
+BEYOND = ("203.0.113.1", 9)  # of no network that this host is in (RFC 5737)
 REPAIR_AFTER_S = 30.0  # a voter is replaced when it has been away this long
 QUORUM_CHECK_INTERVAL_S = 0.5
 QUORUM_NOTICE_S = 10.0  # many elections: what ends by itself has ended by then
@@ -144,6 +146,7 @@ class Cluster:
         self._machine = machine
         self._own_beat = own_beat
         self._quorum_lost_at: float | None = None
+        self._told: UpdateMember | None = None  # what this node last said of itself
         self.heartbeats = Heartbeats(
             mesh, peers=self.other_members, own_beat=own_beat, on_change=self._presence_changed
         )
@@ -419,25 +422,37 @@ class Cluster:
             await self._keep_voters()
 
     async def _announce(self) -> None:
-        """Tell the cluster where this node is and what it has, until the state says the same."""
+        """Keep the state right about where this node is and what it has; until cancelled.
+
+        The network may come up after this node does, and addresses change while it runs.
+        """
         while True:
-            me = self.state.members.get(self.node_id)
-            if me is not None:
-                host = self._own_host(me.api_address.rpartition(":")[0])
-                wanted = self._member(self.node_id, host, me.joined_at)
-                update = UpdateMember(
-                    self.node_id,
-                    wanted.name,
-                    wanted.api_address,
-                    wanted.p2p_address,
-                    wanted.raft_address,
-                    wanted.capacity,
-                    wanted.version,
-                )
-                same = msgspec.structs.replace(wanted, draining=me.draining) == me
-                if same or await self._tell_addresses(update):
-                    return
-            await trio.sleep(ANNOUNCE_RETRY_S)
+            is_told = await self._announce_once()
+            await trio.sleep(ADDRESS_CHECK_S if is_told else ANNOUNCE_RETRY_S)
+
+    async def _announce_once(self) -> bool:
+        """Tell the cluster about this node if the state says something else; whether it knows."""
+        me = self.state.members.get(self.node_id)
+        if me is None:
+            return False
+        # Who is alone was told its address by nobody; it is guessed anew.
+        known = me.p2p_address.rpartition(":")[0] if self.other_members() else ""
+        wanted = self._member(self.node_id, self._own_host(known), me.joined_at)
+        update = UpdateMember(
+            self.node_id,
+            wanted.name,
+            wanted.api_address,
+            wanted.p2p_address,
+            wanted.raft_address,
+            wanted.capacity,
+            wanted.version,
+        )
+        if update == self._told or msgspec.structs.replace(wanted, draining=me.draining) == me:
+            return True
+        if await self._tell_addresses(update):
+            self._told = update  # not said again, though the state may have kept another name
+            return True
+        return False
 
     async def _tell_addresses(self, update: UpdateMember) -> bool:
         # Through another node if there is one: with a new address nobody can answer our own Raft.
@@ -749,17 +764,31 @@ def join_addresses(addresses: Addresses) -> tuple[str, str, str]:
 
 
 def advertised_host(known: str) -> str:
-    """The address of this host that others use: the known one while it is still here."""
-    here = [
+    """The address of this host that others use: the known one while it is still here.
+
+    Else the one that the way to the rest of the world begins at, for bridges of containers lead
+    nowhere; loopback only where there is nothing else.
+    """
+    outside = [
         address.address
         for addresses in psutil.net_if_addrs().values()
         for address in addresses
-        if address.family == socket.AF_INET
+        if address.family == socket.AF_INET and not address.address.startswith("127.")
     ]
-    if known in here:
-        return known
-    outside = [address for address in here if not address.startswith("127.")]
-    return outside[0] if outside else "127.0.0.1"
+    for host in (known, _routed_host(), *outside):
+        if host in outside:
+            return host
+    return "127.0.0.1"
+
+
+def _routed_host() -> str:
+    """The address that this host would send from to hosts beyond; empty if there is no way."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(BEYOND)  # sends nothing
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
 
 
 def _date(unix_s: float) -> str:

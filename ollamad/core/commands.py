@@ -63,7 +63,7 @@ class AdmitMember(Command, frozen=True):
 
 
 class UpdateMember(Command, frozen=True):
-    """A member tells its own addresses, name, version and capacity after a start."""
+    """A member tells its own addresses, name, version and capacity when they have changed."""
 
     id: NodeId
     name: str

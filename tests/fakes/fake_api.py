@@ -160,6 +160,7 @@ class FakeApi:
         self.models = [model("smollm2:135m"), model("team/llama3.2:latest", replicas=[BETA])]
         # Each GET /transfers takes the next of them; the last one stays.
         self.transfers: list[list[Json]] = [[transfer("transfer_001")]]
+        self.token_address = "127.0.0.1:9000"
         self.cluster: Json = {
             "node_id": ALPHA,
             "is_leader": True,
@@ -233,7 +234,7 @@ class FakeApi:
                     {
                         "token": "T0KEN",
                         "expires_at": "2030-01-01T00:00:00Z",
-                        "command": "ollamad start --join T0KEN@127.0.0.1:9000",
+                        "command": f"ollamad start --join T0KEN@{self.token_address}",
                     },
                 )
             case "POST", ["cluster", "join" | "leave" as action]:

@@ -181,8 +181,13 @@ def test_cluster_token_prints_the_command_alone(cli: Cli, fake_api: FakeApi) -> 
     [packaged] = lines_with(result.stderr, "sudo -u ollamad ollamad start", "/var/lib/ollamad")
     assert packaged.endswith(" --join T0KEN@127.0.0.1:9000")
     assert fake_api.asked("POST", "/cluster/token")[0].json == {"ttl_seconds": 1800}
+    assert "Only nodes on the same host reach 127.0.0.1" in result.stderr
     data = json.loads(ok(cli("cluster", "token", "-o", "json")))
     assert data["token"] == "T0KEN"
+    fake_api.token_address = "192.0.2.1:9000"
+    result = cli("cluster", "token")
+    assert ok(result) == "ollamad start --join T0KEN@192.0.2.1:9000\n"
+    assert "same host" not in result.stderr
 
 
 def test_cluster_join_and_leave(cli: Cli, fake_api: FakeApi) -> None:

@@ -3,9 +3,11 @@
 import datetime
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -13,6 +15,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from ollamad import cluster as cluster_module
 from ollamad.api.services import NoQuorum, ServiceError, Unavailable
 from ollamad.cluster import (
+    ADDRESS_CHECK_S,
     CONSENSUS_VIEW,
     MAX_VOTERS,
     QUORUM_NOTICE_S,
@@ -534,17 +537,17 @@ async def test_new_addresses_are_told_through_another_node_first(
     peer.answer("announce", UpdateMember, announce)
     node.cluster._addresses = Addresses(("10.0.0.7", 8080), ("10.0.0.7", 9000), ("10.0.0.7", 7000))
     with trio.fail_after(2):
-        await node.cluster._announce()
+        assert await node.cluster._announce_once()
     assert [command.p2p_address for command in told] == ["10.0.0.7:9000"]
 
 
 async def test_a_cluster_of_one_notes_its_new_address_itself(node: Node) -> None:
     node.cluster._addresses = Addresses(("10.0.0.7", 8080), ("10.0.0.7", 9000), ("10.0.0.7", 7000))
     with trio.fail_after(2):
-        await node.cluster._announce()
+        assert await node.cluster._announce_once()
     assert node.cluster.state.members[node.id].raft_address == "10.0.0.7:7000"
     before = len(node.raft.proposals)
-    await node.cluster._announce()
+    assert await node.cluster._announce_once()
     assert len(node.raft.proposals) == before, "nothing new, nothing to say"
 
 
@@ -718,7 +721,7 @@ async def test_the_only_voter_notes_its_new_address_though_there_are_members(nod
     await node.let_in(B)
     node.cluster._addresses = Addresses(("10.0.0.7", 8080), ("10.0.0.7", 9000), ("10.0.0.7", 7000))
     with trio.fail_after(2):
-        await node.cluster._announce()
+        assert await node.cluster._announce_once()
     assert node.cluster.state.members[node.id].raft_address == "10.0.0.7:7000"
 
 
@@ -789,18 +792,91 @@ def test_what_a_joiner_says_of_its_addresses() -> None:
     assert join_addresses(told) == ("h:1", "h:2", "h:3")
 
 
-def test_the_host_that_others_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Address:
+class Interfaces:
+    """The addresses of this host's interfaces, and which one the way to elsewhere begins at."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.addresses = ["127.0.0.1"]
+        self.routed = ""
+        monkeypatch.setattr(cluster_module, "_routed_host", lambda: self.routed)
+        monkeypatch.setattr(cluster_module.psutil, "net_if_addrs", self._read)
+
+    def _read(self) -> dict[str, list[Any]]:
         family = cluster_module.socket.AF_INET
+        return {
+            f"eth{number}": [SimpleNamespace(family=family, address=address)]
+            for number, address in enumerate(self.addresses)
+        }
 
-        def __init__(self, address: str) -> None:
-            self.address = address
 
-    here = {"lo": [Address("127.0.0.1")], "eth0": [Address("10.0.0.1"), Address("10.0.0.2")]}
-    monkeypatch.setattr(cluster_module.psutil, "net_if_addrs", lambda: here)
+@pytest.fixture
+def interfaces(monkeypatch: pytest.MonkeyPatch) -> Interfaces:
+    return Interfaces(monkeypatch)
+
+
+def test_the_host_that_others_use(interfaces: Interfaces) -> None:
+    assert advertised_host("10.0.0.1") == "127.0.0.1"
+    interfaces.addresses += ["10.0.0.1", "10.0.0.2"]
     assert advertised_host("10.0.0.2") == "10.0.0.2"
     assert advertised_host("10.9.9.9") == "10.0.0.1"
     assert advertised_host("") == "10.0.0.1"
-    assert advertised_host("127.0.0.1") == "127.0.0.1"
-    here.pop("eth0")
-    assert advertised_host("10.0.0.1") == "127.0.0.1"
+    assert advertised_host("127.0.0.1") == "10.0.0.1", "others do not reach that one"
+    interfaces.routed = "10.0.0.2"
+    assert advertised_host("") == "10.0.0.2"
+    assert advertised_host("10.0.0.1") == "10.0.0.1"
+
+
+def test_the_way_to_elsewhere_begins_at_an_address_of_this_host() -> None:
+    here = {a.address for some in psutil.net_if_addrs().values() for a in some}
+    assert cluster_module._routed_host() in {*here, ""}
+
+
+EVERYWHERE = Addresses(("0.0.0.0", 8080), ("0.0.0.0", 9000), ("0.0.0.0", 7000))
+
+
+async def test_who_is_alone_has_whatever_address_its_host_has(
+    node: Node, interfaces: Interfaces, autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    """A host that is installed before its network is up, with a bridge for containers."""
+    node.cluster._addresses = EVERYWHERE
+    nursery.start_soon(node.cluster._announce)
+    for addresses, routed, shown in (
+        ([], "", "127.0.0.1"),
+        (["172.17.0.1"], "", "172.17.0.1"),
+        (["172.17.0.1", "192.0.2.1"], "192.0.2.1", "192.0.2.1"),
+    ):
+        interfaces.addresses[1:], interfaces.routed = addresses, routed
+        await trio.sleep(ADDRESS_CHECK_S + 1)
+        assert node.cluster.state.members[node.id].p2p_address == f"{shown}:9000"
+    assert (await node.cluster.make_join_token(60)).command.endswith("@192.0.2.1:9000")
+    proposals = len(node.raft.proposals)
+    await trio.sleep(10 * ADDRESS_CHECK_S)
+    assert len(node.raft.proposals) == proposals, "nothing new, nothing to say"
+    nursery.cancel_scope.cancel()
+
+
+async def test_an_address_that_others_know_stays_while_it_is_here(
+    node: Node, interfaces: Interfaces
+) -> None:
+    await node.let_in(B)
+    interfaces.addresses += ["10.0.0.1", "192.0.2.1"]
+    interfaces.routed = "192.0.2.1"
+    # The API may be for this host alone: others do not come by it.
+    node.cluster._addresses = Addresses(("127.0.0.1", 8080), ("0.0.0.0", 9000), ("0.0.0.0", 7000))
+    for shown in ("10.0.0.1", "192.0.2.1"):
+        assert await node.cluster._announce_once()
+        me = node.cluster.state.members[node.id]
+        assert (me.api_address, me.p2p_address) == ("127.0.0.1:8080", f"{shown}:9000")
+        interfaces.addresses[1:] = ["192.0.2.1"]  # a new lease
+
+
+async def test_a_name_that_is_another_nodes_is_not_asked_for_again_and_again(
+    node: Node, net: PeerNet
+) -> None:
+    await node.let_in(B)
+    node.cluster._name = node.cluster.state.members[B].name
+    assert await node.cluster._announce_once()
+    proposals = len(node.raft.proposals)
+    assert await node.cluster._announce_once()
+    assert len(node.raft.proposals) == proposals
+    assert node.cluster.state.members[node.id].name == "one"

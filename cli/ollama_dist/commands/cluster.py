@@ -182,6 +182,12 @@ def token(
     except ValueError as problem:
         raise UsageProblem(f"--ttl: {problem}") from None
     made = session.api.post(path("cluster", "token"), {"ttl_seconds": ttl_seconds})
+    if "@127." in (made.get("command") or ""):
+        session.note(
+            "Only nodes on the same host reach 127.0.0.1. For others, see to the network of the "
+            "host that made the token (it is looked at each minute), or to its p2p.listen and "
+            "node.advertise."
+        )
     if session.wants_data:
         session.data(made)
         return
