@@ -7,6 +7,7 @@ the consensus end last.
 
 import atexit
 import datetime
+import errno
 import logging
 import math
 import os
@@ -51,7 +52,7 @@ from ollamad.core.presence import Beat
 from ollamad.core.routing import parse_policy
 from ollamad.core.state import User
 from ollamad.core.weights import LLAMA_SERVER
-from ollamad.datadir import DataDir
+from ollamad.datadir import DataDir, ModelPlaces
 from ollamad.engine.engine import Engine
 from ollamad.engine.llama_server import Program, Unusable, inspect
 from ollamad.engine.runner import PROMPT_CACHE_MIB
@@ -62,7 +63,13 @@ from ollamad.library import Library
 from ollamad.machine import Machine
 from ollamad.peers.bulk import BulkPeers
 from ollamad.peers.doorman import Doorman
-from ollamad.peers.identity import RENEWAL_CHECK_S, Identity, ca_end_in_sight, write_private
+from ollamad.peers.identity import (
+    RENEWAL_CHECK_S,
+    RENEWAL_RETRY_S,
+    Identity,
+    ca_end_in_sight,
+    write_private,
+)
 from ollamad.peers.mesh import Mesh
 from ollamad.peers.tls import Gate, PeerUnreachable
 from ollamad.peers.tls_stream import TlsStream
@@ -105,6 +112,7 @@ FIRST_STATE_TIMEOUT_S = 10.0
 CATCH_UP_TIMEOUT_S = 3.0  # some elections' time; without a quorum old state must do
 SAMPLE_INTERVAL_S = 1.0
 GENERATION_CHECK_S = 0.1
+HIDDEN_FROM_SERVICE = ("/home", "/root", "/run/user")  # by ProtectHome= of its unit
 MAX_RUNTIME_DIR = 80  # bytes; sockets' names and their limit of 107 leave no more
 
 
@@ -120,6 +128,7 @@ class Daemon:
         api_sockets: list[socket.socket],
         p2p_listeners: list[trio.SocketListener],
         raft_listeners: list[trio.SocketListener],
+        places: ModelPlaces,
         llama_server: Program | None = None,
     ) -> None:
         self._settings = settings
@@ -141,12 +150,10 @@ class Daemon:
         self.is_active = False  # whether systemd takes it for started; see `_become_active`
         self._change_limits: Callable[[RateLimits], None] | None = None  # once the API is there
         self._local_token_written = False
+        self._local_token_refused = False  # by the disk; said once
         self.departed = False  # this node is no member any more; its cluster is to be forgotten
 
-        adopted = Path(settings.models.path) if settings.models.path else None
-        places = directory.model_places(adopted, read_only=settings.models.read_only)
         models_dir, shelves = places.own, places.shelves
-        models_dir.mkdir(parents=True, exist_ok=True)
         for shelf in shelves:
             log.info("%s is only read; new models go to %s", shelf, models_dir)
         self._host = HostMonitor(models_dir)
@@ -251,8 +258,8 @@ class Daemon:
             held_path=directory.replicas,
             pulls_path=directory.pulls,
             view=self._reconciler.view,
-            owns_store=adopted is None or bool(shelves),
-            adopted_path=None if adopted is None else directory.adopted,
+            owns_store=not settings.models.path or bool(shelves),
+            adopted_path=directory.adopted if settings.models.path else None,
             scrub=lambda lost: Scrubbing(
                 cluster=self._cluster,
                 store=self._store,
@@ -300,8 +307,9 @@ class Daemon:
 
         Raises:
           CannotListen: a port is in use or an address is not ours.
-          StartError: the llama-server that is to be used cannot be.
+          StartError: the models' directory or the llama-server that is to be used cannot be.
         """
+        places = open_model_places(settings, directory)
         program = None
         if settings.engine.llama_server:
             try:
@@ -321,6 +329,7 @@ class Daemon:
             api_sockets=api_sockets,
             p2p_listeners=p2p,
             raft_listeners=raft,
+            places=places,
             llama_server=program,
         )
 
@@ -648,15 +657,27 @@ class Daemon:
                 await changed.wait()
 
     def _write_local_token(self) -> None:
-        """Let the command line of this host's user in, as soon as there is a key to sign with."""
+        """Let the command line of this host's user in, as soon as there is a key to sign with.
+
+        What the disk refuses is tried again by the next call; the token from before is good for
+        long.
+        """
         state = self._machine.state
         if self._local_token_written or not state.cluster_id:
             return
         token = mint_local_token(
             state, self._auth_settings(), self._identity.node_id, now=time.time()
         )
-        write_private(self._directory.cli_token, token.encode())
-        self._local_token_written = True
+        try:
+            write_private(self._directory.cli_token, token.encode())
+        except OSError as error:
+            if not self._local_token_refused:
+                log.warning(
+                    "%s cannot be written now: %s", self._directory.cli_token, error.strerror
+                )
+            self._local_token_refused = True
+        else:
+            self._local_token_written, self._local_token_refused = True, False
 
     async def _sample_host(self) -> None:
         while True:
@@ -667,16 +688,42 @@ class Daemon:
         """Every member holds the CA's key, so a node renews its own certificate in time."""
         while True:
             self._watch_ca()
-            self._renew_if_due()
             self._local_token_written = False  # it too would end some day
             self._write_local_token()
-            await trio.sleep(RENEWAL_CHECK_S)
+            all_well = self._renew_if_due() and not self._local_token_refused
+            await trio.sleep(RENEWAL_CHECK_S if all_well else RENEWAL_RETRY_S)
 
-    def _renew_if_due(self) -> None:
+    def _renew_if_due(self) -> bool:
+        """Renew the certificate if its time has come; False if the disk refused.
+
+        Raises:
+          StartError: it did, and with the old one this node would be taken for one of the cluster
+            from before the recovery.
+        """
         state, now = self._machine.state, datetime.datetime.now(datetime.UTC)
-        if state.ca is not None and self._identity.renew_if_due(state.ca, state.incarnation, now):
+        if state.ca is None:
+            return True
+        try:
+            renewed = self._identity.renew_if_due(state.ca, state.incarnation, now)
+        except OSError as error:
+            if self._identity.incarnation < state.incarnation:
+                raise StartError(
+                    f"the certificate that the recovery calls for cannot be written: "
+                    f"{error.strerror}"
+                ) from None
+            log.error(
+                "this node's certificate, valid until %s, cannot be renewed: %s; look after the "
+                "disk of %s, it is tried again in %d minutes",
+                f"{self._identity.valid_until:%Y-%m-%d}",
+                error.strerror,
+                self._directory.path,
+                RENEWAL_RETRY_S // 60,
+            )
+            return False
+        if renewed:
             self._gate.refresh()
             log.info("this node's certificate was renewed")
+        return True
 
     def _watch_ca(self) -> None:
         """Nobody renews the CA, and where it has ended no node talks to another."""
@@ -705,6 +752,41 @@ class Daemon:
             jwt_secret=section.jwt_secret.encode() or None,
             access_ttl_s=parse_duration(section.token_ttl),
         )
+
+
+def open_model_places(settings: Settings, directory: DataDir) -> ModelPlaces:
+    """Where models are: the directory for new ones, made, and those that are only read.
+
+    Raises:
+      StartError: one cannot be made or seen; says how the service is allowed to.
+    """
+    adopted = Path(settings.models.path) if settings.models.path else None
+    try:
+        places = directory.model_places(adopted, read_only=settings.models.read_only)
+        places.own.mkdir(parents=True, exist_ok=True)
+        for shelf in places.shelves:
+            for part in (shelf, shelf / "manifests", shelf / "blobs"):
+                with suppress(FileNotFoundError):
+                    os.scandir(part).close()
+    except OSError as error:
+        where = error.filename or adopted or directory.models
+        told = f"{where} cannot be used for models: {error.strerror}"
+        if adopted is None:
+            raise StartError(told) from None
+        raise StartError(f"models.path: {told}{_remedy(adopted, error.errno)}") from None
+    return places
+
+
+def _remedy(path: Path, number: int | None) -> str:
+    """What lets the service have a directory that its sandbox, or somebody, keeps from it."""
+    edit = "under [Service] by `systemctl edit ollamad`"
+    if number == errno.EROFS:
+        return f"; make it (`install -d -o ollamad {path}`) and put ReadWritePaths={path} {edit}"
+    if number == errno.EACCES and any(path.is_relative_to(home) for home in HIDDEN_FROM_SERVICE):
+        return f"; for a service put ProtectHome=tmpfs and BindPaths={path} {edit}"
+    if number == errno.EACCES:
+        return "; make it for the daemon's user, or let that read there"
+    return ""
 
 
 async def _listen(key: str, text: str) -> list[trio.SocketListener]:

@@ -19,6 +19,7 @@ restoring        there while a backup is being restored; what is here then is no
 import fcntl
 import os
 import pwd
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -80,8 +81,9 @@ class DataDir:
                 f"{self.path} is in use by another ollamad (pid {owner or 'unknown'}); "
                 "stop it, or choose another directory with --data-dir"
             ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        with suppress(OSError):  # a full disk: who is told of the lock does not learn whose it is
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
         return self
 
     def __exit__(

@@ -30,6 +30,7 @@ CA_NOTICE = datetime.timedelta(days=365)  # it is not renewed: a new cluster has
 CERTIFICATE_LIFETIME = datetime.timedelta(days=398)
 RENEW_BEFORE = datetime.timedelta(days=130)  # a third of the lifetime; looked at every start, and
 RENEWAL_CHECK_S = 86400.0  # so often while the daemon runs
+RENEWAL_RETRY_S = 600.0  # after the disk has refused the new one
 BACKDATE = datetime.timedelta(hours=1)  # tolerates clocks that differ a little
 
 KEY_FILE = "node.key"

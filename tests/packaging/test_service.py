@@ -324,6 +324,29 @@ def test_a_command_can_have_the_variables_of_the_service(service: Machine) -> No
     variables.write_text(before)
 
 
+@pytest.mark.parametrize(
+    ("path", "leave"),
+    [
+        ("/srv/models", "ReadWritePaths=/srv/models"),
+        ("/home/eve/models", "ProtectHome=tmpfs\nBindPaths=/home/eve/models"),
+    ],
+    ids=["elsewhere", "in-a-home"],
+)
+def test_models_are_elsewhere_by_the_leave_that_the_log_names(
+    service: Machine, path: str, leave: str
+) -> None:
+    (service.root / "etc/ollamad/config.yaml").write_text(f"models:\n  path: {path}\n")
+    service.call("systemctl", "--no-block", "restart", "ollamad")
+    service.wait("the reason", lambda: f"models.path: {path}" in service.log())
+    for line in leave.splitlines():
+        assert line in service.log()
+    service.call("install", "-d", "-o", "ollamad", path)
+    drop_in(service, f"[Service]\n{leave}\n")
+    service.call("systemctl", "restart", "ollamad")
+    wait_ready(service)
+    assert (service.root / path[1:] / "blobs").is_dir()
+
+
 def test_the_sandbox_is_strict(service: Machine) -> None:
     told = service.call("systemd-analyze", "security", "ollamad", "--no-pager")
     level = re.search(r"Overall exposure level for ollamad.service: ([\d.]+)", told)

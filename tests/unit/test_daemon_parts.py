@@ -1,6 +1,7 @@
 """What surrounds the daemon: its directory, log, service manager, host, start, and admission."""
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -9,21 +10,42 @@ import pwd
 import re
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import trio
+from trio.testing import MockClock
 
 from ollamad import admission, build, logs, start, systemd
+from ollamad import daemon as daemon_module
 from ollamad.admission import Seeds, choose_identity, forget_cluster, parse_invitation, read_seeds
 from ollamad.core.ids import NodeId
 from ollamad.core.presence import Usage
+from ollamad.daemon import Daemon, open_model_places
 from ollamad.datadir import DataDir, DataDirError
 from ollamad.errors import StartError
 from ollamad.host import HostMonitor
-from ollamad.peers.identity import Identity, certificate_der, make_ca, write_private
-from ollamad.settings import NodeSettings, Settings
+from ollamad.peers import identity as identity_module
+from ollamad.peers.identity import (
+    CERTIFICATE_LIFETIME,
+    RENEW_BEFORE,
+    RENEWAL_CHECK_S,
+    RENEWAL_RETRY_S,
+    Identity,
+    certificate_der,
+    make_ca,
+    write_private,
+)
+from ollamad.settings import (
+    ApiSettings,
+    ModelSettings,
+    NodeSettings,
+    P2pSettings,
+    RaftSettings,
+    Settings,
+)
 from ollamad.wire.codec import encode
 from ollamad.wire.join import Seed, Token, channel_binding, format_token
 from tests.fakes.tls_nodes import TlsNode, utc_now
@@ -58,6 +80,166 @@ def test_what_cannot_be_a_directory(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "x"):
         with pytest.raises(DataDirError, match="choose another with --data-dir"):
             DataDir(path).__enter__()
+
+
+def test_a_full_disk_does_not_keep_a_daemon_from_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pwrite", full)
+    with DataDir(tmp_path), pytest.raises(DataDirError, match=r"pid unknown"):
+        DataDir(tmp_path).__enter__()
+
+
+def full(*_: object) -> NoReturn:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# The models' directory.
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[DataDir]:
+    with DataDir(tmp_path / "data") as directory:
+        yield directory
+
+
+def models_in(path: Path | str, *, read_only: bool = False) -> Settings:
+    return Settings(models=ModelSettings(path=str(path), read_only=read_only))
+
+
+def test_the_models_directory_is_made(directory: DataDir, tmp_path: Path) -> None:
+    assert open_model_places(Settings(), directory).own == directory.models
+    adopted = tmp_path / "a" / "b"
+    assert open_model_places(models_in(adopted), directory).own == adopted
+    assert adopted.is_dir()
+    elsewhere = tmp_path / "not-mounted-yet"
+    places = open_model_places(models_in(elsewhere, read_only=True), directory)
+    assert (places.own, places.shelves) == (directory.models, [elsewhere])
+
+
+# By fakes, since root may do everything.
+@pytest.mark.parametrize(
+    ("path", "call", "number", "remedy"),
+    [
+        ("/srv/models", "mkdir", errno.EROFS, "ReadWritePaths=/srv/models under [Service]"),
+        ("/home/eve/models", "is_dir", errno.EACCES, "tmpfs and BindPaths=/home/eve/models"),
+        ("/srv/models", "mkdir", errno.EACCES, "make it for the daemon's user"),
+        ("/srv/models", "mkdir", errno.ENOSPC, ""),
+    ],
+    ids=["read-only", "hidden", "somebody-elses", "full"],
+)
+def test_why_a_directory_of_models_cannot_be_used_is_told_with_the_remedy(
+    directory: DataDir,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    call: str,
+    number: int,
+    remedy: str,
+) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> NoReturn:
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, call, refuse)
+    told = f"models.path: {path} cannot be used for models: {os.strerror(number)}"
+    with pytest.raises(StartError, match=f"^{told}") as caught:
+        open_model_places(models_in(path), directory)
+    assert remedy in str(caught.value)
+
+
+def test_a_directory_of_models_that_is_only_read_must_be_readable(
+    directory: DataDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StartError, match="let that read there"):
+        open_model_places(models_in(tmp_path, read_only=True), directory)
+
+
+# What a daemon writes each day.
+
+
+class Disk:
+    """What the small private files are written to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_full = False
+        for module in (daemon_module, identity_module):
+            monkeypatch.setattr(module, "write_private", self._write)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        if self.is_full:
+            full()
+        write_private(path, data)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
+
+
+@pytest.fixture
+async def daemon(directory: DataDir) -> AsyncIterator[Daemon]:
+    """One whose certificate is to be renewed; nothing of it runs."""
+    ca = make_ca(utc_now())
+    node = TlsNode(directory.identity)
+    node.enter(ca, at=utc_now() - CERTIFICATE_LIFETIME + RENEW_BEFORE)
+    any_port = "127.0.0.1:0"
+    settings = Settings(
+        api=ApiSettings(listen=any_port, ollama_listen="off"),
+        p2p=P2pSettings(listen=any_port),
+        raft=RaftSettings(listen=any_port),
+    )
+    daemon = await Daemon.build(settings, directory, node.identity)
+    state = daemon._machine.state
+    state.cluster_id, state.ca, state.jwt_key = "c", ca, bytes(32)
+    yield daemon
+    for listening in daemon._api_sockets:
+        listening.close()
+    for listener in (*daemon._p2p_listeners, *daemon._raft_listeners):
+        await listener.aclose()
+
+
+async def test_a_full_disk_puts_a_renewal_off_and_ends_nothing(
+    daemon: Daemon,
+    disk: Disk,
+    autojump_clock: MockClock,
+    nursery: trio.Nursery,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    identity, token = daemon._identity, daemon._directory.cli_token
+    before = identity.certificate
+    disk.is_full = True
+    nursery.start_soon(daemon._renew_certificate)
+    await trio.sleep(3 * RENEWAL_RETRY_S)
+    daemon._write_local_token()  # as at each change of the state
+    assert identity.certificate == before
+    assert not token.exists()
+    assert caplog.text.count("cli-token cannot be written now: No space left") == 1
+    assert "cannot be renewed: No space left" in caplog.text
+    disk.is_full = False
+    await trio.sleep(RENEWAL_RETRY_S)
+    assert identity.certificate != before
+    assert token.exists()
+    token.unlink()
+    await trio.sleep(RENEWAL_RETRY_S)
+    assert not token.exists(), "the next one is due tomorrow"
+    await trio.sleep(RENEWAL_CHECK_S)
+    assert token.exists()
+    nursery.cancel_scope.cancel()
+
+
+async def test_after_a_recovery_nobody_is_dialled_with_the_old_certificate(
+    daemon: Daemon, disk: Disk
+) -> None:
+    daemon._machine.state.incarnation = 5
+    disk.is_full = True
+    with pytest.raises(StartError, match="recovery calls for cannot be written: No space"):
+        daemon._renew_if_due()
+    disk.is_full = False
+    assert daemon._renew_if_due()
+    assert daemon._identity.incarnation == 5
 
 
 # The log.
