@@ -1,7 +1,8 @@
 """Debian systems in directories, and one of them booted, for the tests of the packages.
 
 `debian` makes a root file system once, in `.cache/`; tests work on copies. Nothing here knows what
-is installed there. Whatever this host does not permit raises `NotPermitted` with the reason.
+is installed there. Whatever this host does not permit raises `NotPermitted` with the reason, and
+what it only lacks `Missing`.
 """
 
 import contextlib
@@ -33,7 +34,11 @@ GROUP = f"ollamad-test-{os.getpid()}"  # everything in containers is in there
 
 
 class NotPermitted(Exception):
-    """This host cannot do what is needed; says why."""
+    """This host cannot do what is needed, whatever is installed; says why."""
+
+
+class Missing(Exception):
+    """What a host can have is not there: a tool, the mirror; says which."""
 
 
 def run(*command: str | Path, **more: Any) -> str:
@@ -48,13 +53,17 @@ def debian(name: str, *more: str) -> Path:
     """A minimal root file system, with these packages on top of it; made once.
 
     Raises:
-      NotPermitted: it cannot be made here: no root, no tools, no mirror.
+      NotPermitted: it cannot be made here: no root, or the kernel refuses.
+      Missing: the tools are not installed, or the mirror does not answer.
     """
-    for tool in ("debootstrap", "systemd-nspawn"):
-        if shutil.which(tool) is None:
-            raise NotPermitted(f"{tool} is not installed")
     if os.geteuid() != 0:
         raise NotPermitted("only root makes root file systems")
+    for tool in ("debootstrap", "systemd-nspawn"):
+        if shutil.which(tool) is None:
+            raise Missing(f"{tool} is not installed")
+    tried = _attempt("unshare", "--mount", "true")
+    if tried.returncode:
+        raise NotPermitted(f"the kernel refuses mounts here: {tried.stderr.strip()}")
     path = CACHE / f"{RELEASE}-{name}"
     if not path.exists():
         # A directory that has the name is complete; another run may be making it as well.
@@ -73,19 +82,22 @@ def debian(name: str, *more: str) -> Path:
 
 def _debootstrap(root: Path) -> None:
     for left in reversed(range(DEBOOTSTRAP_TRIES)):
-        done = subprocess.run(
-            ["debootstrap", "--variant=minbase", RELEASE, root, mirror()],
-            capture_output=True,
-            text=True,
-            check=False,
+        done = _attempt(
+            *("debootstrap", "--variant=minbase", RELEASE, root, mirror()),
             env=os.environ | _proxies(),
         )
         if done.returncode == 0:
             return
         shutil.rmtree(root, ignore_errors=True)
+        last = " ".join((done.stdout + done.stderr).strip().splitlines()[-1:])
+        if "noexec or nodev" in last:
+            raise NotPermitted(f"no devices can be made here: {last}")
         if not left:
-            last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-            raise NotPermitted(f"debootstrap from {mirror()} failed: {' '.join(last)}")
+            raise Missing(f"debootstrap from {mirror()} failed: {last}")
+
+
+def _attempt(*command: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, **more)
 
 
 def _add(root: Path, packages: tuple[str, ...]) -> None:
@@ -270,5 +282,5 @@ class Machine:
 if __name__ == "__main__":  # CI makes the systems while it builds what is tried on them
     try:
         debian("systemd", *SYSTEMD)
-    except NotPermitted as reason:
+    except (NotPermitted, Missing) as reason:
         print(f"no Debian systems for the tests of the packages: {reason}")

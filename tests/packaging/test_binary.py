@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.ggml_files import ggml_bytes
+from tests.fakes.llama_program import llama_server
+from tests.fakes.tiny_llama import ids_of, parrot
 from tests.packaging.machines import ROOT, inside, run
 
 MAX_SIZE = 150_000_000  # bytes
 HELP_LIMIT_S = 0.3
 READY_LIMIT_S = 2.0
 TRIES = 5  # of which the best counts
+NEWER, OLDER = "asked", "worked"  # what tiny models say, of the present format and of an old one
 
 START = "ollamad start >/log 2>&1 & daemon=$!"
 FORGET = "rm -rf /var/cache/ollamad-root"  # the next start is the first
@@ -67,6 +71,75 @@ def test_a_model_answers_in_a_runner_of_its_own(bare: Path, smollm2_path: Path) 
     assert found[1] == "0", log
     assert int(found[2]) < 10_000
     assert "Traceback" not in log
+
+
+@pytest.fixture(scope="module")
+def asked(bare: Path) -> Path:
+    """What a daemon with a llama-server of the user's answered, one file for each question.
+
+    The models are tiny: behind an `x` they say a word. A script stands before the real llama-server
+    and notes where it is told to look for libraries; OpenMP, which this Debian lacks, it brings.
+    """
+    found = bare / "asked"
+    found.mkdir()
+    (bare / "newer").write_bytes(parrot(ids_of(NEWER)).gguf())
+    (bare / "older").write_bytes(ggml_bytes("gpt2", OLDER.encode()))
+    program = bare / "opt/llama-server"
+    program.write_text(
+        "#!/bin/sh\n"
+        'echo "${LD_LIBRARY_PATH-none}" >>/asked/libraries\n'
+        'LD_LIBRARY_PATH=/opt/openmp exec /opt/llama/llama-server "$@"\n'
+    )
+    program.chmod(0o755)
+    done = inside(
+        bare,
+        f"""
+        ollamad version
+        mkdir /opt/openmp
+        cp /var/cache/ollamad-root/*/_internal/libgomp.so.1 /opt/openmp
+        export OLLAMAD_ENGINE__LLAMA_SERVER=/opt/llama-server
+        {START}
+        {UNTIL_READY}
+        get() {{
+            bash -c 'exec 3<>/dev/tcp/127.0.0.1/8080
+                printf "GET $0 HTTP/1.0\\r\\nHost: localhost\\r\\n\\r\\n" >&3; cat <&3' "$1"
+        }}
+        get / > /asked/root
+        get /api/v1/version > /asked/version
+        for name in newer older; do
+            ollama-dist models import /$name --name $name >&2
+            ollama-dist generate $name x --raw --option temperature=0 > /asked/$name
+        done
+        cat /proc/[0-9]*/cmdline | tr '\\0' ' ' > /asked/processes
+        kill $daemon
+        wait $daemon
+        """,
+        f"--bind-ro={llama_server().parent}:/opt/llama",
+    )
+    assert (found / "processes").exists(), done.stdout + done.stderr + (bare / "log").read_text()
+    print(done.stderr, (bare / "log").read_text())  # shown where a test fails
+    return found
+
+
+def test_over_http_it_says_what_it_is(asked: Path) -> None:
+    head, _, body = (asked / "root").read_text().partition("\n\n")
+    assert " 200 " in head.splitlines()[0]
+    assert body == "Ollama is running"
+    version = json.loads((asked / "version").read_text().partition("\n\n")[2])
+    assert re.fullmatch(r"[0-9a-f]{12}", version["git_commit"])
+    assert re.match(r"\d{4}-\d\d-\d\dT", version["build_time"])
+    assert version["engine_versions"].keys() == {"xllamacpp", "ctransformers", "llama-server"}
+
+
+def test_a_llama_server_of_the_users_runs_without_the_programs_own_libraries(asked: Path) -> None:
+    assert (asked / "newer").read_text().strip() == NEWER
+    assert "/opt/llama/llama-server --host" in (asked / "processes").read_text()
+    assert set((asked / "libraries").read_text().split()) == {"none"}
+
+
+def test_an_old_file_runs_in_the_other_engine(asked: Path) -> None:
+    assert (asked / "older").read_text().strip() == OLDER
+    assert re.search(r"/ollamad runner .*--engine ctransformers", (asked / "processes").read_text())
 
 
 def test_later_starts_are_quick(bare: Path) -> None:

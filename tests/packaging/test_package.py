@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.packaging.conftest import lacking
 from tests.packaging.machines import ROOT, Machine, run
 
 PREVIOUS_VERSION = "0.0.9"
@@ -22,7 +23,7 @@ SETTINGS = "# An administrator's own.\nrate_limits:\n  general: 1234\n"
 
 def test_lintian_has_nothing_to_say(package: Path) -> None:
     if shutil.which("lintian") is None:
-        pytest.skip("lintian is not installed")
+        lacking("lintian is not installed")
     done = subprocess.run(
         ["lintian", "--allow-root", "--display-info", "--tag-display-limit=0", package],
         capture_output=True,

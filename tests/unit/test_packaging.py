@@ -9,6 +9,9 @@ from types import ModuleType
 
 import pytest
 
+from tests.packaging import machines
+from tests.packaging.conftest import REQUIRED, copy_of_debian, lacking
+
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "packaging"
 
@@ -178,3 +181,44 @@ def test_each_program_tells_how_a_shell_completes_it(
     script = recipe("deb", monkeypatch).completion(program, "zsh")
     assert script.startswith(f"#compdef {name}\n")
     assert script.endswith(f'\n_{package}_completion "$@"\n')
+
+
+# Which tests of the packages may be left out.
+
+OUTCOMES = (pytest.skip.Exception, pytest.fail.Exception)
+
+
+@pytest.mark.parametrize(
+    ("fails", "said", "permitted"),
+    [
+        ("unshare", "unshare failed: Operation not permitted", False),
+        ("debootstrap", "E: Cannot install into target '/x' mounted with noexec or nodev", False),
+        ("debootstrap", "E: Failed getting release file http://deb.debian.org/", True),
+    ],
+)
+def test_what_a_host_lacks_fails_ci_and_what_it_must_not_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, said: str, permitted: bool
+) -> None:
+    def attempt(command: str, *_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess([], int(command == fails), "", said)
+
+    monkeypatch.setattr(machines, "_attempt", attempt)
+    monkeypatch.setattr(machines, "CACHE", tmp_path)
+    monkeypatch.setattr(machines, "mirror", lambda: "http://deb.debian.org/debian")
+    monkeypatch.setattr(machines, "_proxies", dict)
+    monkeypatch.setattr("shutil.which", lambda tool: tool)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    failed = pytest.fail.Exception if permitted else pytest.skip.Exception
+    for required, outcome in (("", pytest.skip.Exception), ("1", failed)):
+        monkeypatch.setenv(REQUIRED, required)
+        with pytest.raises(OUTCOMES, match=said[:20]) as ended:
+            copy_of_debian(tmp_path / "root", "minbase")
+        assert ended.type is outcome
+
+
+def test_what_was_not_built_fails_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(REQUIRED, "1")
+    with pytest.raises(OUTCOMES, match="make deb") as ended:
+        lacking("dist/ has no package: make deb")
+    assert ended.type is pytest.fail.Exception
+    assert f"export {REQUIRED}=1" in (ROOT / ".ci/run").read_text()
