@@ -38,7 +38,7 @@ class NotPermitted(Exception):
 
 
 class Missing(Exception):
-    """What a host can have is not there: a tool, the mirror; says which."""
+    """A tool that a host can have is not installed; says which."""
 
 
 def run(*command: str | Path, **more: Any) -> str:
@@ -53,8 +53,8 @@ def debian(name: str, *more: str) -> Path:
     """A minimal root file system, with these packages on top of it; made once.
 
     Raises:
-      NotPermitted: it cannot be made here: no root, or the kernel refuses.
-      Missing: the tools are not installed, or the mirror does not answer.
+      NotPermitted: it cannot be made here: no root, the kernel refuses, or the mirror does.
+      Missing: the tools are not installed.
     """
     if os.geteuid() != 0:
         raise NotPermitted("only root makes root file systems")
@@ -93,7 +93,7 @@ def _debootstrap(root: Path) -> None:
         if "noexec or nodev" in last:
             raise NotPermitted(f"no devices can be made here: {last}")
         if not left:
-            raise Missing(f"debootstrap from {mirror()} failed: {last}")
+            raise NotPermitted(f"debootstrap from {mirror()} failed: {last}")
 
 
 def _attempt(*command: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
