@@ -44,6 +44,7 @@ TRY_ELSEWHERE = {
     "DRAINING",
     "NODE_LOST",
     "STOPPED",
+    "ENGINE_ERROR",
 }
 # The same, once something was answered: some node took the prompt, so this is what ails another
 # one, whose context is set smaller or that cannot decode. It says the same when asked again.

@@ -250,7 +250,9 @@ async def test_a_request_that_kills_every_runner_is_given_up_soon(
     assert len(world.b.engine.requests) + len(world.c.engine.requests) == 5
 
 
-@pytest.mark.parametrize(("code", "asked"), [("RUNNER_DIED", 3), ("NODE_LOST", 20)])
+@pytest.mark.parametrize(
+    ("code", "asked"), [("RUNNER_DIED", 3), ("ENGINE_ERROR", 3), ("NODE_LOST", 20)]
+)
 async def test_a_request_that_kills_runners_is_not_given_to_every_holder(
     world: World, code: str, asked: int
 ) -> None:
@@ -478,8 +480,9 @@ async def test_embeddings_here_and_there(world: World) -> None:
 
 
 async def test_embeddings_elsewhere_or_refused(world: World) -> None:
-    world.b.engine.refuse = refusal("INSUFFICIENT_MEMORY")
-    assert (await world.a.dispatcher.embed(EMBED_ASK))[0] == C
+    for code in ("INSUFFICIENT_MEMORY", "ENGINE_ERROR"):
+        world.b.engine.refuse = refusal(code)
+        assert (await world.a.dispatcher.embed(EMBED_ASK))[0] == C
     world.c.engine.refuse = refusal("INPUT_TOO_LONG", 400)
     with pytest.raises(InferenceError, match="INPUT_TOO_LONG"):
         await world.a.dispatcher.embed(EMBED_ASK)
