@@ -88,10 +88,11 @@ class Answer:
         self._mode: Mode = "replay" if mode == "continue" and has_state else mode
         self._text = _Said()
         self._thought = _Said()
-        self._calls = 0  # tool calls that were sent
-        self._calls_owed = 0
+        self._calls: list[tuple[str, str]] = []  # that were sent: functions and their arguments
+        self._calls_owed = 0  # of these, the last ones
         self._said, self._said_tokens = "", 0  # had from before, by tokens that nobody knows
         self._tokens: list[int] = []
+        self._written = 0  # tokens of what was sent, about
         self._all_told = True  # the ids of all that was sent are known
         self._resumed = 0  # tokens that the running attempt was given
         self.begun = False  # the client has something of the answer
@@ -106,6 +107,11 @@ class Answer:
     def token_count(self) -> int:
         """Tokens that the client has, as far as they are known."""
         return self._said_tokens + len(self._tokens)
+
+    @property
+    def written_count(self) -> int:
+        """Tokens that the client has, about: a part of which they are not known counts as one."""
+        return self._said_tokens + self._written
 
     def have(self, text: str, tokens: int) -> None:
         """The client has this text from before; of which tokens it is made is not known.
@@ -129,7 +135,7 @@ class Answer:
         if self.mode != "continue":
             self._text.rewind()
             self._thought.rewind()
-            self._calls_owed = self._calls
+            self._calls_owed = len(self._calls)
             return self._request
         self._text.settle()
         self._resumed = self.token_count
@@ -156,6 +162,7 @@ class Answer:
                     tokens = ()
                 self.begun = True
                 self._tokens += tokens
+                self._written += max(1, len(tokens))
                 self._all_told = self._all_told and bool(tokens)
                 return event if new == text else Chunk(new)
             case Thought(text):
@@ -163,12 +170,17 @@ class Answer:
                 if new is None:
                     return _diverged()
                 self.begun, self._all_told = True, False
-                return Thought(new) if new else None
-            case ToolCall():
-                if self._calls_owed:
-                    self._calls_owed -= 1
+                if not new:
                     return None
-                self._calls += 1
+                self._written += 1
+                return Thought(new)
+            case ToolCall(name, arguments):
+                if self._calls_owed:
+                    sent = self._calls[-self._calls_owed]
+                    self._calls_owed -= 1
+                    return None if (name, arguments) == sent else _diverged()
+                self._calls.append((name, arguments))
+                self._written += 1
                 self.begun, self._all_told = True, False
                 return event
             case Finished():

@@ -46,8 +46,8 @@ TRY_ELSEWHERE = {
     "STOPPED",
     "ENGINE_ERROR",
 }
-# The same, once something was answered: some node took the prompt, so this is what ails another
-# one, whose context is set smaller or that cannot decode. It says the same when asked again.
+# What a node says again when it is asked again: its context is set smaller, or it cannot decode.
+# A prompt that is too long is tried elsewhere once something was answered: some node took it.
 UNFIT = {"PROMPT_TOO_LONG", "ENGINE_ERROR"}
 # Of TRY_ELSEWHERE, what may be over in a moment: a runner starts anew, a link is dialled again.
 PASSING = {"RUNNER_DIED", "NODE_LOST"}
@@ -180,8 +180,8 @@ class Relay:
 
     @property
     def spent_tokens(self) -> int:
-        """Tokens of the answer, so far or in all."""
-        return self.output_tokens or self._answer.token_count
+        """Tokens of the answer, in all or, about, so far."""
+        return self.output_tokens or self._answer.written_count
 
     async def begin(self) -> None:
         """Find a node that begins to answer.

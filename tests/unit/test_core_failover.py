@@ -138,6 +138,30 @@ def test_a_replay_without_the_calls_that_were_made_diverged() -> None:
     assert isinstance(answer.take(Finished("stop")), Failed)
 
 
+@pytest.mark.parametrize("again", [ToolCall("g", "{}"), ToolCall("f", '{"a":2}')])
+def test_a_replay_that_calls_otherwise_diverged(again: ToolCall) -> None:
+    answer = Answer(ASK, "replay")
+    feed(answer, ToolCall("f", "{}"), ToolCall("f", '{"a":1}'))
+    answer.resume()
+    same, other = feed(answer, ToolCall("f", "{}", "another id"), again)
+    assert same is None
+    assert isinstance(other, Failed)
+    assert other.code == "REPLAY_DIVERGED"
+
+
+def test_what_has_no_token_ids_is_counted_about() -> None:
+    answer = Answer(ASK, "replay")
+    feed(answer, Thought("hm"), Chunk("a"), Chunk("bc", (2, 3)), ToolCall("f"))
+    assert (answer.token_count, answer.written_count) == (2, 5)
+    answer.resume()
+    feed(answer, Thought("hm, so"), Chunk("abcd", (1, 2, 3, 4)))
+    assert answer.written_count == 7, "only what is new"
+    behind = Answer(ASK, "continue")
+    behind.have("abc", 2)
+    feed(behind, Chunk("d", (4,)))
+    assert behind.written_count == 3
+
+
 def test_behind_a_text_of_unknown_tokens() -> None:
     answer = Answer(ASK, "continue")
     answer.have("abc", 2)

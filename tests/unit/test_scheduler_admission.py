@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ollamad.core.admission import Asker, Place
+from ollamad.core.admission import OUTPUT_WEIGHT, Asker, Place
 from ollamad.core.inference import (
     Chunk,
     Event,
@@ -21,6 +21,9 @@ from ollamad.core.inference import (
     InferenceError,
     LoadedModel,
     Options,
+    Output,
+    Thought,
+    ToolCall,
 )
 from ollamad.core.prefix import prompt_of
 from ollamad.core.presence import Beat, Presence, Usage
@@ -115,6 +118,17 @@ async def test_there_is_room_for_the_slots_and_one_more(
     for each in made:
         await each.end()
     assert all(each.is_running for each in made)
+
+
+@pytest.mark.parametrize("said", [Chunk("a", (1,)), Chunk("a"), Thought("a"), ToolCall("f")])
+async def test_an_answer_that_was_cut_is_charged_for_what_came(world: World, said: Output) -> None:
+    world.b.engine.script = [said]
+    async with world.a.dispatcher.generate(ASK, Asker("a")) as relay:
+        assert await relay.receive() == said
+    control = world.a.dispatcher.admission
+    prompt = world.a.dispatcher.router.prompt(ASK, world.model)
+    read = world.a.dispatcher.router.tokens(prompt, world.model)
+    assert control.queue.got("a") == pytest.approx(read + OUTPUT_WEIGHT)
 
 
 async def test_shares_are_fair_between_identities(world: World, nursery: trio.Nursery) -> None:
