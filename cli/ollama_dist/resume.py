@@ -2,7 +2,8 @@
 
 The request has a name of its own (`request_id`), and its lines count tokens. When the connection
 breaks, another node of the cluster is asked for the rest, by that name and the tokens and text
-that came. See docs/scheduling.md for what the nodes do.
+that came. Where these are not known, as behind thoughts, it is asked for the whole answer, and what
+was shown is compared and left out. See docs/scheduling.md for what the nodes do.
 """
 
 import secrets
@@ -35,26 +36,30 @@ class _Answer:
         self._session = session
         self._url = url
         self._body = body
-        self._tokens: int | None = 0  # that came; None: not all were counted
-        self._text: list[str] = []
+        self._tokens: int | None = 0  # up to the end of the text; None: not all were counted
+        self._text: list[str] = []  # that came, and is shown
 
     def items(self) -> Generator["Json", None, None]:
-        """The objects of the answer, each once, up to and with the one that says `done`."""
+        """The objects of the answer, up to and with the one that says `done`; all text comes once.
+
+        Raises:
+          CliError: another node was asked, and gives another answer.
+        """
         api = self._session.api
         others = _other_addresses(api)
         if others:
             self._body = {**self._body, "request_id": secrets.token_hex(16)}
         try:
-            yield from self._from(api, self._body, 0)
+            yield from self._from(api, self._body)
             return
         except NoConnection as problem:
-            if not others or not self._text:
-                raise  # nobody else to ask, or nothing lost by typing it again
+            if not others:
+                raise
             lost = problem
         give_up_at = time.monotonic() + GIVE_UP_S
         while time.monotonic() < give_up_at:
             for address in others:
-                self._session.note(f"{lost}; going on at {address}")
+                self._session.note(f"{lost.message}; going on at {address}")
                 try:
                     with api.at(parse_address(address)) as other:
                         yield from self._rest(other)
@@ -73,36 +78,42 @@ class _Answer:
 
     def _rest(self, api: "Api") -> Iterator["Json"]:
         text = "".join(self._text)
-        if self._tokens is not None:
+        if self._tokens:
             position = {"resume_from": self._tokens, "received": text}
             try:
-                yield from self._from(api, self._body | position, 0)
+                yield from self._from(api, self._body | position)
                 return
             except ApiError as problem:
                 if problem.code != "RESUME_MISMATCH" or "".join(self._text) != text:
                     raise
-        # From the beginning, without what was shown already.
-        self._tokens = None
-        yield from self._from(api, self._body, len(text))
+        yield from self._from(api, self._body, text)
 
-    def _from(self, api: "Api", body: "Json", known: int) -> Iterator["Json"]:
-        """The objects of one node's answer, of which `known` characters are left out."""
+    def _from(self, api: "Api", body: "Json", owed: str = "") -> Iterator["Json"]:
+        """The objects of one node's answer, which begins with `owed`; that is left out."""
         with api.stream(self._url, body) as items:
             for item in items:
-                text = _text_of(item)
-                if known and not item.get("done"):
-                    skipped = min(known, len(text))
-                    known -= skipped
-                    if skipped == len(text):
+                if text := _text_of(item):
+                    again = text[: len(owed)]
+                    if not owed.startswith(again):
+                        raise _another_answer()
+                    owed = owed[len(again) :]
+                    if not (new := text[len(again) :]):
                         continue
-                    text = text[skipped:]
-                    _set_text(item, text)
-                if text:
-                    self._text.append(text)
+                    _set_text(item, new)
+                    self._text.append(new)
                     token = item.get("token")
-                    if self._tokens is not None:
-                        self._tokens = token if isinstance(token, int) else None
+                    self._tokens = token if isinstance(token, int) else None
+                if owed and item.get("done"):
+                    raise _another_answer()
                 yield item
+
+
+def _another_answer() -> CliError:
+    return CliError(
+        "the node was lost, and another one gives another answer; what is shown stands, the rest "
+        "is missing",
+        hint="Ask again.",
+    )
 
 
 def _other_addresses(api: "Api") -> list[str]:

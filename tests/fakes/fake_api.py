@@ -179,6 +179,7 @@ class FakeApi:
         self.blobs: set[str] = set()
         self.explanation: Json = {}
         self.pieces = ["Hello", ", ", "world\u2028", "!"]
+        self.thoughts: list[str] = []  # before the pieces, which count no tokens then
         self.stream_error = ""  # sent in band behind the pieces
         self.cut_stream = False  # hang up behind the pieces
         self.end_early = False  # end the stream in order, but without `done`
@@ -441,8 +442,13 @@ def _handler_of(api: FakeApi) -> type[BaseHTTPRequestHandler]:
         def lines(self, request: Request) -> Iterator[Json]:
             kind, name = request.path[1:], request.json["model"]
             first = request.json.get("resume_from", 0)
+            for thought in api.thoughts:
+                line = api.piece(kind, name, "")
+                line.get("message", line)["thinking"] = thought
+                yield line
+            counts = "request_id" in request.json and not api.thoughts
             for token, text in enumerate(api.pieces[first:], first + 1):
-                named = {"token": token} if "request_id" in request.json else {}
+                named = {"token": token} if counts else {}
                 yield api.piece(kind, name, text) | named
             if api.stream_error:
                 yield {"error": api.stream_error}

@@ -46,6 +46,7 @@ def cluster(
         "OLLAMAD_MODELS__REPLICAS": str(request.param),
         "OLLAMA_NUM_PARALLEL": "4",
         "OLLAMA_CONTEXT_LENGTH": "512",
+        "OLLAMAD_SCHEDULER__FAILOVER": "replay",  # where nothing is asked for
     }
     for cluster in open_cluster(tmp_path_factory, **settings):
         first = cluster.found()
@@ -60,7 +61,7 @@ def cluster(
 def test_every_stream_completes_while_each_node_in_turn_is_killed(cluster: Cluster) -> None:
     nodes = list(cluster.nodes)
     token = sign_in(nodes[0])
-    calm = Client(nodes, token, BODY)
+    calm = Client(nodes, token, BODY | {"failover": "continue"})
     undisturbed = {prompt: calm.ask(prompt, place) for place, prompt in enumerate(PROMPTS)}
     assert not [answer.failure for answer in undisturbed.values() if answer.failure]
 
@@ -163,8 +164,7 @@ def test_the_command_line_goes_on_when_its_node_dies(
     cluster.wait_whole()
     assert result.returncode == 0, result.stderr
     assert "going on at" in result.stderr
-    assert result.stdout == whole.stdout or len(result.stdout) > 100
-    assert result.stdout[:40] == whole.stdout[:40]
+    assert result.stdout == whole.stdout
 
 
 def busy(cluster: Cluster) -> bool:

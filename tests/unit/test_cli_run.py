@@ -156,6 +156,44 @@ def test_where_no_token_ends_what_was_shown_is_left_out(
     assert "resume_from" not in other_api.requests[-1].json
 
 
+@pytest.mark.parametrize("command", ["generate", "run"])
+@pytest.mark.parametrize("shown", [0, 2])
+@pytest.mark.parametrize("thoughts", [[], ["Hm, ", "so."]])
+def test_what_no_token_tells_is_asked_for_whole(
+    cli: Cli, fake_api: FakeApi, other_api: FakeApi, command: str, shown: int, thoughts: list[str]
+) -> None:
+    """Before the first text, and behind thoughts."""
+    fake_api.pieces = fake_api.pieces[:shown]
+    fake_api.thoughts = other_api.thoughts = thoughts
+    fake_api.cut_stream = True
+    fake_api.nodes = [node(BETA, "beta", address=other_api.url.partition("//")[2])]
+    result = cli(command, "m", "hi", stdin="")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{WHOLE}\n"
+    is_counted = shown > 0 and not thoughts
+    assert ("resume_from" in other_api.requests[-1].json) == is_counted
+
+
+@pytest.mark.parametrize("other", [["Hello", "! ", "It is I"], ["Hello"], []])
+@pytest.mark.parametrize("thinks", [False, True])
+def test_another_answer_is_an_error_not_wrong_text(
+    cli: Cli, fake_api: FakeApi, other_api: FakeApi, other: list[str], thinks: bool
+) -> None:
+    fake_api.pieces = ["Hello, ", "wor"]
+    fake_api.cut_stream = True
+    fake_api.nodes = [node(BETA, "beta", address=other_api.url.partition("//")[2])]
+    if thinks:
+        fake_api.thoughts = ["Hm."]
+    else:
+        mismatch = error(409, "no part ends there", "RESUME_MISMATCH")
+        other_api.refuse_once[("POST", "/generate")] = mismatch
+    other_api.pieces = other
+    result = cli("generate", "m", "hi")
+    assert result.exit_code == 1
+    assert result.stdout == "Hello, wor\n"
+    assert "another answer" in result.stderr
+
+
 def test_explain_shows_where_a_prompt_would_go(cli: Cli, fake_api: FakeApi) -> None:
     score = {
         "node_id": ALPHA, "node": "alpha", "chosen": True, "willing": True, "why_not": "",
