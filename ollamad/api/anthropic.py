@@ -9,12 +9,12 @@ import msgspec
 
 from ollamad.api.anthropic_bodies import CountBody, MessagesBody
 from ollamad.api.asgi import Reply
-from ollamad.api.asking import asker_of
+from ollamad.api.asking import asker_of, routing_headers
 from ollamad.api.calls import Call, reply
 from ollamad.api.dialects import anthropic_error
-from ollamad.api.generation import Whole, answer, encode
+from ollamad.api.generation import Whole, answer, encode, failovers_of
 from ollamad.api.ollama import find, require_capability
-from ollamad.api.openai_layouts import waiting
+from ollamad.api.openai_layouts import begun, waiting
 from ollamad.api.services import ServiceError
 from ollamad.core.inference import (
     Chunk,
@@ -34,7 +34,9 @@ async def create_message(call: Call) -> Reply | None:
     asked = await _asked(call, body)
     request = msgspec.structs.replace(asked, options=body.options(), format=body.format)
     layout = MessageLayout(call, body.model)
-    return await answer(call, request, layout, stream=body.stream is True, waiting=waiting)
+    return await answer(
+        call, request, layout, stream=body.stream is True, waiting=waiting, on_begin=begun
+    )
 
 
 async def count_tokens(call: Call) -> Reply:
@@ -49,7 +51,9 @@ async def count_tokens(call: Call) -> Reply:
             if isinstance(event, Failed):
                 raise InferenceError(event)
             if isinstance(event, Finished):
-                return reply({"input_tokens": event.prompt_eval_count})
+                return reply(
+                    {"input_tokens": event.prompt_eval_count}, headers=routing_headers(generation)
+                )
 
 
 async def _asked(call: Call, body: CountBody) -> GenerateRequest:
@@ -105,7 +109,7 @@ class MessageLayout:
     def last(self, end: Finished) -> bytes:
         events = [*self._begin(), *self._closed()]
         delta = _ending(end, called=self._calls > 0)
-        events.append(_event("message_delta", delta=delta, usage=_usage(end)))
+        events.append(_event("message_delta", delta=delta, usage=_usage(end), **failovers_of(end)))
         events.append(_event("message_stop"))
         return b"".join(events)
 
@@ -122,7 +126,7 @@ class MessageLayout:
             given = msgspec.Raw(call.arguments.encode())
             content.append({"type": "tool_use", "id": call.id, "name": call.name, "input": given})
         ending = _ending(end, called=bool(said.tool_calls))
-        return self._message(content) | ending | {"usage": _usage(end)}
+        return self._message(content) | ending | {"usage": _usage(end)} | failovers_of(end)
 
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from ollamad.core.inference import Failover
+
 UNSET = msgspec.UNSET
 Unset = msgspec.UnsetType
 
@@ -58,6 +60,7 @@ class AnthropicMessage(msgspec.Struct, frozen=True):
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: AnthropicUsage
+    failovers: Sequence[Failover] | Unset = UNSET
 
 
 class AnthropicDelta(msgspec.Struct, frozen=True):
@@ -75,7 +78,7 @@ class AnthropicDelta(msgspec.Struct, frozen=True):
 
 
 class AnthropicEvent(msgspec.Struct, frozen=True):
-    """An event of a stream."""
+    """An event of a stream. `failovers` are in `message_delta`, if there were such."""
 
     type: Literal[
         "message_start",
@@ -90,6 +93,7 @@ class AnthropicEvent(msgspec.Struct, frozen=True):
     content_block: AnthropicBlock | Unset = UNSET
     delta: AnthropicDelta | Unset = UNSET
     usage: AnthropicUsage | Unset = UNSET
+    failovers: Sequence[Failover] | Unset = UNSET
 
 
 class AnthropicCount(msgspec.Struct, frozen=True):

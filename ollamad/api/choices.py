@@ -10,10 +10,19 @@ from typing import Any
 import trio
 
 from ollamad.api.asgi import Reply
-from ollamad.api.asking import asker_of
+from ollamad.api.asking import asker_of, routing_headers
 from ollamad.api.calls import Call, reply
 from ollamad.api.errors import as_service_error
-from ollamad.api.generation import Meter, Whole, lost, too_late, with_deadline, with_failover
+from ollamad.api.generation import (
+    Meter,
+    Whole,
+    begin_stream,
+    failovers_of,
+    lost,
+    too_late,
+    with_deadline,
+    with_failover,
+)
 from ollamad.api.openai_layouts import EventLayout, usage_of
 from ollamad.api.services import ServiceError
 from ollamad.core.inference import Failed, Finished, GenerateRequest, InferenceError, Output
@@ -26,6 +35,7 @@ Told = tuple[int, Output | Finished | ServiceError]  # of which choice
 @dataclasses.dataclass(slots=True)
 class _Choice:
     outputs: list[Output] = dataclasses.field(default_factory=list)
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)  # how it came to its node
     end: Finished | None = None
     began_at: str = ""  # the id of a node
 
@@ -98,7 +108,9 @@ async def answer_all(
             said = dataclasses.replace(said, logprobs=())
         assert choice.end is not None
         bodies.append(layout.choice(said, choice.end))
-    return reply(shown[0].body(bodies, _usage(choices, prompts)), headers=_headers(choices))
+    body = shown[0].body(bodies, _usage(choices, prompts))
+    body |= failovers_of(*(choice.end for choice in choices if choice.end is not None))
+    return reply(body, headers=choices[0].headers | _headers(choices))
 
 
 async def _run(
@@ -125,8 +137,8 @@ async def _run(
                 choice.outputs.append(event)
             if layouts:
                 layout = layouts[index]
-                if call.request.head_sent_at is None:
-                    await call.request.send_head(200, ((b"content-type", layout.content_type),))
+                if call.request.head_sent_at is None:  # the others' nodes are not known yet
+                    await begin_stream(call.request, layout, choice.headers)
                 data = layout.end(event) if isinstance(event, Finished) else layout.part(event)
                 await call.request.send_body(data, more=True)
         nursery.cancel_scope.cancel()
@@ -145,6 +157,7 @@ async def _generate(
         try:
             async with call.services.inference.generate(request, asker_of(call)) as generation:
                 choice.began_at = str(generation.node_id)
+                choice.headers = routing_headers(generation)
                 meter = Meter(request, generation.events)
                 while True:
                     event = await meter.receive()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 import msgspec
 import trio
 
-from ollamad.api.asgi import Reply
+from ollamad.api.asgi import Reply, Request
 from ollamad.api.asking import asker_of, routing_headers
 from ollamad.api.bodies import failover_mode
 from ollamad.api.calls import Call, reply
@@ -171,7 +171,7 @@ class LineLayout:
         if not self._chat:
             body["context"] = end.context
         body |= durations(end) | {"prompt_cached_count": end.prompt_cached_count}
-        return body | {"failovers": end.failovers} if end.failovers else body
+        return body | failovers_of(end)
 
     def opening(self, said: Whole) -> dict[str, Any]:
         """The beginning of a line, up to what the model said."""
@@ -211,6 +211,12 @@ def durations(end: Finished) -> dict[str, int]:
     }
 
 
+def failovers_of(*ends: Finished) -> dict[str, Any]:
+    """Which nodes were lost and who went on, if there were such."""
+    moves = [move for end in ends for move in end.failovers]
+    return {"failovers": moves} if moves else {}
+
+
 def with_failover(call: Call, request: GenerateRequest) -> GenerateRequest:
     """The request with the mode of failover that the header asks for.
 
@@ -231,13 +237,13 @@ async def answer(
     stream: bool,
     resume: Resume | None = None,
     waiting: Callable[[Place], bytes] | None = None,
-    on_begin: Callable[[Generation], None] | None = None,
+    on_begin: Callable[[Generation], bytes] = lambda generation: b"",
 ) -> Reply | None:
     """Run a generation and answer with it; None when the answer was streamed.
 
     Args:
       waiting: how a stream tells that the request has to wait; without it, it does not.
-      on_begin: told when it waits no more.
+      on_begin: told when it waits no more; gives what a stream tells then whose headers are out.
 
     Raises:
       ServiceError: it failed before the first byte was sent.
@@ -247,7 +253,7 @@ async def answer(
     async def tell(place: Place) -> None:
         if stream and waiting is not None:
             if call.request.head_sent_at is None:
-                await call.request.send_head(200, ((b"content-type", layout.content_type),))
+                await begin_stream(call.request, layout, {})
             await call.request.send_body(waiting(place), more=True)
 
     asker = asker_of(call, tell)
@@ -262,12 +268,11 @@ async def answer(
             with with_deadline(call):
                 async with call.services.inference.generate(request, asker, resume) as generation:
                     headers = routing_headers(generation)
-                    if on_begin is not None:
-                        on_begin(generation)
+                    late = on_begin(generation)
                     meter = Meter(request, generation.events)
                     metered = dataclasses.replace(generation, events=meter)
                     if stream:
-                        outcome = await _stream(call, metered, layout, headers)
+                        outcome = await _stream(call, metered, layout, headers, late)
                     else:
                         outcome = await _collect(meter, outputs)
             if outcome is None:
@@ -326,8 +331,14 @@ async def _collect(events: EventChannel, outputs: list[Output]) -> Finished | Se
         outputs.append(event)
 
 
+async def begin_stream(request: Request, layout: Layout, headers: dict[str, str]) -> None:
+    """Send the head of a stream."""
+    told = ((name.lower().encode(), value.encode()) for name, value in headers.items())
+    await request.send_head(200, ((b"content-type", layout.content_type), *told))
+
+
 async def _stream(
-    call: Call, generation: Generation, layout: Layout, headers: dict[str, str]
+    call: Call, generation: Generation, layout: Layout, headers: dict[str, str], late: bytes
 ) -> Finished | ServiceError:
     """Send the parts. An error before the first byte leaves the status to the caller."""
     request = call.request
@@ -336,14 +347,10 @@ async def _stream(
         event: Event = await events.receive()
         if isinstance(event, Failed):
             return _end(event)
-        if request.head_sent_at is None:  # else it had to wait
-            await request.send_head(
-                200,
-                (
-                    (b"content-type", layout.content_type),
-                    *((name.lower().encode(), value.encode()) for name, value in headers.items()),
-                ),
-            )
+        if request.head_sent_at is None:
+            await begin_stream(request, layout, headers)
+        elif late:  # it had to wait
+            await request.send_body(late, more=True)
         while not isinstance(event, Finished | Failed):
             # Parts that wait already go out together; each stays a line of its own.
             lines = [layout.part(event)]

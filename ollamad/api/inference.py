@@ -71,12 +71,13 @@ class NativeLayout(LineLayout):
         self._routing: dict[str, Any] = {}
         self._waited = False
 
-    def begin(self, generation: Generation) -> None:
-        """The request waits no more."""
+    def begin(self, generation: Generation) -> bytes:
+        """The request waits no more. What is known only now is told at the end."""
         if generation.explanation is not None:
             self._routing["routing"] = generation.explanation
         if self._waited:  # its headers went out before that was known
             self._routing["node_id"] = generation.node_id
+        return b""
 
     def waiting(self, place: Place) -> bytes:
         """Where it stands in the queue."""

@@ -18,7 +18,15 @@ from ollamad.api.bodies import (
 from ollamad.api.calls import Call, reply
 from ollamad.api.conversation import read_images, read_messages, read_tools, think_mode
 from ollamad.api.dialects import ollama_error
-from ollamad.api.generation import LineLayout, Whole, answer, durations, embed, encode
+from ollamad.api.generation import (
+    LineLayout,
+    Whole,
+    answer,
+    durations,
+    embed,
+    encode,
+    failovers_of,
+)
 from ollamad.api.ollama_bodies import (
     ChatBody,
     EmbedBody,
@@ -42,7 +50,8 @@ class OllamaLayout(LineLayout):
         body = self.opening(said) | {"done": True, "done_reason": end.reason}
         if end.context and not self._chat:
             body["context"] = end.context
-        return body | {name: value for name, value in durations(end).items() if value}
+        told = {name: value for name, value in durations(end).items() if value}
+        return body | told | failovers_of(end)
 
 
 async def generate(call: Call) -> Reply | None:

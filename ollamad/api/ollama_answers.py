@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from ollamad.api.schemas import AssistantMessage, LikelyToken, Time
+from ollamad.core.inference import Failover
 
 UNSET = msgspec.UNSET
 Unset = msgspec.UnsetType
@@ -101,6 +102,7 @@ class _Answer(msgspec.Struct, frozen=True):
     eval_count: int | Unset = UNSET
     eval_duration: int | Unset = UNSET
     logprobs: Sequence[LikelyToken] | Unset = UNSET
+    failovers: Sequence[Failover] | Unset = UNSET
 
 
 class OllamaGeneration(_Answer, frozen=True, kw_only=True):

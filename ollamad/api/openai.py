@@ -24,7 +24,7 @@ from ollamad.api.openai_bodies import (
     offered_tools,
     read_messages,
 )
-from ollamad.api.openai_layouts import ChatLayout, CompletionLayout, waiting
+from ollamad.api.openai_layouts import ChatLayout, CompletionLayout, begun, waiting
 from ollamad.core.inference import EmbedRequest, GenerateRequest
 from ollamad.core.names import parse_name
 from ollamad.core.state import Model
@@ -74,7 +74,9 @@ async def chat(call: Call) -> Reply | None:
 
     stream = body.stream is True
     if body.count == 1:
-        return await answer(call, request, layout(0), stream=stream, waiting=waiting)
+        return await answer(
+            call, request, layout(0), stream=stream, waiting=waiting, on_begin=begun
+        )
     return await answer_all(
         call,
         _tries(request, body.count),
@@ -111,7 +113,9 @@ async def complete(call: Call) -> Reply | None:
     stream = body.stream is True
     requests = [_with_prompt(request, prompt) for prompt in prompts]
     if tries * len(requests) == 1:
-        return await answer(call, requests[0], layout(0), stream=stream, waiting=waiting)
+        return await answer(
+            call, requests[0], layout(0), stream=stream, waiting=waiting, on_begin=begun
+        )
     if tries > body.count and body.candidates < 0:
         requests = [msgspec.structs.replace(each, logprobs=0) for each in requests]
     return await answer_all(

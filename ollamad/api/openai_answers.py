@@ -126,11 +126,13 @@ class ChatCompletion(_Answer, frozen=True, kw_only=True):
 
 
 class ChatCompletionChunk(_Answer, frozen=True, kw_only=True):
-    """An event of a stream. `usage` is there if it was asked for, and null on all but the last."""
+    """An event of a stream. `usage` is there if it was asked for, and null on all but the last;
+    `failovers` are where a choice ends, if there were such."""
 
     object: Literal["chat.completion.chunk"]
     choices: Sequence[OpenaiPart]
     usage: OpenaiUsage | Unset | None = UNSET
+    failovers: Sequence[Failover] | Unset = UNSET
 
 
 class OpenaiTextLogprobs(msgspec.Struct, frozen=True):

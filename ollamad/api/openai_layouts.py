@@ -5,10 +5,11 @@ One layout is made for each choice of an answer; they share the answer's id.
 
 from typing import Any, ClassVar
 
+from ollamad.api.asking import routing_headers
 from ollamad.api.calls import Call
 from ollamad.api.dialects import openai_error
-from ollamad.api.generation import Whole, encode, shown_likelihood
-from ollamad.api.services import ServiceError
+from ollamad.api.generation import Whole, encode, failovers_of, shown_likelihood
+from ollamad.api.services import Generation, ServiceError
 from ollamad.core.admission import Place
 from ollamad.core.inference import Chunk, Finished, Likelihood, Output, Thought, ToolCall
 
@@ -18,6 +19,12 @@ DONE = b"data: [DONE]\n\n"
 def waiting(place: Place) -> bytes:
     """Where a request stands in the queue, as a comment, which clients leave out."""
     return b": queued, position %d, about %d s\n\n" % (place.position, round(place.estimate_s))
+
+
+def begun(generation: Generation) -> bytes:
+    """What the headers would have told if the request had not waited, as comments."""
+    headers = routing_headers(generation)
+    return "".join(f": {name}: {value}\n" for name, value in headers.items()).encode() + b"\n"
 
 
 class EventLayout:
@@ -47,7 +54,7 @@ class EventLayout:
 
     def end(self, end: Finished) -> bytes:
         """The last event of this choice."""
-        return self._event([self._closing(end)])
+        return self._event([self._closing(end)], **failovers_of(end))
 
     def close(self, usage: dict[str, Any]) -> bytes:
         """What ends a stream."""
@@ -60,8 +67,7 @@ class EventLayout:
         return event(openai_error(error))
 
     def whole(self, said: Whole, end: Finished) -> dict[str, Any]:
-        body = self.body([self.choice(said, end)], usage_of(end))
-        return body | {"failovers": end.failovers} if end.failovers else body
+        return self.body([self.choice(said, end)], usage_of(end)) | failovers_of(end)
 
     def body(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         """An answer that is not streamed."""

@@ -4,10 +4,10 @@ from typing import Any, ClassVar
 
 from ollamad.api.asgi import Reply
 from ollamad.api.calls import Call
-from ollamad.api.generation import Whole, answer, encode, shown_likelihood
+from ollamad.api.generation import Whole, answer, encode, failovers_of, shown_likelihood
 from ollamad.api.ollama import find, require_capability
 from ollamad.api.openai_bodies import offered_tools
-from ollamad.api.openai_layouts import waiting
+from ollamad.api.openai_layouts import begun, waiting
 from ollamad.api.responses_bodies import ResponseBody
 from ollamad.api.services import ServiceError
 from ollamad.core.inference import Chunk, Finished, GenerateRequest, Output, Thought, ToolCall
@@ -35,7 +35,9 @@ async def respond(call: Call) -> Reply | None:
     if request.has_images:
         require_capability(model, "vision")
     layout = ResponseLayout(call, body)
-    return await answer(call, request, layout, stream=body.stream is True, waiting=waiting)
+    return await answer(
+        call, request, layout, stream=body.stream is True, waiting=waiting, on_begin=begun
+    )
 
 
 class ResponseLayout:
@@ -95,8 +97,7 @@ class ResponseLayout:
             items.append(self._item(len(items), "message", said.text, likely))
         for call in said.tool_calls:
             items.append(self._call_item(len(items), call))
-        body = self._response(items, end)
-        return body | {"failovers": end.failovers} if end.failovers else body
+        return self._response(items, end)
 
     # Events.
 
@@ -216,6 +217,7 @@ class ResponseLayout:
             "truncation": body.truncation or "disabled",
             "usage": None if end is None else _usage(end),
             "user": body.user,
+            **(failovers_of(end) if end is not None else {}),
         }
 
 

@@ -151,6 +151,51 @@ async def test_who_waits_is_told_its_place_in_comments_of_a_server_sent_stream()
     assert answer.data.endswith(b"data: [DONE]\n\n")
 
 
+TURN: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+EVENTS = {
+    "/v1/chat/completions": TURN,
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/responses": {"input": "hi"},
+    "/v1/messages": TURN | {"max_tokens": 9},
+}
+
+
+@pytest.mark.parametrize("path", EVENTS)
+async def test_what_came_too_late_for_the_headers_is_in_comments(path: str) -> None:
+    client = ApiClient()
+    client.world.inference.script = list(HELLO)
+    client.world.inference.places = PLACES
+    body = EVENTS[path] | {"model": MODEL, "stream": True}
+    late: list[str] = []
+    calm: list[str] = []
+    for comments in (late, calm):
+        answer = await client.call("POST", path, body, headers=HEADERS)
+        before_events = answer.data.decode().split("data:")[0].splitlines()
+        comments += [line[2:] for line in before_events if line.startswith(": X-")]
+        client.world.inference.places = ()
+    told = dict(comment.split(": ", 1) for comment in late)
+    assert told.pop("X-Ollamad-Scores").startswith("{")
+    assert told == {
+        "X-Ollamad-Node": NODE_2,
+        "X-Ollamad-Queue-Position": "3",
+        "X-Ollamad-Queue-Estimate": "4.5",
+        "X-Ollamad-Queued": "1.500",
+    }
+    assert calm == []
+    assert answer.headers["x-ollamad-node"] == NODE_2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_choices_tell_how_the_first_came_to_its_node(stream: bool) -> None:
+    client = ApiClient()
+    client.world.inference.script = list(HELLO)
+    client.world.inference.places = PLACES
+    answer = await ask(client, "/v1/chat/completions", HEADERS, n=2, stream=stream)
+    assert answer.headers["x-ollamad-node"] == NODE_2
+    assert answer.headers["x-ollamad-queue-position"] == "3"
+    assert "x-ollamad-scores" in answer.headers
+
+
 @pytest.mark.parametrize("path", ["/api/generate", "/generate"])
 async def test_who_waited_reads_it_in_the_headers(path: str) -> None:
     client = ApiClient()

@@ -299,15 +299,36 @@ async def test_an_unknown_mode_of_failover_is_refused(headers: dict[str, str]) -
     assert client.world.inference.requests == []
 
 
+TURN: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+
+
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_end_tells_which_nodes_went_on(stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"prompt": "hi"}),
+        ("/chat", TURN),
+        ("/api/generate", {"prompt": "hi"}),
+        ("/api/chat", TURN),
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/chat/completions", TURN),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", TURN | {"max_tokens": 9}),
+    ],
+)
+async def test_the_end_tells_which_nodes_went_on(
+    path: str, body: dict[str, Any], stream: bool
+) -> None:
     client = ApiClient()
     client.world.inference.script = [
         *HELLO[:-1],
         msgspec.structs.replace(FINISHED, failovers=(MOVE,)),
     ]
-    answer = await generate(client, stream=stream)
-    last = answer.lines[-1] if stream else answer.json
+    answer = await client.call("POST", path, {"model": MODEL, "stream": stream} | body)
+    parts = answer.parts if stream else [answer.json]
+    if stream and path == "/v1/responses":
+        parts = [part.get("response", {}) for part in parts]
+    [last] = [part for part in parts if "failovers" in part]
     assert last["failovers"] == [
         {
             "from_node": NODE_1,

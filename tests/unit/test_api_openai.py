@@ -233,15 +233,6 @@ async def test_a_length_is_told() -> None:
     }
 
 
-async def test_a_failover_is_told_where_clients_do_not_look() -> None:
-    client = ApiClient()
-    move = Failover(NODE_1, NODE_2, "NODE_LOST", "continue", 3, 200)
-    end = msgspec.structs.replace(FINISHED, failovers=(move,))
-    client.world.inference.script = [*HELLO[:-1], end]
-    answer = await chat(client, model=MODEL)
-    assert answer.json["failovers"][0]["to_node"] == NODE_2
-
-
 # Completions.
 
 
@@ -347,6 +338,12 @@ async def test_the_nodes_of_several_choices_are_told_each_once() -> None:
     answer = await chat(client, n=3)
     assert set(answer.headers["x-ollamad-node"].split(", ")) == {NODE_1, NODE_2}
     assert answer.headers["x-ollamad-failovers"] == "1"
+    assert answer.json["failovers"] == [msgspec.to_builtins(move)]
+    scripts = iter([HELLO, [*HELLO[:-1], moved], HELLO])
+    got = events(await chat(client, n=3, stream=True))
+    [told] = [each for each in got if "failovers" in each]
+    assert told["choices"][0]["finish_reason"] == "stop"
+    assert told["failovers"] == [msgspec.to_builtins(move)]
 
 
 async def test_several_choices_are_streamed_side_by_side() -> None:
