@@ -176,6 +176,15 @@ class Resume(msgspec.Struct, frozen=True):
     from_token: int = 0  # tokens that it has
     received: str | None = None  # their text; without it, what was made again is not compared
 
+    def is_ahead_of(self, events: Sequence[Event]) -> bool:
+        """Whether it has more than these events, the beginning of an answer that was made again."""
+        tokens = 0
+        for event in events:
+            if not isinstance(event, Chunk):
+                return False  # it has ended, or counts no tokens
+            tokens += len(event.tokens)
+        return tokens < self.from_token
+
     def known(self, events: Sequence[Event]) -> int:
         """How many of these events, which are the answer, it has.
 

@@ -190,6 +190,8 @@ class Dispatcher:
         prompt = self.router.prompt(request, model)
         tokens = self.router.tokens(prompt, model)
         told = unloaded or await self._told_before(model, request)
+        if told is not None and resume is not None and resume.is_ahead_of(told[1]):
+            told = None  # its node was lost, too, while it repeated what the client has
         is_resumed = told is None and resume is not None and resume.from_token > 0
         if is_resumed and self._has_lost_a_node():
             # It was let in once, but nobody is left who knows. At other times anybody could say so.

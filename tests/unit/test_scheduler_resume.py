@@ -254,6 +254,20 @@ async def test_where_no_part_ends_nothing_is_told(world: World) -> None:
     assert (await refusal(world.c, resume=Resume(2))).code == "RESUME_MISMATCH"
 
 
+@pytest.mark.parametrize("received", ["abcd", None])
+async def test_who_has_more_than_was_made_again_goes_on_from_there(
+    world: World, received: str | None
+) -> None:
+    """A node was lost after four tokens, and the entry when the next one had repeated two."""
+    replayed = msgspec.structs.replace(NAMED, failover="replay")
+    world.b.engine.hang_after = 2
+    await ask(world.a, replayed, only=2)
+    world.b.engine.hang_after = None
+    assert text_of((await ask(world.c, replayed, resume=Resume(4, received)))[1]) == "ef"
+    failure = await refusal(world.a, replayed, resume=Resume(7))
+    assert failure.code == "RESUME_MISMATCH", "nobody has more than a whole answer"
+
+
 async def test_a_node_that_does_not_answer_is_not_waited_for_long(
     world: World, autojump_clock: MockClock
 ) -> None:
