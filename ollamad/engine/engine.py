@@ -70,6 +70,11 @@ MAX_SCHEMAS = 64  # remembered of one model, some kilobytes each
 NS_PER_MS = 1_000_000
 CONTEXT_STEP = 256  # tokens; llama.cpp rounds a context up to so many
 TOO_LONG = "exceed_context_size_error"  # llama.cpp's word for a prompt that is
+# Behind one of these llama.cpp tells why a template in Jinja failed, and before it where: of what
+# the template refuses, and of what it cannot do. Its status depends on the model's family.
+TEMPLATE_FAILED = ("Jinja Exception: ", "\nError: ")
+# llama.cpp answers 500 to these, which who asks can mend.
+UNREADABLE = ("Failed to parse messages: ", "Failed to parse tools: ", "JSON schema error at ")
 NO_OPTIONS = Options()
 
 
@@ -578,7 +583,12 @@ def _translated(refusal: RunnerRefused) -> InferenceError:
     error = refusal.error
     if error.type == TOO_LONG:
         return too_long(error.n_prompt_tokens, error.n_ctx)
-    if 400 <= refusal.status < 500:
+    for mark in TEMPLATE_FAILED:
+        _, found, said = error.message.rpartition(mark)
+        if found:
+            message = f"the model's template does not take this conversation: {said.strip()}"
+            return InferenceError(Failed(code="INVALID_REQUEST", message=message, status=400))
+    if 400 <= refusal.status < 500 or error.message.startswith(UNREADABLE):
         return InferenceError(Failed(code="INVALID_REQUEST", message=error.message, status=400))
     message = error.message
     if error.is_unparsed:

@@ -23,6 +23,7 @@ from ollamad.core.inference import (
     Finished,
     GenerateRequest,
     InferenceError,
+    Message,
     Options,
 )
 from ollamad.core.weights import CTRANSFORMERS, LLAMA_SERVER, XLLAMACPP
@@ -31,7 +32,7 @@ from ollamad.engine.llama_client import LlamaClient
 from ollamad.engine.spec import ModelSpec
 from ollamad.store.details import details_of, facts_of
 from ollamad.store.weights import read_weights
-from tests.fakes import ggml_files
+from tests.fakes import chat_templates, ggml_files
 from tests.fakes.ggml_files import ggml_bytes
 from tests.fakes.llama_program import llama_server
 from tests.fakes.runner_engines import REAL_RUNNER, events_of, running_engine
@@ -42,6 +43,16 @@ pytestmark = pytest.mark.system
 DEADLINE_S = 60  # for anything at all, on a busy machine
 CONTEXT = 128
 GREEDY = Options(temperature=0, num_predict=24)
+# As those of Mistral and Gemma have it; and one that stumbles.
+ALTERNATING = """\
+{%- for message in messages %}
+{%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate') }}
+{%- endif %}{{ message.content }}
+{%- endfor %}"""
+STUMBLING = ALTERNATING.replace("raise_exception('Conversation roles must alternate')", "1 | odd")
+GPT_OSS = "{#- <|channel|> -#}"  # by this llama.cpp knows a family that it has code of its own for
+TOOLS = '[{"type":"function","function":{"name":"f","parameters":{"type":"object"}}}]'
 PROMPT = "the be"
 PROMPT_IDS = [BOS, TOKENS.index("\u2581the"), TOKENS.index("\u2581be")]
 
@@ -208,6 +219,50 @@ async def test_a_prompt_may_have_more_tokens_than_characters(
     events = await ask(engine, spec, prompt="\U0001f999" * 25 + "x", options=Options(temperature=0))
     assert tokens_of(events) == ids
     assert end_of(events).prompt_eval_count == 1 + 1 + 4 * 25 + 1  # BOS, the space in front
+
+
+@pytest.mark.parametrize("kind", [Kind(XLLAMACPP, 3), Kind(LLAMA_SERVER, 3)], ids=str)
+@pytest.mark.parametrize("family", ["", GPT_OSS])
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (ALTERNATING, "Conversation roles must alternate"),
+        (STUMBLING, "Unknown (built-in) filter 'odd' for type Integer"),
+    ],
+    ids=["refuses", "stumbles"],
+)
+async def test_what_a_template_says_of_a_conversation_that_it_does_not_take(
+    engine: Engine, kind: Kind, family: str, template: str, said: str, tmp_path: Path
+):
+    data = parrot(ids_of("ok!")).gguf(3, **{"tokenizer.chat_template": family + template})
+    spec = spec_of(tmp_path / "model", data, kind)
+    turns = (Message("user", "a"), Message("user", "x"))
+    for fields in ({}, {"think": "on"}, {"tools": TOOLS}, {"tools": TOOLS, "logprobs": 0}):
+        [failed] = await events_of(
+            engine, spec, GenerateRequest(spec.name, messages=turns, **fields)
+        )
+        assert isinstance(failed, Failed)
+        assert (failed.status, failed.code) == (400, "INVALID_REQUEST")
+        message = "the model's template does not take this conversation: "
+        assert failed.message == message + said
+
+
+@pytest.mark.parametrize("kind", [Kind(XLLAMACPP, 3), Kind(LLAMA_SERVER, 3)], ids=str)
+@pytest.mark.parametrize("family", ["", GPT_OSS])
+async def test_a_tool_whose_schema_is_none_is_the_clients_fault(
+    engine: Engine, kind: Kind, family: str, tmp_path: Path
+):
+    data = parrot(ids_of("ok!")).gguf(
+        3, **{"tokenizer.chat_template": family + chat_templates.TOOLS}
+    )
+    spec = spec_of(tmp_path / "model", data, kind)
+    tools = TOOLS.replace('"object"', '"banana"')
+    messages = (Message("user", "x"),)
+    request = GenerateRequest(spec.name, messages=messages, tools=tools, tool_choice="required")
+    [failed] = await events_of(engine, spec, request)
+    assert isinstance(failed, Failed)
+    assert (failed.status, failed.code) == (400, "INVALID_REQUEST")
+    assert "banana" in failed.message
 
 
 @pytest.mark.parametrize("kind", LLAMAS, ids=str)
