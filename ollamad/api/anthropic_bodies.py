@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from ollamad.api.bodies import INT32_MAX, format_text, invalid, unsupported
-from ollamad.api.conversation import read_images, read_tools
+from ollamad.api.conversation import OfferedFunction, OfferedTool, read_images, read_tools
 from ollamad.core.inference import Message, Options, ToolCall
 
 _CHOICES = {"auto": "auto", "any": "required", "tool": "required", "none": "none"}
@@ -93,18 +93,14 @@ class CountBody(msgspec.Struct, frozen=True, kw_only=True):
             if not tools:
                 message = "tool_choice.name must be the name of one of the tools"
                 raise invalid("tool_choice.name", message, expected="name")
-        shown = [
-            {
-                "type": "function",
-                "function": {
-                    "name": tool.name,
-                    "description": tool.description or "",
-                    "parameters": tool.input_schema or {"type": "object"},
-                },
-            }
+        functions = [
+            OfferedFunction(
+                tool.name, tool.description or "", tool.input_schema or {"type": "object"}
+            )
             for tool in tools
         ]
-        return read_tools(shown), _CHOICES[choice.type] if choice and tools else ""
+        offered = [OfferedTool("function", function) for function in functions]
+        return read_tools(offered), _CHOICES[choice.type] if choice and tools else ""
 
     def think(self, *, thinks: bool) -> str:
         """How the model is to think, as the scheduler takes it: not unless it is asked to.

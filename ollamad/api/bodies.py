@@ -4,13 +4,20 @@ Unknown fields are ignored, as Ollama does. What would change the answer and can
 refused: silence would be a wrong answer.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from ollamad.api.conversation import ChatMessage, read_images, read_messages, read_tools
+from ollamad.api.conversation import (
+    ChatMessage,
+    OfferedTool,
+    read_images,
+    read_messages,
+    read_tools,
+)
 from ollamad.api.schemas import Period, RoleName
 from ollamad.api.services import ServiceError
 from ollamad.core.failover import MODES
@@ -18,6 +25,8 @@ from ollamad.core.gotemplate import TemplateError
 from ollamad.core.inference import EmbedRequest, GenerateRequest, Options
 from ollamad.core.ollama_template import ChatTemplate
 from ollamad.core.transcripts import MAX_ID_CHARS, Resume
+
+log = logging.getLogger(__name__)
 
 Body = TypeVar("Body")
 
@@ -31,6 +40,38 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
 KeepAlive = int | float | str | None
 Format = str | dict[str, Any] | None
 Text = Annotated[str, msgspec.Meta(min_length=1)]
+
+_INTEGERS = {
+    field.name
+    for field in msgspec.structs.fields(Options)
+    if field.type == int | None
+}  # fmt: skip
+_NUMBERS = {
+    field.name
+    for field in msgspec.structs.fields(Options)
+    if field.type == float | None
+}  # fmt: skip
+# Read by `read_options`, which takes 4096.0 for a whole number as Ollama does.
+GivenOptions = (
+    Annotated[
+        dict[str, Any],
+        msgspec.Meta(
+            extra_json_schema={
+                "properties": {
+                    **{name: {"type": ["number", "null"]} for name in sorted(_INTEGERS | _NUMBERS)},
+                    "stop": {"type": ["array", "null"], "items": {"type": "string"}},
+                    "engine": {"type": ["string", "null"]},
+                }
+            }
+        ),
+    ]
+    | None
+)
+# Of Ollama, and without a meaning here: llama.cpp decides, or has dropped them.
+_WITHOUT_EFFECT = {
+    "draft_num_predict", "embedding_only", "f16_kv", "logits_all", "low_vram", "main_gpu", "numa",
+    "penalize_newline", "tfs_z", "use_mlock", "use_mmap", "vocab_only",
+}  # fmt: skip
 
 _MESSAGE = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
@@ -134,8 +175,8 @@ class RefreshBody(msgspec.Struct, frozen=True):
 
 class _Inference(msgspec.Struct, frozen=True):
     model: str
-    stream: bool = False
-    options: Options | None = None
+    stream: bool | None = None
+    options: GivenOptions = None
     keep_alive: KeepAlive = None
     format: Format = None
     system: str | None = None
@@ -165,9 +206,9 @@ class _Inference(msgspec.Struct, frozen=True):
 
 
 class GenerateBody(_Inference, frozen=True):
-    prompt: str = ""
+    prompt: str | None = None
     context: tuple[TokenId, ...] | None = None
-    raw: bool = False
+    raw: bool | None = None
     suffix: str | None = None
     template: str | None = None
     images: tuple[str, ...] | None = None
@@ -182,15 +223,15 @@ class GenerateBody(_Inference, frozen=True):
             raise invalid("raw", "raw mode does not support template, system, or context")
         return GenerateRequest(
             model=self.model,
-            prompt=self.prompt,
+            prompt=self.prompt or "",
             system=self.system,
             context=self.context or (),
-            raw=self.raw,
+            raw=self.raw is True,
             suffix="" if self.raw else self.suffix or "",
             template=checked_template(self.template),
             images=read_images(self.images),
             format=format_text(self.format),
-            options=_options(self.options),
+            options=read_options(self.options),
             keep_alive_s=keep_alive_s(self.keep_alive),
             truncate=self.truncate is not False,
             failover=failover_mode(self.failover, "failover"),
@@ -202,7 +243,7 @@ class GenerateBody(_Inference, frozen=True):
 
 class ChatBody(_Inference, frozen=True, kw_only=True):
     messages: tuple[ChatMessage, ...]
-    tools: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[OfferedTool, ...] | None = None
 
     def request(self) -> GenerateRequest:
         """The request as the scheduler takes it.
@@ -216,7 +257,7 @@ class ChatBody(_Inference, frozen=True, kw_only=True):
             tools=read_tools(self.tools),
             system=self.system,
             format=format_text(self.format),
-            options=_options(self.options),
+            options=read_options(self.options),
             keep_alive_s=keep_alive_s(self.keep_alive),
             truncate=self.truncate is not False,
             failover=failover_mode(self.failover, "failover"),
@@ -243,7 +284,7 @@ class EmbedBody(msgspec.Struct, frozen=True):
     model: str
     prompt: str | None = None
     input: str | tuple[str, ...] | None = None
-    options: Options | None = None
+    options: GivenOptions = None
     keep_alive: KeepAlive = None
     truncate: bool | None = None
     dimensions: int | None = None
@@ -264,7 +305,7 @@ class EmbedBody(msgspec.Struct, frozen=True):
         return EmbedRequest(
             model=self.model,
             inputs=inputs,
-            options=_options(self.options),
+            options=read_options(self.options),
             keep_alive_s=keep_alive_s(self.keep_alive),
             truncate=self.truncate is not False,
         )
@@ -379,15 +420,60 @@ def format_text(value: Format) -> str:
     return value or ""
 
 
-def _options(options: Options | None) -> Options:
-    if options is None:
-        return Options()
-    if options.seed is not None:
-        options = msgspec.structs.replace(options, seed=fold_seed(options.seed))
-    for name, value in msgspec.structs.asdict(options).items():
-        if name != "seed" and isinstance(value, int) and not -INT32_MAX - 1 <= value <= INT32_MAX:
-            raise invalid(f"options.{name}", f"options.{name} is out of range", expected="int32")
-    return options
+def read_options(given: dict[str, Any] | None) -> Options:
+    """Ollama's options: a whole number may be written as 4096.0, null says nothing.
+
+    Raises:
+      ServiceError: 400, an option has the wrong type or is out of range.
+    """
+    options: dict[str, Any] = {}
+    for name, value in (given or {}).items():
+        if value is None or name in _WITHOUT_EFFECT:
+            continue
+        if name in _INTEGERS:
+            options[name] = _integer(name, value)
+        elif name in _NUMBERS:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise _wrong_type(name, "float32")
+            options[name] = _float(name, value)
+        elif name == "stop":
+            if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+                raise _wrong_type(name, "array of strings")
+            options[name] = tuple(value)
+        elif name == "engine":
+            if not isinstance(value, str):
+                raise _wrong_type(name, "string")
+            options[name] = value
+        else:
+            log.debug("an option that is not known is ignored: %.40r", name)
+    return Options(**options)
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _wrong_type(name, "integer")
+    if name == "seed":
+        return fold_seed(int(value))
+    if not -INT32_MAX - 1 <= value <= INT32_MAX:
+        raise _out_of_range(name, "int32")
+    return int(value)
+
+
+def _float(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # JSON's whole numbers have any length
+        raise _out_of_range(name, "float32") from None
+
+
+def _out_of_range(name: str, expected: str) -> Exception:
+    return invalid(f"options.{name}", f'option "{name}" is out of range', expected=expected)
+
+
+def _wrong_type(name: str, expected: str) -> Exception:
+    return invalid(
+        f"options.{name}", f'option "{name}" must be of type {expected}', expected=expected
+    )
 
 
 def fold_seed(seed: int) -> int:

@@ -24,6 +24,21 @@ class Called(msgspec.Struct, frozen=True):
     id: str | None = None
 
 
+class OfferedFunction(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A function that a model may call: what templates are told of it."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema
+
+
+class OfferedTool(msgspec.Struct, frozen=True):
+    """A tool in the form that OpenAI and Ollama share."""
+
+    type: str | None = None  # a function, if it is not told
+    function: OfferedFunction | None = None
+
+
 class ChatMessage(msgspec.Struct, frozen=True):
     role: str
     content: str | None = None
@@ -62,7 +77,8 @@ def read_images(given: Sequence[str] | None, field: str = "images") -> tuple[byt
     images = []
     for index, text in enumerate(given or ()):
         try:
-            image = base64.b64decode(text, validate=True)
+            # Line breaks are passed over, as Go does; `base64` of the shell makes them.
+            image = base64.b64decode(text.replace("\n", "").replace("\r", ""), validate=True)
         except (binascii.Error, ValueError):
             image = b""
         if not image:
@@ -77,9 +93,32 @@ def read_images(given: Sequence[str] | None, field: str = "images") -> tuple[byt
     return tuple(images)
 
 
-def read_tools(given: Sequence[dict[str, Any]] | None) -> str:
-    """The tools as the scheduler takes them."""
-    return msgspec.json.encode(given).decode() if given else ""
+def read_tools(given: Sequence[OfferedTool] | None) -> str:
+    """The tools as the scheduler takes them.
+
+    Raises:
+      ServiceError: 400, one is no function: nothing else is run here.
+    """
+    for index, tool in enumerate(given or ()):
+        check_tool_type(tool.type, f"tools[{index}].type")
+        if tool.function is None:
+            field = f"tools[{index}].function"
+            details = {"field": field, "expected": "object"}
+            raise ServiceError(400, "INVALID_REQUEST", f"{field} is missing", details)
+    # llama.cpp takes no null for what is left out.
+    tools = [{"type": "function", "function": tool.function} for tool in given or ()]
+    return msgspec.json.encode(tools).decode() if tools else ""
+
+
+def check_tool_type(kind: str | None, field: str) -> None:
+    """Refuse a tool that is no function.
+
+    Raises:
+      ServiceError: 400.
+    """
+    if kind not in (None, "", "function"):
+        message = f"{field} {kind[:40]!r} is not supported: tools are functions here"
+        raise ServiceError(400, "NOT_SUPPORTED", message, {"field": field})
 
 
 def think_mode(think: bool | str | None, *, thinks: bool) -> str:

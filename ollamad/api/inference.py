@@ -127,7 +127,7 @@ async def _answer(
         call,
         request,
         layout,
-        stream=body.stream,
+        stream=body.stream is True,
         resume=resume,
         waiting=layout.waiting,
         on_begin=layout.begin,

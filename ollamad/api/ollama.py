@@ -14,6 +14,7 @@ from ollamad.api.bodies import (
     invalid,
     keep_alive_s,
     read_logprobs,
+    read_options,
 )
 from ollamad.api.calls import Call, reply
 from ollamad.api.conversation import read_images, read_messages, read_tools, think_mode
@@ -32,7 +33,6 @@ from ollamad.api.ollama_bodies import (
     EmbedBody,
     EmbeddingsBody,
     GenerateBody,
-    read_options,
 )
 from ollamad.api.services import ServiceError
 from ollamad.core.inference import EmbedRequest, Finished, GenerateRequest

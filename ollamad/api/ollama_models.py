@@ -7,11 +7,12 @@ transfer, wherever it runs.
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import trio
 
 import ollamad
 from ollamad.api.asgi import Reply
-from ollamad.api.bodies import checked_template, invalid
+from ollamad.api.bodies import checked_template, invalid, read_options
 from ollamad.api.calls import Call, reply, rfc3339
 from ollamad.api.conversation import read_messages
 from ollamad.api.descriptions import model_info, shown_texts
@@ -24,7 +25,6 @@ from ollamad.api.ollama_bodies import (
     CopyBody,
     CreateBody,
     NamedBody,
-    read_options,
 )
 from ollamad.api.services import ServiceError
 from ollamad.core.description import Changes
@@ -299,12 +299,11 @@ async def _until_listed(call: Call, transfer: Transfer) -> None:
 def _changes(body: CreateBody) -> Changes:
     if body.template and "{%" not in body.template:  # else it is Jinja, which the runner reads
         checked_template(body.template)
-    read_options(body.parameters)
     licenses = (body.license,) if isinstance(body.license, str) else body.license or ()
     return Changes(
         template=body.template or "",
         system=body.system or "",
-        parameters={k: v for k, v in (body.parameters or {}).items() if v is not None},
+        parameters=_parameters(body.parameters),
         messages=read_messages(body.messages),
         licenses=tuple(text for text in licenses if text),
         adapters=tuple(
@@ -317,6 +316,14 @@ def _changes(body: CreateBody) -> Changes:
             if (value := getattr(body, key))
         },
     )
+
+
+def _parameters(given: dict[str, Any] | None) -> dict[str, Any]:
+    """A model's parameters as they are given, but whole numbers as they are read: a seed may have
+    any number of digits."""
+    read = msgspec.structs.asdict(read_options(given))
+    parameters = {name: value for name, value in (given or {}).items() if value is not None}
+    return parameters | {name: value for name, value in read.items() if isinstance(value, int)}
 
 
 def _name(text: str | None, problem: str) -> ModelName:

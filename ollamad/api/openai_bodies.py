@@ -18,7 +18,7 @@ from ollamad.api.bodies import (
     read_logprobs,
     unsupported,
 )
-from ollamad.api.conversation import read_images, read_tools
+from ollamad.api.conversation import OfferedTool, read_images, read_tools
 from ollamad.core.inference import Message, Options, ToolCall
 
 ROLES = {
@@ -28,7 +28,7 @@ ROLES = {
     "assistant": "assistant",
     "tool": "tool",
 }
-Tools = Sequence[dict[str, Any]]
+Tools = Sequence[OfferedTool]
 Prompt = str | tuple[int, ...]  # a text, or token ids
 
 MAX_STOPS = 4
@@ -177,7 +177,7 @@ class ChatBody(_Sampled, frozen=True, kw_only=True):
     messages: tuple[ChatMessage, ...]
     max_completion_tokens: int | None = None
     response_format: ResponseFormat | None = None
-    tools: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[OfferedTool, ...] | None = None
     tool_choice: str | dict[str, Any] | None = None
     reasoning_effort: str | None = None
     parallel_tool_calls: bool | None = None
@@ -436,21 +436,21 @@ def _chosen(tools: Tools, choice: dict[str, Any]) -> tuple[Tools, str]:
             "type": "allowed_tools",
             "allowed_tools": {"mode": str(mode), "tools": list(allowed)},
         }:
-            names = {_name_of(tool) for tool in allowed}
+            names = {_allowed_name(tool) for tool in allowed}
         case {"function": {"name": str(name)}} | {"type": "function", "name": str(name)}:
             names = {name}
         case _:
             message = "tool_choice.function must have the name of one of the tools"
             raise invalid("tool_choice.function", message, expected="name")
-    left = [tool for tool in tools if _name_of(tool) in names]
+    left = [tool for tool in tools if tool.function and tool.function.name in names]
     if len(left) < len(names):
-        unknown = ", ".join(sorted(names - {_name_of(tool) for tool in left}))
+        unknown = ", ".join(sorted(names - {tool.function.name for tool in left if tool.function}))
         message = f"tool_choice.function: there is no tool {unknown[:80]!r} in tools"
         raise invalid("tool_choice.function", message, expected="name")
     return left, mode
 
 
-def _name_of(tool: Any) -> str:
+def _allowed_name(tool: Any) -> str:
     function = tool.get("function") if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     return name if isinstance(name, str) else ""

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from ollamad.api.bodies import INT32_MAX, format_text, invalid, read_logprobs, unsupported
+from ollamad.api.conversation import OfferedFunction, OfferedTool, check_tool_type
 from ollamad.api.openai_bodies import ROLES, Tools, read_arguments, read_data_url, think_of
 from ollamad.core.inference import Message, Options, ToolCall
 
@@ -33,12 +34,20 @@ class Reasoning(msgspec.Struct, frozen=True):
     summary: str | None = None
 
 
+class ResponseTool(msgspec.Struct, frozen=True):
+    type: str | None = "function"  # or a tool that OpenAI runs itself
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
 class ResponseBody(msgspec.Struct, frozen=True):
     model: str
     input: str | tuple[dict[str, Any], ...] | None = None
     instructions: str | None = None
     stream: bool | None = None
-    tools: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[ResponseTool, ...] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: Text | None = None
@@ -138,14 +147,16 @@ class ResponseBody(msgspec.Struct, frozen=True):
         """The tools in the form that a chat has them.
 
         Raises:
-          ServiceError: 400, one is no function: nothing else is run here.
+          ServiceError: 400, one is no function, or has no name.
         """
         tools = []
         for index, tool in enumerate(self.tools or ()):
-            if tool.get("type") != "function":
-                raise unsupported(f"tools[{index}].type {str(tool.get('type'))[:40]!r}")
-            function = {key: value for key, value in tool.items() if key != "type"}
-            tools.append({"type": "function", "function": function})
+            check_tool_type(tool.type, f"tools[{index}].type")
+            if not tool.name:
+                field = f"tools[{index}].name"
+                raise invalid(field, f"{field} is missing", expected="name")
+            function = OfferedFunction(tool.name, tool.description, tool.parameters)
+            tools.append(OfferedTool("function", function))
         return tools
 
     def messages(self) -> tuple[Message, ...]:

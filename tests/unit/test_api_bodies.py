@@ -1,5 +1,6 @@
 """Request bodies: what is taken, and the error that names the field of what is not."""
 
+import json
 from typing import Any
 
 import pytest
@@ -40,12 +41,12 @@ async def refused(path: str, body: Any, **how: Any) -> tuple[int, str, str, str]
         ({"model": MODEL, "raw": True, "system": "s"}, "raw"),
         ({"model": MODEL, "options": []}, "options"),
         ({"model": MODEL, "options": {"temperature": "hot"}}, "options.temperature"),
-        ({"model": MODEL, "options": {"num_ctx": 1.5}}, "options.num_ctx"),
+        ({"model": MODEL, "options": {"num_ctx": "1"}}, "options.num_ctx"),
         ({"model": MODEL, "options": {"num_ctx": True}}, "options.num_ctx"),
         ({"model": MODEL, "options": {"num_predict": 10**30}}, "options.num_predict"),
         ({"model": MODEL, "options": {"num_keep": -(2**31) - 1}}, "options.num_keep"),
         ({"model": MODEL, "options": {"stop": "x"}}, "options.stop"),
-        ({"model": MODEL, "options": {"stop": ["x", 1]}}, "options.stop[1]"),
+        ({"model": MODEL, "options": {"stop": ["x", 1]}}, "options.stop"),
         ({"model": MODEL, "context": [1, "2"]}, "context[1]"),
         ({"model": MODEL, "context": [-1]}, "context[0]"),
         ({"model": MODEL, "context": [2**40]}, "context[0]"),
@@ -139,7 +140,7 @@ async def test_what_a_generation_may_bring_along() -> None:
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        ({"tools": [{}]}, "does not support tools"),
+        ({"tools": [{"function": {"name": "f"}}]}, "does not support tools"),
         ({"messages": [{"role": "user", "images": ["eA=="]}]}, "does not support vision"),
         ({"think": True}, "does not support thinking"),
         ({"think": "low"}, "does not support thinking"),
@@ -176,6 +177,84 @@ async def test_what_would_not_change_the_answer_is_ignored() -> None:
     assert client.world.inference.requests == [
         GenerateRequest(MODEL, prompt="x", options=Options(temperature=1.0))
     ]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/api/generate"])
+async def test_a_body_that_was_written_out_whole_says_no_more_than_its_values(path: str) -> None:
+    nothing = ("stream", "raw", "suffix", "template", "system", "context", "images", "format")
+    body = {"model": MODEL, "prompt": "x", "options": {"num_ctx": 4096.0, "top_k": None}}
+    client = ApiClient()
+    assert (await client.call("POST", path, body | dict.fromkeys(nothing))).status == 200
+    expected = GenerateRequest(MODEL, prompt="x", options=Options(num_ctx=4096))
+    assert client.world.inference.requests == [expected]
+    assert (await client.call("POST", path, {"model": MODEL, "prompt": None})).status == 200
+
+
+@pytest.mark.parametrize("path", ["/generate", "/api/generate", "/api/embed"])
+async def test_numbers_of_any_length(path: str) -> None:
+    client = ApiClient()
+    shared = {"model": MODEL, "prompt": "x", "input": "x", "raw": True}
+    for name, status in (("temperature", 400), ("num_ctx", 400), ("seed", 200)):
+        answer = await client.call("POST", path, shared | {"options": {name: 10**400}})
+        assert answer.status == status, answer.data
+        assert status == 200 or f'"{name}" is out of range' in answer.json["error"]
+    answer = await client.call(
+        "POST", "/api/create", {"model": "x", "from": MODEL, "parameters": {"temperature": 10**400}}
+    )
+    assert answer.status == 400
+
+
+@pytest.mark.parametrize("breaks", ["\n", "\r\n"])
+async def test_a_picture_may_be_broken_into_lines(breaks: str) -> None:
+    client = ApiClient.of_model("completion", "vision")
+    for path in ("/generate", "/api/generate"):
+        body = {"model": MODEL, "prompt": "x", "images": [f"aW{breaks}1n{breaks}"]}
+        assert (await client.call("POST", path, body)).status == 200
+    expected = GenerateRequest(MODEL, prompt="x", images=(b"img",))
+    assert client.world.inference.requests == [expected, expected]
+
+
+# Tools
+
+FUNCTION = {"name": "f", "parameters": {"type": "object", "default": None}}
+CHATS = ("/chat", "/api/chat", "/v1/chat/completions")
+
+
+async def offer(client: ApiClient, path: str, *tools: Any) -> Any:
+    messages = [{"role": "user", "content": "x"}]
+    body = {"model": MODEL, "messages": messages, "input": "x", "tools": tools, "stream": False}
+    return await client.call("POST", path, body)
+
+
+@pytest.mark.parametrize("path", [*CHATS, "/v1/responses"])
+async def test_a_tool_reaches_the_engine_without_nulls_but_those_of_its_schema(path: str) -> None:
+    client = ApiClient.of_model("completion", "tools")
+    function = FUNCTION | {"description": None, "strict": None}
+    tool = function if path == "/v1/responses" else {"function": function}
+    for more in ({}, {"type": None}, {"type": "function"}):
+        assert (await offer(client, path, tool | more)).status == 200
+    tools = [{"type": "function", "function": FUNCTION}]
+    requests = client.world.inference.requests
+    asked = [json.loads(each.tools) for each in requests if isinstance(each, GenerateRequest)]
+    assert asked == [tools] * 3
+
+
+@pytest.mark.parametrize("path", CHATS)
+@pytest.mark.parametrize(
+    ("tool", "field"),
+    [
+        ({"type": "custom", "custom": {"name": "f"}}, "tools[1].type 'custom'"),
+        ({"type": "function"}, "tools[1].function"),
+        ({"type": "function", "function": {}}, "tools[1].function.name"),
+        ({"type": "function", "function": FUNCTION | {"parameters": "x"}}, "parameters"),
+    ],
+    ids=str,
+)
+async def test_a_tool_that_is_no_function_is_named(path: str, tool: Any, field: str) -> None:
+    client = ApiClient.of_model("completion", "tools")
+    answer = await offer(client, path, {"type": "function", "function": FUNCTION}, tool)
+    assert (answer.status, client.world.inference.requests) == (400, [])
+    assert field in str(answer.json["error"])
 
 
 def test_a_whole_generate_request() -> None:

@@ -867,7 +867,7 @@ async def test_create_from_a_model() -> None:
         "create",
         model="pirate",
         system="Arr.",
-        parameters={"temperature": 0.1, "stop": ["x"], "seed": None},
+        parameters={"temperature": 1, "stop": ["x"], "seed": 10**400 + 7, "top_k": None},
         template="{% if x %}{% endif %}",
         license="Mine",
         messages=MESSAGES,
@@ -882,7 +882,7 @@ async def test_create_from_a_model() -> None:
     changes = Changes(
         template="{% if x %}{% endif %}",
         system="Arr.",
-        parameters={"temperature": 0.1, "stop": ["x"]},
+        parameters={"temperature": 1, "stop": ["x"], "seed": (10**400 + 7) % 2**32},
         messages=(Message("user", "hi"),),
         licenses=("Mine",),
     )

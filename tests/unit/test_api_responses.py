@@ -148,7 +148,7 @@ async def test_what_a_response_asks_for() -> None:
         store=True,
         user="me",
     )
-    function = {"name": "add", "parameters": {"type": "object"}, "strict": True}
+    function = {"name": "add", "parameters": {"type": "object"}}
     assert asked(client) == GenerateRequest(
         MODEL,
         messages=(
@@ -304,7 +304,8 @@ async def test_a_failure_in_the_middle() -> None:
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ({"reasoning": {"effort": "x"}}, "reasoning.effort"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type 'web_search'"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [TOOL, {"type": "function"}]}, "tools[1].name"),
         (
             {"tools": [TOOL], "tool_choice": {"type": "function", "name": "z"}},
             "tool_choice.function",
