@@ -53,7 +53,8 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         record.name = record.name.removeprefix("ollamad.")
-        return super().format(record).translate(_VISIBLE)
+        # Only the first line begins at the margin: no text of a stranger's makes one of its own.
+        return super().format(record).translate(_VISIBLE).replace("\n", "\n    ")
 
 
 class FloodFilter(logging.Filter):
@@ -108,7 +109,7 @@ class JournalFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         priority = next(number for level, number in PRIORITIES if record.levelno >= level)
-        lines = self._inner.format(record).splitlines() or [""]
+        lines = self._inner.format(record).split("\n")
         return "\n".join(f"<{priority}>{line}" for line in lines)
 
 

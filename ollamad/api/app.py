@@ -221,6 +221,15 @@ class ApiApp(QuartTrio):
 
     async def reply_to(self, request: Request) -> Reply | None:
         """Answer one request; whatever goes wrong is an error answer. None: it was streamed."""
+        reply: Reply | None = None
+        try:
+            reply = await self._reply_to(request)
+            return reply
+        finally:
+            if request.changed_by:
+                _log_change(request, reply.status if reply is not None else request.status_sent)
+
+    async def _reply_to(self, request: Request) -> Reply | None:
         try:
             if request.method == "OPTIONS" and request.cors_headers:
                 asked = request.headers.get("Access-Control-Request-Headers")
@@ -308,7 +317,8 @@ def _view(api: Api, route: Route) -> View:
             caller = _authorize(caller, route.role)
             if caller.key is not None:
                 keys.spend_request(api.services, caller.key)
-        _log_change(route, request, caller, peer)
+        if _is_change(route):
+            request.changed_by = f"{caller.username if caller else 'somebody'} at {peer}"
         with Call(api, request, caller) as call:
             if not route.bounded:
                 return await route.handler(call, **arguments)
@@ -342,13 +352,25 @@ async def _read(call: Call, handler: Handler, arguments: dict[str, str]) -> Repl
     return reply
 
 
-def _log_change(route: Route, request: Request, caller: Identity | None, peer: str) -> None:
-    """Who changed what, and by which request; what only reads or asks a model is not told."""
+def _is_change(route: Route) -> bool:
+    """Whether it changes something; what only reads or asks a model does not."""
     is_password = route.path == f"{BASE}/users/<username>/password"
-    if route.method in ("GET", "HEAD") or not (is_password or route.role in ("operator", "admin")):
-        return
-    who = caller.username if caller else "somebody"
-    audit.info("%s at %s: %s %s, request %s", who, peer, route.method, request.path, request.id)
+    return route.method not in ("GET", "HEAD") and (
+        is_password or route.role in ("operator", "admin")
+    )
+
+
+def _log_change(request: Request, status: int) -> None:
+    """Who changed what, by which request, and what became of it. `status`: 0 without an answer."""
+    path = request.scope["raw_path"].decode("latin-1")  # as it was sent, without line breaks
+    audit.info(
+        "%s: %s %s, request %s: %s",
+        request.changed_by,
+        request.method,
+        path,
+        request.id,
+        status or "no answer",
+    )
 
 
 def _has_limits(path: str) -> bool:

@@ -45,6 +45,11 @@ PAGE_POLICY = (
 )
 
 
+def new_request_id() -> str:
+    """An id for a request, by which its answer and the log tell of it."""
+    return secrets.token_hex(8)
+
+
 def _stalled() -> ServiceError:
     return ServiceError(
         408, "REQUEST_TIMEOUT", f"less than {STALL_BYTES >> 10} KiB came in {STALL_S:.0f} s"
@@ -131,6 +136,7 @@ class Request(TrioRequest):
     head_sent_at: float | None = None
     status_sent = 0
     ending = False  # the last bytes are being sent
+    changed_by = ""  # who it is that wants something changed, if the request does
     cors_headers: tuple[tuple[bytes, bytes], ...] = ()
     limit_headers: tuple[tuple[bytes, bytes], ...] = ()
 
@@ -185,7 +191,7 @@ class Connection(TrioASGIHTTPConnection):
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         request: Any = self._create_request_from_scope(send)
         assert isinstance(request, Request)
-        request.id = secrets.token_hex(8)
+        request.id = new_request_id()
         request.asgi_send = send
         request.clock = self.app.clock
         if (origin := request.headers.get("Origin")) is not None:

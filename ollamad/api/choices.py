@@ -167,7 +167,7 @@ async def _generate(
                     if isinstance(event, Finished):
                         return
         except trio.EndOfChannel:
-            await send.send((index, lost()))
+            await send.send((index, as_service_error(lost(), call.request.id)))
         except Exception as error:
             await send.send((index, as_service_error(error, call.request.id)))
         finally:

@@ -14,12 +14,16 @@ log = logging.getLogger(__name__)
 
 
 def as_service_error(error: BaseException, request_id: str) -> ServiceError:
-    """Translate an exception; an unexpected one is logged under the request's id.
+    """Translate an exception; what is no fault of who asks is logged once, under the request's id.
 
     A group is taken for its first known error: nurseries wrap what their tasks raise.
     """
     known = _known(error)
     if known is not None:
+        # (503 says that all is well but the moment.)
+        if known.status >= 500 and known.status != 503 and "request_id" not in known.details:
+            log.error("request %s: %s: %s", request_id, known.code, known.message)
+            known.details["request_id"] = request_id
         return known
     log.error("request %s failed", request_id, exc_info=error)
     return ServiceError(

@@ -285,6 +285,8 @@ async def answer(
         if meter is not None:
             call.spend_tokens(meter.tokens)
         stats.end(call.services.monotonic() - begun, failed=failed)
+    if isinstance(outcome, ServiceError):
+        outcome = as_service_error(outcome, call.request.id)
     if call.request.head_sent_at is not None:
         last = (
             layout.failure(outcome) if isinstance(outcome, ServiceError) else layout.last(outcome)

@@ -30,7 +30,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, LifespanState
 from hypercorn.utils import parse_socket_addr
 
-from ollamad.api.asgi import FIXED_HEADERS, POLICY
+from ollamad.api.asgi import FIXED_HEADERS, POLICY, new_request_id
 from ollamad.api.calls import error_reply
 from ollamad.api.dialects import error_body_for
 from ollamad.api.limits import address_group, too_many
@@ -451,12 +451,19 @@ def _asks_for_websocket(request: h11.Request) -> bool:
 
 
 def whole_answer(
-    error: ServiceError, extra: tuple[tuple[bytes, bytes], ...] = (), path: str = ""
+    error: ServiceError,
+    extra: tuple[tuple[bytes, bytes], ...] = (),
+    *,
+    path: str = "",
+    request_id: str = "",
 ) -> bytes:
     """An error as the last answer of a connection that no app will see.
 
     `path`: what was asked for, if that is known: its clients have a shape for errors.
+    `request_id`: one is made for what never became a request.
     """
+    request_id = request_id or new_request_id()
+    log.debug("request %s: %d %s: %s", request_id, error.status, error.code, error.message)
     reply = error_reply(error, error_body_for(path.partition("?")[0]))
     lines = [b"HTTP/1.1 %d %b" % (reply.status, HTTPStatus(reply.status).phrase.encode())]
     lines += [
@@ -465,7 +472,8 @@ def whole_answer(
         b"connection: close",
     ]
     lines += [f"{name.lower()}: {value}".encode("latin-1") for name, value in reply.headers.items()]
-    lines += [b"%b: %b" % pair for pair in (*FIXED_HEADERS, POLICY, *extra)]
+    told = (b"x-request-id", request_id.encode())
+    lines += [b"%b: %b" % pair for pair in (told, *FIXED_HEADERS, POLICY, *extra)]
     return b"\r\n".join(lines) + b"\r\n\r\n" + reply.body
 
 

@@ -96,7 +96,7 @@ _ERRORS = {
         ),
     ),
     500: (
-        "A bug; the node's log has it with the request's id.",
+        "The node failed; its log has it with the request's id.",
         ServiceError(
             500,
             "INTERNAL_ERROR",
@@ -134,7 +134,10 @@ _ARGUMENTS = {
     "key_id": ("An API key's id.", "0123456789ab"),
 }
 _HEADERS = {
-    "X-Request-Id": ("The request's id; the node's log has it, too.", {"type": "string"}),
+    "X-Request-Id": (
+        "The request's id, by which the node's log tells of changes and of what failed.",
+        {"type": "string"},
+    ),
     "RateLimit-Limit": ("Requests a minute.", {"type": "integer"}),
     "RateLimit-Remaining": ("Requests that may be made at once, now.", {"type": "integer"}),
     "RateLimit-Reset": ("Seconds until all of them are there again.", {"type": "integer"}),

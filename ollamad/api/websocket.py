@@ -8,7 +8,6 @@ socket's.
 
 import json
 import os
-import secrets
 import socket
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import LocalProtocolError, generate_accept_token
 
-from ollamad.api.asgi import FIXED_HEADERS
+from ollamad.api.asgi import FIXED_HEADERS, new_request_id
 from ollamad.api.auth import Identity
 from ollamad.api.errors import as_service_error
 from ollamad.api.http import Upgrade, whole_answer
@@ -440,8 +439,8 @@ class Sockets:
         self._spend_request = spend_request
 
     async def __call__(self, stream: trio.SocketStream, upgrade: Upgrade, host: str) -> None:
-        request_id = secrets.token_hex(8)
-        extra = ((b"x-request-id", request_id.encode()), *self._allowance(address_group(host)))
+        request_id = new_request_id()
+        allowance = self._allowance(address_group(host))
         headers = Headers(
             [(n.decode("latin-1"), v.decode("latin-1")) for n, v in upgrade.request.headers]
         )
@@ -455,10 +454,11 @@ class Sockets:
                 raise _too_many(self._hub.limit, host)
             if caller.key is not None:
                 self._spend_request(caller.key)
-            head = accept_head(headers, (*extra, *FIXED_HEADERS))
+            told = (b"x-request-id", request_id.encode())
+            head = accept_head(headers, (told, *allowance, *FIXED_HEADERS))
         except Exception as error:
             refusal = as_service_error(error, request_id)
-            await stream.send_all(whole_answer(refusal, extra))
+            await stream.send_all(whole_answer(refusal, allowance, request_id=request_id))
             return
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         session = Session(

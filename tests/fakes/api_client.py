@@ -155,7 +155,7 @@ async def exchange(
         "asgi": {"spec_version": "2.1", "version": "3.0"},
         "method": method,
         "scheme": "http",
-        "path": path,
+        "path": unquote(path),
         "raw_path": path.encode(),
         "query_string": query.encode(),
         "root_path": "",

@@ -38,6 +38,7 @@ def refusal(data: bytes) -> tuple[int, Any, dict[str, str]]:
     parsed = json.loads(body)
     assert set(parsed) == {"error", "code", "details"}
     assert headers["x-content-type-options"] == "nosniff"
+    assert len(headers["x-request-id"]) == 16
     return int(status.split()[1]), parsed, headers
 
 
@@ -70,6 +71,18 @@ async def test_an_address_has_only_so_many_connections_and_gets_them_back() -> N
                         break
                     except (AssertionError, trio.BrokenResourceError):
                         await trio.sleep(0.01)
+
+
+async def test_what_is_refused_before_it_is_a_request_can_be_found_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("DEBUG", "ollamad.api.http")
+    async with serving() as server:
+        wire = await server.connect()
+        await wire.stream.send_all(b"nonsense\r\n\r\n")
+        _, body, headers = refusal(await rest(wire.stream))
+        line = f"request {headers['x-request-id']}: 400 BAD_REQUEST: {body['error']}"
+        assert caplog.messages == [line]
 
 
 async def test_a_node_has_only_so_many_connections() -> None:

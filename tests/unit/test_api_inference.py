@@ -145,7 +145,8 @@ async def test_an_error_in_mid_stream_is_the_last_line() -> None:
     answer = await generate(client, stream=True)
     assert answer.status == 200
     assert answer.lines[0]["response"] == "Hel"
-    assert answer.lines[1:] == [{"error": "the runner died", "code": "RUNNER_DIED", "details": {}}]
+    [last] = answer.lines[1:]
+    assert (last["error"], last["code"]) == ("the runner died", "RUNNER_DIED")
     whole = await generate(client)
     assert (whole.status, whole.code) == (500, "RUNNER_DIED")
 
@@ -154,9 +155,41 @@ async def test_a_generation_that_just_stops_is_an_error() -> None:
     client = ApiClient()
     client.world.inference.script = [Chunk("Hel")]
     assert (await generate(client)).code == "GENERATION_LOST"
-    assert (await generate(client, stream=True)).lines[-1]["code"] == "GENERATION_LOST"
+    last = (streamed := await generate(client, stream=True)).lines[-1]
+    assert last["code"] == "GENERATION_LOST"
+    assert last["details"] == {"request_id": streamed.headers["x-request-id"]}
     client.world.inference.script = []
     assert (await generate(client, stream=True)).status == 500
+
+
+@pytest.mark.parametrize("how", [{}, {"stream": True}, {"n": 2}, {"n": 2, "stream": True}], ids=str)
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_500_can_be_found_in_the_log(
+    how: dict[str, Any], begun: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = ApiClient()
+    client.world.inference.script = [
+        *([Chunk("Hel")] if begun else []),
+        Failed("ENGINE_ERROR", "broken"),
+    ]
+    path = "/v1/completions" if "n" in how else "/generate"
+    answer = await client.call("POST", path, {"model": MODEL, "prompt": "hi"} | how)
+    id_ = answer.headers["x-request-id"]
+    told = {record.getMessage() for record in caplog.records}
+    assert told == {f"request {id_}: ENGINE_ERROR: broken"}
+    if path == "/generate":
+        assert answer.lines[-1]["details"] == {"request_id": id_}
+        assert len(caplog.records) == 1
+
+
+async def test_what_is_no_fault_of_the_node_is_not_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client = ApiClient()
+    for status in (400, 503):
+        client.world.inference.script = [Failed("X", "no", status)]
+        assert (await generate(client)).status == status
+    assert caplog.records == []
 
 
 async def test_a_bug_in_mid_stream_is_in_band_and_in_the_log(
@@ -245,6 +278,11 @@ async def test_embeddings() -> None:
     client.world.inference.refusal = InferenceError(Failed("NO_REPLICA", "none", 503))
     refused = await client.call("POST", "/embeddings", body)
     assert (refused.status, refused.code) == (503, "NO_REPLICA")
+    client.world.inference.refusal = InferenceError(Failed("LOAD_FAILED", "broken"))
+    broken = await client.call("POST", "/embeddings", body)
+    assert (broken.status, broken.json["details"]) == (
+        500, {"request_id": broken.headers["x-request-id"]}
+    )  # fmt: skip
 
 
 def test_timestamps_have_microseconds_and_follow_the_clock() -> None:

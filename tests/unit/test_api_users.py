@@ -197,6 +197,24 @@ async def test_nobody_but_an_admin_sets_another_password() -> None:
     assert (unknown.status, unknown.code) == (404, "USER_NOT_FOUND")
 
 
+async def test_the_log_tells_who_changed_what_and_what_became_of_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "ollamad.api.audit")
+    client = ApiClient()
+    body = {"password": NEW, "current_password": PASSWORD}
+    # No name makes a line of its own, and who may not, does not seem to.
+    path = "/users/x%0A12:00:00%20INFO%20%20api.audit:%20admin/password"
+    refused = await client.call("POST", path, body, role="viewer")
+    done = await client.call("POST", "/users/viewer/password", body, role="viewer")
+    await client.call("GET", "/users")
+    ids = [answer.headers["x-request-id"] for answer in (refused, done)]
+    assert caplog.messages == [
+        f"viewer at 192.0.2.7: POST {BASE}{path}, request {ids[0]}: 403",
+        f"viewer at 192.0.2.7: POST {BASE}/users/viewer/password, request {ids[1]}: 200",
+    ]
+
+
 # Keys
 
 

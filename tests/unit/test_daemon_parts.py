@@ -550,3 +550,13 @@ def test_a_log_line_cannot_move_the_cursor() -> None:
     record = logging.LogRecord("ollamad.x", logging.INFO, "", 0, "evil \x1b[2J\r\x9b", None, None)
     shown = logs.TextFormatter(with_time=False).format(record)
     assert shown == "INFO    x: evil \ufffd[2J\ufffd\ufffd"
+
+
+def test_a_log_line_cannot_make_another() -> None:
+    forged = "INFO    api.audit: admin did it"
+    record = logging.LogRecord(
+        "ollamad.x", logging.INFO, "", 0, f"a\n{forged}\u2028{forged}", None, None
+    )
+    formatter = logs.TextFormatter(with_time=False)
+    for shown in (formatter.format(record), logs.JournalFormatter(formatter).format(record)):
+        assert not any(line.removeprefix("<6>").startswith(forged) for line in shown.split("\n"))
