@@ -1,5 +1,6 @@
 """What the documentation tells people to type exists, and its links lead somewhere."""
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,3 +77,32 @@ def test_links_lead_somewhere(page: Path) -> None:
             titles = re.findall(r"^#+ (.+)$", other.read_text(), re.MULTILINE)
             anchors = {re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in titles}
             assert anchor in anchors, target
+
+
+def codes_of_errors() -> Iterator[tuple[int, str]]:
+    """The statuses and codes of errors, as far as the source has them word by word."""
+    for path in (ROOT / "ollamad").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+                continue
+            if call.func.id not in ("ServiceError", "Failed"):
+                continue
+            given = [*call.args, *(word.value for word in call.keywords)]
+            values = [each.value for each in given if isinstance(each, ast.Constant)]
+            for code in values:
+                if isinstance(code, str) and re.fullmatch(r"[A-Z_]{4,}", code):
+                    yield next((value for value in values if isinstance(value, int)), 500), code
+
+
+def test_the_table_of_errors_has_every_code() -> None:
+    rows = re.findall(r"^\| ([0-9, ]+) \| (.*) \|$", (ROOT / "docs/api.md").read_text(), re.M)
+    told = {
+        (int(status), code)
+        for statuses, codes in rows
+        for status in statuses.split(", ")
+        for code in re.findall(r"`([A-Z_]+)`", codes)
+    }
+    # MALFORMED is said between nodes; of 503 the table has "and others".
+    made = {(status, code) for status, code in codes_of_errors() if status != 503}
+    assert len(made) > 50
+    assert made - told == {(400, "MALFORMED")}
