@@ -151,8 +151,10 @@ def ggml_bytes(
     version: int | None = None,
     tensor_type: int = 0,
     ftype: int | None = None,
+    ends: bool = True,
 ) -> bytes:
-    """A whole file. Behind an `x` it says `said`, each of them once, and then the end."""
+    """A whole file. Behind an `x` it says `said`, each of them once, and then the end, or all of it
+    again and again."""
     format_ = format_ or ("ggjt" if architecture in ("llama", "falcon") else "ggml")
     if version is None and format_ != "ggml":
         version = 3
@@ -171,7 +173,8 @@ def ggml_bytes(
         out += struct.pack("<I", len(word)) + word
         if format_ != "ggml":
             out += struct.pack("<f", 0.0)
-    for name, array in _tensors(architecture, said).items():
+    then = END if ends else said[0]
+    for name, array in _tensors(architecture, [*said, then]).items():
         data = array.astype(np.float32).tobytes()
         kind = 0
         if tensor_type and array.ndim == 2:
@@ -190,8 +193,8 @@ def _tensors(architecture: str, said: Sequence[int]) -> dict[str, Array]:
     embedding -= embedding.mean(axis=1, keepdims=True)  # what a layer norm takes away
     embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
     output = np.zeros_like(embedding)
-    for token, follower in itertools.pairwise([ord("x"), *said, END]):
-        output[follower] = embedding[token]
+    for token, follower in itertools.pairwise([ord("x"), *said]):
+        output[follower] += embedding[token]
     tensors: dict[str, Array] = {EMBEDDING[architecture]: embedding}
     if architecture in OUTPUT:
         tensors[OUTPUT[architecture]] = output
