@@ -1,0 +1,264 @@
+"""Who is served next, and by whom: the queue and the policies, on real daemons.
+
+Four nodes, each with a policy of its own and one slot for each model. A tiny model is on the first
+two, the real one on the first.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.tiny_llama import Shape, random_llama
+from tests.system.conftest import MODEL, open_cluster
+from tests.system.harness import Cluster, Node, Stream, ok, refused, wait_until
+from tests.system.sockets import Listener
+
+POLICIES = ("round-robin", "random", "least-loaded", "prefix")  # of the nodes
+TINY = "tiny:latest"
+CONTEXT = 2048
+MAX_WAITING = 3  # in the cluster, beside the one in the slot and the one behind it
+# One thread, as everywhere: two that wait for each other get nowhere on a busy machine.
+OPTIONS = {"num_thread": 1, "temperature": 0}
+# What a model that is greedy never stops saying.
+AGAIN = {"prompt": "a a a a a a a a a a a a", "raw": True}
+ENDLESS = {"options": OPTIONS | {"repeat_penalty": 1.0, "num_predict": 10 * CONTEXT}}
+WORD = {"model": MODEL, "prompt": "Hi", "options": OPTIONS | {"num_predict": 1}}
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
+    settings = {
+        "OLLAMAD_MODELS__REPLICAS": "1",
+        "OLLAMA_NUM_PARALLEL": "1",
+        "OLLAMA_MAX_QUEUE": str(MAX_WAITING),
+        "OLLAMA_CONTEXT_LENGTH": str(CONTEXT),
+        "OLLAMAD_DISTRIBUTION__HOT_LOAD": "100",  # those who wait here are not to bring a copy
+    }
+    file = tmp_path_factory.mktemp("files") / "tiny.gguf"
+    random_llama(shape=Shape(context=CONTEXT)).write(file)
+    for cluster in open_cluster(tmp_path_factory, **settings):
+        first, *others = [
+            cluster.new_node({"OLLAMAD_SCHEDULER__POLICY": policy}) for policy in POLICIES
+        ]
+        first.start()
+        token = cluster.join_token()
+        for node in others:
+            node.start("--join", f"{token}@{first.p2p}")
+        cluster.wait_whole()
+        first.import_model(file, TINY)
+        first.post(f"/models/{TINY}/download", {"nodes": [others[0].id]})
+        cluster.wait_replicas(TINY, cluster.nodes[:2])
+        first.import_model(smollm2_path, MODEL)
+        yield cluster
+
+
+def entry(cluster: Cluster, policy: str) -> Node:
+    node = cluster.nodes[POLICIES.index(policy)]
+    assert explained(node, "x")["policy"] == policy
+    return node
+
+
+def explained(node: Node, prompt: str) -> Any:
+    return node.post("/explain", {"model": TINY, "prompt": prompt})
+
+
+def served_by(node: Node, prompt: str = "x") -> str:
+    """Who answers a short question that is asked there."""
+    answer = node.answer(
+        "/generate", model=TINY, prompt=prompt, options=OPTIONS | {"num_predict": 1}
+    )
+    ok(answer)
+    return answer.headers["X-Ollamad-Node"]
+
+
+@pytest.fixture
+def holders(four: Cluster) -> set[str]:
+    return {node.id for node in four.nodes[:2]}
+
+
+def test_round_robin_takes_the_holders_in_turn(four: Cluster, holders: set[str]) -> None:
+    node = entry(four, "round-robin")
+    served = [served_by(node) for _ in range(6)]
+    assert set(served) == holders
+    assert served == served[:2] * 3
+
+
+def test_chance_takes_any(four: Cluster, holders: set[str]) -> None:
+    node = entry(four, "random")
+    served = [served_by(node) for _ in range(24)]
+    assert set(served) == holders
+    assert served != served[:2] * 12
+
+
+def test_the_least_loaded_is_who_does_nothing(four: Cluster, holders: set[str]) -> None:
+    """Whatever the caches: the busy one has just read the prompt."""
+    node = entry(four, "least-loaded")
+    prompt = "the lighthouse " * 60
+    with node.stream("/generate", model=TINY, prompt=prompt, **ENDLESS) as stream:
+        stream.next()
+        served = {served_by(node, prompt) for _ in range(3)}
+        assert served == holders - {stream.served_by}
+
+
+def test_a_prompt_sticks_to_the_cache_that_has_it(four: Cluster, holders: set[str]) -> None:
+    """Also where others told of it, and though the entry node could answer itself."""
+    talks = ["about the wind " * 60, "an old clock " * 60]
+    by_turns = entry(four, "round-robin")
+    first, second = [served_by(by_turns, talk) for talk in talks]
+    assert {first, second} == holders
+    node = entry(four, "prefix")
+    for talk, holder in zip(talks, (first, second), strict=True):
+        wait_until("it is told", lambda t=talk, h=holder: explained(node, t)["chosen"] == h)
+    assert [served_by(node, talk + "more") for talk in talks * 3] == [first, second] * 3
+
+
+# The queue.
+
+
+class Occupied:
+    """A node whose only slot has a long answer, behind which another one waits in the engine.
+
+    More are not given to it, so whoever comes now stands in the queue. A context manager.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._pool = ThreadPoolExecutor(1)
+        self._first, self._second = contextlib.ExitStack(), contextlib.ExitStack()
+
+    def __enter__(self) -> "Occupied":
+        asked = {"model": MODEL} | AGAIN | ENDLESS
+        self._story = self._first.enter_context(self._node.stream("/generate", **asked))
+        self._story.next()
+        self._begins = self._pool.submit(
+            self._second.enter_context, self._node.stream("/generate", **asked)
+        )
+        wait_until("the second is there", lambda: self._waiting_in_engine() == 1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end_first()
+        self.end_second()
+        self._pool.shutdown()
+
+    def end_first(self) -> None:
+        self._first.close()
+
+    def end_second(self) -> None:
+        self._begins.result()
+        self._second.close()
+
+    def _waiting_in_engine(self) -> int:
+        return sum(int(each["queued"]) for each in self._node.loaded())
+
+
+@contextlib.contextmanager
+def waits(node: Node, name: str, **headers: str) -> Iterator[Stream]:
+    """A request that has to wait, which its first line tells."""
+    named = {f"X-Ollamad-{header.capitalize()}": value for header, value in headers.items()}
+    with node.stream("/generate", headers=named, **WORD, request_id=name) as stream:
+        yield stream
+
+
+def wait_queue(heard: Listener, *names: str) -> Any:
+    """Wait until the socket has told that these requests wait, in this order; what it told."""
+
+    def told() -> Any:
+        for message in reversed(heard.all("queue_status")):
+            data = message["data"]
+            if [each["request_id"] for each in data["requests"]] == [*names]:
+                return data
+        return None
+
+    data = wait_until(f"{names} wait", told)
+    assert data["waiting"] == len(names)
+    assert [each["position"] for each in data["requests"]] == [*range(1, len(names) + 1)]
+    return data
+
+
+def test_who_waits_is_told_where_it_stands_and_who_goes_makes_room(four: Cluster) -> None:
+    node = four.nodes[0]
+    with (
+        Listener(node, "queue") as heard,
+        ThreadPoolExecutor(1) as pool,
+        Occupied(node) as occupied,
+        contextlib.ExitStack() as leaving,
+        contextlib.ExitStack() as staying,
+    ):
+        places = []
+        for name, stack in (("a", leaving), ("b", staying)):
+            stream = stack.enter_context(waits(node, name))
+            places.append(stream.next())
+        assert [place["status"] for place in places] == ["queued"] * 2
+        assert [(place["position"], place["waiting"]) for place in places] == [(1, 1), (2, 2)]
+        estimates = [place["estimate_seconds"] for place in places]
+        assert estimates[1] == pytest.approx(2 * estimates[0], abs=0.11)
+        whole = pool.submit(node.answer, "/generate", **WORD)
+        told = wait_queue(heard, "a", "b", "")
+        assert [each["estimate_seconds"] for each in told["requests"][:2]] == estimates
+        assert told["requests"][0]["waited_seconds"] >= told["requests"][1]["waited_seconds"] > 0
+        assert {each["model"] for each in told["requests"]} == {MODEL}
+
+        refusal = node.answer("/generate", **WORD)
+        details = refused(refusal, 503, "QUEUE_FULL")
+        words = "server busy, please try again.  maximum pending requests exceeded"
+        assert refusal.json()["error"] == words
+        again_s = int(refusal.headers["Retry-After"])
+        assert again_s == details["retry_after"]
+        # When half of the three have gone, there is room again.
+        assert again_s == pytest.approx(max(1, math.ceil(estimates[1])), abs=1)
+
+        leaving.close()
+        wait_queue(heard, "b", "")
+        moved = wait_until("b is told", lambda: (line := stream.next())["position"] == 1 and line)
+        assert moved["waiting"] == 2
+        with waits(node, "c") as last:
+            assert last.next()["position"] == 3
+
+        occupied.end_first()
+        occupied.end_second()
+        *_, end = stream
+        assert end["done"]
+        assert end["node_id"] == node.id
+        answer = whole.result()
+        ok(answer)
+        assert answer.headers["X-Ollamad-Queue-Position"] == "3", "where it stood at first"
+        assert float(answer.headers["X-Ollamad-Queue-Estimate"]) >= estimates[1]
+        assert float(answer.headers["X-Ollamad-Queued"]) > 0
+        assert answer.headers["X-Ollamad-Node"] == node.id
+
+
+def test_priorities_go_first_and_deadlines_are_kept(four: Cluster) -> None:
+    node = four.nodes[0]
+    with (
+        Listener(node, "queue") as heard,
+        Occupied(node) as occupied,
+        waits(node, "low", priority="low") as low,
+        waits(node, "normal", deadline="60") as normal,
+    ):
+        wait_queue(heard, "normal", "low")
+        late = node.request("POST", "/generate", json=WORD, headers={"X-Ollamad-Deadline": "0.3"})
+        refused(late, 408, "DEADLINE_PASSED")
+        with waits(node, "late", priority="high", deadline="1.5") as stream:
+            *places, last = stream
+            assert [place["position"] for place in places] == [1] * len(places)
+            assert last["code"] == "DEADLINE_PASSED"
+        with waits(node, "high", priority="high") as high:
+            wait_queue(heard, "high", "normal", "low")
+            occupied.end_first()  # there is room for one
+            wait_queue(heard, "normal", "low")
+            occupied.end_second()
+            begun = [begin_of(stream) for stream in (high, normal, low)]
+    assert begun == sorted(begun)
+
+
+def begin_of(stream: Stream) -> str:
+    """When the answer of a request that waited began."""
+    *lines, end = stream
+    assert end["done"]
+    return str(next(line["created_at"] for line in lines if "status" not in line))
