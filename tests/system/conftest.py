@@ -46,8 +46,9 @@ def model_on_one(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def model_on_two(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
+def open_two_holders(
+    factory: pytest.TempPathFactory, smollm2_path: Path, **environment: str
+) -> Iterator[Cluster]:
     """Three nodes; the model is on the first two, so that the third always forwards."""
     settings = {
         "OLLAMAD_MODELS__REPLICAS": "1",
@@ -55,7 +56,7 @@ def model_on_two(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -
         "OLLAMA_CONTEXT_LENGTH": "2048",
         "OLLAMAD_ENGINE__STALL_TIMEOUT": "2s",
     }
-    for cluster in open_cluster(tmp_path_factory, **settings):
+    for cluster in open_cluster(factory, **settings | environment):
         first = cluster.found()
         cluster.grow(2)
         first.import_model(smollm2_path, MODEL)

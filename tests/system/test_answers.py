@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from tests.fakes.gguf_files import write_gguf
-from tests.system.conftest import MODEL
+from tests.system.conftest import MODEL, open_two_holders
 from tests.system.harness import ANSWER_TIMEOUT_S, Cluster, Node, ok, refused, wait_until
 
 # One thread: two that wait for each other get nowhere on a machine with other work to do. All
@@ -26,8 +27,8 @@ STORY = {"model": MODEL, "prompt": "Tell me a story", "options": LONG, "failover
 
 
 @pytest.fixture(scope="module")
-def three(model_on_two: Cluster) -> Cluster:
-    return model_on_two
+def three(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
+    yield from open_two_holders(tmp_path_factory, smollm2_path)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ Greedy answers, so that each mode's rule can be checked to the character: a repl
 undisturbed text, a continuation what the other node says to the prompt and the tokens before.
 """
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +14,14 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.system.conftest import MODEL, open_cluster
+from tests.fakes.chat_templates import TOOLS
+from tests.system.conftest import MODEL, open_cluster, open_two_holders
 from tests.system.harness import Cluster, Node, ok, wait_until
 from tests.system.namespaces import NamespaceHost, Network, NotPermitted
 
 LENGTH = 70  # tokens of an answer
 CUT = 20  # of them before the fault
+LONGER = 200  # for what takes half a second until an answer moves, also on a quick machine
 ASK = {
     "model": MODEL,
     "prompt": "Tell me a long story about a lighthouse.",
@@ -32,9 +35,29 @@ ASK = {
 }
 
 
+LIGHT = {
+    "colour": {"enum": ["red", "green", "white"]},
+    "lit": {"type": "boolean"},
+    "sea": {"enum": ["calm", "rough"]},
+    "steps": {"enum": [50, 200]},
+}
+SCHEMA = {"type": "object", "properties": LIGHT, "required": [*LIGHT]}
+SCHEMA |= {"additionalProperties": False}
+ADD = {
+    "name": "add",
+    "description": "Adds two numbers.",
+    "parameters": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+        "required": ["a", "b"],
+    },
+}
+
+
 @pytest.fixture(scope="module")
-def three(model_on_two: Cluster) -> Cluster:
-    return model_on_two
+def three(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
+    """A node that drains keeps no answer longer than for the next look."""
+    yield from open_two_holders(tmp_path_factory, smollm2_path, OLLAMAD_DRAIN__TIMEOUT="0s")
 
 
 @pytest.fixture
@@ -166,16 +189,103 @@ def test_a_continuation_is_what_the_other_node_says_to_the_tokens_before(
 ) -> None:
     watched = Watched(three, fault, CUT, failover="continue")
     resume(watched.first, fault)
+    check_continued(three, watched, LENGTH)
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_drain_moves_an_answer(three: Cluster) -> None:
+    entry = three.nodes[2]
+    options = ASK["options"] | {"num_predict": LONGER}
+    watched = Watched(
+        three,
+        lambda node: entry.post(f"/nodes/{node.id}/drain"),
+        CUT,
+        failover="continue",
+        options=options,
+    )
+    entry.post(f"/nodes/{watched.first.id}/undrain")
+    move = check_continued(three, watched, LONGER)
+    assert move["reason"] == "DRAINING"
+
+
+def check_continued(cluster: Cluster, watched: Watched, length: int) -> Any:
+    """A continuation by its rule; returns how it moved."""
     [move] = watched.end["failovers"]
     assert (move["from_node"], move["mode"]) == (watched.first.id, "continue")
-    assert watched.end["eval_count"] == LENGTH
+    assert watched.end["eval_count"] == length
     ids, prompt = watched.end["context"], watched.end["prompt_eval_count"]
-    assert len(ids) == prompt + LENGTH, "no token is lost, none is there twice"
+    assert len(ids) == prompt + length, "no token is lost, none is there twice"
     before = ids[: prompt + move["after_tokens"]]
-    second = next(node for node in three.nodes if node.id == move["to_node"])
+    second = next(node for node in cluster.nodes if node.id == move["to_node"])
     after = ids[len(before) :]
     assert spelled(second, after) == continuation(second, before, len(after))
     assert watched.text.endswith(spelled(second, after))
+    return move
+
+
+@pytest.mark.usefixtures("whole")
+def test_an_answer_by_a_schema_is_replayed(three: Cluster) -> None:
+    asked = {"format": SCHEMA, "failover": "replay"}
+    undisturbed = ok(three.nodes[2].answer("/generate", **ASK | asked))
+    assert json.loads(undisturbed["response"]).keys() == LIGHT.keys()
+    watched = Watched(three, kill_node, CUT, **asked)
+    assert watched.text == undisturbed["response"]
+    [move] = watched.end["failovers"]
+    assert (move["from_node"], move["mode"]) == (watched.first.id, "replay")
+
+
+@pytest.fixture
+def calling(three: Cluster) -> Iterator[dict[str, Any]]:
+    """What asks a model that calls functions, on the same nodes."""
+    first, second, _ = three.nodes
+    model = {"model": "calling", "from": MODEL, "template": TOOLS, "stream": False}
+    ok(first.request("POST", f"{first.url}/api/create", json=model))
+    first.post("/models/calling/download", {"nodes": [second.id]})
+    three.wait_replicas("calling", [first, second])
+    tools = [{"type": "function", "function": ADD}]
+    yield {"model": "calling", "options": ASK["options"], "tools": tools, "failover": "replay"}
+    three.asked.delete("/models/calling")
+
+
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("cut", ["between two calls", "in a text"])
+def test_what_is_said_beside_tools_is_replayed(
+    three: Cluster, calling: dict[str, Any], cut: str
+) -> None:
+    story = [{"role": "user", "content": ASK["prompt"]}]
+    messages, after = (story, CUT) if cut == "in a text" else (sums(), 1)
+    undisturbed = ok(three.nodes[2].answer("/chat", **calling, messages=messages))["message"]
+    watched = Watched(three, kill_node, after, route="/chat", **calling, messages=messages)
+    assert watched.said == undisturbed["content"]
+    calls = calls_in([line["message"] for line in watched.lines])
+    assert calls == calls_in([undisturbed])
+    assert len(calls) == (0 if cut == "in a text" else 2)
+    [move] = watched.end["failovers"]
+    assert (move["from_node"], move["mode"]) == (watched.first.id, "replay")
+
+
+def sums() -> list[Any]:
+    """A conversation whose next message, of two calls, is clear even to a small model."""
+    messages: list[Any] = []
+    for a, b, c, d in ((1, 2, 3, 4), (5, 5, 2, 1)):
+        messages += [
+            {"role": "user", "content": f"What is {a} plus {b}, and {c} plus {d}?"},
+            {"role": "assistant", "content": "", "tool_calls": [call(a, b), call(c, d)]},
+            {"role": "tool", "tool_name": "add", "content": str(a + b)},
+            {"role": "tool", "tool_name": "add", "content": str(c + d)},
+            {"role": "assistant", "content": f"It is {a + b}, and {c + d}."},
+        ]
+    return [*messages, {"role": "user", "content": "What is 6 plus 7, and 2 plus 8?"}]
+
+
+def call(a: int, b: int) -> dict[str, Any]:
+    return {"function": {"name": "add", "arguments": {"a": a, "b": b}}}
+
+
+def calls_in(messages: list[Any]) -> list[Any]:
+    """What is called with what, without the ids, which are drawn anew each time."""
+    calls = [call["function"] for message in messages for call in message.get("tool_calls", [])]
+    return [(function["name"], function["arguments"]) for function in calls]
 
 
 def resume(node: Node, fault: Callable[[Node], None]) -> None:

@@ -22,7 +22,6 @@ SETTINGS = {
     "OLLAMAD_DISTRIBUTION__HOT_LOAD": "0.2",
     "OLLAMAD_DISTRIBUTION__HOT_AFTER": "2s",
     "OLLAMAD_DISTRIBUTION__COOL_AFTER": "4s",
-    "OLLAMAD_DRAIN__TIMEOUT": "3s",
     "OLLAMAD_RATE_LIMITS__GENERAL": "0",
     "OLLAMAD_RATE_LIMITS__MODEL_OPS": "0",
     "OLLAMA_CONTEXT_LENGTH": "2048",
@@ -261,26 +260,6 @@ def test_a_hot_model_spreads_and_shrinks_when_it_cools(four: Cluster, smollm2_pa
         for writer in writers:
             writer.join()
     assert len(comes_to(four, MODEL, 2)) == 2
-
-
-def test_an_answer_moves_away_from_a_node_that_drains(four: Cluster, smollm2_path: Path) -> None:
-    first = four.nodes[0]
-    first.import_model(smollm2_path, MODEL)
-    both = comes_to(four, MODEL, 2)
-    entry = other_than(four, *both)
-    options = {"num_predict": 1800, "seed": 1, "temperature": 0}
-    with entry.stream("/generate", model=MODEL, prompt="Once", options=options) as answer:
-        serving = next(node for node in both if node.id == answer.served_by)
-        answer.next()
-        entry.post(f"/nodes/{serving.id}/drain")
-        try:
-            *_, last = answer
-        finally:
-            entry.post(f"/nodes/{serving.id}/undrain")
-    assert last["done"], last
-    moves = last.get("failovers") or []
-    # A quick machine may be through before its time is over.
-    assert [move["reason"] for move in moves] in (["DRAINING"], []), last
 
 
 def test_a_leave_that_would_lose_a_model_says_so_and_can_be_forced(
