@@ -163,6 +163,7 @@ class Node:
         self.environment = dict(environment or {})
         self.process: subprocess.Popen[bytes] | None = None
         self._ready: ReadySocket | None = None
+        self._is_ready = False
         self._pids: set[int] = set()
         self._id = ""
 
@@ -194,6 +195,7 @@ class Node:
         if self._ready is not None:
             self._ready.close()
         self._ready = ReadySocket(self.directory / "ready")
+        self._is_ready = False
         if "--join" in arguments:
             self._id = ""  # who joins has a new one
         environment = clean_environment(self.directory) | {
@@ -244,6 +246,7 @@ class Node:
             return False
 
         wait_until(f"{self.name} is ready:\n{self.tail()}", is_ready, timeout_s, 0.02)
+        self._is_ready = True
 
     def notifications(self) -> list[str]:
         """What the daemon told the service manager since its start."""
@@ -258,6 +261,11 @@ class Node:
     @property
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
+
+    @property
+    def serves(self) -> bool:
+        """Whether it runs and has said that it is ready."""
+        return self.running and self._is_ready
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the daemon alone, not to its runners."""
@@ -398,11 +406,14 @@ class Node:
         return self.request("POST", route, json=body, timeout_s=ANSWER_TIMEOUT_S)
 
     @contextlib.contextmanager
-    def stream(self, route: str, **body: Any) -> Iterator["Stream"]:
+    def stream(
+        self, route: str, *, headers: Mapping[str, str] | None = None, **body: Any
+    ) -> Iterator["Stream"]:
         """An inference, streamed; leaving the context early hangs up."""
+        body["stream"] = True
         with (
             self.client() as client,
-            client.stream("POST", route, json=body | {"stream": True}) as response,
+            client.stream("POST", route, json=body, headers=headers) as response,
         ):
             yield Stream(response)
 

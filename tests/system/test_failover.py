@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.fakes.chat_templates import TOOLS
 from tests.system.conftest import MODEL, open_cluster, open_two_holders
 from tests.system.harness import Cluster, Node, ok, wait_until
 from tests.system.namespaces import NamespaceHost, Network, NotPermitted
+from tests.system.streams import ask_runner, continuation
 
 LENGTH = 70  # tokens of an answer
 CUT = 20  # of them before the fault
@@ -255,11 +255,10 @@ def test_what_is_said_beside_tools_is_replayed(
     story = [{"role": "user", "content": ASK["prompt"]}]
     messages, after = (story, CUT) if cut == "in a text" else (sums(), 1)
     undisturbed = ok(three.nodes[2].answer("/chat", **calling, messages=messages))["message"]
+    assert len(calls_in([undisturbed])) == (0 if cut == "in a text" else 2)
     watched = Watched(three, kill_node, after, route="/chat", **calling, messages=messages)
     assert watched.said == undisturbed["content"]
-    calls = calls_in([line["message"] for line in watched.lines])
-    assert calls == calls_in([undisturbed])
-    assert len(calls) == (0 if cut == "in a text" else 2)
+    assert calls_in([line["message"] for line in watched.lines]) == calls_in([undisturbed])
     [move] = watched.end["failovers"]
     assert (move["from_node"], move["mode"]) == (watched.first.id, "replay")
 
@@ -267,7 +266,7 @@ def test_what_is_said_beside_tools_is_replayed(
 def sums() -> list[Any]:
     """A conversation whose next message, of two calls, is clear even to a small model."""
     messages: list[Any] = []
-    for a, b, c, d in ((1, 2, 3, 4), (5, 5, 2, 1)):
+    for a, b, c, d in ((1, 2, 3, 4), (5, 5, 2, 1), (4, 3, 1, 1)):
         messages += [
             {"role": "user", "content": f"What is {a} plus {b}, and {c} plus {d}?"},
             {"role": "assistant", "content": "", "tool_calls": [call(a, b), call(c, d)]},
@@ -293,18 +292,6 @@ def resume(node: Node, fault: Callable[[Node], None]) -> None:
         node.resume()
     if fault is stop_node:
         assert node.wait_end() == 0
-
-
-def ask_runner(node: Node, path: str, body: Any) -> Any:
-    """Ask the runner itself, past the daemon."""
-    [socket] = (node.data_dir / "run").glob("*.sock")
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), timeout=120) as client:
-        return ok(client.post(f"http://runner{path}", json=body))
-
-
-def continuation(node: Node, ids: list[int], count: int) -> str:
-    body = {"prompt": ids, "n_predict": count, "temperature": 0, "cache_prompt": True}
-    return str(ask_runner(node, "/completion", body)["content"])
 
 
 def spelled(node: Node, ids: list[int]) -> str:
