@@ -185,6 +185,30 @@ class Resume(msgspec.Struct, frozen=True):
             tokens += len(event.tokens)
         return tokens < self.from_token
 
+    def cut(self, events: Sequence[Event]) -> list[Event]:
+        """These events, of which one ends where it stands if its text shows where that is.
+
+        What an answer went on behind is kept as one part, and a client whose entry node died once
+        more may have less than that.
+        """
+        tokens, text, received = 0, "", self.received or ""
+        for place, event in enumerate(events):
+            if not isinstance(event, Chunk) or tokens >= self.from_token:
+                break
+            missing = self.from_token - tokens
+            if missing < len(event.tokens):
+                said = received[len(text) :]
+                if self.received is None or text + said != received or event.logprobs:
+                    break
+                if not event.text.startswith(said):
+                    break
+                first = Chunk(said, event.tokens[:missing])
+                rest = Chunk(event.text[len(said) :], event.tokens[missing:])
+                return [*events[:place], first, rest, *events[place + 1 :]]
+            tokens += len(event.tokens)
+            text += event.text
+        return list(events)
+
     def known(self, events: Sequence[Event]) -> int:
         """How many of these events, which are the answer, it has.
 

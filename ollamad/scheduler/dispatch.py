@@ -223,6 +223,8 @@ class Dispatcher:
                 with _to_begin_by(begin_by, asker):
                     if told is not None:
                         node_id, events = told
+                        if resume is not None:
+                            events = resume.cut(events)
                         known = resume.known(events) if resume else 0
                         await relay.begin_behind(node_id, events, known)
                     else:

@@ -75,10 +75,6 @@ async def test_what_the_client_lacks_of_what_was_said_is_told_again(world: World
     assert text_of((await ask(world.c, resume=Resume(2)))[1]) == "cdef"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="what an answer goes on behind is kept as one part, so nobody can ask for the end of it",
-)
 async def test_a_client_whose_second_node_dies_too_asks_a_third_one(world: World) -> None:
     """B had said more than the client got, and goes on; before the client hears of it, C dies."""
     world.b.engine.hang_after = 4
@@ -86,6 +82,27 @@ async def test_a_client_whose_second_node_dies_too_asks_a_third_one(world: World
     world.b.engine.hang_after = None
     await ask(world.c, resume=Resume(2, "ab"), only=0)
     assert text_of((await ask(world.a, resume=Resume(2, "ab")))[1]) == "cdef"
+
+
+@pytest.mark.parametrize(
+    ("resume", "parts"),
+    [
+        (Resume(2, "ab"), ["ab", "cd", "e"]),
+        (Resume(4, "abcd"), ["abcd", "e"]),
+        (Resume(0, ""), ["abcd", "e"]),
+        (Resume(2), ["abcd", "e"]),  # nobody knows where that is
+        (Resume(2, "ax"), ["abcd", "e"]),
+        (Resume(9, "abcdefghi"), ["abcd", "e"]),
+    ],
+    ids=str,
+)
+def test_a_part_is_cut_where_the_clients_text_ends(resume: Resume, parts: list[str]) -> None:
+    events = [Chunk("abcd", (1, 2, 3, 4)), Chunk("e", (5,))]
+    cut = resume.cut(events)
+    assert [event.text for event in cut if isinstance(event, Chunk)] == parts
+    assert [id_ for event in cut if isinstance(event, Chunk) for id_ in event.tokens] == [
+        *range(1, 6)
+    ]
 
 
 async def test_a_whole_answer_is_told_again_without_being_made_again(world: World) -> None:
