@@ -2,8 +2,9 @@
 
 llama.cpp itself takes the free slot whose content begins most alike, however little that is: then
 conversations with the same system prompt take one slot from each other, and others stay empty.
-Here a prompt goes on with a slot only if it keeps most of its content; else it gets an empty one,
-and only if there is none, one in which little that is likely to be asked for again is lost.
+Here a prompt goes on with a slot only if it keeps most of its content; else it gets an empty one (or
+one with less than a block, which is soon read anew), and only if there is none, one in which little
+that is likely to be asked for again is lost.
 """
 
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ def _best(prompt: Prompt, free: Sequence[_Slot]) -> int:
     same = [place for place, part in enumerate(kept) if part >= SAME]
     if same:
         return max(same, key=lambda place: shared[place])
-    empty = [place for place, slot in enumerate(free) if not slot.held.size]
+    empty = [place for place, slot in enumerate(free) if not slot.held.blocks]
     if empty:
         return empty[0]
     # The longer a conversation rests, the less likely it goes on.

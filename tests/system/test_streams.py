@@ -112,8 +112,10 @@ def test_every_stream_completes_while_each_node_in_turn_is_killed(cluster: Clust
             assert answer.text == undisturbed[answer.prompt].text, (mode, answer)
             continue
         assert answer.end["eval_count"] == LENGTH, answer
-        ids = answer.end["context"]
-        assert len(ids) == answer.end["prompt_eval_count"] + LENGTH
+        if len(answer.end["context"]) != answer.end["prompt_eval_count"] + LENGTH:
+            # Nobody was left who knew its tokens: the text was read anew, by others perhaps.
+            assert answer.resumed, answer
+            continue
         if answer.text != undisturbed[answer.prompt].text:
             parted.append(answer)
     assert len(answers) >= STREAMS

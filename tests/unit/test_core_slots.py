@@ -66,6 +66,6 @@ def test_what_begins_alike_counts_for_more_than_rest() -> None:
     assert used(slots, prompt(SYSTEM, "who keeps the tower? " * 20)) == [1]
 
 
-def test_short_prompts_take_turns() -> None:
+def test_short_prompts_leave_the_other_slots_empty() -> None:
     slots = Slots(2)
-    assert used(slots, prompt("hi"), prompt("hello"), prompt("why")) == [0, 1, 0]
+    assert used(slots, prompt("hi"), prompt("hello"), prompt("why")) == [0, 0, 0]
