@@ -2,9 +2,9 @@
 
 llama.cpp itself takes the free slot whose content begins most alike, however little that is: then
 conversations with the same system prompt take one slot from each other, and others stay empty.
-Here a prompt goes on with a slot only if it keeps most of its content; else it gets an empty one (or
-one with less than a block, which is soon read anew), and only if there is none, one in which little
-that is likely to be asked for again is lost.
+Here a prompt goes on with a slot only if it keeps most of its content; else it gets an empty one,
+or one with less than a block; and only if there is none, one in which little that is likely to be
+asked for again is lost.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,35 @@ from dataclasses import dataclass
 
 from ollamad.core.prefix import Prompt
 
-# A prompt that keeps so much of what a slot holds is the same conversation, also if its last answer
-# is to be made anew. A system prompt in common is rarely that much of a conversation.
+# A prompt that keeps so much of what a slot holds, or of the prompt before its last answer, is the
+# same conversation. A system prompt in common is rarely that much of one.
 SAME = 0.8
-NOTHING = Prompt(0)
 
 
 @dataclass(slots=True)
 class _Slot:
-    held: Prompt = NOTHING  # what its cache holds
+    held: tuple[Prompt, ...] = ()  # what its cache holds, as different requests would name it
     used_at: int = 0  # counts up with each use of any slot
     busy: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes that it holds."""
+        return max((each.size for each in self.held), default=0)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no whole block."""
+        return not any(each.blocks for each in self.held)
+
+    def kept(self, prompt: Prompt) -> float:
+        """How much of it the prompt begins with, 0 to 1."""
+        parts = (each.covered(shared_blocks(prompt, each)) for each in self.held)
+        return max(parts, default=0.0)
+
+    def shared(self, prompt: Prompt) -> int:
+        """How many blocks of the prompt it holds."""
+        return max((shared_blocks(prompt, each) for each in self.held), default=0)
 
 
 class Slots:
@@ -43,27 +61,27 @@ class Slots:
         self._slots[free[best]].busy = True
         return free[best]
 
-    def give_back(self, number: int, held: Prompt) -> None:
-        """A slot is free again, and holds this."""
+    def give_back(self, number: int, *held: Prompt) -> None:
+        """A slot is free again, and holds this: the prompt, and the same with the answer to it."""
         self._uses += 1
         self._slots[number] = _Slot(held, self._uses)
 
 
 def _best(prompt: Prompt, free: Sequence[_Slot]) -> int:
     """Which of these slots is best for a prompt."""
-    shared = [shared_blocks(prompt, slot.held) for slot in free]
-    kept = [slot.held.covered(blocks) for slot, blocks in zip(free, shared, strict=True)]
+    shared = [slot.shared(prompt) for slot in free]
+    kept = [slot.kept(prompt) for slot in free]
     same = [place for place, part in enumerate(kept) if part >= SAME]
     if same:
         return max(same, key=lambda place: shared[place])
-    empty = [place for place, slot in enumerate(free) if not slot.held.blocks]
+    empty = [place for place, slot in enumerate(free) if slot.is_empty]
     if empty:
         return empty[0]
     # The longer a conversation rests, the less likely it goes on.
     by_age = sorted(range(len(free)), key=lambda place: free[place].used_at)
 
     def cost(place: int) -> float:
-        lost = free[place].held.size * (1 - kept[place])
+        lost = free[place].size * (1 - kept[place])
         likely = by_age.index(place) / max(1, len(free) - 1)
         return prompt.size * (1 - prompt.covered(shared[place])) + likely * lost
 

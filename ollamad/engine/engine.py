@@ -26,7 +26,6 @@ from ollamad.core.inference import (
     LoadedModel,
     Options,
 )
-from ollamad.core.slots import NOTHING
 from ollamad.core.weights import XLLAMACPP, Choice
 from ollamad.engine import check
 from ollamad.engine.accelerators import NO_ACCELERATORS, Accelerators
@@ -76,6 +75,7 @@ TEMPLATE_FAILED = ("Jinja Exception: ", "\nError: ")
 # llama.cpp answers 500 to these, which who asks can mend.
 UNREADABLE = ("Failed to parse messages: ", "Failed to parse tools: ", "JSON schema error at ")
 NO_OPTIONS = Options()
+NO_PROMPT = prefix.Prompt(0)
 
 
 class Engine:
@@ -127,7 +127,7 @@ class Engine:
         config = runner_config(spec, options, self._settings, embedding=True)
         async with self._resident(spec, config, request.keep_alive_s) as resident:
             load_duration = time.perf_counter_ns() - started
-            async with _slot(resident, NOTHING, self._settings.max_queue):
+            async with _slot(resident, NO_PROMPT, self._settings.max_queue):
                 inputs = await _embedding_inputs(resident, request)
                 vectors: list[tuple[float, ...]] = []
                 for group in _groups(inputs):
@@ -254,9 +254,10 @@ class Engine:
                             if isinstance(event, Chunk):
                                 texts.append(event.text)
                             elif isinstance(event, Finished):
-                                seat.held = prefix.prompt_after(
+                                after = prefix.prompt_after(
                                     request, spec.digest, texts, event.context
                                 )
+                                seat.held = (beginning, after)
                                 self._pool.finished_well(resident)
                                 event = msgspec.structs.replace(
                                     event,
@@ -430,7 +431,7 @@ class _Seat:
     """A slot that a request has, and what it will hold of it."""
 
     number: int = ANY_SLOT
-    held: prefix.Prompt = NOTHING
+    held: tuple[prefix.Prompt, ...] = ()
 
 
 @contextlib.asynccontextmanager
@@ -446,12 +447,12 @@ async def _slot(
     finally:
         resident.queued -= 1
     resident.busy += 1
-    seat = _Seat(resident.caches.take(beginning), beginning)
+    seat = _Seat(resident.caches.take(beginning), (beginning,))
     try:
         yield seat
     finally:
         resident.busy -= 1
-        resident.caches.give_back(seat.number, seat.held)
+        resident.caches.give_back(seat.number, *seat.held)
         resident.slots.release()
 
 

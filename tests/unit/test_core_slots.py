@@ -3,7 +3,7 @@
 import pytest
 
 from ollamad.core.inference import GenerateRequest
-from ollamad.core.prefix import Prompt, prompt_of
+from ollamad.core.prefix import Prompt, prompt_of, prompt_of_tokens
 from ollamad.core.slots import Slots
 
 SYSTEM = "You are the assistant of a small town. " * 20
@@ -41,6 +41,18 @@ def test_an_answer_that_is_made_anew_goes_on_with_its_conversation() -> None:
     slots = Slots(2)
     [first] = used(slots, prompt(said("anna", 8), "what it said"))
     assert used(slots, prompt(said("anna", 8))) == [first]
+
+
+def test_a_prompt_that_is_asked_again_goes_where_it_was_read() -> None:
+    """Also if its answer was longer than it, and is named by other means."""
+    slots = Slots(2)
+    asked = prompt(said("anna"))
+    number = slots.take(asked)
+    slots.give_back(number, asked, prompt_of_tokens(range(5000), "sha256:x"))
+    assert used(slots, asked) == [number]
+    number = slots.take(asked)
+    slots.give_back(number, asked, prompt_of_tokens(range(5000), "sha256:x"))
+    assert used(slots, prompt_of_tokens(range(6000), "sha256:x")) == [number]
 
 
 def test_a_busy_slot_is_not_given_away() -> None:
