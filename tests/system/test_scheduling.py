@@ -108,7 +108,9 @@ def test_the_least_loaded_is_the_soonest_caches_left_aside(
         assert scores[stream.served_by]["in_use"] > scores[idle]["in_use"]
         # Mostly the idle one; but a busy machine measures speeds that differ by any factor.
         times = {
-            node_id: score["queue_s"] + told["prompt_tokens"] / score["prefill_rate"]
+            node_id: score["queue_s"]
+            + score["load_s"]
+            + (score["pending_tokens"] + told["prompt_tokens"]) / score["prefill_rate"]
             for node_id, score in scores.items()
         }
         assert times[told["chosen"]] <= 1.6 * min(times.values()), told  # two classes of speed
