@@ -237,8 +237,8 @@ class LlamaClient:
         self._waits: set[_Wait] = set()
         self._heard_at = 0.0
 
-    def silence_s(self) -> float:
-        """Seconds that all who wait have heard nothing; zero when nothing is waited for.
+    def silence_s(self, now: float) -> float:
+        """Seconds that all who wait have heard nothing by `now`; zero when nothing is waited for.
 
         What keeps a connection alive without saying anything is silence, and so is what the
         decode loop has no part in.
@@ -246,14 +246,13 @@ class LlamaClient:
         if not self._waits:
             return 0.0
         first = min(wait.since for wait in self._waits)
-        return trio.current_time() - max(first, self._heard_at)
+        return now - max(first, self._heard_at)
 
-    def overdue(self, next_s: float, first_s: float) -> list["_Wait"]:
-        """The waits that have lasted so many seconds: `next_s` for a next token, `first_s` else.
+    def overdue(self, now: float, next_s: float, first_s: float) -> list["_Wait"]:
+        """The waits that last so many seconds by `now`: `next_s` for a next token, `first_s` else.
 
         Those for whole answers are never among them: that they are silent says nothing.
         """
-        now = trio.current_time()
         patience = {"first": first_s, "next": next_s, "whole": math.inf}
         return [wait for wait in self._waits if now - wait.since >= patience[wait.what]]
 

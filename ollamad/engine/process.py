@@ -237,14 +237,16 @@ class Runner:
         alive_at = trio.current_time()
         while True:
             await trio.sleep(min(limit_s / STALL_LOOKS, MAX_STALL_LOOK_S))
-            silent_s = self.client.silence_s()
             vitals, before = _vitals(pid), seen
             seen = vitals
+            now = trio.current_time()  # one for all: a little later somebody may be overdue
+            silent_s = self.client.silence_s(now)
             if vitals != before or silent_s == 0:
-                alive_at = trio.current_time()
-            still_s = min(silent_s, trio.current_time() - alive_at)
+                alive_at = now
+            still_s = min(silent_s, now - alive_at)
             # Where nobody hears anything it is the runner that takes so long.
-            overdue = self.client.overdue(limit_s if silent_s < limit_s else patient_s, patient_s)
+            next_s = limit_s if silent_s < limit_s else patient_s
+            overdue = self.client.overdue(now, next_s, patient_s)
             if still_s >= limit_s or (overdue and silent_s >= patient_s):
                 self._hung_s = silent_s
                 self._over.set()

@@ -227,19 +227,23 @@ async def test_silence_is_what_is_waited_for_and_not_said(
             await stream.send_all(chunk(FIRST) + chunk(LAST))
 
     async with client_of(tmp_path, handler) as client, trio.open_nursery() as nursery:
-        assert client.silence_s() == 0
+        assert client.silence_s(trio.current_time()) == 0
         stream = await client.open_completion(b"{}")
         await stream.receive()
         mock_clock.jump(5)
-        assert client.silence_s() == 0  # nobody waits: a client may read as slowly as it likes
+        assert (
+            client.silence_s(trio.current_time()) == 0
+        )  # nobody waits: a client may read as slowly as it likes
         nursery.start_soon(stream.receive)
         await trio.testing.wait_all_tasks_blocked()
         mock_clock.jump(3)
         await trio.testing.wait_all_tasks_blocked(0.01)
-        assert client.silence_s() >= 3  # what only keeps the connection alive says nothing
+        assert (
+            client.silence_s(trio.current_time()) >= 3
+        )  # what only keeps the connection alive says nothing
         speak.set()
         mock_clock.jump(1)
-        while client.silence_s():
+        while client.silence_s(trio.current_time()):
             await trio.testing.wait_all_tasks_blocked(0.01)
         stream.close()
 
@@ -270,10 +274,12 @@ async def test_only_what_was_decoded_breaks_the_silence(
         await trio.testing.wait_all_tasks_blocked()
         mock_clock.jump(3)
         assert await client.detokenize([1]) == "y"  # by an HTTP thread: it says nothing of the loop
-        assert client.silence_s() >= 3
+        assert client.silence_s(trio.current_time()) >= 3
         await client.embed([[1]])
-        assert client.silence_s() < 3  # who waits behind others that get on is no hang
-        assert len(client.overdue(3, math.inf)) == 1
+        assert (
+            client.silence_s(trio.current_time()) < 3
+        )  # who waits behind others that get on is no hang
+        assert len(client.overdue(trio.current_time(), 3, math.inf)) == 1
         nursery.cancel_scope.cancel()
     stream.close()
 
@@ -301,10 +307,10 @@ async def test_who_is_given_up_hears_it_at_once(tmp_path: Path, streams: bool):
             stream.close()
 
         nursery.start_soon(ask)
-        while client.silence_s() < 0.05:  # noqa: ASYNC110
+        while client.silence_s(trio.current_time()) < 0.05:  # noqa: ASYNC110
             await trio.sleep(0.01)
-        assert client.overdue(1000, 1000) == []
-        (wait,) = client.overdue(0.01, 0.01)
+        assert client.overdue(trio.current_time(), 1000, 1000) == []
+        (wait,) = client.overdue(trio.current_time(), 0.01, 0.01)
         wait.abandon()
 
 
@@ -338,7 +344,7 @@ async def test_who_may_have_to_wait_is_told_from_who_is_forgotten(
         nursery.start_soon(ask)
         await trio.testing.wait_all_tasks_blocked(0.05)
         mock_clock.jump(3)
-        assert client.silence_s() == 3
-        assert bool(client.overdue(next_s=3, first_s=9)) == (what == "next")
-        assert bool(client.overdue(next_s=9, first_s=3)) == (what == "first")
+        assert client.silence_s(trio.current_time()) == 3
+        assert bool(client.overdue(trio.current_time(), next_s=3, first_s=9)) == (what == "next")
+        assert bool(client.overdue(trio.current_time(), next_s=9, first_s=3)) == (what == "first")
         nursery.cancel_scope.cancel()
