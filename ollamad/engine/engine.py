@@ -239,10 +239,7 @@ class Engine:
             config = runner_config(spec, options, self._settings)
             async with self._resident(spec, config, request.keep_alive_s) as resident:
                 load_duration = time.perf_counter_ns() - started
-                # Who only counts needs the tokenizer, which is always free.
-                beginning = prefix.prompt_of(request, spec.digest)
-                slot = _slot(resident, beginning, self._settings.max_queue)
-                async with contextlib.nullcontext(_Seat()) if request.only_counts else slot as seat:
+                async with self._seat(resident, request) as seat:
                     schema = json_schema(request.format)
                     await _check_schema(resident.runner, schema)
                     work = _Work(
@@ -257,7 +254,7 @@ class Engine:
                                 after = prefix.prompt_after(
                                     request, spec.digest, texts, event.context
                                 )
-                                seat.held = (beginning, after)
+                                seat.held += (after,)
                                 self._pool.finished_well(resident)
                                 event = msgspec.structs.replace(
                                     event,
@@ -267,6 +264,14 @@ class Engine:
                             yield event
         except InferenceError as error:
             yield error.failure
+
+    def _seat(
+        self, resident: Resident, request: GenerateRequest
+    ) -> contextlib.AbstractAsyncContextManager["_Seat"]:
+        if request.only_counts:  # that needs the tokenizer, which is always free
+            return contextlib.nullcontext(_Seat())
+        beginning = prefix.prompt_of(request, resident.spec.digest)
+        return _slot(resident, beginning, self._settings.max_queue)
 
     async def _load_only(self, spec: ModelSpec, request: GenerateRequest, started: int) -> Finished:
         reason: FinishReason = "load"

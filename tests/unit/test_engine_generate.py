@@ -1,6 +1,7 @@
 """Requests become prompts, streams become events, faults become failures; with fake runners."""
 
 import glob
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -317,32 +318,32 @@ async def test_requests_beyond_the_slots_wait_in_a_bounded_queue(tmp_path: Path)
         assert len(finished) == 1
 
 
-async def test_who_only_counts_waits_for_no_slot(tmp_path: Path):
+@pytest.fixture
+async def occupied(tmp_path: Path) -> AsyncIterator[Engine]:
+    """An engine whose only slot gives an endless answer."""
     spec = fake_model(tmp_path)
-    endless = GenerateRequest(spec.name, "endless")
     async with (
         running_engine(tmp_path / "run", num_parallel=1) as engine,
-        engine.generate(spec, endless) as events,
+        engine.generate(spec, GenerateRequest(spec.name, "endless")) as events,
     ):
         await events.receive()
-        asked = GenerateRequest(spec.name, "hi", only_counts=True)
-        with trio.fail_after(5):
-            counted = await finish_of(engine, spec, asked)
-        assert counted.prompt_eval_count == 1 + len("user:hi\n")
-        assert counted.eval_count == 0
+        yield engine
 
 
-async def test_who_stops_waiting_leaves_the_queue(tmp_path: Path):
+async def test_who_only_counts_waits_for_no_slot(occupied: Engine, tmp_path: Path):
     spec = fake_model(tmp_path)
-    endless = GenerateRequest(spec.name, "endless")
-    async with (
-        running_engine(tmp_path / "run", num_parallel=1) as engine,
-        engine.generate(spec, endless) as events,
-    ):
-        await events.receive()
-        with trio.move_on_after(0.05):
-            await events_of(engine, spec, endless)
-        assert engine.loaded()[0].queued == 0
+    asked = GenerateRequest(spec.name, "hi", only_counts=True)
+    with trio.fail_after(5):
+        counted = await finish_of(occupied, spec, asked)
+    assert counted.prompt_eval_count == 1 + len("user:hi\n")
+    assert counted.eval_count == 0
+
+
+async def test_who_stops_waiting_leaves_the_queue(occupied: Engine, tmp_path: Path):
+    spec = fake_model(tmp_path)
+    with trio.move_on_after(0.05):
+        await events_of(occupied, spec, GenerateRequest(spec.name, "endless"))
+    assert occupied.loaded()[0].queued == 0
 
 
 async def test_what_the_runner_refuses_is_the_clients_fault(tmp_path: Path):
