@@ -154,13 +154,16 @@ class Pulls(Background):
 
     async def _go_on(self, request: PullRequest) -> None:
         """Have a pull of the last run go on, here or where it runs by now, if it is wanted."""
+        told = ""
         while True:
             try:
                 begun = await self.begin(request)
                 log.info("the pull of %s goes on at %s", request.name, short(begun.node_id))
                 break
             except ServiceError as error:
-                log.info("the pull of %s does not go on: %s", request.name, error)
+                if str(error) != told:  # not again with each try
+                    told = str(error)
+                    log.info("the pull of %s does not go on: %s", request.name, told)
                 if error.code in NOT_TO_BE:
                     break
             await trio.sleep(AGREE_AGAIN_S)
