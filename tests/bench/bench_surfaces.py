@@ -129,10 +129,10 @@ SURFACES = (
     ("/api/v1/chat", ollama_body, b'"content":', b'"done":true', b'"eval_count":'),
     ("/api/chat", ollama_body, b'"content":', b'"done":true', b'"eval_count":'),
     ("/v1/chat/completions", openai_body, b'"delta":', b"[DONE]", b'"completion_tokens":'),
-    ("/v1/responses", responses_body, b"text.delta", b"response.completed", b'"output_tokens":'),
+    # It ends as completed or, where it reached its limit, as incomplete; either way with the usage.
+    ("/v1/responses", responses_body, b"text.delta", b"output_tokens_details", b'"output_tokens":'),
     ("/v1/messages", anthropic_body, b"text_delta", b"message_stop", b'"output_tokens":'),
 )
-RESPONSE_IS_CUT = b"response.incomplete"  # how a response ends that reached its limit
 
 
 def ways(first: Node, second: Node, runner: str) -> list[Way]:
@@ -144,7 +144,6 @@ def ways(first: Node, second: Node, runner: str) -> list[Way]:
     for node, where in ((first, "local"), (second, "forwarded")):
         for path, make_body, mark, end, count in SURFACES:
             if where == "local" or path in ("/api/chat", "/v1/chat/completions"):
-                end = RESPONSE_IS_CUT if path == "/v1/responses" else end
                 way = Way(
                     path, where, node.address, path, make_body, mark, end, count, node.admin_token()
                 )
