@@ -16,7 +16,7 @@ OUTPUT_TOKENS = 64  # on average
 PEOPLE = 40  # some of whom ask far more than others
 # Conversations that begin, a second and node: base load, and bursts of BURST_S every PERIOD_S.
 BASE, BURST = 0.3, 0.9
-PERIOD_S, BURST_S = 20.0, 6.0
+PERIOD_S, BURST_S = 6.0, 2.0
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 
 
