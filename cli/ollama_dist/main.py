@@ -19,9 +19,10 @@ from ollama_dist.commands import (
     users,
 )
 from ollama_dist.commands.chat import run
+from ollama_dist.commands.doctor import doctor
 from ollama_dist.commands.events import events
 from ollama_dist.commands.explain import explain
-from ollama_dist.commands.inference import embed, generate
+from ollama_dist.commands.inference import embed, generate, stop
 from ollama_dist.commands.top import top
 from ollama_dist.session import root_callback
 
@@ -42,6 +43,7 @@ app.command("generate")(generate)
 app.command("embed")(embed)
 app.command("explain")(explain)
 app.command("ps")(nodes.ps)
+app.command("stop")(stop)
 app.add_typer(models.app, name="models")
 app.add_typer(transfers.app, name="transfers")
 app.add_typer(nodes.app, name="nodes")
@@ -50,6 +52,7 @@ app.add_typer(distribution.app, name="distribution")
 app.add_typer(auth.app, name="auth")
 app.add_typer(users.app, name="users")
 app.add_typer(keys.app, name="keys")
+app.command("doctor")(doctor)
 app.command("version")(cluster.version)
 
 

@@ -174,6 +174,8 @@ class FakeApi:
             "nodes_online": 2,
             "term": 7,
         }
+        self.consensus: Json = {"disk_full": False, "disk_hangs": False}
+        self.version = dict(_VERSION)
         self.tokens: set[str | None] | None = None  # None: whoever asks may do everything
         self.refresh_tokens: dict[str, str] = {}  # refresh token -> the token that it makes
         self.blobs: set[str] = set()
@@ -224,9 +226,11 @@ class FakeApi:
             case "GET", ["health"]:
                 return Answer(200, {"status": "healthy"})
             case "GET", ["version"]:
-                return Answer(200, _VERSION)
+                return Answer(200, self.version)
             case "GET", ["cluster", "status"]:
                 return Answer(200, self.cluster)
+            case "GET", ["cluster", "consensus"]:
+                return Answer(200, self.consensus)
             case "GET", ["cluster", "leader"]:
                 return Answer(200, {"leader": self.cluster["leader"]})
             case "POST", ["cluster", "token"]:

@@ -112,6 +112,19 @@ def test_ps_shows_what_is_in_memory(two: Cluster) -> None:
     wait_until("the other node knows", lambda: MODEL in succeed(two.nodes[1], "ps"), every_s=0.5)
     loaded = succeed(two.nodes[1], "ps")
     assert "node-1" in loaded
+    assert succeed(two.nodes[1], "stop", MODEL) == f"{MODEL}:latest is no longer in memory\n"
+    wait_until("it is gone", lambda: "No model" in succeed(two.nodes[1], "ps"), every_s=0.5)
+
+
+def test_the_doctor(two: Cluster) -> None:
+    """Two nodes that are well: what is to be said of them is that there should be a third."""
+    seen = data(two.nodes[1], "doctor")
+    assert seen["healthy"]
+    worries = {each["check"]: each["found"] for each in seen["findings"] if each["grade"] != "ok"}
+    worries.pop("room", None)  # the machine that the tests run on
+    worries.pop("transfers", None)  # what other tests left
+    assert list(worries) == ["quorum"]
+    assert "add a third node" in succeed(two.nodes[0], "doctor")
 
 
 def test_a_conversation_on_a_terminal(two: Cluster) -> None:

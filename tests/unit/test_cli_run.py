@@ -228,6 +228,15 @@ def test_embed(cli: Cli, fake_api: FakeApi) -> None:
     assert data == {"model": "m", "embedding": [0.6, -0.8]}
 
 
+def test_stop_unloads(cli: Cli, fake_api: FakeApi) -> None:
+    assert cli("stop", "m").stdout == "m is no longer in memory\n"
+    asked = fake_api.asked("POST", "/generate")[-1].json
+    assert asked == {"model": "m", "prompt": "", "keep_alive": 0, "stream": False}
+    assert json.loads(cli("stop", "m", "-o", "json").stdout)["done"] is True
+    fake_api.answers["POST", "/generate"] = error(404, "model 'no' not found", "MODEL_NOT_FOUND")
+    assert cli("stop", "no").exit_code == 5
+
+
 def test_a_pipe_gets_text_as_it_comes_and_ctrl_c_is_quiet(home: Path, fake_api: FakeApi) -> None:
     fake_api.hold_stream = True
     process = start_piped("--host", fake_api.url, "run", "m", "hi")

@@ -1,4 +1,4 @@
-"""`generate` and `embed`: one question, one answer, plain text."""
+"""`generate` and `embed`: one question, one answer, plain text; and `stop`, the end of it all."""
 
 import json
 import math
@@ -146,3 +146,16 @@ def embed(session: Session, model: ModelArgument, prompt: PromptArgument = None)
     first = " ".join(f"{number:.4f}" for number in numbers[:6])
     more = " …" if len(numbers) > 6 else ""
     session.say(f"{len(numbers)} numbers, length {length:.3f}: {first}{more}")
+
+
+@command
+def stop(session: Session, model: ModelArgument) -> None:
+    """Take a model out of memory, on every node; answers that run are finished first."""
+    from ollama_dist.client import path
+
+    # As Ollama has it: nothing to answer, and to be kept for no time.
+    answer = session.api.infer(path("generate"), {"model": model, "prompt": "", "keep_alive": 0})
+    if session.wants_data:
+        session.data(answer)
+    else:
+        session.say(f"{answer.get('model') or model} is no longer in memory")
