@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import trio
 
 import ollamad
@@ -48,7 +49,7 @@ from ollamad.core.ids import NodeId, short
 from ollamad.core.measures import DemandMeter
 from ollamad.core.names import node_name_of
 from ollamad.core.placement import Policy as PlacementPolicy
-from ollamad.core.presence import Beat
+from ollamad.core.presence import Beat, Presence
 from ollamad.core.routing import parse_policy
 from ollamad.core.state import User
 from ollamad.core.weights import LLAMA_SERVER
@@ -274,7 +275,7 @@ class Daemon:
         self._dispatcher = Dispatcher(
             identity.node_id,
             state=lambda: self._machine.state,
-            presence=self._cluster.presence,
+            presence=self._presence,
             engine=local_engine,
             peers=self._mesh,
             version=self._cluster.changes.next,
@@ -484,28 +485,42 @@ class Daemon:
 
     # What others ask of this node.
 
-    def _beat(self) -> Beat:
-        loaded = self._engine.loaded()
+    def _presence(self, node_id: NodeId) -> Presence:
+        """How a node is, for who decides where requests go: of this one only what that needs."""
+        if node_id == self._identity.node_id:
+            return Presence(True, time.time(), self._load())
+        return self._cluster.presence(node_id)
+
+    def _load(self) -> Beat:
+        """How busy this node is. It is asked several times a request, so it is cheap; and counted
+        anew each time, so that no two requests take the same free slot."""
         return Beat(
             sent_at=time.time(),
             usage=self._host.usage,
-            loaded=loaded,
+            loaded=self._engine.loaded(),
+            started_at=self._started_at,
+            places=self._engine.places,
+            vram_free=self._engine.usable_vram(
+                [gpu.memory_total - gpu.memory_used for gpu in self._host.gpus]
+            ),
+        )
+
+    def _beat(self) -> Beat:
+        """All that this node tells the others."""
+        load = self._load()
+        return msgspec.structs.replace(
+            load,
             gpus=self._host.gpus,
             active_requests=self._dispatcher.outstanding(),
-            started_at=self._started_at,
             leaving=self._leaving,
             level=LEVEL,
             speeds=self._dispatcher.router.speeds(),
-            prefixes=self._dispatcher.router.news(loaded),
+            prefixes=self._dispatcher.router.news(load.loaded),
             waiting=self._dispatcher.admission.waiting,
             demand=self._demand.read(trio.current_time()),
             receive_rate=self._library.receive_rate,
             no_room=self._library.no_room(),
             shares=self._dispatcher.admission.ledger.told(),
-            places=self._engine.places,
-            vram_free=self._engine.usable_vram(
-                [gpu.memory_total - gpu.memory_used for gpu in self._host.gpus]
-            ),
         )
 
     def _limit(self, rate: str) -> Limit:

@@ -70,6 +70,7 @@ class Resident:
     loaded_at: float = 0.0
     retiring: bool = False  # takes no new requests; ends when the last one is through
     used: Used = UNKNOWN
+    vram: int = 0  # bytes that it takes on GPUs, as it was last asked
     learnt_at: float = -math.inf
 
     @property
@@ -200,8 +201,8 @@ class RunnerPool:
             return
         resident.learnt_at = now
         used = resident.runner.used()
-        if (pid := resident.runner.pid) is not None and resident.config.offloaded:
-            used = dataclasses.replace(used, vram=self._accelerators.vram_used(pid) or 0)
+        if (vram := self._ask_vram(resident)) is not None:
+            used = dataclasses.replace(used, vram=vram)
         resident.used = used
         if used.anonymous:  # zero where the system does not tell
             self.record.learn(resident.spec, resident.config, used)
@@ -262,7 +263,7 @@ class RunnerPool:
             name=resident.spec.name,
             digest=resident.spec.digest,
             size=resident.need.total,
-            size_vram=self._vram(resident),
+            size_vram=resident.vram,
             context_length=resident.config.context_length,
             expires_at=expires_at,
             slots=resident.config.parallel,
@@ -273,13 +274,17 @@ class RunnerPool:
             size_used=resident.used.anonymous + resident.used.mapped + resident.used.vram,
         )
 
-    def _vram(self, resident: Resident) -> int:
-        """As the driver tells it; as planned where it does not."""
+    def _ask_vram(self, resident: Resident) -> int | None:
+        """Bytes on GPUs as the driver tells it, and notes them; None where it does not.
+
+        Takes up to a millisecond, so it is for what is rare: engines allocate when they load.
+        """
         pid = resident.runner.pid
         if not resident.config.offloaded or pid is None:
             return 0
         told = self._accelerators.vram_used(pid)
-        return resident.need.vram if told is None else told
+        resident.vram = resident.need.vram if told is None else told
+        return told
 
     def _find(self, key: _Key, spec: ModelSpec, config: RunnerConfig) -> Resident | None:
         resident = self._residents.get(key)
@@ -345,6 +350,7 @@ class RunnerPool:
             resident = await self._planned(spec, config, most_layers)
             failure = await self._nursery.start(self._keep, key, resident)
             if failure is None:
+                self._ask_vram(resident)
                 self._residents[key] = resident
                 self._notify()
                 return resident

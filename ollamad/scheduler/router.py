@@ -69,6 +69,8 @@ class Router:
     """Decides for this entry node, and measures what this node serves.
 
     Args:
+      presence: what is known of a node. This node is looked at for every request and has no news
+        for itself, so its own beat need not tell speeds or caches.
       version: gives another object whenever state or presence changed.
       pick: a random number below its argument.
       now: a monotonic clock.
@@ -323,7 +325,9 @@ class Router:
         beat = presence.beat
         short = short_digest(model.digest)
         loaded = next((one for one in beat.loaded if short_digest(one.digest) == short), None)
-        speed = next((one for one in beat.speeds if one.model == short), None)
+        speed: Speed | None = self._own_speed(model.digest)
+        if node_id != self.node_id:
+            speed = next((one for one in beat.speeds if one.model == short), None)
         if speed is not None:
             speed = believable(speed)
             if speed.prefill:
@@ -357,6 +361,10 @@ class Router:
             service_s=speed.service_s or SERVICE_S,
             load_s=speed.load_s or model.size / LOAD_BYTES_PER_S + LOAD_OVERHEAD_S,
         )
+
+    def _own_speed(self, digest: str) -> Speed:
+        pending = round(self._pending.get(digest, 0.0))
+        return msgspec.structs.replace(self._speeds.speed(digest), pending=pending)
 
     def _speed_of(self, digest: str, speed: Speed | None) -> Speed:
         """What a node has measured, and where it has not, what another one has."""

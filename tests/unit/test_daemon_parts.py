@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
@@ -22,6 +23,7 @@ from ollamad import admission, build, logs, start, systemd
 from ollamad import daemon as daemon_module
 from ollamad.admission import Seeds, choose_identity, forget_cluster, parse_invitation, read_seeds
 from ollamad.core.ids import NodeId
+from ollamad.core.inference import GenerateRequest, LoadedModel
 from ollamad.core.presence import Usage
 from ollamad.daemon import Daemon, open_model_places
 from ollamad.datadir import DataDir, DataDirError
@@ -39,15 +41,14 @@ from ollamad.peers.identity import (
     write_private,
 )
 from ollamad.settings import (
-    ApiSettings,
     ModelSettings,
     NodeSettings,
-    P2pSettings,
-    RaftSettings,
     Settings,
 )
 from ollamad.wire.codec import encode
 from ollamad.wire.join import Seed, Token, channel_binding, format_token
+from tests.fakes.api_services import member, model
+from tests.fakes.built_daemon import built_daemon
 from tests.fakes.tls_nodes import TlsNode, utc_now
 
 FAR = 2**40
@@ -182,23 +183,9 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 @pytest.fixture
 async def daemon(directory: DataDir) -> AsyncIterator[Daemon]:
     """One whose certificate is to be renewed; nothing of it runs."""
-    ca = make_ca(utc_now())
-    node = TlsNode(directory.identity)
-    node.enter(ca, at=utc_now() - CERTIFICATE_LIFETIME + RENEW_BEFORE)
-    any_port = "127.0.0.1:0"
-    settings = Settings(
-        api=ApiSettings(listen=any_port, ollama_listen="off"),
-        p2p=P2pSettings(listen=any_port),
-        raft=RaftSettings(listen=any_port),
-    )
-    daemon = await Daemon.build(settings, directory, node.identity)
-    state = daemon._machine.state
-    state.cluster_id, state.ca, state.jwt_key = "c", ca, bytes(32)
-    yield daemon
-    for listening in daemon._api_sockets:
-        listening.close()
-    for listener in (*daemon._p2p_listeners, *daemon._raft_listeners):
-        await listener.aclose()
+    due = utc_now() - CERTIFICATE_LIFETIME + RENEW_BEFORE
+    async with built_daemon(directory, certified=due) as daemon:
+        yield daemon
 
 
 async def test_a_full_disk_puts_a_renewal_off_and_ends_nothing(
@@ -228,6 +215,29 @@ async def test_a_full_disk_puts_a_renewal_off_and_ends_nothing(
     await trio.sleep(RENEWAL_CHECK_S)
     assert token.exists()
     nursery.cancel_scope.cancel()
+
+
+async def test_a_decision_makes_no_beat_and_knows_what_this_node_has_taken_on(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = daemon._identity.node_id
+    daemon._machine.state.members[here] = member(here, "here")
+    held = model(confirmed=(here,))
+    daemon._machine.state.models[held.name] = held
+    loaded = LoadedModel(held.name, held.digest, 10, 0, 4096, 0, slots=1, busy=1)
+    monkeypatch.setattr(daemon._engine, "loaded", lambda: (loaded,))
+    router = daemon._dispatcher.router
+    monkeypatch.setattr(router, "news", lambda loaded: pytest.fail("a beat is made"))
+    asked = GenerateRequest(held.name, "hello")
+    [score] = daemon._dispatcher.explain(asked).scores
+    assert (score.willing, score.slots, score.in_use) == (True, 1, 1)
+    # Another node's request was taken on: this counts at once.
+    loaded = msgspec.structs.replace(loaded, queued=1)
+    assert router.room(held)[0] == 0
+    with router.sending(here, held, None), router.sending(here, held, None):
+        loaded = msgspec.structs.replace(loaded, busy=0, queued=0)
+        assert router.room(held)[0] == 0, "sent, and not in the engine yet"
+    assert router.room(held)[0] == 2
 
 
 async def test_after_a_recovery_nobody_is_dialled_with_the_old_certificate(

@@ -374,12 +374,18 @@ async def test_layers_go_on_gpus_and_what_is_there_is_told_as_the_driver_says(tm
     memory = 900 * MIB
     async with running_engine(tmp_path / "run", lambda: memory, gpus) as engine:
         await engine.load(spec)
-        (loaded,) = engine.loaded()
+        for _ in range(3):
+            (loaded,) = engine.loaded()
         (pid,) = runner_pids()
         assert argument(pid, "--gpu-layers") == "3"
         assert loaded.size_vram == 333 * MIB
-        assert gpus.asked[-1] == pid
+        assert gpus.asked == [pid], "when it was loaded: who looks asks no driver"
+        gpus.used = 335 * MIB
+        await events_of(engine, spec, GenerateRequest(spec.name, "hi"))
+        assert engine.loaded()[0].size_vram == 335 * MIB
+        await engine.unload(spec.name)
         gpus.used = None  # a driver that does not tell: as planned
+        await engine.load(spec)
         planned = engine.loaded()[0].size_vram
         assert 300 * MIB <= planned < 350 * MIB
         memory = 1500 * MIB

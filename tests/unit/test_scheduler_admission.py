@@ -29,6 +29,7 @@ from ollamad.core.prefix import prompt_of
 from ollamad.core.presence import Beat, Presence, Usage
 from ollamad.core.routing import BEYOND_SLOTS
 from ollamad.core.speeds import Speed, short_digest
+from ollamad.core.state import Model
 from ollamad.core.transcripts import Resume
 from tests.fakes.engines import drain
 from tests.fakes.peer_net import PeerNet
@@ -307,6 +308,42 @@ async def test_room_that_others_gave_back_is_found_in_beats(
     await wait_all_tasks_blocked()
     assert waiting.is_running
     await waiting.end()
+
+
+async def test_with_a_full_queue_the_room_of_each_model_is_looked_at_once(
+    world: World, nursery: trio.Nursery
+) -> None:
+    other = msgspec.structs.replace(world.model, name="other", digest="sha256:other")
+    world.state.models["other"] = other
+    made = await clients(world, nursery, *"a" * (ROOM + 9))
+    control = world.a.dispatcher.admission
+    room, asked = {NAME: 0, "other": 0}, list[str]()
+
+    def look(model: Model) -> tuple[int, int, float]:
+        asked.append(model.name)
+        return room[model.name], 1, 1.0
+
+    before, control._room = control._room, look
+    async with trio.open_nursery() as waiting:
+
+        async def wait() -> None:
+            async with control.admitted(other, Asker("b"), 1.0, 1):
+                await trio.sleep_forever()
+
+        for _ in range(9):
+            waiting.start_soon(wait)
+        await wait_all_tasks_blocked()
+        asked.clear()
+        control.poke()
+        assert sorted(asked) == ["other", NAME]
+        room["other"] = 2
+        control.poke()
+        assert asked[2:].count(NAME) == 1
+        assert control._running["sha256:other"] == 2
+        waiting.cancel_scope.cancel()
+    control._room = before
+    for each in made:
+        await each.end()
 
 
 async def test_where_nobody_could_serve_nobody_waits(world: World) -> None:
