@@ -6,6 +6,7 @@ had of the answer before that died.
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
@@ -49,17 +50,21 @@ TRY_ELSEWHERE = {
 # What a node says again when it is asked again: its context is set smaller, or it cannot decode.
 # A prompt that is too long is tried elsewhere once something was answered: some node took it.
 UNFIT = {"PROMPT_TOO_LONG", "ENGINE_ERROR"}
-# Of TRY_ELSEWHERE, what may be over in a moment: a runner starts anew, a link is dialled again.
-PASSING = {"RUNNER_DIED", "NODE_LOST"}
+# Of TRY_ELSEWHERE, what may be over in a moment: a runner starts anew, a link is dialled again, a
+# daemon that was killed or stopped restarts.
+PASSING = {"RUNNER_DIED", "NODE_LOST", "STOPPED"}
 ENTRY_LOST = "ENTRY_LOST"  # the node that the client talked to; who served lives
-# An answer that finds no node to go on waits so long for one: a daemon restarts in a second or
-# two, a node that was only cut off is back after its links are dialled again.
+# What has lost its node and finds no other waits so long for one, before the first token as in the
+# middle: a daemon restarts in a second or two, a node that was only cut off is back after its links
+# are dialled again.
 WAIT_FOR_NODE_S = 10.0
 WAIT_STEP_S = 0.25
 # Of nodes in a row that added nothing: then it may be the request. Each runner that it kills takes
 # the answers of others along, so however many nodes there are, no more are given it.
 MAX_BARREN_FAILURES = 3
 MAY_BE_THE_REQUEST = {"RUNNER_DIED"} | UNFIT
+# Times that nodes are lost once more with the same request before it begins: it may be that, too.
+MAX_LOST_AGAIN = 2
 
 
 class Sending(Protocol):
@@ -99,23 +104,23 @@ class Attempts:
         self._prompt = prompt
         self._tried = dict[NodeId, None]()
         self._without = list[NodeId]()
-        self._passing = set[NodeId]()  # of those, the ones that may do better in a moment
-        self._losses = 0
+        self._passing = set[NodeId]()  # those that may do better in a moment
+        self._give_up_at = -math.inf
+        self._lost_again = 0
         self._barren = 0
         self._failure: Failed | None = None
 
     async def next(self) -> tuple[NodeId, Choice]:
-        """The next one; when nobody else is left, one that was lost a moment ago once more.
+        """The next one; when nobody else is left, one that was lost, as soon as it is back.
 
         Raises:
-          InferenceError: nobody is left.
+          InferenceError: nobody is left, or comes back in time.
         """
         while (found := self._nodes.pick(self._model, self._prompt, self._without)) is None:
-            if not self._passing or self._losses >= MAX_BARREN_FAILURES:
+            if not self._may_come_back() or trio.current_time() >= self._give_up_at:
                 raise InferenceError(nobody(self._model, self._failure, list(self._tried)))
             await trio.sleep(WAIT_STEP_S)
             self._without = [node for node in self._without if node not in self._passing]
-            self._passing.clear()
         return found
 
     def failed(self, node_id: NodeId, failure: Failed) -> None:
@@ -126,18 +131,31 @@ class Attempts:
         """
         if failure.code not in self._elsewhere:
             raise InferenceError(failure)
-        self._failure = failure
-        self._tried[node_id] = None
         self._without.append(node_id)
+        if failure.code == "NOT_HERE" and node_id in self._passing:
+            return  # it is back, and has not read its log to the end yet
+        self._failure = failure
+        was_tried = node_id in self._tried
+        self._tried[node_id] = None
         # A runner that crashes again and again says when it is started again.
-        if "retry_after" in failure.details:
-            return
-        if failure.code in PASSING:
+        is_put_off = "retry_after" in failure.details
+        if failure.code in PASSING and not is_put_off:
             self._passing.add(node_id)
-            self._losses += 1
-        self._barren += failure.code in MAY_BE_THE_REQUEST
+            self._lost_again += was_tried
+        else:
+            self._passing.discard(node_id)
+        # Who is refused by another node is told so soon, after one more look at those lost.
+        only_lost = self._passing.issuperset(self._without)
+        self._give_up_at = trio.current_time() + (WAIT_FOR_NODE_S if only_lost else WAIT_STEP_S)
+        self._barren += failure.code in MAY_BE_THE_REQUEST and not is_put_off
         if self._barren >= MAX_BARREN_FAILURES:
             raise InferenceError(nobody(self._model, given_up(failure), list(self._tried)))
+
+    def _may_come_back(self) -> bool:
+        """Whether a node that was lost still holds the model, and the request may not be why."""
+        newest = newest_of(self._nodes, self._model)
+        has_left = newest is None or self._passing.isdisjoint(newest.confirmed)
+        return not has_left and self._lost_again < MAX_LOST_AGAIN
 
 
 class Relay:
@@ -372,8 +390,8 @@ class Relay:
 
     def _is_the_same_model(self) -> bool:
         """Look the model up again (its holders may have changed); false: deleted or replaced."""
-        model = self._nodes.find_model(self._model.name)
-        if model is None or model.digest != self._model.digest:
+        model = newest_of(self._nodes, self._model)
+        if model is None:
             return False
         self._model = model
         return True
@@ -394,6 +412,12 @@ class Relay:
             mode,
             silence_ms,
         )
+
+
+def newest_of(nodes: Nodes, model: Model) -> Model | None:
+    """The same model as the cluster knows it now; None if it was deleted or replaced."""
+    newest = nodes.find_model(model.name)
+    return newest if newest is not None and newest.digest == model.digest else None
 
 
 def given_up(failure: Failed) -> Failed:

@@ -29,7 +29,14 @@ from ollamad.peers.link import Stream
 from ollamad.scheduler import exchange
 from ollamad.scheduler.dispatch import Dispatcher
 from ollamad.scheduler.exchange import EMBED, GENERATE, TRANSCRIPT
-from ollamad.scheduler.relay import PASSING, TRY_ELSEWHERE, Attempts
+from ollamad.scheduler.relay import (
+    MAX_LOST_AGAIN,
+    PASSING,
+    TRY_ELSEWHERE,
+    WAIT_FOR_NODE_S,
+    WAIT_STEP_S,
+    Attempts,
+)
 from ollamad.wire.codec import encode
 from tests.fakes.api_services import member, model
 from tests.fakes.engines import ScriptedEngine, drain, refusal
@@ -211,7 +218,7 @@ async def test_when_all_fail_the_last_reason_and_who_was_tried_are_told(world: W
     assert failure.details["nodes_tried"] == [B, C]
 
 
-async def test_a_node_that_is_down(world: World) -> None:
+async def test_a_node_that_is_down(world: World, autojump_clock: MockClock) -> None:
     world.net.down.add(B)
     assert await world.ask() == (C, DONE)
     world.net.down.add(C)
@@ -233,6 +240,109 @@ async def test_with_nobody_else_the_same_node_is_asked_once_more(
     assert await world.ask() == (B, DONE)
     world.b.engine.refuse_first = refusal(code)
     assert (await world.a.dispatcher.embed(EMBED_ASK))[0] == B
+
+
+class Restarting:
+    """The only holder, B, which dies with the first request and is back after three seconds."""
+
+    def __init__(self, world: World, nursery: trio.Nursery, code: str = "NODE_LOST") -> None:
+        self.world = world
+        self.back_after_s = 3.0
+        world.hold(B)
+        world.b.engine.script_for = self._answer
+        self._code = code
+        self._nursery = nursery
+
+    def _answer(self, request: GenerateRequest) -> list[Any]:
+        if len(self.world.b.engine.requests) > 1:
+            return DONE
+        self._nursery.start_soon(self._restart)
+        return [Failed(self._code, "killed", 503)]
+
+    async def _restart(self) -> None:
+        self.world.presences[B] = self.world.presence(online=False)
+        await trio.sleep(self.back_after_s)
+        members = self.world.state.members
+        self.world.b.state = ClusterState(cluster_id="c1", members=members)
+        self.world.load(B)
+        await trio.sleep(0.7)  # only now it knows its models again
+        self.world.b.state = self.world.state
+
+
+@pytest.mark.parametrize("code", ["NODE_LOST", "STOPPED"])
+async def test_an_only_holder_that_restarts_is_waited_for(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock, code: str
+) -> None:
+    Restarting(world, nursery, code)
+    begun = trio.current_time()
+    assert await world.ask() == (B, DONE)
+    assert trio.current_time() - begun == pytest.approx(3.85, abs=WAIT_STEP_S)
+
+
+async def test_who_waits_for_a_restart_may_go_away(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    Restarting(world, nursery)
+    begun = trio.current_time()
+    with trio.move_on_after(1):
+        await world.ask()
+    assert trio.current_time() - begun == 1
+    assert world.a.dispatcher.outstanding() == 0
+
+
+async def test_a_restart_that_takes_too_long_is_told(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    restarting = Restarting(world, nursery)
+    restarting.back_after_s = 60.0
+    begun = trio.current_time()
+    failure = await world.fails()
+    assert (failure.code, failure.details["nodes_tried"]) == ("NODE_LOST", [B])
+    assert trio.current_time() - begun == pytest.approx(WAIT_FOR_NODE_S, abs=WAIT_STEP_S)
+    world.b.engine.requests.clear()
+    world.load(B)
+    begun = trio.current_time()
+    with pytest.raises(InferenceError) as caught:
+        async with world.a.dispatcher.generate(ASK, Asker(deadline_s=4.0)):
+            pytest.fail("it has not begun")
+    assert caught.value.failure.code == "DEADLINE_PASSED"
+    assert trio.current_time() - begun == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("end", ["deleted", "replaced", "taken out", "refused elsewhere"])
+async def test_a_restart_is_not_waited_for_in_vain(
+    world: World, nursery: trio.Nursery, autojump_clock: MockClock, end: str
+) -> None:
+    Restarting(world, nursery)
+    models = world.state.models
+    if end == "refused elsewhere":
+        world.hold(B, C)
+        world.c.engine.refuse = refusal("INSUFFICIENT_MEMORY")
+
+    async def change() -> None:
+        await trio.sleep(1)
+        if end == "deleted":
+            del models[NAME]
+        elif end == "replaced":
+            models[NAME] = msgspec.structs.replace(world.model, digest="sha256:new")
+        else:
+            world.hold()
+
+    begun = trio.current_time()
+    if end != "refused elsewhere":
+        nursery.start_soon(change)
+    failure = await world.fails()
+    assert failure.code == ("INSUFFICIENT_MEMORY" if world.c.engine.refuse else "NODE_LOST")
+    assert trio.current_time() - begun < 1.5
+
+
+async def test_a_request_that_ends_its_node_again_and_again_is_given_up(
+    world: World, autojump_clock: MockClock
+) -> None:
+    world.hold(B)
+    world.b.engine.refuse = refusal("NODE_LOST")
+    assert (await world.fails()).code == "NODE_LOST"
+    assert len(world.b.engine.requests) == 1 + MAX_LOST_AGAIN
 
 
 async def test_a_request_that_kills_every_runner_is_given_up_soon(
@@ -260,7 +370,7 @@ async def test_a_request_that_kills_runners_is_not_given_to_every_holder(
 
     class Nodes:
         def find_model(self, name: str) -> Model | None:
-            raise AssertionError
+            return None  # so that none of them can come back
 
         def pick(
             self, model: Model, prompt: Prompt, without: Sequence[NodeId]
