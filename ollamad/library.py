@@ -166,12 +166,15 @@ class Library:
     ) -> str:
         """Have a model in the cluster, on those nodes or that many; returns a transfer id at once.
 
-        A model that is here already is copied to more nodes; a running transfer is joined.
+        A model that a node can give is copied to more nodes; a running transfer is joined.
+
+        Raises:
+          ServiceError: see `Pulls.begin`, and 503 for copies that have to wait.
         """
         if source is None and is_reference(name):
             source, name = name, _wanted(name).model_name
         model = self._cluster.state.find_model(name)
-        if model is not None and model.confirmed and source is None:
+        if model is not None and source is None and self._online_holder(model) is not None:
             return await self._spread(model, nodes, replicas)
         request = PullRequest(name, source, replicas or 0, tuple(nodes), self._cluster.node_id)
         return (await self._pulls.begin(request)).transfer_id
@@ -522,16 +525,23 @@ class Library:
         model = self._cluster.state.find_model(name)
         if model is None:
             raise ServiceError(404, "MODEL_NOT_FOUND", f"model {name!r} not found", {"model": name})
+        holder = self._online_holder(model)
+        if holder is None:
+            raise ServiceError(
+                503,
+                "NO_REPLICA",
+                f"no node that holds {model.name} is online",
+                {"model": model.name, "holders": list(model.confirmed)},
+            )
+        return holder
+
+    def _online_holder(self, model: Model) -> NodeId | None:
+        """This node if it holds the model, else another one that can be asked for it."""
         holders = sorted(model.confirmed, key=lambda node_id: node_id != self._cluster.node_id)
         for node_id in holders:
             if node_id in self._cluster.state.members and self._cluster.is_online(node_id):
                 return node_id
-        raise ServiceError(
-            503,
-            "NO_REPLICA",
-            f"no node that holds {model.name} is online",
-            {"model": model.name, "holders": list(model.confirmed)},
-        )
+        return None
 
     async def _derive_here(self, request: DeriveRequest) -> str:
         base = self._cluster.state.find_model(request.base)

@@ -124,6 +124,17 @@ async def test_a_running_pull_is_joined_from_anywhere(world: World) -> None:
     assert node.source.fetches == 1
 
 
+async def test_a_model_whose_holders_are_gone_is_pulled_again(world: World) -> None:
+    await world.start(B)
+    await world.pulled(B)
+    await world.nodes[B].stop()
+    node = world.nodes[A]
+    transfer_id = await node.library.download(NAME)
+    await until(world.shared, lambda: node.transfer(transfer_id).status == "completed")
+    assert node.source.fetches == 1
+    assert A in world.confirmed()
+
+
 async def test_a_pull_onto_another_node_runs_there(world: World) -> None:
     await world.start(B)
     transfer_id = await world.nodes[A].library.download(REFERENCE, nodes=[B])
