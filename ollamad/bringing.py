@@ -84,7 +84,7 @@ class Bringer:
         If cancelled, what has come stays for the next time.
 
         Raises:
-          SourceError: it cannot be had; OriginUnreachable if another node may have it.
+          SourceError: it cannot be had; NotFromHere if another node may have it.
           GgufError, StoreError: it is no model, or there is no room for it.
         """
         async with self._source.open(wanted.reference) as origin:
@@ -157,6 +157,7 @@ class _Run:
         blobs = (*layers, config)  # in the order in which Ollama shows them
         self._layers = tuple((blob.digest, blob.size) for blob in blobs)
         self._total = sum(blob.size for blob in blobs)
+        self._tell(0)  # where there is no room, whoever is next has to know how much it takes
         await self._hold.add(*(blob.digest for blob in blobs))
         missing = await self._store.missing_bytes(
             {blob.digest: blob.size for blob in manifest.blobs}
@@ -175,6 +176,7 @@ class _Run:
         self._total = sum(file.size or 0 for file in files)
         if len(files) > 1 and all(file.digest for file in files):
             self._layers = tuple((file.digest, file.size or 0) for file in files)
+        self._tell(0)
         sizes = {_key(file): file.size or 0 for file in files}
         await self._hold.add(*(file.digest for file in files if file.digest))
         with self._store.space.reserve(await self._store.missing_bytes(sizes)):
@@ -194,6 +196,7 @@ class _Run:
             return (await self._origin.unpack(path, self._ingest))[0]
         package = await self._sized(package)
         self._digest, self._total = package.digest, package.size
+        self._tell(0)
         async with self._store.pins.hold(package.digest) as hold:
             # Packed or not, the model takes about as much again.
             sizes = {package.digest: package.size or 0}

@@ -2,14 +2,14 @@
 
 Whoever is asked for a pull has the leader choose, so that a model that many ask for at once
 still crosses the internet once. What other nodes hold comes from them. A node that does not get
-through to the origin, or has no room, hands the pull on; its transfer then shows what the next one
-does. Pulls outlive a restart: what was under way when the daemon ended goes on when it starts
-again, unless somebody has done it or dealt with that name meanwhile.
+through to the origin, may not, or has no room, hands the pull on; its transfer then shows what the
+next one does. Pulls outlive a restart: what was under way when the daemon ended goes on when it
+starts again, unless somebody has done it or dealt with that name meanwhile.
 """
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -30,8 +30,8 @@ from ollamad.nearby import Nearby
 from ollamad.notes import Note
 from ollamad.peers.link import HandlerError, RemoteFailure
 from ollamad.peers.tls import PeerUnreachable
-from ollamad.sources.base import OriginUnreachable, Source, SourceError
-from ollamad.sources.references import Wanted, resolve_source
+from ollamad.sources.base import NotFromHere, Source, SourceError
+from ollamad.sources.references import FILE_SCHEME, Wanted, resolve_source
 from ollamad.store.errors import StoreError, StoreFull
 from ollamad.store.gguf import GgufError
 from ollamad.store.manifests import Descriptor
@@ -46,8 +46,9 @@ BARRIER_S = 3.0  # for a majority to confirm what is known of a name; within PEE
 AGREE_AGAIN_S = 2.0  # while the cluster cannot agree on what has come, or on what goes on
 MIRROR_INTERVAL_S = 0.5  # how often a handed-on pull is looked at
 LOST_AFTER_S = 15.0  # a node that has it and does not answer for so long is lost
-OVERTAKEN = "PULL_OVERTAKEN"
-NOT_TO_BE = ("UNKNOWN_SOURCE", OVERTAKEN)  # why a pull does not go on after a restart, ever
+UNKNOWN, OVERTAKEN, DIFFERS = "UNKNOWN_SOURCE", "PULL_OVERTAKEN", "PULL_DIFFERS"
+# Why a pull does not go on after a restart, ever; and as what a client sees it.
+NOT_TO_BE = {UNKNOWN: 404, OVERTAKEN: 409, DIFFERS: 409}
 
 T = TypeVar("T")
 
@@ -72,13 +73,23 @@ class PullRequest(msgspec.Struct, frozen=True):
         return parse_name(self.name).key
 
     @property
+    def family(self) -> str:
+        """The name without its tag: tags of one model often have the same weights."""
+        return _family(self.key)
+
+    @property
+    def is_handed_on(self) -> bool:
+        """Whether it comes from a node that could not; else from a user, or after a restart."""
+        return bool(self.tried) and self.begun_by in ("", *self.tried)
+
+    @property
     def wanted(self) -> Wanted:
         """Raises ServiceError (404) for what is no source."""
         text = self.source or self.name
         try:
             return resolve_source(text)
         except SourceError as error:
-            raise ServiceError(404, "UNKNOWN_SOURCE", str(error), {"source": text}) from None
+            raise ServiceError(404, UNKNOWN, str(error), {"source": text}) from None
 
 
 class Begun(msgspec.Struct, frozen=True):
@@ -141,7 +152,7 @@ class Pulls(Background):
         self._note = Note(pulls_path, list[PullRequest], [])
         self._here: dict[str, tuple[str, PullRequest]] = {}  # key -> transfer id, request
         self._left: dict[str, PullRequest] = {}  # by key; of the last run, and not yet here again
-        self._choosing: dict[str, trio.Lock] = {}
+        self._choosing: dict[str, trio.Lock] = {}  # by family
         self._unreachable: dict[tuple[NodeId, str], float] = {}  # node and origin -> when
         cluster.mesh.answer("pulls.begin", PullRequest, self._on_begin)
         cluster.mesh.answer("library.pull", PullRequest, self._on_pull)
@@ -157,6 +168,8 @@ class Pulls(Background):
         told = ""
         while True:
             try:
+                # Who has just started has heard of nobody, and would believe that nobody pulls.
+                await self._cluster.read_barrier(BARRIER_S)
                 begun = await self.begin(request)
                 log.info("the pull of %s goes on at %s", request.name, short(begun.node_id))
                 break
@@ -174,8 +187,9 @@ class Pulls(Background):
         """Have a pull run, here or elsewhere; returns at once, with the one that runs already.
 
         Raises:
-          ServiceError: 404 for a source that is not understood, 503 if no node can, 409 for one
-            that was begun before a restart and overtaken by what others did.
+          ServiceError: 404 for a source that is not understood, 503 if no node can, 409 where
+            that name is being pulled otherwise, and for one that was begun before a restart and
+            overtaken by what others did.
         """
         _ = request.wanted  # what is wrong with it is told here
         leader = self._cluster.leader()
@@ -199,28 +213,32 @@ class Pulls(Background):
     # At the node that chooses.
 
     async def _choose(self, request: PullRequest) -> Begun:
-        lock = self._choosing.setdefault(request.key, trio.Lock())
+        lock = self._choosing.setdefault(request.family, trio.Lock())
         try:
             async with lock:
-                if not request.tried:
-                    pulls = await self._pulls_of(request.key)
-                    for pull in pulls:
-                        if pull.status in ("pending", "active"):
-                            return Begun(pull.node_id, pull.id)
+                pulls = [pull for pull in await self._transfers() if pull.type == "download"]
+                if not request.is_handed_on:
+                    same = [pull for pull in pulls if _key(pull) == request.key]
+                    for pull in _running(same):
+                        return await self._join(request, pull)
                     if request.begun_by:
-                        await self._check_wanted(request, pulls)
-                return await self._choose_alone(request)
+                        await self._check_wanted(request, same)
+                return await self._choose_alone(request, _running(pulls))
         finally:
             if not lock.locked():
-                self._choosing.pop(request.key, None)
+                self._choosing.pop(request.family, None)
 
-    async def _pulls_of(self, key: str) -> list[Transfer]:
-        """The active and recent pulls of a name, of all nodes."""
-        return [
-            transfer
-            for transfer in await self._transfers()
-            if transfer.type == "download" and parse_name(transfer.model_name).key == key
-        ]
+    async def _join(self, request: PullRequest, pull: Transfer) -> Begun:
+        """Take a pull that runs for what was asked for.
+
+        Raises:
+          ServiceError: 409 if it is not.
+        """
+        if request.begun_by or not (request.nodes or request.replicas or request.source):
+            return Begun(pull.node_id, pull.id)  # whatever comes will do
+        with suppress(PeerUnreachable, trio.TooSlowError):
+            return await self._begin_at(pull.node_id, request)
+        return Begun(pull.node_id, pull.id)
 
     async def _check_wanted(self, request: PullRequest, pulls: Sequence[Transfer]) -> None:
         """Whether a pull that was begun before a restart is wanted still.
@@ -246,9 +264,9 @@ class Pulls(Background):
         model = self._cluster.state.find_model(name)
         return "" if model is None else model.digest
 
-    async def _choose_alone(self, request: PullRequest) -> Begun:
+    async def _choose_alone(self, request: PullRequest, running: Sequence[Transfer]) -> Begun:
         origin = _origin(request.wanted)
-        if request.tried:
+        if request.is_handed_on:
             now = trio.current_time()
             late = [key for key, at in self._unreachable.items() if now - at >= UNREACHABLE_S]
             for key in late:
@@ -256,35 +274,57 @@ class Pulls(Background):
             self._unreachable[request.tried[-1], origin] = now
         failed: list[NodeId] = []
         while True:
-            nodes = self._rank(request, origin, {*request.tried, *failed})
+            nodes = self._rank(request, origin, {*request.tried, *failed}, running)
             if not nodes:
-                raise ServiceError(503, "NO_NODE", "no node that is online can pull this model")
-            if nodes[0] == self._cluster.node_id:
-                return Begun(nodes[0], self._start(request))
+                raise ServiceError(
+                    503,
+                    "NO_NODE",
+                    "no node is left that is online, does not drain, and could pull this model; "
+                    "see ollama-dist nodes list, and pull again",
+                )
             try:
-                transfer_id = await self._call(nodes[0], "library.pull", request, str)
-                return Begun(nodes[0], transfer_id)
+                return await self._begin_at(nodes[0], request)
             except (PeerUnreachable, trio.TooSlowError):
                 failed.append(nodes[0])
 
-    def _rank(self, request: PullRequest, origin: str, tried: Collection[NodeId]) -> list[NodeId]:
+    async def _begin_at(self, node_id: NodeId, request: PullRequest) -> Begun:
+        """Have that node pull. Raises PeerUnreachable, TooSlowError."""
+        if node_id == self._cluster.node_id:
+            return Begun(node_id, self._start(request))
+        return Begun(node_id, await self._call(node_id, "library.pull", request, str))
+
+    def _rank(
+        self,
+        request: PullRequest,
+        origin: str,
+        tried: Collection[NodeId],
+        running: Iterable[Transfer],
+    ) -> list[NodeId]:
         """The nodes that may pull, best first."""
-        candidates = self._candidates(request, origin)
+        candidates = self._candidates(request, origin, running)
+        model = self._cluster.state.find_model(request.name)
+        # Until somebody knows, the next version is taken to be as large as this one.
+        size = request.size or (0 if model is None else model.size)
         # Who has begun has a part of it. Those who should have it come next; where they cannot get
         # it, others can, and pass it on.
         begun = [(request.begun_by,)] if request.begun_by else []
-        for asked in (*begun, request.nodes, ()):
-            nodes = rank(
-                candidates, size=request.size, asked=asked, tried=tried, here=request.asked
-            )
+        wished: list[tuple[NodeId, ...]] = [*begun, request.nodes, ()]
+        if request.wanted.reference.startswith(FILE_SCHEME) and request.asked:
+            # What others have at that place is another file, or none.
+            wished = [*begun, request.nodes or (request.asked,)]
+        for asked in wished:
+            nodes = rank(candidates, size=size, asked=asked, tried=tried, here=request.asked)
             if nodes:
                 return nodes
         return []
 
-    def _candidates(self, request: PullRequest, origin: str) -> list[Candidate]:
+    def _candidates(
+        self, request: PullRequest, origin: str, running: Iterable[Transfer]
+    ) -> list[Candidate]:
         now = trio.current_time()
         model = self._cluster.state.find_model(request.name)
         holders = () if model is None else model.confirmed
+        near = {pull.node_id for pull in running if _family(_key(pull)) == request.family}
         found = []
         for member in self._cluster.state.members.values():
             presence = self._cluster.presence(member.id)
@@ -300,6 +340,7 @@ class Pulls(Background):
                     presence.beat.active_requests,
                     None if since is None else now - since,
                     member.id in holders,
+                    member.id in near,
                 )
             )
         return found
@@ -309,14 +350,16 @@ class Pulls(Background):
             with trio.fail_after(PEER_TIMEOUT_S):
                 return await self._cluster.mesh.call(node_id, method, request, kind)
         except RemoteFailure as error:
-            status = 404 if error.code == "UNKNOWN_SOURCE" else 503
-            raise ServiceError(status, error.code, error.message) from None
+            raise ServiceError(NOT_TO_BE.get(error.code, 503), error.code, error.message) from None
 
     # At the node that pulls.
 
     def _start(self, request: PullRequest) -> str:
         if request.key in self._here:
-            return self._here[request.key][0]
+            transfer_id, running = self._here[request.key]
+            if not request.begun_by:
+                _check_covered(request, running)
+            return transfer_id
         if self._nursery is None:
             raise ServiceError(503, "STARTING", "this node is starting; try again", {})
         wanted = request.wanted
@@ -355,7 +398,7 @@ class Pulls(Background):
                 self._table.update(transfer_id, bytes_done=0, peer_id=_shown(wanted.reference))
                 try:
                     warning = await self._bring(request, wanted, report)
-                except (OriginUnreachable, StoreFull) as error:
+                except (NotFromHere, StoreFull) as error:
                     request = msgspec.structs.replace(request, size=total)
                     warning = await self._hand_on(request, transfer_id, error)
                 self._table.complete(transfer_id, warning)
@@ -419,13 +462,34 @@ class Pulls(Background):
         me = self._cluster.node_id
         request = msgspec.structs.replace(request, tried=(*request.tried, me))
         log.warning("%s cannot be pulled by this node: %s", request.name, error)
-        try:
-            begun = await self.begin(request)
-        except ServiceError as other:
-            if other.code == "NO_NODE":
-                raise error from None
-            raise
-        log.info("node %s pulls %s instead", short(begun.node_id), request.name)
+        lost: list[NodeId] = []
+        while True:
+            try:
+                begun = await self.begin(request)
+            except ServiceError as other:
+                if other.code != "NO_NODE":
+                    raise
+                if not lost:
+                    raise error from None
+                raise _lost(error, lost[-1]) from None
+            log.info("node %s pulls %s instead", short(begun.node_id), request.name)
+            transfer = await self._mirror(begun, transfer_id)
+            if transfer is None:
+                if begun.node_id in lost:  # and was back meanwhile: once is enough
+                    raise _lost(error, begun.node_id)
+                lost.append(begun.node_id)
+                # If it is back, it leaves its pull to this one, and has a part of it.
+                request = msgspec.structs.replace(request, asked=begun.node_id)
+            elif transfer.status == "completed":
+                return transfer.warning
+            else:
+                why = transfer.error or "it was cancelled there"
+                if why == str(error):  # for everybody, so nobody needs to be named
+                    raise error
+                raise SourceError(f"{error}; node {short(begun.node_id)}: {why}")
+
+    async def _mirror(self, begun: Begun, transfer_id: str) -> Transfer | None:
+        """Show another node's pull as this one's until it has ended; None if its node is lost."""
         heard = trio.current_time()
         try:
             while True:
@@ -433,10 +497,7 @@ class Pulls(Background):
                 now = trio.current_time()
                 if transfer is None:
                     if now - heard > LOST_AFTER_S:
-                        raise SourceError(
-                            f"{error}; node {short(begun.node_id)}, which pulled it instead, is "
-                            "lost. Pull again: what has come is kept"
-                        )
+                        return None
                 else:
                     heard = now
                     self._table.update(
@@ -446,11 +507,8 @@ class Pulls(Background):
                         digest=transfer.digest,
                         layers=transfer.layers,
                     )
-                    if transfer.status == "completed":
-                        return transfer.warning
-                    if transfer.status in ("failed", "cancelled"):
-                        why = transfer.error or "it was cancelled there"
-                        raise SourceError(f"node {short(begun.node_id)}: {why}; here: {error}")
+                    if transfer.finished_at is not None:
+                        return transfer
                 await trio.sleep(MIRROR_INTERVAL_S)
         except trio.Cancelled:
             with trio.move_on_after(PEER_TIMEOUT_S, shield=True), suppress(ServiceError):
@@ -474,6 +532,47 @@ class Pulls(Background):
             return self._start(request)
         except ServiceError as error:
             raise HandlerError(error.code, error.message) from None
+
+
+def _family(key: str) -> str:
+    return key.rpartition(":")[0]
+
+
+def _key(pull: Transfer) -> str:
+    return parse_name(pull.model_name).key
+
+
+def _running(pulls: Iterable[Transfer]) -> list[Transfer]:
+    return [pull for pull in pulls if pull.status in ("pending", "active")]
+
+
+def _check_covered(request: PullRequest, running: PullRequest) -> None:
+    """Whether a pull that runs does what is asked for now as well.
+
+    Raises:
+      ServiceError: 409 if it does not: what it would leave out is not to be lost in silence.
+    """
+    if request.source is not None and request.wanted.reference != running.wanted.reference:
+        other = f"from {_shown(running.wanted.reference)}"
+    elif not set(request.nodes) <= set(running.nodes):
+        other = "for other nodes"
+    elif request.replicas > 0 and request.replicas != running.replicas:
+        other = "with another number of copies"
+    else:
+        return
+    raise ServiceError(
+        409,
+        DIFFERS,
+        f"{request.name} is being pulled already, {other}; ask again when it is here, or cancel "
+        "that pull first (ollama-dist transfers list shows it)",
+    )
+
+
+def _lost(error: SourceError | StoreError, node_id: NodeId) -> SourceError:
+    return SourceError(
+        f"{error}; node {short(node_id)}, which pulled it instead, is lost. Pull again: what has "
+        "come is kept"
+    )
 
 
 def _origin(wanted: Wanted) -> str:

@@ -2,8 +2,9 @@
 
 One node talks to the origin, and the others get the model from it. It should have room, be able
 to get through to the origin, and have little else to do, since hashing and writing take time
-from its answers. Who has the model of that name lacks least of its next version. Who turns out
-not to get through hands the pull to the next one.
+from its answers. Who has the model of that name lacks least of its next version, and who is
+pulling another tag of it may be getting the same weights. Who turns out not to get through, not to
+be let in, or to have no room hands the pull to the next one.
 """
 
 from collections.abc import Collection, Iterable
@@ -27,6 +28,7 @@ class Candidate:
     active_requests: int
     unreachable_for_s: float | None = None  # since it last failed to reach that origin
     holds: bool = False  # the model of that name, as it is now
+    pulls_kin: bool = False  # another tag of it, which comes once for both where it is the same
 
 
 def rank(
@@ -40,7 +42,7 @@ def rank(
     """The nodes that may pull, best first.
 
     Args:
-      size: bytes of the model; 0 if it is not known yet.
+      size: bytes of the model; 0 if it is not known yet: then whoever is first finds it out.
       asked: if not empty, nobody else.
       tried: those who have failed already.
       here: the node that the user asked, which is taken among equals.
@@ -55,7 +57,7 @@ def rank(
 
 def _cost(
     each: Candidate, size: int, here: NodeId | None
-) -> tuple[bool, bool, int, bool, bool, int, str]:
+) -> tuple[bool, bool, bool, int, bool, bool, int, str]:
     since = each.unreachable_for_s
     is_cut_off = since is not None and since < UNREACHABLE_S
     is_tight = each.disk_free - size < KEEP_FREE_BYTES
@@ -64,6 +66,7 @@ def _cost(
     return (
         is_cut_off,
         is_tight,
+        not each.pulls_kin,
         load,
         not each.holds,
         not is_here,

@@ -23,12 +23,20 @@ class SourceError(Exception):
     """A model cannot be had from where it was looked for; the message says what to do."""
 
 
-class OriginUnreachable(SourceError):
-    """This node does not get through to the origin. Another one of the cluster may."""
+class NotFromHere(SourceError):
+    """This node cannot have it. Another one of the cluster may, with its own line and settings."""
 
 
-class OriginRefused(SourceError):
+class OriginUnreachable(NotFromHere):
+    """This node does not get through to the origin."""
+
+
+class OriginRefused(NotFromHere):
     """The rules of this node (`policy.py`) forbid to ask there; the message names the setting."""
+
+
+class AccessRefused(NotFromHere):
+    """The origin wants to know who asks, and this node has no login or token that will do."""
 
 
 class NotFound(SourceError):

@@ -21,7 +21,13 @@ import httpx
 import trio
 
 from ollamad import __version__
-from ollamad.sources.base import NotFound, OriginRefused, OriginUnreachable, SourceError
+from ollamad.sources.base import (
+    AccessRefused,
+    NotFound,
+    OriginRefused,
+    OriginUnreachable,
+    SourceError,
+)
 from ollamad.sources.policy import HostList, Origin, Policy, origin_of
 
 CONNECT_S: Final = 10.0  # people are watching
@@ -164,7 +170,9 @@ class OriginClient:
             finally:
                 with trio.move_on_after(1.0, shield=True):
                     await response.aclose()
-        raise SourceError(f"{shown(url)} redirects again and again")
+        raise SourceError(
+            f"{shown(url)} redirects again and again; use the address that the file itself has"
+        )
 
     async def document(
         self,
@@ -205,7 +213,8 @@ class OriginClient:
                         content += data
                         if len(content) > limit:
                             raise SourceError(
-                                f"the answer of {shown(url)} has more than {limit:,} bytes"
+                                f"the answer of {shown(url)} has more than {limit:,} bytes, "
+                                "which is no list and no manifest; check the address"
                             )
                 return Document(bytes(content), response.headers, str(response.url))
         except (httpx.HTTPError, httpx.InvalidURL, TryAgain) as error:
@@ -252,7 +261,10 @@ class OriginClient:
             if self._ca_file:
                 context.load_verify_locations(self._ca_file)
         except (OSError, ssl.SSLError) as error:
-            raise SourceError(f"the CAs in {self._ca_file} cannot be used: {error}") from error
+            raise SourceError(
+                f"the CAs in {self._ca_file or 'SSL_CERT_FILE'} cannot be used: {error}; check "
+                "sources.ca_file and SSL_CERT_FILE"
+            ) from error
         return context
 
 
@@ -347,7 +359,10 @@ def join(url: str, reference: str) -> str:
     try:
         return urllib.parse.urljoin(url, reference)
     except ValueError:
-        raise OriginRefused(f"{shown(url)} leads to something that is no URL") from None
+        raise OriginRefused(
+            f"{shown(url)} leads to something that is no URL; use the address that the file "
+            "itself has"
+        ) from None
 
 
 def shown(url: str) -> str:
@@ -375,22 +390,22 @@ def check_status(response: httpx.Response) -> None:
     """Raise what a status means.
 
     Raises:
-      NotFound, SourceError: it will not change. TryAgain: it may.
+      NotFound, AccessRefused, SourceError: it will not change. TryAgain: it may.
     """
     status = response.status_code
     if 200 <= status < 300:
         return
     url = shown(str(response.url))
     if status in (404, 410):
-        raise NotFound(f"there is no {url} (HTTP {status})")
+        raise NotFound(f"there is no {url} (HTTP {status}); check the address")
     if status in RETRIED_STATUSES:
         raise TryAgain(f"HTTP {status}", retry_after(response))
     if status in (401, 403, 407):
-        raise SourceError(
+        raise AccessRefused(
             f"{url} refuses access (HTTP {status}); sign in there first: docs/sources.md says "
             "where credentials come from"
         )
-    raise SourceError(f"{url} answered HTTP {status}")
+    raise SourceError(f"{url} answered HTTP {status}; check the address, or try again later")
 
 
 def number(text: str) -> int | None:

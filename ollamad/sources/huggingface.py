@@ -14,7 +14,14 @@ from typing import Final
 import msgspec
 
 from ollamad.core.names import DEFAULT_TAG, ModelName
-from ollamad.sources.base import NotFound, Offer, OriginRefused, RemoteFile, SourceError
+from ollamad.sources.base import (
+    AccessRefused,
+    NotFound,
+    Offer,
+    OriginRefused,
+    RemoteFile,
+    SourceError,
+)
 from ollamad.sources.client import OriginClient, join, shown
 from ollamad.sources.policy import origin_of
 
@@ -88,9 +95,9 @@ class HuggingFace:
                 answer = await self._client.document(url, credentials=self.credentials)
                 entries += msgspec.json.decode(answer.content, type=list[_Entry])
             except NotFound:
-                raise NotFound(
+                raise AccessRefused(
                     f"{self._endpoint} has no repository {repository}, or it is private: then "
-                    "set HF_TOKEN"
+                    "set HF_TOKEN to a token that may read it"
                 ) from None
             except msgspec.DecodeError as error:
                 raise SourceError(
@@ -102,7 +109,9 @@ class HuggingFace:
                 break
             url = join(url, more[1])
             if origin_of(url) != origin_of(self._endpoint):  # the token is for nobody else
-                raise OriginRefused(f"{self._endpoint} continues its list at {shown(url)}")
+                raise OriginRefused(
+                    f"{self._endpoint} continues its list at {shown(url)}; check HF_ENDPOINT"
+                )
         return entries
 
     def _file(self, repository: str, entry: _Entry) -> RemoteFile:
@@ -128,7 +137,7 @@ def choose(models: Sequence[_Entry], quant: str, repository: str) -> _Entry:
         found = [e for e in models if _matches(e, quant)]
         if not found:
             there = ", ".join(sorted({_quant_of(e.path) for e in models}))
-            raise SourceError(f"{repository} has no file for {quant}; there are: {there}")
+            raise SourceError(f"{repository} has no file for {quant}; choose one of: {there}")
     else:
         whole = [e for e in models if not _SHARD.search(e.path)]
         found = [_first_of(whole or models, PREFERRED)]

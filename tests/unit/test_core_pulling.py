@@ -28,6 +28,8 @@ def node(name: str, **changes: object) -> Candidate:
         ([node("b", holds=True)], "ba"),  # most of it is there
         ([node("b", holds=True, active_requests=1)], "ab"),
         ([node("0", active_requests=1)], "a0"),
+        ([node("0", active_requests=1, pulls_kin=True)], "0a"),  # the same weights, perhaps
+        ([node("0", disk_free=GB, pulls_kin=True)], "a0"),
         ([node("0", cpu=0.9)], "a0"),
         ([node("0", usable=False)], "a"),
         ([node("0", disk_free=GB)], "a0"),

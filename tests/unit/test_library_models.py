@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -122,6 +123,24 @@ async def test_a_running_pull_is_joined_from_anywhere(world: World) -> None:
     node.source.gate.set()
     await until(world.shared, lambda: A in world.confirmed())
     assert node.source.fetches == 1
+
+
+@pytest.mark.parametrize("asked", [A, B])
+async def test_a_running_pull_is_not_taken_for_what_it_is_not(world: World, asked: NodeId) -> None:
+    await world.start(B)
+    node, library = world.nodes[A], world.nodes[asked].library
+    node.source.gate = trio.Event()
+    first = await node.library.download("tiny", source=REFERENCE, nodes=[A], replicas=2)
+    others: list[dict[str, Any]] = [{"nodes": [B]}, {"replicas": 3}, {"source": "pypi:another"}]
+    for wish in others:
+        with pytest.raises(ServiceError, match="ask again when it is here") as caught:
+            await library.download("tiny", **wish)
+        assert (caught.value.status, caught.value.code) == (409, "PULL_DIFFERS")
+    same: list[dict[str, Any]] = [{}, {"nodes": [A]}, {"replicas": 2}, {"source": REFERENCE}]
+    for wish in same:
+        assert await library.download("tiny", **wish) == first
+    node.source.gate.set()
+    await until(world.shared, lambda: A in world.confirmed())
 
 
 async def test_a_model_whose_holders_are_gone_is_pulled_again(world: World) -> None:

@@ -4,8 +4,9 @@ import errno
 import hashlib
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import trio
@@ -17,10 +18,11 @@ from ollamad.bringing import Bringer, NearbyFailed, Step
 from ollamad.core.commands import AskReplicas, SetDesired
 from ollamad.core.ids import NodeId
 from ollamad.core.pieces import MIB, PieceHasher
+from ollamad.core.placement import KEEP_FREE_BYTES
 from ollamad.core.state import Model
 from ollamad.scrubbing import Scrubbing
 from ollamad.share import Share
-from ollamad.sources.base import OriginUnreachable
+from ollamad.sources.base import AccessRefused, OriginRefused, OriginUnreachable, SourceError
 from ollamad.sources.references import resolve_source
 from ollamad.store import manifests, scrub
 from ollamad.store.errors import StoreFull
@@ -208,12 +210,22 @@ async def test_a_pull_goes_on_after_a_restart(
 
 
 @pytest.mark.parametrize("meanwhile", ["running", "published", "deleted"])
-async def test_a_pull_that_was_overtaken_does_not_go_on(world: World, meanwhile: str) -> None:
-    a, b = world.nodes[A], world.nodes[B]
+@pytest.mark.parametrize("handed_on", [False, True])
+async def test_a_pull_that_was_overtaken_does_not_go_on(
+    world: World, handed_on: bool, meanwhile: str
+) -> None:
+    a, b, c = world.nodes[A], world.nodes[B], world.nodes[C]
     a.source.gate = trio.Event()
-    await a.library.download(REFERENCE, nodes=[A])
+    if handed_on:
+        await world.start(C)
+        c.source.failure = OriginUnreachable("no route")
+        await c.library.download(REFERENCE, nodes=[C])
+    else:
+        await a.library.download(REFERENCE, nodes=[A])
     await until(world.shared, lambda: a.source.fetches == 1)
     await a.stop()
+    if handed_on:
+        await c.stop()
     b.source.gate = trio.Event()
     transfer_id = await b.library.download(REFERENCE, nodes=[B])
     await until(world.shared, lambda: b.source.fetches == 1)
@@ -224,6 +236,7 @@ async def test_a_pull_that_was_overtaken_does_not_go_on(world: World, meanwhile:
         await b.library.delete(NAME)
     a.source.gate = None
     a.store = ModelStore(a.store.root, keep_free_bytes=0)
+    world.shared.deaf.add(A)
     await world.start(A)
     await until(world.shared, lambda: (a.root / "pulls").read_bytes() == b"\x90")  # none left
     b.source.gate.set()
@@ -269,16 +282,21 @@ async def test_what_comes_from_nearby_is_told(tmp_path: Path, fails: bool) -> No
         bringer = Bringer(store, source, fetch)
         wanted = resolve_source(REFERENCE)
         await bringer.bring(wanted, "mine", hold, steps.append, lambda files: None)
-    assert (steps[0].done, steps[0].received) == (MIB, 2 * MIB)
+    # How large it is comes first: without room here, somebody else is to be found for it.
+    assert (steps[0].done, steps[0].received, steps[0].total) == (0, 0, len(LARGE))
+    assert (steps[1].done, steps[1].received) == (MIB, 2 * MIB)
     assert steps[-1].done == len(LARGE)
     assert (steps[-1].received > 2 * MIB) == fails
     received = [step.received for step in steps]
     assert received == sorted(received)
 
 
-async def test_who_does_not_get_through_hands_the_pull_on(world: World) -> None:
+@pytest.mark.parametrize("kind", [OriginUnreachable, OriginRefused, AccessRefused])
+async def test_who_does_not_get_through_hands_the_pull_on(
+    world: World, kind: type[SourceError]
+) -> None:
     a, b = world.nodes[A], world.nodes[B]
-    a.source.failure = OriginUnreachable("no route")
+    a.source.failure = kind("not from here")
     transfer_id = await a.library.download(REFERENCE)
     await until(world.shared, lambda: a.transfer(transfer_id).status == "completed")
     assert B in world.confirmed()
@@ -299,6 +317,87 @@ async def test_nobody_gets_through(world: World) -> None:
     error = a.transfer(transfer_id).error
     assert "no route from A" in error
     assert "no route from B" in error
+    # What is the same for all is said once.
+    for node_id in (A, B):
+        world.nodes[node_id].source.failure = AccessRefused("sign in first")
+    transfer_id = await a.library.download(REFERENCE)
+    await until(world.shared, lambda: a.transfer(transfer_id).status == "failed")
+    assert a.transfer(transfer_id).error == "sign in first"
+
+
+@pytest.mark.parametrize("back", [False, True])
+async def test_whose_node_is_lost_finds_another_one(
+    world: World, monkeypatch: pytest.MonkeyPatch, back: bool
+) -> None:
+    """Also where the lost one is back, which leaves its pull to the one that waits for it."""
+    await world.start(C)
+    a, b, c = world.nodes[A], world.nodes[B], world.nodes[C]
+    a.source.failure = OriginUnreachable("no route")
+    b.source.gate = trio.Event()
+    transfer_id = await a.library.download(REFERENCE)
+    await until(world.shared, lambda: b.source.fetches == 1)
+    await b.stop()
+    if back:
+        b.source.gate = None
+        b.store = ModelStore(b.store.root, keep_free_bytes=0)
+        await world.start(B)
+        b.cluster.disk_free -= 1  # to be the second choice, but that it has a part
+        b.cluster.beat()
+        await until(world.shared, lambda: (b.root / "pulls").read_bytes() == b"\x90")
+    assert a.transfer(transfer_id).status == "active"
+    monkeypatch.setattr(pulls, "LOST_AFTER_S", 0.0)
+    await until(world.shared, lambda: a.transfer(transfer_id).status == "completed")
+    assert (b.source.fetches, c.source.fetches) == ((2, 0) if back else (1, 1))
+
+
+async def test_a_file_is_looked_for_on_the_node_that_was_asked_and_on_no_other(
+    world: World,
+) -> None:
+    a, b = world.nodes[A], world.nodes[B]
+    a.cluster.beat(active_requests=9)
+    transfer_id = await a.library.download("mine", source="/srv/x.gguf")
+    await until(world.shared, lambda: a.transfer(transfer_id).status == "completed")
+    assert (a.source.fetches, b.source.fetches) == (1, 0)
+    a.source.failure = OriginRefused("name it in sources.local_files")
+    transfer_id = await a.library.download("other", source="/srv/y.gguf")
+    await until(world.shared, lambda: a.transfer(transfer_id).status == "failed")
+    assert a.transfer(transfer_id).error == "name it in sources.local_files"
+    assert b.source.fetches == 0
+
+
+async def test_without_room_it_goes_to_a_node_that_has_room_for_its_size(world: World) -> None:
+    await world.start(C)
+    a, b, c = world.nodes[A], world.nodes[B], world.nodes[C]
+
+    def full(sizes: object) -> NoReturn:
+        raise StoreFull(len(LARGE), 10)
+
+    a.store.space.reserve = full  # type: ignore[method-assign, assignment]
+    b.cluster.disk_free = KEEP_FREE_BYTES + len(LARGE) - 1
+    b.cluster.beat()
+    c.cluster.beat(active_requests=1)  # else it would be the next one anyway
+    transfer_id = await a.library.download(REFERENCE)
+    await until(world.shared, lambda: a.transfer(transfer_id).status == "completed")
+    assert (b.source.fetches, c.source.fetches) == (0, 1)
+    # Of the next version so much is taken for granted at once.
+    await b.library.download(NAME, source=REFERENCE)
+    await until(world.shared, lambda: c.source.fetches == 2)
+    assert b.source.fetches == 0
+
+
+async def test_two_tags_that_are_pulled_at_once_come_once(world: World) -> None:
+    a, b = world.nodes[A], world.nodes[B]
+    gate = trio.Event()
+    for node in (a, b):
+        node.source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}"
+        node.source.gate = gate
+    async with trio.open_nursery() as nursery:
+        for node, tag in ((a, "small"), (b, "latest")):
+            download = partial(node.library.download, f"tiny:{tag}", source=REFERENCE)
+            nursery.start_soon(download)
+    gate.set()
+    await until(world.shared, lambda: {"tiny:small", "tiny:latest"} <= world.models.keys())
+    assert a.source.fetches + b.source.fetches == 1
 
 
 # Following.

@@ -14,7 +14,7 @@ import trio
 from ollamad.bringing import Bringer, Step
 from ollamad.core.pieces import MIB
 from ollamad.sources import pypi, ranges
-from ollamad.sources.base import Offer, OriginRefused, OriginUnreachable, SourceError
+from ollamad.sources.base import NotFromHere, Offer, OriginRefused, OriginUnreachable, SourceError
 from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.pipconfig import PipConfig
 from ollamad.sources.policy import Policy, origin_of, parse_hosts
@@ -410,7 +410,7 @@ async def test_credentials_of_the_index_go_to_its_files_and_are_never_shown(
 ) -> None:
     index.credentials = ("me", "s3cret@")
     index.add("tiny", "1.0", WHEEL)
-    with pytest.raises(SourceError, match="sign in there"):
+    with pytest.raises(NotFromHere, match="sign in there"):
         await resolve(config_of(index))
     url = index.url.replace("http://", "http://me:s3cret%40@")
     config = PipConfig(index_urls=(url,))

@@ -13,7 +13,13 @@ from ollamad.bringing import Bringer, Step
 from ollamad.core.names import parse_name
 from ollamad.core.state import Model
 from ollamad.sources import ranges
-from ollamad.sources.base import NotFound, OriginRefused, OriginUnreachable, SourceError
+from ollamad.sources.base import (
+    AccessRefused,
+    NotFound,
+    OriginRefused,
+    OriginUnreachable,
+    SourceError,
+)
 from ollamad.sources.client import OriginClient
 from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.policy import Policy, parse_hosts
@@ -204,7 +210,7 @@ async def test_a_private_model_needs_the_account(
     monkeypatch.setattr(tokens, "anonymous_pull", False)
     here = await store_at(tmp_path / "here")
     sign_in(docker_config, "other.example")
-    with pytest.raises(SourceError, match=r"refuses access .*sign in there first"):
+    with pytest.raises(AccessRefused, match=r"refuses access .*sign in there first"):
         await pull(here, name)
     sign_in(docker_config, guarded.host, "me:wrong")
     with pytest.raises(SourceError, match="refuses access"):

@@ -22,7 +22,13 @@ from ollamad.bringing import Bringer, Step
 from ollamad.core.pieces import MIB
 from ollamad.core.state import Model
 from ollamad.sources import client, ranges
-from ollamad.sources.base import NotFound, OriginRefused, OriginUnreachable, SourceError
+from ollamad.sources.base import (
+    AccessRefused,
+    NotFound,
+    OriginRefused,
+    OriginUnreachable,
+    SourceError,
+)
 from ollamad.sources.huggingface import BearerToken
 from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.policy import Policy, parse_hosts
@@ -160,7 +166,7 @@ async def test_what_is_no_model(server: Nginx, store: ModelStore) -> None:
     ("place", "kind", "message"),
     [
         ("busy/a.gguf", OriginUnreachable, r"HTTP 503.*what has come is kept"),
-        ("denied/a.gguf", SourceError, "refuses access"),
+        ("denied/a.gguf", AccessRefused, "refuses access"),
         ("absent.gguf", NotFound, "there is no"),
         ("round/a.gguf", SourceError, "redirects again and again"),
         ("nowhere/a.gguf", OriginRefused, "leads to something that is no URL"),
@@ -510,18 +516,18 @@ async def test_hugging_face(hub: OriginSettings, store: ModelStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "kind", "message"),
     [
-        ("hf.co/me/Tiny-GGUF:Q5_K_M", r"no file for Q5_K_M; there are: F16, Q2_K, Q4_K_M, Q8_0"),
-        ("hf.co/me/Tiny-GGUF:Q2_K", "in several parts"),
-        ("hf.co/me/absent", "no repository me/absent, or it is private: then set HF_TOKEN"),
+        ("Tiny-GGUF:Q5_K_M", SourceError, "no file for Q5_K_M; choose one of: F16, Q2_K, Q4_K_M"),
+        ("Tiny-GGUF:Q2_K", SourceError, "in several parts"),
+        ("absent", AccessRefused, "no repository me/absent, or it is private: then set HF_TOKEN"),
     ],
 )
 async def test_hugging_face_says_what_there_is(
-    hub: OriginSettings, store: ModelStore, name: str, message: str
+    hub: OriginSettings, store: ModelStore, name: str, kind: type[Exception], message: str
 ) -> None:
-    with pytest.raises(SourceError, match=message):
-        await pull(store, name, hub)
+    with pytest.raises(kind, match=message):
+        await pull(store, f"hf.co/me/{name}", hub)
 
 
 # Files of this machine.
