@@ -142,7 +142,7 @@ class _Ranged:
         self._connections = connections
 
     def blob(self, digest: str, size: int) -> RemoteFile:
-        raise SourceError("this origin has no manifests")
+        raise NotImplementedError("only registries have manifests")
 
     async def stat(self, file: RemoteFile) -> RemoteFile:
         return await ranges.stat(self._open, file)
@@ -151,7 +151,7 @@ class _Ranged:
         await ranges.download(self._open, file, target, progress, connections=self._connections)
 
     async def unpack(self, path: Path, sink: Sink[T]) -> T:
-        raise SourceError("this origin has no packages")
+        raise NotImplementedError("only package indexes have packages")
 
 
 class _RegistryModel(_Ranged):
@@ -227,7 +227,13 @@ class _LocalFile(_Ranged):
             with open(path, "rb") as file:
                 magic = file.read(len(MODEL_MAGICS[0]))
         except OSError as error:
-            raise NotFound(f"{self._path} cannot be read: {error.strerror}") from error
+            raise NotFound(
+                f"{self._path} cannot be read on this node: {error.strerror}; check the path and "
+                "its permissions, or send the file: ollama-dist models import FILE"
+            ) from error
         if magic not in MODEL_MAGICS:
-            raise SourceError(f"{self._path} is not a GGUF file")
+            raise SourceError(
+                f"{self._path} is not a GGUF file; choose one, or make one with llama.cpp's "
+                "convert_hf_to_gguf.py"
+            )
         return path

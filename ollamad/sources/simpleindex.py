@@ -64,7 +64,9 @@ def parse_page(content: bytes, content_type: str, url: str) -> list[IndexFile]:
         files = _parse_json(content, url) if is_json else _parse_html(content, url)
         return [file for file in files if _scheme(file.url) in schemes]
     except ValueError as error:  # also msgspec's, and urllib's for links that are none
-        raise SourceError(f"the package index sent a page that is broken: {error}") from error
+        raise SourceError(
+            f"the package index sent a page that is broken: {error}; check pip's index-url"
+        ) from error
 
 
 def _parse_json(content: bytes, url: str) -> list[IndexFile]:
@@ -140,12 +142,14 @@ def choose_wheel(
     if version is not None and version not in found:
         known = ", ".join(str(v) for v in sorted(found, reverse=True)[:5]) or "none"
         raise SourceError(
-            f"the package {project} has no universal wheel of version {version}; it has: {known}"
+            f"the package {project} has no universal wheel of version {version}; it has: {known}. "
+            "Choose one of these, or another package"
         )
     if not found:
         raise SourceError(
             f"the package {project} has no universal wheel (py3-none-any) that could hold a model"
             + (f", only {others} other files" if others else "")
+            + "; use another package"
         )
     stable = [v for v in found if not v.is_prerelease]
     chosen = version if version is not None else max(stable or found)
