@@ -56,6 +56,7 @@ class NodeConfig(msgspec.Struct):
     addresses: dict[NodeId, str]  # where all are reached
     plain: bool = False
     rate: float | None = None  # of what comes, bytes/s
+    upload: float | None = None  # of what goes, bytes/s
     layer: Layer | None = None  # to have
     settled: str = ""  # a file that gets a line for each piece that was verified and recorded
 
@@ -102,7 +103,7 @@ class SwarmNode:
         self._mesh = Mesh(gate, version="test", address_of=config.addresses.get)
         self._bulk = BulkPeers(gate, address_of=config.addresses.get)
         self._doorman = Doorman(gate, self._serve, lanes=self._bulk)
-        self.lanes = BulkLanes(self._bulk, download=Limit(config.rate))
+        self.lanes = BulkLanes(self._bulk, upload=Limit(config.upload), download=Limit(config.rate))
         plain = config.plain
         self.server = PieceServer(
             self.store, self.lanes, missing=BlobMissing, unmapped=PieceMapMissing, plain=plain

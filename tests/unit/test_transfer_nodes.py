@@ -42,7 +42,9 @@ MakeNodes = Callable[..., Awaitable[Nodes]]
 async def make_nodes(tmp_path: Path) -> AsyncIterator[MakeNodes]:
     async with trio.open_nursery() as nursery:
 
-        async def make(plain: Sequence[bool], rate: float | None = None) -> Nodes:
+        async def make(
+            plain: Sequence[bool], rate: float | None = None, upload: float | None = None
+        ) -> Nodes:
             now = datetime.datetime.now(datetime.UTC)
             ca, addresses = make_ca(now), dict[NodeId, str]()
             for number, port in enumerate(free_ports(len(plain))):
@@ -62,6 +64,7 @@ async def make_nodes(tmp_path: Path) -> AsyncIterator[MakeNodes]:
                     addresses=addresses,
                     plain=plain[number],
                     rate=rate,
+                    upload=upload,
                 )
                 nodes.append(SwarmNode(tmp_path / str(number)))
                 await nursery.start(nodes[-1].run)
@@ -105,9 +108,10 @@ async def test_lanes_are_encrypted_unless_both_sides_want_otherwise(
     assert nodes.content(1) == nodes.content(2) == CONTENT
 
 
-async def test_a_limit_is_kept(make_nodes: MakeNodes) -> None:
+@pytest.mark.parametrize("side", ["rate", "upload"])
+async def test_a_limit_of_either_side_is_kept(make_nodes: MakeNodes, side: str) -> None:
     rate = 8e6
-    nodes = await make_nodes([False, False], rate)
+    nodes = await make_nodes([False, False], **{side: rate})
     began = time.monotonic()
     with trio.fail_after(60):
         await nodes[1].fetch(nodes.layer)
