@@ -205,6 +205,12 @@ ENVIRONMENT = {
     "OLLAMA_KV_CACHE_TYPE": "engine.kv_cache_type",
     "OLLAMA_LOAD_TIMEOUT": "engine.load_timeout",
 }
+# Of these Ollama takes 0 as "automatic".
+ENVIRONMENT_AUTOMATIC = {
+    "OLLAMA_NUM_PARALLEL",
+    "OLLAMA_MAX_LOADED_MODELS",
+    "OLLAMA_CONTEXT_LENGTH",
+}
 ENVIRONMENT_PREFIX = "OLLAMAD_"
 # Variables of that prefix that are no settings. The last is read by packaging/unpack.sh.
 ENVIRONMENT_OTHERS = {"OLLAMAD_ADMIN_PASSWORD", "OLLAMAD_TEST_MODEL", "OLLAMAD_UNPACK_DIR"}
@@ -368,7 +374,8 @@ def _all_values(
             key = variable.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
             if key not in _types():
                 raise ConfigError(f"{variable}: there is no setting {key!r}{_hint(key)}")
-        if text:  # an empty variable is as good as none, in unit files above all
+        is_automatic = text == "0" and variable in ENVIRONMENT_AUTOMATIC
+        if text and not is_automatic:  # an empty one is as good as none, in unit files above all
             yield key, text, Origin(variable)
     for key, value in command_line.items():
         if value is not None:

@@ -112,6 +112,14 @@ def test_an_empty_variable_is_not_set(variable: str) -> None:
     assert value(load(None, {variable: ""}, {}), key)[1] == "default"
 
 
+@pytest.mark.parametrize(
+    "variable", ["OLLAMA_NUM_PARALLEL", "OLLAMA_MAX_LOADED_MODELS", "OLLAMA_CONTEXT_LENGTH"]
+)
+def test_what_ollama_calls_automatic_is_the_default(variable: str) -> None:
+    key = ENVIRONMENT[variable]
+    assert value(load(None, {variable: "0"}, {}), key) == value(load(None, {}, {}), key)
+
+
 def test_variables_of_others_are_left_alone() -> None:
     others = {
         "OLLAMA_HOST": "x",
