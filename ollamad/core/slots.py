@@ -22,6 +22,7 @@ class _Slot:
     held: tuple[Prompt, ...] = ()  # what its cache holds, as different requests would name it
     used_at: int = 0  # counts up with each use of any slot
     busy: bool = False
+    left: bool = False  # before the answer's end: the runner may be at work there yet
 
     @property
     def size(self) -> int:
@@ -61,10 +62,34 @@ class Slots:
         self._slots[free[best]].busy = True
         return free[best]
 
-    def give_back(self, number: int, *held: Prompt) -> None:
-        """A slot is free again, and holds this: the prompt, and the same with the answer to it."""
+    def take_spare(self, own: int, prompt: Prompt) -> int:
+        """The slot where least is lost if something else runs there before this prompt does.
+
+        It is the prompt's own, or a free one, which is busy from now on.
+        """
+
+        def lost(number: int) -> float:
+            slot = self._slots[number]
+            if number == own:
+                return prompt.size * prompt.covered(slot.shared(prompt))
+            return 0 if slot.is_empty else slot.size
+
+        free = [place for place, slot in enumerate(self._slots) if not (slot.busy or slot.left)]
+        spare = min((own, *free), key=lost)
+        self._slots[spare].busy = True
+        return spare
+
+    def give_back(self, number: int, *held: Prompt, left: bool = False) -> None:
+        """A slot is free again, and holds this: the prompt, and the same with the answer to it.
+
+        `left`: that was not waited for, so that the runner may not know yet.
+        """
         self._uses += 1
-        self._slots[number] = _Slot(held, self._uses)
+        self._slots[number] = _Slot(held, self._uses, left=left)
+
+    def was_left(self, number: int) -> bool:
+        """Whether the last answer there was left before its end."""
+        return self._slots[number].left
 
 
 def _best(prompt: Prompt, free: Sequence[_Slot]) -> int:

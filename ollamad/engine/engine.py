@@ -68,6 +68,7 @@ MAX_SPELLINGS = 1024  # remembered of one model's untold tokens, a few hundred b
 MAX_SCHEMAS = 64  # remembered of one model, some kilobytes each
 NS_PER_MS = 1_000_000
 CONTEXT_STEP = 256  # tokens; llama.cpp rounds a context up to so many
+LOOK_STEP_S = 0.02  # between two looks at a slot that was left: about a token of a small model
 TOO_LONG = "exceed_context_size_error"  # llama.cpp's word for a prompt that is
 # Behind one of these llama.cpp tells why a template in Jinja failed, and before it where: of what
 # the template refuses, and of what it cannot do. Its status depends on the model's family.
@@ -241,7 +242,8 @@ class Engine:
                 load_duration = time.perf_counter_ns() - started
                 async with self._seat(resident, request) as seat:
                     schema = json_schema(request.format)
-                    await _check_schema(resident.runner, schema)
+                    if schema is not None and not request.only_counts:
+                        await _check_schema(resident, seat, schema)
                     work = _Work(
                         resident.runner, spec, request, options, config, schema, seat.number
                     )
@@ -255,6 +257,7 @@ class Engine:
                                     request, spec.digest, texts, event.context
                                 )
                                 seat.held += (after,)
+                                seat.over = True
                                 self._pool.finished_well(resident)
                                 event = msgspec.structs.replace(
                                     event,
@@ -265,13 +268,17 @@ class Engine:
         except InferenceError as error:
             yield error.failure
 
-    def _seat(
-        self, resident: Resident, request: GenerateRequest
-    ) -> contextlib.AbstractAsyncContextManager["_Seat"]:
+    @contextlib.asynccontextmanager
+    async def _seat(self, resident: Resident, request: GenerateRequest) -> AsyncIterator["_Seat"]:
         if request.only_counts:  # that needs the tokenizer, which is always free
-            return contextlib.nullcontext(_Seat())
+            yield _Seat()
+            return
         beginning = prefix.prompt_of(request, resident.spec.digest)
-        return _slot(resident, beginning, self._settings.max_queue)
+        async with _slot(resident, beginning, self._settings.max_queue) as seat:
+            # A runner that takes longer is judged as ever, by what it says to who asks it.
+            with trio.move_on_after(self._settings.stall_timeout_s):
+                await _until_idle(resident, seat.number)
+            yield seat
 
     async def _load_only(self, spec: ModelSpec, request: GenerateRequest, started: int) -> Finished:
         reason: FinishReason = "load"
@@ -377,7 +384,8 @@ class _Work:
             if limit <= 0 or (is_full and not (request.shift and isinstance(asked, list))):
                 # The answer was complete but for the word that it is.
                 ids = (*prompt.ids, *resume)
-                yield Finished("length", context=ids if _can_go_on(request) else ())
+                context = ids if _can_go_on(request) else ()
+                yield Finished("length", prompt_eval_count=prompt.length, context=context)
                 return
             if is_full and isinstance(asked, list):
                 keep = kept_tokens(self._options, len(prompt.ids), len(runner.empty_prompt))
@@ -404,7 +412,7 @@ class _Work:
             chunk = await _complete(runner, piece)
             emitted += chunk.tokens
             yield chunk
-        context: tuple[int, ...] = ()
+        context = ()
         if _can_go_on(request):
             context = (*await prompt_ids(runner, prompt), *resume, *emitted)
         yield _finished(event, context, resumed=resumed)
@@ -437,6 +445,7 @@ class _Seat:
 
     number: int = ANY_SLOT
     held: tuple[prefix.Prompt, ...] = ()
+    over: bool = False  # the runner has said its last for it
 
 
 @contextlib.asynccontextmanager
@@ -457,19 +466,58 @@ async def _slot(
         yield seat
     finally:
         resident.busy -= 1
-        resident.caches.give_back(seat.number, *seat.held)
+        resident.caches.give_back(seat.number, *seat.held, left=not seat.over)
         resident.slots.release()
 
 
-async def _check_schema(runner: Runner, schema: msgspec.Raw | None) -> None:
+async def _until_idle(resident: Resident, number: int) -> None:
+    """Wait while the runner is still at work for who has left a slot before the end.
+
+    It notices that behind a batch, or within a second if it does not stream. llama.cpp gives a slot
+    that is asked for by its number what it has cached of the new prompt at once, also while it
+    reads another one there. With nothing left to read it then finds no end of that: if it is the
+    shorter one it spins until it notices, if both are as long it aborts.
+    """
+    if not resident.caches.was_left(number):
+        return
+    client = resident.runner.client
+    while any(  # noqa: ASYNC110
+        slot.id == number and slot.is_processing for slot in await client.slots()
+    ):
+        await trio.sleep(LOOK_STEP_S)
+
+
+@contextlib.contextmanager
+def _spare_slot(resident: Resident, seat: _Seat) -> Iterator[int]:
+    """Where something short can run before the seat's prompt does, and least is lost by it."""
+    try:
+        resident.slots.acquire_nowait()
+    except trio.WouldBlock:
+        yield seat.number
+        return
+    number = resident.caches.take_spare(seat.number, seat.held[0])
+    left = True
+    try:
+        yield number
+        left = False
+    finally:
+        if number != seat.number:
+            resident.caches.give_back(number, left=left)
+        resident.slots.release()
+
+
+async def _check_schema(resident: Resident, seat: _Seat, schema: msgspec.Raw) -> None:
     """Refuse a schema that llama.cpp cannot enforce: it would go on without, and only log it.
 
     It is found out by asking for a token that begins no JSON value. Once for each schema.
     """
-    if schema is None or bytes(schema) in runner.schemas:
+    runner = resident.runner
+    if bytes(schema) in runner.schemas:
         return
     (*_, impossible) = await runner.client.tokenize("x", add_special=False, parse_special=False)
-    if await runner.client.ignores_schema(schema, impossible):
+    with _spare_slot(resident, seat) as slot:
+        is_ignored = await runner.client.ignores_schema(schema, impossible, slot)
+    if is_ignored:
         reason = next((line for line in runner.errors()[::-1] if "schema" in line), "")
         message = "the format is a JSON schema that llama.cpp cannot enforce"
         message += f": {reason}" if reason else ""

@@ -288,9 +288,10 @@ class LlamaClient:
         answer.data.sort(key=lambda item: item.index)
         return [item.embedding for item in answer.data]
 
-    async def ignores_schema(self, schema: msgspec.Raw, impossible: int) -> bool:
+    async def ignores_schema(self, schema: msgspec.Raw, impossible: int, slot: int) -> bool:
         """Whether a completion comes out as a token that the schema forbids at the start."""
         question = {
+            "id_slot": slot,
             "prompt": [impossible],
             "json_schema": schema,
             "logit_bias": [[impossible, 1000]],

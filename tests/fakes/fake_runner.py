@@ -15,7 +15,8 @@ is a character, its id the code point; BOS is 1. What a completion does stands i
 A chat sends the events of `chat`, or without any the request itself as text; one that is not to be
 streamed is answered with `whole_chat`, if its request is as llama.cpp takes it.
 
-It enforces every JSON schema but that of type `banana`.
+It enforces every JSON schema but that of type `banana`. If it `lingers` in slots that clients have
+left, it crashes when it is asked for one of them by its number, as llama.cpp can.
 """
 
 import argparse
@@ -47,13 +48,16 @@ class Behaviour(msgspec.Struct):
     chat: list[dict[str, Any]] = []
     whole_chat: dict[str, Any] = {}
     spellings: dict[str, list[int]] = {}  # what /tokenize says of these texts
+    lingers: int = 0  # it notices that a client has gone when it was asked for its slots so often
+    tries_schemas_in: int | None = None  # enforces none that is tried in another slot
 
 
 class FakeRunner:
     def __init__(self, arguments: argparse.Namespace, behaviour: Behaviour) -> None:
         self.arguments = arguments
         self.behaviour = behaviour
-        self.processing = 0
+        self.working: list[int] = []  # in these slots
+        self.lingering: dict[int, int] = {}  # slots that were left, and looks until that is noticed
 
     async def serve_connection(self, stream: trio.SocketStream) -> None:
         connection = h11.Connection(h11.SERVER)
@@ -93,11 +97,16 @@ class FakeRunner:
                 elif question.get("stream") and not refuses:
                     headers = [("Transfer-Encoding", "chunked")]
                     await send(h11.Response(status_code=200, headers=headers))
-                    self.processing += 1
+                    slot = self.slot_of(question)
+                    self.working.append(slot)
                     try:
                         await (self.complete if "prompt" in question else self.chat)(question, send)
+                    except trio.BrokenResourceError:
+                        if self.behaviour.lingers:
+                            self.lingering[slot] = self.behaviour.lingers
+                        raise
                     finally:
-                        self.processing -= 1
+                        self.working.remove(slot)
                     await send(h11.EndOfMessage())
                 else:
                     await answer(*self.answer(target, question))
@@ -114,8 +123,12 @@ class FakeRunner:
                 loading = self.behaviour.never_ready or (file and not Path(file).exists())
                 return (503 if loading else 200), {}
             case "/slots":
+                for slot in self.lingering:
+                    self.lingering[slot] -= 1
+                self.lingering = {slot: left for slot, left in self.lingering.items() if left > 0}
+                busy = {*self.working, *self.lingering}
                 count = self.arguments.parallel
-                return 200, [{"id": i, "is_processing": i < self.processing} for i in range(count)]
+                return 200, [{"id": i, "is_processing": i in busy} for i in range(count)]
             case "/tokenize":
                 ids = self.tokens_of(question["content"], add_special=question["add_special"])
                 return 200, {"tokens": ids}
@@ -126,8 +139,10 @@ class FakeRunner:
                 lines = [f"{m['role']}:{m['content']}\n" for m in question["messages"]]
                 return 200, {"prompt": "".join(lines)}
             case "/completion" if not question.get("stream"):
-                allowed = question["json_schema"].get("type") != "banana"
-                return 200, {"tokens": [ord("{")] if allowed else question["prompt"]}
+                wanted = self.behaviour.tries_schemas_in
+                enforces = question["json_schema"].get("type") != "banana"
+                enforces = enforces and wanted in (None, question["id_slot"])
+                return 200, {"tokens": [ord("{")] if enforces else question["prompt"]}
             case "/props":
                 return 200, {"media_marker": MARKER}
             case "/v1/chat/completions" if "stream_options" not in question:
@@ -141,6 +156,13 @@ class FakeRunner:
                 return 200, {"data": vectors[::-1]}
             case _:
                 return 400, {"error": {"code": 400, "message": "failed to parse grammar"}}
+
+    def slot_of(self, question: dict[str, Any]) -> int:
+        """Where a completion runs."""
+        slot: int = question.get("id_slot", -1)
+        if self.behaviour.lingers and slot in (*self.working, *self.lingering):
+            os._exit(9)
+        return slot if slot >= 0 else len(self.working)
 
     def length_of(self, question: dict[str, Any]) -> int:
         """How many tokens a streamed answer has to read; 0 where that is not looked at."""

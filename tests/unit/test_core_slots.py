@@ -78,6 +78,45 @@ def test_what_begins_alike_counts_for_more_than_rest() -> None:
     assert used(slots, prompt(SYSTEM, "who keeps the tower? " * 20)) == [1]
 
 
+def test_what_comes_before_a_prompt_runs_where_least_is_lost() -> None:
+    slots = Slots(3)
+    anna, bert = prompt(said("anna", 2)), prompt(said("bert", 4))
+    used(slots, anna, bert)
+    own = slots.take(anna)
+    assert slots.take_spare(own, anna) == 2, "an empty one"
+    # There is none now: the conversation that goes on is shorter than the one that rests.
+    assert slots.take_spare(own, anna) == own
+    slots.give_back(own, anna)
+    own = slots.take(bert)
+    assert slots.take_spare(own, bert) == 0
+    slots.give_back(0)
+    assert used(slots, prompt(said("carl"))) == [0], "nothing is held there any more"
+
+
+def test_what_the_prompt_loses_anyway_is_not_lost_by_what_comes_before() -> None:
+    slots = Slots(2)
+    used(slots, prompt(said("anna")), prompt(said("bert")))
+    other = prompt("of another kind. " * 40)
+    own = slots.take(other)
+    assert slots.take_spare(own, other) == own
+
+
+def test_a_slot_that_was_left_is_no_spare_one() -> None:
+    slots = Slots(2)
+    anna = prompt(said("anna"))
+    used(slots, anna)
+    left = slots.take(prompt("x"))
+    slots.give_back(left, prompt("x"), left=True)
+    assert slots.was_left(left)
+    own = slots.take(anna)
+    assert slots.take_spare(own, anna) == own
+    # Who takes it knows; behind an answer that ended it is as any other.
+    assert slots.take(prompt("x")) == left
+    assert slots.was_left(left)
+    slots.give_back(left, prompt("x"))
+    assert not slots.was_left(left)
+
+
 def test_short_prompts_leave_the_other_slots_empty() -> None:
     slots = Slots(2)
     assert used(slots, prompt("hi"), prompt("hello"), prompt("why")) == [0, 0, 0]

@@ -109,6 +109,7 @@ async def test_an_answer_longer_than_the_context_goes_on_elsewhere_too(
             (end,) = await events_of(engine, spec, complete)
             assert isinstance(end, Finished)
             assert (end.reason, end.eval_count) == ("length", 0)
+            assert end.prompt_eval_count == last.prompt_eval_count
 
 
 @pytest.mark.parametrize("sentencepiece", [False, True])
@@ -318,6 +319,15 @@ async def test_requests_beyond_the_slots_wait_in_a_bounded_queue(tmp_path: Path)
         assert len(finished) == 1
 
 
+async def test_a_slot_that_was_left_is_asked_for_when_the_runner_has_left_it_too(tmp_path: Path):
+    spec = fake_model(tmp_path, lingers=3)
+    async with running_engine(tmp_path / "run", num_parallel=1) as engine:
+        for _ in range(2):
+            async with engine.generate(spec, GenerateRequest(spec.name, "endless")) as events:
+                assert isinstance(await events.receive(), Chunk)
+        assert (await finish_of(engine, spec, GenerateRequest(spec.name, "hi"))).reason == "stop"
+
+
 @pytest.fixture
 async def occupied(tmp_path: Path) -> AsyncIterator[Engine]:
     """An engine whose only slot gives an endless answer."""
@@ -377,6 +387,19 @@ async def test_a_schema_that_the_runner_enforces_is_taken(tmp_path: Path):
         for format_ in ("json", '{"type":"string"}', '{"type":"string"}'):
             request = GenerateRequest(spec.name, "hi", format=format_)
             assert (await finish_of(engine, spec, request)).eval_count == 5
+
+
+@pytest.mark.parametrize(("slots", "tried_in"), [(2, 1), (1, 0)])
+async def test_a_schema_is_tried_where_no_conversation_is_lost(
+    tmp_path: Path, slots: int, tried_in: int
+):
+    spec = fake_model(tmp_path, tries_schemas_in=tried_in)
+    async with running_engine(tmp_path / "run", num_parallel=slots) as engine:
+        talk = GenerateRequest(spec.name, "where is the station? " * 20)
+        await finish_of(engine, spec, talk)
+        for format_ in ('{"type":"string"}', '{"type":"number"}'):
+            asked = msgspec.structs.replace(talk, format=format_)
+            assert (await finish_of(engine, spec, asked)).eval_count == 5
 
 
 async def test_a_failed_load_is_an_event(tmp_path: Path):
