@@ -30,6 +30,7 @@ DRAIN_S = 1.0
 STALL_S = 60.0
 STALL_BYTES = 64 << 10
 
+# An answer may say another one of these itself.
 FIXED_HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -145,7 +146,6 @@ class Request(TrioRequest):
         self.body.discard()
         self.head_sent_at = self.clock()
         self.status_sent = status
-        headers = [*headers, *_policy(headers)]
         await self.asgi_send(
             {
                 "type": "http.response.start",
@@ -155,7 +155,7 @@ class Request(TrioRequest):
                     (b"x-request-id", self.id.encode()),
                     *self.cors_headers,
                     *self.limit_headers,
-                    *FIXED_HEADERS,
+                    *_fixed(headers),
                 ],
             }
         )
@@ -165,12 +165,12 @@ class Request(TrioRequest):
         await self.asgi_send({"type": "http.response.body", "body": data, "more_body": more})
 
 
-def _policy(headers: Sequence[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], ...]:
+def _fixed(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The fixed headers and the policy, without those that the answer has of its own."""
     known = dict(headers)
-    if POLICY[0] in known:
-        return ()
     is_page = known.get(b"content-type", b"").startswith(b"text/html")
-    return (PAGE_POLICY,) if is_page else (POLICY,)
+    policy = PAGE_POLICY if is_page else POLICY
+    return [each for each in (policy, *FIXED_HEADERS) if each[0] not in known]
 
 
 @dataclasses.dataclass(slots=True)

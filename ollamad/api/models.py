@@ -301,6 +301,7 @@ def _summary(model: Model, wanted: int) -> ModelSummary:
         details=_details(model),
         replicas=model.confirmed,
         replicas_wanted=wanted,
+        pinned=model.pinned,
     )
 
 

@@ -312,7 +312,8 @@ def _responses(
         }
         content: dict[str, Any] = {}
         if doc.content != "application/json":
-            content[doc.content] = {"schema": {"type": "string"}}
+            for each in filter(None, (doc.content, doc.also)):
+                content[each] = {"schema": {"type": "string"}}
         elif kind is not None:
             content["application/json"] = {"schema": schema_of[kind]}
             if example is not None and status < 300:

@@ -52,6 +52,7 @@ class Doc:
     stream: str = ""
     parts: tuple[Any, ...] = ()
     content: str = "application/json"
+    also: str = ""  # another content type, for who asks for that
     errors: tuple[int, ...] = ()
     example: Any = None  # a request's body
 
@@ -90,7 +91,19 @@ TAGS = {
 }
 
 DOCS: dict[str, Doc] = {
-    "GET /": Doc("Status", "A sign of life", "`Ollama is running`, as text.", content="text/plain"),
+    "GET /": Doc(
+        "Status",
+        "A sign of life, or the dashboard",
+        "`Ollama is running`, as text; the dashboard's page for who asks for `text/html`.",
+        content="text/plain",
+        also="text/html",
+    ),
+    "GET /dashboard/dashboard.js": Doc(
+        "Status", "The dashboard's script", content="text/javascript"
+    ),
+    "GET /dashboard/node.js": Doc("Status", "A part of it", content="text/javascript"),
+    "GET /dashboard/chat.js": Doc("Status", "A part of it", content="text/javascript"),
+    "GET /dashboard/dashboard.css": Doc("Status", "The dashboard's style", content="text/css"),
     "GET /metrics": Doc("Status", "What this node measures, for Prometheus", content="text/plain"),
     f"GET {BASE}/health": Doc(
         "Status",

@@ -346,6 +346,7 @@ class ModelSummary(msgspec.Struct, frozen=True):
     details: ModelDetailsInfo
     replicas: Sequence[str]
     replicas_wanted: int
+    pinned: Sequence[str]  # nodes that were asked for by name
 
 
 class LayerInfo(msgspec.Struct, frozen=True):
@@ -372,7 +373,6 @@ class ModelInfo(ModelSummary, frozen=True):
     """A model with where it is and where it should be."""
 
     replicas_asked: int | None  # null: the cluster's default
-    pinned: Sequence[str]
     placement: PlacementInfo
     status: Literal["available", "unavailable", "downloading", "missing"]
     inference_ready: bool

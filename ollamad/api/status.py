@@ -28,10 +28,6 @@ audit = logging.getLogger("ollamad.api.audit")
 API_VERSION = "v1"
 
 
-async def root(call: Call) -> Reply:
-    return Reply(b"Ollama is running", content_type=b"text/plain; charset=utf-8")
-
-
 async def health(call: Call) -> Reply:
     services = call.services
     reason = trouble(call.api)

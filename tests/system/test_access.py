@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import time
 from collections.abc import Iterator
 
@@ -280,3 +281,23 @@ def test_anybody_may_ask_for_the_version(two: Cluster) -> None:
     assert version["platform"].startswith("linux/")
     assert version["p2p_port"] == int(node.p2p.rpartition(":")[2])
     assert set(version["engine_versions"]) == {"ctransformers", "xllamacpp"}
+
+
+def test_a_browser_gets_the_dashboard_and_keeps_its_files(two: Cluster) -> None:
+    url = two.asked.url
+    with httpx.Client(base_url=url, headers={"X-Forwarded-For": "192.0.2.1"}) as client:
+        assert client.get("/").text == "Ollama is running"
+        assert client.head("/").headers["Content-Type"].startswith("text/plain")
+        page = client.get("/", headers={"Accept": "text/html,*/*;q=0.8"})
+        files = re.findall(r'(?:src|href)="(dashboard/[^"]+)"', page.text)
+        assert len(files) == 2
+        for path in ("/", *files):
+            headers = {"Accept": "text/html"}
+            whole = client.get(path, headers=headers)
+            assert whole.status_code == 200
+            headers["If-None-Match"] = whole.headers["ETag"]
+            known = client.get(path, headers=headers)
+            assert (known.status_code, known.content) == (304, b"")
+            # The connection goes on behind it, and a browser does not take its file for empty.
+            assert known.headers["Content-Length"] == str(len(whole.content))
+        assert client.get("/api/v1/nodes").status_code == 401, "the data is not for everybody"

@@ -86,7 +86,8 @@ def test_the_table_of_roles_is_the_contracts() -> None:
     """Written out again on purpose: a slip in the table must fail here."""
     expected = {
         None: "/ /health /version /auth/login /auth/refresh /api/version "
-        "/docs /docs/docs.js /docs/docs.css",
+        "/docs /docs/docs.js /docs/docs.css "
+        "/dashboard/dashboard.js /dashboard/node.js /dashboard/chat.js /dashboard/dashboard.css",
         "viewer": "/openapi.json /auth/logout /auth/me /users/<username>/password "
         "/cluster/status /cluster/leader /cluster/consensus /metrics /nodes "
         "/distribution /explain /nodes/<reference> /models /models/<path:name> "
