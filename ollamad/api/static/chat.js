@@ -26,6 +26,7 @@ export function clearChat() {
 
 /** The models that one may choose from. */
 export function offerModels(names) {
+  byId("chat-panel").hidden = names.length === 0;
   const select = byId("model"), chosen = select.value;
   if (names.join("\n") === [...select.options].map((option) => option.value).join("\n")) return;
   select.replaceChildren(...names.map((name) => new Option(name, name)));

@@ -10,6 +10,7 @@ import { ask, isSignedIn, signIn, signOut, socketUrl } from "./node.js";
 const LIVE_MS = 5000, POLL_MS = 10000;
 const SPACING_MS = 4000; // between two looks, however much happens
 const FIRST_RETRY_MS = 1000, LAST_RETRY_MS = 30000;
+const LONG = 24; // characters; what is longer may take several lines of a cell
 const MAX_EVENTS = 100, MAX_ENDED_TRANSFERS = 8;
 const CHANNELS = ["cluster", "nodes", "models", "transfers", "alerts", "queue"];
 // What is shown: the address that it comes from, and the part of the answer.
@@ -92,7 +93,8 @@ async function look() {
   const names = [...new Set([...(isLive() ? ["nodes"] : POLLED), ...stale])];
   stale.clear();
   try {
-    await Promise.all(names.map(fetchSource));
+    await fetchSource(names[0]); // one is enough to see that the node, or the token, is no good
+    await Promise.all(names.slice(1).map(fetchSource));
     seen.at = new Date();
     failures = 0;
     trouble = "";
@@ -189,10 +191,12 @@ function hearModel(message, data) {
 
 /** Add to the list of events: `node online: node-2`. */
 function note(message, text, kind = message.event_type.replaceAll("_", " ")) {
-  const item = make("li"), tone = TONES[message.level || kind.split(" ").pop()];
+  const item = make("li"), list = byId("events"), tone = TONES[message.level || kind.split(" ").pop()];
   item.append(make("time", clockOf(1000 * message.timestamp)), make("span", `${kind}: ${text}`, tone));
-  byId("events").prepend(item);
-  while (byId("events").children.length > MAX_EVENTS) byId("events").lastChild.remove();
+  // Alerts that stand are told again to each new socket.
+  if ([...list.children].some((other) => other.textContent === item.textContent)) return;
+  list.prepend(item);
+  while (list.children.length > MAX_EVENTS) list.lastChild.remove();
 }
 
 // ---- Words and numbers
@@ -242,8 +246,8 @@ function setText(element, text) {
 }
 
 function render() {
-  const word = isLive() ? "live" : `asks every ${POLL_MS / 1000} s`;
-  setText(byId("connection"), trouble ? "no connection" : seen.at ? word : "…");
+  const word = isLive() ? "live" : seen.at ? `asks every ${POLL_MS / 1000} s` : "not signed in";
+  setText(byId("connection"), trouble ? "no connection" : word);
   byId("connection").className = trouble ? "bad" : isLive() ? "good" : "";
   const old = seen.at ? ` What is shown is of ${clockOf(seen.at)}.` : "";
   setText(byId("trouble"), `${trouble}${old} Trying again…`);
@@ -392,7 +396,7 @@ function setCell(element, cell) {
   progress.hidden = bar === undefined;
   progress.value = bar || 0;
   setText(span, text);
-  Object.assign(span, { title, className: tone });
+  Object.assign(span, { title, className: text.length > LONG ? `${tone} long` : tone });
 }
 
 // ---- Beginning
