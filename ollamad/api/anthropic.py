@@ -13,7 +13,7 @@ from ollamad.api.asking import asker_of, routing_headers
 from ollamad.api.calls import Call, reply
 from ollamad.api.dialects import anthropic_error
 from ollamad.api.generation import Whole, answer, encode, failovers_of
-from ollamad.api.ollama import find, require_capability
+from ollamad.api.ollama import find, require_capability, require_completion
 from ollamad.api.openai_layouts import begun, waiting
 from ollamad.api.services import ServiceError
 from ollamad.core.inference import (
@@ -58,6 +58,7 @@ async def count_tokens(call: Call) -> Reply:
 
 async def _asked(call: Call, body: CountBody) -> GenerateRequest:
     model = await find(call, body.model, f"model: {body.model}")
+    require_completion(model, body.model, "chat")
     if body.tools:
         require_capability(model, "tools")
     tools, choice = body.offered()

@@ -22,7 +22,7 @@ from ollamad.api.schemas import Period, RoleName
 from ollamad.api.services import ServiceError
 from ollamad.core.failover import MODES
 from ollamad.core.gotemplate import TemplateError
-from ollamad.core.inference import EmbedRequest, GenerateRequest, Options
+from ollamad.core.inference import EmbedRequest, GenerateRequest, Message, Options
 from ollamad.core.ollama_template import ChatTemplate
 from ollamad.core.transcripts import MAX_ID_CHARS, Resume
 
@@ -34,7 +34,7 @@ FOR_EVER_S = -1.0
 MAX_KEEP_ALIVE_S = 10 * 365 * 86400.0  # more is for ever, and would not fit a date
 MAX_TOP_LOGPROBS = 20  # as in Ollama
 INT32_MAX = (1 << 31) - 1  # the engine's integers
-UINT32_MAX = (1 << 32) - 1  # the engine's seeds
+ANY_SEED = (1 << 32) - 1  # the engine's seeds are below; this one is its word for any
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
 KeepAlive = int | float | str | None
@@ -251,11 +251,13 @@ class ChatBody(_Inference, frozen=True, kw_only=True):
         Raises:
           ServiceError: 400 naming the field.
         """
+        messages = read_messages(self.messages)
+        if self.system and messages and all(message.role != "system" for message in messages):
+            messages = (Message("system", self.system), *messages)
         return GenerateRequest(
             model=self.model,
-            messages=read_messages(self.messages),
+            messages=messages,
             tools=read_tools(self.tools),
-            system=self.system,
             format=format_text(self.format),
             options=read_options(self.options),
             keep_alive_s=keep_alive_s(self.keep_alive),
@@ -276,8 +278,18 @@ class ExplainBody(msgspec.Struct, frozen=True):
     system: str | None = None
     context: tuple[TokenId, ...] | None = None
 
-    def generate(self) -> GenerateBody:
-        return GenerateBody(self.model, prompt=self.prompt, context=self.context)
+    def request(self) -> GenerateRequest:
+        """The request as the scheduler takes it.
+
+        Raises:
+          ServiceError: 400 naming the field.
+        """
+        if self.messages is not None:
+            return ChatBody(self.model, messages=self.messages, system=self.system).request()
+        body = GenerateBody(
+            self.model, prompt=self.prompt, context=self.context, system=self.system
+        )
+        return body.request()
 
 
 class EmbedBody(msgspec.Struct, frozen=True):
@@ -477,9 +489,9 @@ def _wrong_type(name: str, expected: str) -> Exception:
 
 
 def fold_seed(seed: int) -> int:
-    """A seed as the engine takes it: 32 bits of it, where clients may send 64; -1, any will do,
-    for all that are negative."""
-    return -1 if seed < 0 else seed & UINT32_MAX
+    """A seed as the engine takes it, which has 32 bits, where clients may send 64; -1, any will
+    do, for all that are negative."""
+    return -1 if seed < 0 else seed % ANY_SEED
 
 
 def _go_duration_s(text: str) -> float:

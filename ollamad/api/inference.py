@@ -9,7 +9,7 @@ from ollamad.api.asgi import Reply
 from ollamad.api.bodies import ChatBody, EmbedBody, ExplainBody, GenerateBody
 from ollamad.api.calls import Call, reply
 from ollamad.api.generation import LineLayout, Whole, answer, embed, encode
-from ollamad.api.ollama import read_think, require_capability, shortened
+from ollamad.api.ollama import read_think, require_capability, require_completion, shortened
 from ollamad.api.schemas import EmbeddingsAnswer
 from ollamad.api.services import Generation
 from ollamad.core.admission import Place
@@ -49,11 +49,8 @@ async def embeddings(call: Call) -> Reply:
 async def explain(call: Call) -> Reply:
     """Where such a request would go now, and why; nothing is run."""
     body = await call.body(ExplainBody)
-    asked = ChatBody(body.model, messages=body.messages) if body.messages is not None else None
-    request = asked.request() if asked is not None else body.generate().request()
-    request = msgspec.structs.replace(
-        request, model=(await call.find_model(request.model)).name, system=body.system
-    )
+    request = body.request()
+    request = msgspec.structs.replace(request, model=(await call.find_model(request.model)).name)
     return reply(call.services.inference.explain(request))
 
 
@@ -109,13 +106,15 @@ async def _answer(
     call: Call, body: GenerateBody | ChatBody, request: GenerateRequest
 ) -> Reply | None:
     model = await call.find_model(request.model)
+    chat = request.messages is not None
+    if not request.only_loads:  # which each model can
+        require_completion(model, body.model, "chat" if chat else "generate")
     if request.tools:
         require_capability(model, "tools")
     if request.has_images:
         require_capability(model, "vision")
     think = read_think(model, body.model, body.think)
     request = msgspec.structs.replace(request, model=model.name, think=think)
-    chat = request.messages is not None
     resume = body.resume()
     layout = NativeLayout(
         request.model,

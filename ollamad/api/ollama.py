@@ -59,7 +59,6 @@ async def generate(call: Call) -> Reply | None:
     model = await find(call, body.model, f"model '{body.model or ''}' not found")
     if body.raw and (body.template or body.system or body.context):
         raise invalid("raw", "raw mode does not support template, system, or context")
-    _require(model, body.model, "completion", "generate")
     think = read_think(model, body.model, body.think)
     if body.images:
         require_capability(model, "vision")
@@ -81,6 +80,8 @@ async def generate(call: Call) -> Reply | None:
         shift=body.shift is not False,
         logprobs=read_logprobs(body.logprobs, body.top_logprobs),
     )
+    if not request.only_unloads:
+        require_completion(model, body.model, "generate")
     layout = OllamaLayout(body.model or model.name, chat=False, wall=call.services.wall)
     # Loading and unloading is answered with one object, streamed or not.
     stream = body.stream is not False and not request.only_loads
@@ -92,7 +93,6 @@ async def chat(call: Call) -> Reply | None:
     if not body.model:
         raise invalid("model", "model is required")
     model = await find(call, body.model, f"model '{body.model}' not found")
-    _require(model, body.model, "completion", "chat")
     think = read_think(model, body.model, body.think)
     if body.tools:
         require_capability(model, "tools")
@@ -110,6 +110,8 @@ async def chat(call: Call) -> Reply | None:
         shift=body.shift is not False,
         logprobs=read_logprobs(body.logprobs, body.top_logprobs),
     )
+    if not request.only_unloads:
+        require_completion(model, body.model, "chat")
     layout = OllamaLayout(body.model, chat=True, wall=call.services.wall)
     stream = body.stream is not False and not request.only_loads
     return await answer(call, request, layout, stream=stream)
@@ -193,6 +195,15 @@ def require_capability(model: Model, capability: str) -> None:
             f"{parse_name(model.name).full} does not support {capability}",
             {"model": model.name, "capability": capability},
         )
+
+
+def require_completion(model: Model, asked: str | None, word: str) -> None:
+    """Refuse to have a model write that only embeds. `word`: chat or generate.
+
+    Raises:
+      ServiceError: 400. (Each node that holds it would fail to load it otherwise.)
+    """
+    _require(model, asked, "completion", word)
 
 
 def read_think(model: Model, asked: str | None, think: bool | str | None) -> str:

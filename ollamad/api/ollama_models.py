@@ -33,9 +33,10 @@ from ollamad.core.names import InvalidName, ModelName, is_reference, parse_name
 from ollamad.core.state import Model, ModelDetails
 from ollamad.core.transfers import Transfer
 
-# The release of Ollama whose API this one follows. Clients refuse a server that is older than a
-# feature that they need, so a number of our own would lock them out.
-OLLAMA_VERSION = "0.12.0"
+# The first release of Ollama with all the surfaces that are here (`/v1/responses` came with 0.13.3,
+# `/v1/messages` with 0.14.0). Clients refuse a server that is older than a feature that they need,
+# as Codex does below 0.13.4, so a number of our own would lock them out.
+OLLAMA_VERSION = "0.14.0"
 # A model that stays in memory for ever is told to go in this year: a date that every client's
 # arithmetic can hold. Ollama itself says "in 292 years".
 FOR_EVER = "2300-01-01T00:00:00Z"

@@ -16,7 +16,7 @@ from ollamad.api.bodies import fold_seed, invalid
 from ollamad.api.calls import Call, reply, rfc3339
 from ollamad.api.choices import answer_all
 from ollamad.api.generation import answer, embed
-from ollamad.api.ollama import find, require_capability, shortened
+from ollamad.api.ollama import find, require_capability, require_completion, shortened
 from ollamad.api.openai_bodies import (
     ChatBody,
     CompletionBody,
@@ -51,6 +51,7 @@ async def chat(call: Call) -> Reply | None:
     body = await call.body(ChatBody, any_type=True)
     body.check()
     model = await _find(call, body.model)
+    require_completion(model, body.model, "chat")
     if body.tools:
         require_capability(model, "tools")
     tools, choice = offered_tools(body.tools or (), body.tool_choice)
@@ -62,7 +63,7 @@ async def chat(call: Call) -> Reply | None:
         parallel_calls=body.parallel_tool_calls is not False,
         think=body.think(thinks="thinking" in model.details.capabilities),
         format=body.response_format.as_text if body.response_format else "",
-        options=body.options(body.max_answer_tokens),
+        options=body.options(),
         logprobs=body.candidates,
         logit_bias=body.biases,
     )
@@ -91,12 +92,13 @@ async def chat(call: Call) -> Reply | None:
 async def complete(call: Call) -> Reply | None:
     body = await call.body(CompletionBody, any_type=True)
     model = await _find(call, body.model)
+    require_completion(model, body.model, "generate")
     prompts, tries = body.prompts, body.tries
     request = GenerateRequest(
         model=model.name,
         raw=not body.suffix,
         suffix=body.suffix or "",
-        options=body.options(body.max_tokens),
+        options=body.options(),
         logprobs=body.candidates,
         logit_bias=body.biases,
     )

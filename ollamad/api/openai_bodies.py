@@ -116,14 +116,20 @@ class _Sampled(msgspec.Struct, frozen=True):
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage is True
 
-    def options(self, max_tokens: int | None) -> Options:
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        """The most tokens that an answer may have, and the field that says so."""
+        return "max_tokens", self.max_tokens
+
+    def options(self) -> Options:
         """The options; temperature and top_p are 1 unless the request says otherwise.
 
         Raises:
           ServiceError: 400 naming the field.
         """
+        field, max_tokens = self.limit
         if max_tokens is not None and not 0 < max_tokens <= INT32_MAX:
-            raise invalid("max_tokens", "max_tokens must be 1 or more", expected="int32")
+            raise invalid(field, f"{field} must be 1 or more", expected="int32")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if stop is not None and len(stop) > MAX_STOPS:
             raise invalid("stop", f"stop takes up to {MAX_STOPS} texts", expected="array")
@@ -187,9 +193,9 @@ class ChatBody(_Sampled, frozen=True, kw_only=True):
     functions: tuple[dict[str, Any], ...] | None = None  # what tools were called before 2023-11
 
     @property
-    def max_answer_tokens(self) -> int | None:
+    def limit(self) -> tuple[str, int | None]:
         newer = self.max_completion_tokens
-        return self.max_tokens if newer is None else newer
+        return super().limit if newer is None else ("max_completion_tokens", newer)
 
     def check(self) -> None:
         """Refuse what would change the answer and cannot be done.

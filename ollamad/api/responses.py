@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from ollamad.api.asgi import Reply
 from ollamad.api.calls import Call
 from ollamad.api.generation import Whole, answer, encode, failovers_of, shown_likelihood
-from ollamad.api.ollama import find, require_capability
+from ollamad.api.ollama import find, require_capability, require_completion
 from ollamad.api.openai_bodies import offered_tools
 from ollamad.api.openai_layouts import begun, waiting
 from ollamad.api.responses_bodies import ResponseBody
@@ -17,6 +17,7 @@ async def respond(call: Call) -> Reply | None:
     body = await call.body(ResponseBody, any_type=True)
     body.check()
     model = await find(call, body.model, f"model {body.model!r} not found")
+    require_completion(model, body.model, "chat")
     if body.tools:
         require_capability(model, "tools")
     tools, choice = offered_tools(body.chat_tools(), body.tool_choice)

@@ -112,6 +112,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
         return not (self.prompt or (self.raw and self.context))
 
     @property
+    def only_unloads(self) -> bool:
+        """Whether all that it asks is to drop the model from memory."""
+        return self.only_loads and self.keep_alive_s == 0
+
+    @property
     def generates(self) -> bool:
         """Whether tokens are asked for; else a model is loaded, or a prompt is counted."""
         return not (self.only_loads or self.only_counts)

@@ -177,7 +177,7 @@ class Dispatcher:
           InferenceError: no node can answer; carries what the client should see.
         """
         begin_by = trio.current_time() + (asker.deadline_s or math.inf)
-        unloaded = await self._unload_everywhere(request) if _unloads(request) else None
+        unloaded = await self._unload_everywhere(request) if request.only_unloads else None
         if request.default_seed < 0:
             # Known here, so that the request can be run again and say the same.
             seed = seed_of(request.request_id) if request.request_id else self._rng.getrandbits(31)
@@ -300,7 +300,7 @@ class Dispatcher:
         """Handle a forwarded generation: events go back in batches, as they come."""
         try:
             asked = decode(request or await receive_whole(stream), GenerateRequest)
-            model = self._local(asked.model, may_drain=_unloads(asked))
+            model = self._local(asked.model, may_drain=asked.only_unloads)
             if asked.digest not in ("", model.digest):
                 # Replaced meanwhile; who asks, or this node, does not know yet.
                 raise InferenceError(_not_here(asked.model))
@@ -578,11 +578,6 @@ def _to_begin_by(deadline: float, asker: Asker) -> Iterator[None]:
         yield
     if scope.cancelled_caught:
         raise InferenceError(deadline_passed(asker, "no node has begun to answer"))
-
-
-def _unloads(request: GenerateRequest) -> bool:
-    """Whether all that it asks is to drop the model from memory."""
-    return request.only_loads and request.keep_alive_s == 0
 
 
 def _not_here(name: str) -> Failed:

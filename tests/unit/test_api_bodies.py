@@ -260,7 +260,7 @@ async def test_a_tool_that_is_no_function_is_named(path: str, tool: Any, field: 
 def test_a_whole_generate_request() -> None:
     body = decode_body(
         b'{"model":"m","prompt":"p","system":"s","context":[1,2],"format":"json","stream":true,'
-        b'"options":{"temperature":0,"stop":["a"],"seed":4294967295,"num_ctx":4096},'
+        b'"options":{"temperature":0,"stop":["a"],"seed":4294967294,"num_ctx":4096},'
         b'"keep_alive":"1h30m","truncate":false}',
         GenerateBody,
     )
@@ -271,7 +271,7 @@ def test_a_whole_generate_request() -> None:
         system="s",
         context=(1, 2),
         format="json",
-        options=Options(temperature=0.0, stop=("a",), seed=4294967295, num_ctx=4096),
+        options=Options(temperature=0.0, stop=("a",), seed=4294967294, num_ctx=4096),
         keep_alive_s=5400.0,
         truncate=False,
     )

@@ -98,6 +98,29 @@ async def test_chat_whole_and_streamed() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("messages", "read"),
+    [
+        ([("user", "hi")], [("system", "Be brief."), ("user", "hi")]),
+        ([("system", "Be kind."), ("user", "hi")], [("system", "Be kind."), ("user", "hi")]),
+        ([], []),
+    ],
+    ids=["in front", "one is there", "only loads"],
+)
+async def test_the_system_message_of_a_chat(
+    messages: list[tuple[str, str]], read: list[tuple[str, str]]
+) -> None:
+    client = ApiClient()
+    body = {"messages": [{"role": role, "content": text} for role, text in messages]}
+    await chat(client, system="Be brief.", **body)
+    if messages:  # where it would go is where it went
+        await client.call("POST", "/explain", {"model": MODEL, "system": "Be brief."} | body)
+    for request in client.world.inference.requests:
+        assert isinstance(request, GenerateRequest)
+        assert request.messages == tuple(Message(role, text) for role, text in read)
+        assert request.system is None  # which is of a prompt, and would change the routing
+
+
 async def test_an_empty_prompt_loads_the_model() -> None:
     client = ApiClient()
     client.world.inference.script = [Finished("load", load_duration=7)]

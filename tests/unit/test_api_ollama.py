@@ -8,7 +8,9 @@ import pytest
 import trio
 import trio.testing
 
+from ollamad.api.app import ROUTES
 from ollamad.api.dialects import error_body_for, native_error, ollama_error, openai_error
+from ollamad.api.reference import DOCS
 from ollamad.api.services import ServiceError
 from ollamad.core.description import NO_CHANGES, Changes
 from ollamad.core.inference import (
@@ -438,8 +440,9 @@ async def test_numbers_that_the_engine_cannot_take_are_refused(number: float) ->
 @pytest.mark.parametrize(
     ("seed", "taken"),
     [
-        (2**32 - 1, 2**32 - 1),
-        ((7 << 32) + 5, 5),
+        (2**32 - 2, 2**32 - 2),
+        (2**32 - 1, 0),  # llama.cpp's word for any
+        (2**53 - 1, 2**21 - 1),  # the greatest of JavaScript
         (-3, -1),
         (1_764_200_000_123_456_789, None),
         (42.0, 42),
@@ -450,7 +453,7 @@ async def test_a_seed_may_have_as_many_bits_as_it_likes(seed: float, taken: int 
     assert (await ask(client, "generate", prompt="x", options={"seed": seed})).lines
     [request] = client.world.inference.requests
     assert isinstance(request, GenerateRequest)
-    assert request.options.seed == (int(seed) % 2**32 if taken is None else taken)
+    assert request.options.seed == (int(seed) % (2**32 - 1) if taken is None else taken)
 
 
 @pytest.mark.parametrize(
@@ -482,6 +485,44 @@ async def test_an_embedding_model_does_not_generate() -> None:
     assert (await ask(client, "chat", messages=MESSAGES)).json == {
         "error": f'"{MODEL}" does not support chat'
     }
+    assert (await ask(client, "generate")).status == 400  # it is loaded by what it can do
+    assert client.world.inference.requests == []
+
+
+async def test_an_embedding_model_is_unloaded_like_any() -> None:
+    """`ollama stop` says it so."""
+    client = ApiClient.of_model("embedding")
+    client.world.inference.script = [Finished("unload")]
+    for path, body in (("generate", {}), ("chat", {"messages": []})):
+        answer = await ask(client, path, keep_alive=0, **body)
+        assert (answer.status, answer.json["done_reason"]) == (200, "unload")
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        ("/api/v1/generate", "generate"), ("/api/v1/chat", "chat"), ("/v1/completions", "generate"),
+        ("/v1/chat/completions", "chat"), ("/v1/responses", "chat"), ("/v1/messages", "chat"),
+        ("/v1/messages/count_tokens", "chat"),
+    ],
+)  # fmt: skip
+async def test_no_surface_asks_an_embedding_model_to_write(path: str, word: str) -> None:
+    """Each node that holds it would fail to load it, and none of them is to blame."""
+    client = ApiClient.of_model("embedding")
+    example = DOCS[f"POST {path}"].example
+    assert example is not None
+    body = example | {"model": MODEL}
+    answer = await client.call("POST", path.removeprefix("/api/v1"), body)
+    assert answer.status == 400
+    assert f'"{MODEL}" does not support {word}' in answer.data.decode().replace("\\", "")
+    assert client.world.inference.requests == []
+
+
+async def test_the_own_surface_loads_and_unloads_what_embeds() -> None:
+    client = ApiClient.of_model("embedding")
+    client.world.inference.script = [Finished("load")]
+    for body in ({}, {"keep_alive": 0}):
+        assert (await client.call("POST", "/generate", {"model": MODEL} | body)).status == 200
 
 
 async def test_an_empty_body_and_bad_json() -> None:
@@ -583,11 +624,17 @@ async def test_the_older_embeddings() -> None:
 # Models
 
 
+# Which release of Ollama had it first.
+BROUGHT = {"/v1/responses": [0, 13, 4], "/v1/messages": [0, 14, 0]}  # (0.13.4: what Codex asks for)
+
+
 async def test_version_and_root() -> None:
     client = ApiClient(role=None)
     answer = await client.call("GET", "/api/version")
     assert set(answer.json) == {"version", "ollamad"}
-    assert [int(part) for part in answer.json["version"].split(".")] >= [0, 12, 0]
+    told = [int(part) for part in answer.json["version"].split(".")]
+    for route in ROUTES:
+        assert told >= BROUGHT.get(route.path, []), "clients take it for too old"
     assert (await client.call("GET", "/")).data == b"Ollama is running"
     for path in ("/", "/api/version"):
         assert (await client.call("HEAD", path)).status == 200
@@ -882,7 +929,7 @@ async def test_create_from_a_model() -> None:
     changes = Changes(
         template="{% if x %}{% endif %}",
         system="Arr.",
-        parameters={"temperature": 1, "stop": ["x"], "seed": (10**400 + 7) % 2**32},
+        parameters={"temperature": 1, "stop": ["x"], "seed": (10**400 + 7) % (2**32 - 1)},
         messages=(Message("user", "hi"),),
         licenses=("Mine",),
     )
