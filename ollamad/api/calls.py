@@ -305,9 +305,7 @@ def rejection_error(rejected: Rejected, details: Mapping[str, str] = NO_DETAILS)
     status = _REJECTION_STATUS.get(rejected.code, 409)
     if (field := _REJECTED_FIELD.get(rejected.code)) is not None:
         details = {"field": field}
-    return ServiceError(
-        status, rejected.code, rejected.message, details, retry_after_s=2 if status == 503 else None
-    )
+    return ServiceError(status, rejected.code, rejected.message, details)
 
 
 def reply(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Reply:

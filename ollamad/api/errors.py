@@ -8,8 +8,6 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from ollamad.api.services import Detail, ServiceError
 from ollamad.core.inference import InferenceError
 
-USUAL_RETRY_S = 2  # where nothing tells better: an election, a restart
-
 log = logging.getLogger(__name__)
 
 
@@ -39,17 +37,7 @@ def _known(error: BaseException) -> ServiceError | None:
         case ServiceError():
             return error
         case InferenceError(failure=failure):
-            retry_after_s = None
-            if failure.status in (429, 503):
-                known = failure.details.get("retry_after", USUAL_RETRY_S)
-                retry_after_s = int(known) if isinstance(known, int | float) else USUAL_RETRY_S
-            return ServiceError(
-                failure.status,
-                failure.code,
-                failure.message,
-                failure.details,
-                retry_after_s=retry_after_s,
-            )
+            return ServiceError(failure.status, failure.code, failure.message, failure.details)
         case HTTPException(code=int(status)) if 400 <= status < 500:
             phrase = HTTPStatus(status).phrase
             details: dict[str, Detail] = {}

@@ -138,9 +138,7 @@ def rate_limited(allowance: Allowance) -> ServiceError:
 def too_many(code: str, message: str, wait_s: float, **details: int | str) -> ServiceError:
     """429 with what to wait for, in the header and in the details."""
     seconds = max(1, math.ceil(wait_s))
-    return ServiceError(
-        429, code, message, {**details, "retry_after": seconds}, retry_after_s=seconds
-    )
+    return ServiceError(429, code, message, {**details, "retry_after": seconds})
 
 
 @functools.lru_cache(maxsize=1024)

@@ -29,6 +29,8 @@ from ollamad.core.transfers import Transfer
 
 Detail = str | int | float | bool | None | Sequence[str] | Mapping[str, str]
 
+USUAL_RETRY_S = 2  # where nothing tells better: an election, a restart
+
 
 class ServiceError(Exception):
     """A request that cannot be served; becomes the answer `{"error", "code", "details"}`.
@@ -37,7 +39,8 @@ class ServiceError(Exception):
       status: the HTTP status.
       code: upper case, for programs.
       message: one sentence for people, with what to do about it.
-      retry_after_s: seconds for the `Retry-After` header (503 and 429).
+      retry_after_s: seconds for the `Retry-After` header, which 429 and 503 have: else what
+        `details.retry_after` says, else USUAL_RETRY_S.
     """
 
     def __init__(
@@ -54,6 +57,9 @@ class ServiceError(Exception):
         self.code = code
         self.message = message
         self.details = dict(details or {})
+        if retry_after_s is None and status in (429, 503):
+            known = self.details.get("retry_after")
+            retry_after_s = int(known) if isinstance(known, int | float) else USUAL_RETRY_S
         self.retry_after_s = retry_after_s
 
 
@@ -61,13 +67,15 @@ class NoQuorum(ServiceError):
     """The cluster cannot decide anything now: too few voters are reachable."""
 
     def __init__(self, message: str = "the cluster has no quorum; nothing can change now") -> None:
-        super().__init__(503, "NO_QUORUM", message, retry_after_s=2)
+        super().__init__(503, "NO_QUORUM", message)
 
 
 class Unavailable(ServiceError):
     """Something that is needed is away for now (a node, a replica, a free slot)."""
 
-    def __init__(self, message: str, *, code: str = "UNAVAILABLE", retry_after_s: int = 2) -> None:
+    def __init__(
+        self, message: str, *, code: str = "UNAVAILABLE", retry_after_s: int | None = None
+    ) -> None:
         super().__init__(503, code, message, retry_after_s=retry_after_s)
 
 

@@ -8,7 +8,7 @@ had of the answer before that died.
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from typing import Protocol, TypeGuard
 
@@ -194,6 +194,7 @@ class Relay:
         self._loss: Failed | None = None  # how the attempt ended, found where nothing can wait
         self._lost: set[NodeId] = set()
         self._unfit: set[NodeId] = set()  # the same, and it would be no use to ask them again
+        self._tried = dict[NodeId, None]()  # all that were lost or refused, in their order
         self._barren = 0
 
     @property
@@ -235,7 +236,7 @@ class Relay:
             return
         heard = Failed(ENTRY_LOST, "the node that the client talked to was lost", 503)
         if (failure := await self._go_on(heard)) is not None:
-            raise InferenceError(failure)
+            raise InferenceError(with_tried(failure, self._tried))
 
     async def receive(self) -> Event:
         if self._known:
@@ -245,7 +246,7 @@ class Relay:
             if self._is_loss(event):
                 self._loss = None
                 if (failure := await self._go_on(event)) is not None:
-                    return failure
+                    return with_tried(failure, self._tried)
                 continue
             if (new := self._take(event)) is not None:
                 return new
@@ -387,6 +388,7 @@ class Relay:
 
     def _leave_out(self, node_id: NodeId, failure: Failed) -> None:
         (self._unfit if failure.code in UNFIT else self._lost).add(node_id)
+        self._tried[node_id] = None
 
     def _is_the_same_model(self) -> bool:
         """Look the model up again (its holders may have changed); false: deleted or replaced."""
@@ -429,11 +431,15 @@ def given_up(failure: Failed) -> Failed:
     return msgspec.structs.replace(failure, message=message)
 
 
+def with_tried(failure: Failed, tried: Iterable[str]) -> Failed:
+    """The failure, with the nodes that failed before nobody was left."""
+    return msgspec.structs.replace(failure, details={**failure.details, "nodes_tried": list(tried)})
+
+
 def nobody(model: Model, failure: Failed | None, tried: Sequence[str]) -> Failed:
     """Why no node answers."""
     if failure is not None:
-        details = {**failure.details, "nodes_tried": list(tried)}
-        return msgspec.structs.replace(failure, details=details)
+        return with_tried(failure, tried)
     if not model.confirmed:
         return Failed(
             "NO_REPLICA",

@@ -150,6 +150,23 @@ async def test_an_error_before_the_first_byte_has_its_status(stream: bool, ask: 
     assert answer.headers["content-type"] == "application/json; charset=utf-8"
 
 
+@pytest.mark.parametrize(
+    ("failure", "wait"),
+    [
+        (Failed("NODE_LOST", "it is gone", 503), "2"),
+        (Failed("RUNNER_DIED", "again", 503, {"retry_after": 30}), "30"),
+    ],
+)
+async def test_an_answer_that_fails_behind_its_beginning_tells_when_to_ask_again(
+    failure: Failed, wait: str
+) -> None:
+    client = ApiClient()
+    client.world.inference.script = [Chunk("a"), failure]
+    answer = await generate(client)
+    assert (answer.status, answer.code) == (503, failure.code)
+    assert answer.headers["retry-after"] == wait
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_refusal_has_its_status(stream: bool) -> None:
     client = ApiClient()

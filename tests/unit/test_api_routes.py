@@ -452,6 +452,12 @@ async def test_known_errors_are_found_in_groups(caplog: pytest.LogCaptureFixture
     assert len(caplog.records) == 1
 
 
+async def test_each_503_tells_when_to_ask_again() -> None:
+    client = ApiClient()
+    client.world.library.error = ServiceError(503, "BEHIND", "this node does not know of it yet")
+    assert (await client.call("DELETE", "/models/smollm2:135m")).headers["retry-after"] == "2"
+
+
 async def test_a_deadline_that_passes_is_408(autojump_clock: trio.testing.MockClock) -> None:
     client = ApiClient(deadline_s=5.0)
 

@@ -7,6 +7,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from ollamad.core.ids import NodeId
 from ollamad.core.inference import (
     Chunk,
     Event,
@@ -17,7 +18,7 @@ from ollamad.core.inference import (
 )
 from ollamad.core.transcripts import Resume
 from ollamad.scheduler.dispatch import SILENCE_S, WATCH_INTERVAL_S
-from ollamad.scheduler.relay import MAX_BARREN_FAILURES
+from ollamad.scheduler.relay import MAX_BARREN_FAILURES, with_tried
 from tests.fakes.engines import drain, refusal
 from tests.fakes.peer_net import PeerNet
 from tests.unit.test_scheduler_dispatch import ASK, NAME, A, B, C, World
@@ -161,7 +162,8 @@ async def test_a_failure_to_decode_may_be_of_one_machine(world: World) -> None:
     assert end_of(events).failovers[0].reason == "ENGINE_ERROR"
     world.c.engine.script_for = lambda request: says(Failed("ENGINE_ERROR", "nor here", 500))
     begun = trio.current_time()
-    assert (await world.ask())[1] == [TEXT[0], broken], "nobody else is left, and it is told"
+    told = with_tried(broken, (B, C))
+    assert (await world.ask())[1] == [TEXT[0], told], "nobody else is left, and it is told"
     assert trio.current_time() - begun < 5
     world.b.engine.script_for = lambda request: says(broken)
     failure = await world.fails()
@@ -191,7 +193,8 @@ async def test_a_node_with_a_smaller_context_is_no_reason_not_to_wait(
     world.b.engine.script_for = lambda request: (
         says(refusal("NODE_LOST")) if request.resume else says(TEXT[0], DIED)
     )
-    assert (await world.ask())[1] == [TEXT[0], DIED], "what it was lost by is told"
+    told = with_tried(DIED, (B, C))
+    assert (await world.ask())[1] == [TEXT[0], told], "what it was lost by is told"
 
 
 async def test_who_resumes_behind_a_text_is_asked_for_elsewhere_too(world: World) -> None:
@@ -237,18 +240,26 @@ async def test_a_request_that_kills_each_runner_at_once_is_given_up(
         )
     world.hold(A, B, C)
     world.a.engine.script_for = world.b.engine.script_for
-    given_up((await world.ask())[1])
+    given_up((await world.ask())[1], {A, B, C})
     asked = [len(node.engine.requests) for node in (world.a, world.b, world.c)]
     assert sum(asked) == 1 + MAX_BARREN_FAILURES
 
 
-def given_up(events: list[Event]) -> None:
+def given_up(events: list[Event], tried: set[NodeId]) -> None:
     """The answer ended after its first bit, since it may kill runners."""
     first, failure = events
     assert first == TEXT[0]
     assert isinstance(failure, Failed)
     assert failure.code == DIED.code
     assert failure.message.startswith(f"{DIED.message}; given up after 3 failures in a row")
+    assert tried_by(failure) == sorted(tried)
+
+
+def tried_by(failure: Failed) -> list[str]:
+    """The nodes that the client is told of, none of them twice."""
+    told = failure.details["nodes_tried"]
+    assert isinstance(told, list)
+    return sorted(told)
 
 
 async def test_a_replay_that_dies_at_the_same_place_each_time_is_given_up(world: World) -> None:
@@ -256,7 +267,7 @@ async def test_a_replay_that_dies_at_the_same_place_each_time_is_given_up(world:
         node.engine.script_for = lambda request: says(TEXT[0], DIED)
     request = msgspec.structs.replace(ASK, failover="replay")
     with trio.fail_after(5):
-        given_up((await world.ask(request))[1])
+        given_up((await world.ask(request))[1], {B, C})
     assert len(world.b.engine.requests) + len(world.c.engine.requests) == 4
 
 
@@ -296,6 +307,7 @@ async def test_with_nobody_for_long_the_loss_is_told(
         event = await relay.receive()
     assert isinstance(event, Failed)
     assert event.code == "NODE_LOST"
+    assert tried_by(event) == [B]
     assert 10 <= trio.current_time() - started < 11
 
 
