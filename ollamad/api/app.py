@@ -117,7 +117,8 @@ ROUTES = (
     Route("POST", f"{BASE}/nodes/<reference>/undrain", "operator", nodes.undrain),
     # Names may hold slashes, written as %2F or as they are.
     Route("GET", f"{BASE}/models", "viewer", models.list_models),
-    Route("POST", f"{BASE}/models", "operator", models.create_model, model_op=True),
+    # Unbounded: adapters may have to go to a node that holds the base.
+    Route("POST", f"{BASE}/models", "operator", models.create_model, bounded=False, model_op=True),
     Route("GET", f"{BASE}/models/<path:name>", "viewer", models.show_model),
     Route("DELETE", f"{BASE}/models/<path:name>", "operator", models.delete_model, model_op=True),
     Route(

@@ -3,10 +3,15 @@
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 
 from ollamad.api.services import ServiceError
 from ollamad.core.description import Changes
+from ollamad.core.state import Model
+from ollamad.library import ADAPTERS_TIMEOUT_S
 from tests.fakes.api_client import Answer, ApiClient
+from tests.fakes.api_services import model
 
 DIGEST, OTHER = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 MODEL = "smollm2:135m"
@@ -44,6 +49,20 @@ async def test_a_modelfile_of_a_blob() -> None:
     assert (await create(client, modelfile=f"FROM @{DIGEST}", replace=True)).status == 201
     [call] = client.world.library.calls
     assert call[:3] == ("create", "mine:latest", {f"@{DIGEST}": DIGEST})
+
+
+async def test_adapters_may_take_their_time_to_the_node_with_the_base(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    client = ApiClient(deadline_s=60.0)
+
+    async def derive(name: str, base: str, changes: Changes) -> Model:
+        await trio.sleep(ADAPTERS_TIMEOUT_S - 1)
+        return model(name)
+
+    client.world.library.derive = derive  # type: ignore[method-assign, assignment]
+    text = f"FROM {MODEL}\nADAPTER @{DIGEST}"
+    assert (await create(client, modelfile=text)).status == 201
 
 
 @pytest.mark.parametrize(
