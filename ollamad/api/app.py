@@ -32,7 +32,7 @@ from ollamad.api import (
     users,
 )
 from ollamad.api.asgi import Connection, Reply, Request
-from ollamad.api.auth import Auth, Identity
+from ollamad.api.auth import Auth, Identity, is_foreign_host
 from ollamad.api.bodies import invalid
 from ollamad.api.calls import Api, ApiSettings, Call, Handler, error_reply, peer_of
 from ollamad.api.dialects import error_body_for, native_error
@@ -238,6 +238,8 @@ class ApiApp(QuartTrio):
     async def _reply_to(self, request: Request) -> Reply | None:
         try:
             if request.method == "OPTIONS" and request.cors_headers:
+                if _has_limits(request.path):
+                    _look(self.api, request, address_group(peer_of(request)))
                 asked = request.headers.get("Access-Control-Request-Headers")
                 return Reply(b"", 204, headers=preflight_headers(asked))
             endpoint, arguments = self.routes.match(request.path, request.method)
@@ -255,11 +257,19 @@ class ApiApp(QuartTrio):
 
     def _limited(self, request: Request, error: Exception) -> Exception:
         """Count what was refused before anybody was known: by its address, and apart from what
-        is answered there, since others may be behind the same proxy."""
+        is answered there, since others may be behind the same proxy.
+
+        A token that has expired was good, and its owner must hear so to refresh it, whatever the
+        others there did.
+        """
         if request.limit_headers or not _has_limits(request.path):
             return error
+        identity = f"refused {address_group(peer_of(request))}"
+        if isinstance(error, ServiceError) and error.code == "TOKEN_EXPIRED":
+            _look(self.api, request, identity)
+            return error
         try:
-            _take(self.api, request, f"refused {address_group(peer_of(request))}", model_op=False)
+            _take(self.api, request, identity, model_op=False)
         except ServiceError as refusal:
             return refusal
         return error
@@ -301,11 +311,13 @@ def _document() -> bytes:
 def _view(api: Api, route: Route) -> View:
     limited = _has_limits(route.path)
     is_foreign = error_body_for(route.path) is not native_error
+    is_ollamas = is_foreign or route.path == "/"
 
     async def view(request: Request, **arguments: str) -> Reply | None:
         caller = None
         peer = peer_of(request)
-        if route.role is not None:
+        needs_token = is_ollamas and request.only_local and _has_foreign_host(request)
+        if route.role is not None or needs_token:
             if not api.services.cluster.is_caught_up:
                 raise Unavailable(
                     "this node has just started and asks the others what it missed; try again",
@@ -313,12 +325,19 @@ def _view(api: Api, route: Route) -> View:
                     retry_after_s=1,
                 )
             caller = api.auth.identify(request.headers, peer, ignores_placeholders=is_foreign)
+        if needs_token and caller is None:
+            raise ServiceError(
+                403,
+                "FORBIDDEN",
+                "the Host of this request is no name of this machine, as that of a page which "
+                "only says it is; ask localhost, or send a token",
+            )
         if limited:
             identity = (caller.token_id if caller else "") or address_group(peer)
             if route.counted:
                 _take(api, request, identity, model_op=route.model_op)
-            elif (allowance := api.throttle.look(identity)) is not None:
-                request.limit_headers = headers_of(allowance)
+            else:
+                _look(api, request, identity)
         if route.role is not None:
             caller = _authorize(caller, route.role)
             if caller.key is not None:
@@ -358,6 +377,11 @@ async def _read(call: Call, handler: Handler, arguments: dict[str, str]) -> Repl
     return reply
 
 
+def _has_foreign_host(request: Request) -> bool:
+    host = request.headers.get("Host")
+    return host is not None and is_foreign_host(host)
+
+
 def _is_change(route: Route) -> bool:
     """Whether it changes something; what only reads or asks a model does not."""
     is_password = route.path == f"{BASE}/users/<username>/password"
@@ -394,6 +418,12 @@ def _take(api: Api, request: Request, identity: str, *, model_op: bool) -> None:
         request.limit_headers = headers_of(allowance)
         if allowance.wait_s > 0:
             raise rate_limited(allowance)
+
+
+def _look(api: Api, request: Request, identity: str) -> None:
+    """Tell what is left, without counting."""
+    if (allowance := api.throttle.look(identity)) is not None:
+        request.limit_headers = headers_of(allowance)
 
 
 def _authorize(caller: Identity | None, role: Role) -> Identity:

@@ -30,6 +30,8 @@ DRAIN_S = 1.0
 STALL_S = 60.0
 STALL_BYTES = 64 << 10
 
+ONLY_LOCAL = "only_local"  # in a connection's state: the listener is bound to loopback
+
 # An answer may say another one of these itself.
 FIXED_HEADERS: tuple[tuple[bytes, bytes], ...] = (
     (b"x-content-type-options", b"nosniff"),
@@ -140,6 +142,11 @@ class Request(TrioRequest):
     changed_by = ""  # who it is that wants something changed, if the request does
     cors_headers: tuple[tuple[bytes, bytes], ...] = ()
     limit_headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    @property
+    def only_local(self) -> bool:
+        """Whether it came in at an address that is for this host's own programs."""
+        return bool(self.scope.get("state", {}).get(ONLY_LOCAL))
 
     async def send_head(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Send status and headers; the request's id and the fixed headers are added."""

@@ -17,6 +17,7 @@ token are checked, the time with the daemon's own clock.
 import dataclasses
 import functools
 import ipaddress
+import platform
 import secrets
 from base64 import b64encode
 from collections.abc import Callable, Mapping
@@ -58,6 +59,7 @@ FORWARDING_HEADERS = (
     "X-Real-Ip",
     "Via",
 )
+LOCAL_DOMAINS = (".localhost", ".local", ".internal")  # no stranger can have a name in these
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,9 +152,9 @@ class Auth:
     ) -> Identity | None:
         """Who sent a request with these headers from this address; None for nobody known.
 
-        Clients of OpenAI and Anthropic cannot send no key, so those for Ollama send any word. If
-        asked to ignore it, what has not the form of a token of ours is as good as none where the
-        loopback rule holds.
+        Clients of OpenAI and Anthropic cannot send no key, so those for Ollama send any word, or
+        an empty one. If asked to ignore it, what has not the form of a token of ours is as good as
+        none where the loopback rule holds.
 
         Raises:
           ServiceError: 401, a token was sent and is not good (the loopback rule is no way out).
@@ -216,6 +218,8 @@ class Auth:
         await self._cluster.propose(Revoke(session, end))
 
     def _identity_of(self, token: str) -> Identity:
+        if not token:
+            raise _no_token()
         if (key := find_key(self._cluster.state, token)) is not None:
             if key.expires_at is not None and key.expires_at <= self._wall():
                 raise ServiceError(401, "TOKEN_EXPIRED", "this API key has expired; make another")
@@ -271,7 +275,7 @@ class Auth:
 
 
 def _token_of(headers: Headers) -> str | None:
-    """The token of a request; None if it has none.
+    """The token of a request, which may be empty; None if it has none.
 
     Raises:
       ServiceError: 401, an Authorization of another kind.
@@ -279,8 +283,8 @@ def _token_of(headers: Headers) -> str | None:
     authorization = headers.get("Authorization")
     if authorization is not None:
         scheme, _, token = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not token.strip():
-            raise _unauthorized("send the token as `Authorization: Bearer TOKEN`")
+        if scheme.lower() != "bearer":
+            raise _no_token()
         return token.strip()
     key = headers.get("X-Api-Key")  # as Anthropic's clients send it
     return None if key is None else key.strip()
@@ -353,7 +357,7 @@ def is_local_request(headers: Headers, peer: str, origins: Origins = _DEFAULT_OR
     A page of a foreign site that resolves its own name to 127.0.0.1 (DNS rebinding) is told
     by its `Host`; one that simply calls us is told by its `Origin`. `origins` are not foreign.
     """
-    if not _is_loopback_address(peer):
+    if not is_loopback_address(peer):
         return False
     if any(headers.get(name) is not None for name in FORWARDING_HEADERS):
         return False
@@ -362,6 +366,25 @@ def is_local_request(headers: Headers, peer: str, origins: Origins = _DEFAULT_OR
         return False
     origin = headers.get("Origin")
     return origin is None or _is_loopback_origin(origin) or origins.allows(origin)
+
+
+@functools.lru_cache(maxsize=256)
+def is_foreign_host(text: str) -> bool:
+    """Whether a `Host` names another machine, by the rule of Ollama.
+
+    That is how a page of a foreign site is told that resolves its own name to 127.0.0.1. An
+    address tells nothing: no page can make it its own.
+    """
+    try:
+        name = urlsplit(f"//{text}").hostname or ""
+    except ValueError:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        own = ("", "localhost", platform.node().lower())
+        return name not in own and not name.endswith(LOCAL_DOMAINS)
+    return False
 
 
 def _mint(
@@ -416,7 +439,8 @@ def _base64(data: bytes) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _is_loopback_address(text: str) -> bool:
+def is_loopback_address(text: str) -> bool:
+    """Whether it is an address that only this host's own programs reach."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -435,13 +459,17 @@ def _is_loopback_host(text: str) -> bool:
         return False
     if not name or parts.path or parts.query or parts.username is not None:
         return False
-    return name == "localhost" or _is_loopback_address(name)
+    return name == "localhost" or is_loopback_address(name)
 
 
 @functools.lru_cache(maxsize=256)
 def _is_loopback_origin(text: str) -> bool:
     scheme, separator, host = text.partition("://")
     return bool(separator) and scheme in ("http", "https") and _is_loopback_host(host)
+
+
+def _no_token() -> ServiceError:
+    return _unauthorized("send the token as `Authorization: Bearer TOKEN`")
 
 
 def _unauthorized(message: str) -> ServiceError:

@@ -30,7 +30,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState, LifespanState
 from hypercorn.utils import parse_socket_addr
 
-from ollamad.api.asgi import FIXED_HEADERS, POLICY, new_request_id
+from ollamad.api.asgi import FIXED_HEADERS, ONLY_LOCAL, POLICY, new_request_id
 from ollamad.api.calls import error_reply
 from ollamad.api.dialects import error_body_for
 from ollamad.api.limits import address_group, too_many
@@ -106,8 +106,11 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open)
 
-    async def serve(self, stream: trio.SocketStream) -> None:
-        """The life of one accepted connection. Raises nothing: one must not end the others."""
+    async def serve(self, stream: trio.SocketStream, only_local: bool) -> None:
+        """The life of one accepted connection. Raises nothing: one must not end the others.
+
+        `only_local`: its listener is bound to loopback.
+        """
         try:
             peer = parse_socket_addr(stream.socket.family, stream.socket.getpeername())
             host = peer[0] if peer is not None else ""
@@ -116,7 +119,7 @@ class Connections:
             if refusal is not None:
                 await self._refuse(stream, refusal)
                 return
-            connection = Connection(self, stream, peer, key)
+            connection = Connection(self, stream, peer, key, only_local)
             self._open[connection] = None
             self._of_address[key] += 1
             try:
@@ -194,11 +197,13 @@ class Connection:
         stream: trio.SocketStream,
         peer: tuple[str, int] | None,
         address: str,
+        only_local: bool,
     ) -> None:
         self._all = all_
         self._stream = stream
         self._peer = peer
         self._address = address  # as limits count it
+        self._state = ConnectionState(LifespanState({ONLY_LOCAL: only_local}))
         self._send_lock = trio.Lock()
         self._idle = True
         self._closed = False
@@ -216,7 +221,7 @@ class Connection:
                 self._all.config,
                 self._all.context,
                 group,
-                ConnectionState(LifespanState()),
+                self._state,
                 False,
                 self._peer,
                 server,

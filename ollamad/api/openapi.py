@@ -41,7 +41,8 @@ _ERRORS = {
         ServiceError(401, "UNAUTHORIZED", "send a token: the header `Authorization: Bearer TOKEN`"),
     ),
     403: (
-        "The caller's role is too low.",
+        "The caller's role is too low. On Ollama's routes at an address for this host alone also: "
+        "the `Host` is foreign, and there is no token.",
         ServiceError(
             403,
             "FORBIDDEN",
@@ -165,9 +166,9 @@ _INFERENCE_HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
 _INFO = """\
 Ollama Distributed: daemons on many hosts that are one big Ollama. Any node answers any request.
 
-Send `Authorization: Bearer TOKEN`, with a token of `/auth/login` or an API key. Programs on the
-same host need none for what `auth.loopback_role` allows (inference). Roles contain each other:
-viewer, inference, operator, admin; each operation says which it needs.
+Send `Authorization: Bearer TOKEN` (or `X-Api-Key: TOKEN`), with a token of `/auth/login` or an API
+key. Programs on the same host need none for what `auth.loopback_role` allows (inference). Roles
+contain each other: viewer, inference, operator, admin; each operation says which it needs.
 
 Every error of `/api/v1` is `{"error","code","details"}`; the other surfaces have the shapes of
 their protocols. Every answer has `X-Request-Id`; those of `/api/v1` have `RateLimit-Limit`,
@@ -229,7 +230,13 @@ def document(routes: Iterable[RouteRow], examples: Mapping[str, Any]) -> dict[st
                     "type": "http",
                     "scheme": "bearer",
                     "description": "An access token (JWT) of `/auth/login`, or an API key.",
-                }
+                },
+                "key": {
+                    "type": "apiKey",
+                    "in": "header",
+                    "name": "X-Api-Key",
+                    "description": "The same, as Anthropic's clients send it.",
+                },
             },
         },
     }
@@ -258,7 +265,7 @@ def _operation(
         "description": " ".join(description),
         "parameters": _parameters(route, doc),
         "responses": _responses(route, doc, schema_of, example, is_native=is_native),
-        "security": [{"bearer": []}] if role else [],
+        "security": [{"bearer": []}, {"key": []}] if role else [],
         "x-role": role or "none",
     }
     if doc.raw_body:

@@ -97,6 +97,7 @@ DOCS: dict[str, Doc] = {
         "`Ollama is running`, as text; the dashboard's page for who asks for `text/html`.",
         content="text/plain",
         also="text/html",
+        errors=(403,),
     ),
     "GET /dashboard/dashboard.js": Doc(
         "Status", "The dashboard's script", content="text/javascript"
@@ -365,7 +366,9 @@ DOCS: dict[str, Doc] = {
         errors=(404,),
         example={"model": MODEL, "prompt": "Hello world"},
     ),
-    "GET /api/version": Doc("Ollama", "Version", answers=_ok(ollama_answers.OllamaVersion)),
+    "GET /api/version": Doc(
+        "Ollama", "Version", answers=_ok(ollama_answers.OllamaVersion), errors=(403,)
+    ),
     "GET /api/tags": Doc(
         "Ollama", "Models of the whole cluster", answers=_ok(ollama_answers.OllamaTags)
     ),

@@ -16,6 +16,7 @@ from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 from hypercorn.utils import repr_socket_addr, wrap_app
 
+from ollamad.api.auth import is_loopback_address
 from ollamad.api.http import ConnectionLimits, Connections, SocketHandler
 
 BACKLOG = 512  # connections that wait for accept; a burst of clients after a leader change
@@ -175,6 +176,7 @@ async def _accept(listener: socket.socket, connections: Connections, serving: tr
     trio's own would accept one in each pass of its loop, and have many wait that connect at once.
     """
     with listener:
+        only_local = is_loopback_address(str(listener.getsockname()[0]))
         listener.setblocking(False)
         while True:
             await trio.lowlevel.wait_readable(listener)
@@ -190,7 +192,7 @@ async def _accept(listener: socket.socket, connections: Connections, serving: tr
                         break
                     continue  # that client has gone already
                 stream = trio.SocketStream(trio.socket.from_stdlib_socket(accepted))
-                serving.start_soon(connections.serve, stream)
+                serving.start_soon(connections.serve, stream, only_local)
 
 
 async def _bind_all(bind: str) -> list[socket.socket]:

@@ -89,18 +89,22 @@ class Wire:
         await self.send_data(data)
         await self.end()
 
-    async def get(self, path: str, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
-        await self.send_head(method, path)
+    async def get(
+        self, path: str, method: str = "GET", **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        await self.send_head(method, path, **headers)
         await self.end()
         return await self.answer()
 
 
 @asynccontextmanager
 async def serving(
-    graceful_timeout_s: float = 3.0, limits: ConnectionLimits = NO_LIMITS
+    graceful_timeout_s: float = 3.0,
+    limits: ConnectionLimits = NO_LIMITS,
+    host: str = "127.0.0.1",
 ) -> AsyncIterator[Server]:
     client = ApiClient()
-    sockets = await open_listeners(["127.0.0.1:0"])
+    sockets = await open_listeners([f"{host}:0"])
     port = sockets[0].getsockname()[1]
     server = Server(client, port, trio.Event(), trio.Event())
 
@@ -119,7 +123,7 @@ async def serving(
     with trio.fail_after(4 * SOON_S):
         async with trio.open_nursery() as nursery:
             urls = await nursery.start(run)
-            assert urls == [f"http://127.0.0.1:{port}"]
+            assert urls == [f"http://{host}:{port}"]
             yield server
             for wire in server.wires:
                 await trio.aclose_forcefully(wire.stream)

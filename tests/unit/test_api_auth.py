@@ -3,6 +3,7 @@
 import base64
 import hmac
 import json
+import platform
 import re
 from typing import Any
 
@@ -15,6 +16,7 @@ from ollamad.api.auth import (
     REFRESH_TTL_S,
     AuthSettings,
     hash_password,
+    is_foreign_host,
     is_local_request,
     mint_local_token,
 )
@@ -211,7 +213,13 @@ async def test_a_bad_authorization_header_is_no_way_to_the_loopback_role(header:
     assert answer.status == 401
 
 
-WORDS = [{"Authorization": "Bearer ollama"}, {"X-Api-Key": "sk-no-key-required"}]
+WORDS = [
+    {"Authorization": "Bearer ollama"},
+    {"X-Api-Key": "sk-no-key-required"},
+    {"Authorization": "Bearer "},  # a field for the key that was left empty
+    {"Authorization": "Bearer"},
+    {"X-Api-Key": ""},
+]
 
 
 @pytest.mark.parametrize("headers", WORDS)
@@ -219,7 +227,7 @@ WORDS = [{"Authorization": "Bearer ollama"}, {"X-Api-Key": "sk-no-key-required"}
 async def test_any_word_will_do_for_a_client_that_must_send_a_key(
     path: str, headers: dict[str, str]
 ) -> None:
-    """OpenAI's and Anthropic's send one, whatever; only where none would be needed."""
+    """OpenAI's and Anthropic's send one, whatever, or none; only where none would be needed."""
     client = ApiClient(role=None)
     assert (await client.call("GET", path, peer=LOOPBACK, headers=headers)).status == 200
     assert (await client.call("GET", path, peer=REMOTE, headers=headers)).status == 401
@@ -492,6 +500,31 @@ def test_no_other_peer_is_local(peer: str) -> None:
 )
 def test_proxies_and_foreign_pages_are_not_local(headers: dict[str, str]) -> None:
     assert not is_local_request(Lower(**headers), "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("host", "foreign"),
+    [
+        ("", False),
+        ("localhost", False),
+        ("LOCALHOST:11434", False),
+        ("127.0.0.1:11434", False),
+        ("[::1]:11434", False),
+        ("192.168.1.5", False),
+        ("0.0.0.0", False),
+        (platform.node(), False),
+        ("host.docker.internal:11434", False),
+        ("box.local", False),
+        ("evil.example", True),
+        ("evil.example:11434", True),
+        ("localhost.evil.example", True),
+        ("127.0.0.1.evil.example", True),
+        ("local", True),
+        ("[::1", True),
+    ],
+)
+def test_foreign_hosts_are_told_as_ollama_does(host: str, foreign: bool) -> None:
+    assert is_foreign_host(host) == foreign
 
 
 async def test_the_rule_holds_in_the_app_too() -> None:

@@ -55,6 +55,27 @@ async def test_who_is_refused_takes_nothing_from_others_of_that_address() -> Non
     assert (await client.call("POST", "/auth/login", body, role=None)).status == 200
 
 
+async def test_who_must_refresh_a_token_is_told_whatever_others_there_do() -> None:
+    client = ApiClient(rate_limits=RateLimits(general=1))
+    old = {"Authorization": f"Bearer {client.token('viewer')}"}
+    client.world.clock.now += 3600
+    bad = {"Authorization": "Bearer x"}
+    for headers, status in ((bad, 401), (bad, 429), (old, 401), (old, 401)):
+        answer = await client.call("GET", "/nodes", role=None, headers=dict(headers))
+        assert (answer.status, limits(answer)[:2]) == (status, (1, 0))
+    assert answer.code == "TOKEN_EXPIRED"
+
+
+async def test_a_browser_that_asks_first_is_told_and_not_counted() -> None:
+    client = ApiClient(rate_limits=RateLimits(general=1))
+    page = {"Origin": "http://localhost:3000"}
+    for _ in range(2):
+        answer = await client.call("OPTIONS", "/nodes", role=None, headers=dict(page))
+        assert (answer.status, limits(answer)) == (204, (1, 1, 0))
+    answer = await client.call("OPTIONS", "/api/tags", role=None, headers=dict(page))
+    assert (answer.status, "ratelimit-limit" in answer.headers) == (204, False)
+
+
 async def test_the_contracts_numbers_are_the_defaults() -> None:
     assert RateLimits() == RateLimits(general=100, model_ops=10, websocket=5)
     client = ApiClient(rate_limits=RateLimits())

@@ -85,6 +85,9 @@ def test_roles_and_errors_are_told() -> None:
             assert {"401", "403"} <= statuses
         if route.path.startswith(f"{BASE}/"):
             assert "429" in statuses
+    schemes = DOCUMENT["components"]["securitySchemes"]
+    assert DOCUMENT["paths"]["/v1/messages"]["post"]["security"] == [{n: []} for n in schemes]
+    assert {scheme.get("name") for scheme in schemes.values()} == {None, "X-Api-Key"}
     wait = resolve("#/components/responses/Error429")["headers"]
     assert {"Retry-After", "RateLimit-Limit", "X-Request-Id"} <= set(wait)
 

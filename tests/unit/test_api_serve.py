@@ -45,6 +45,33 @@ async def test_loopback_without_a_token_may_infer() -> None:
         assert (await wire.answer())[0] == 401
 
 
+OLLAMAS = ("/", "/api/version", "/api/tags", "/v1/models")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("127.0.0.1", 403), ("0.0.0.0", 401)], ids=["local", "public"]
+)
+async def test_ollamas_routes_refuse_a_page_that_says_it_is_this_host(
+    host: str, status: int
+) -> None:
+    """As Ollama does, where the listener is for this host alone."""
+    async with serving(host=host) as server, await server.connect() as wire:
+
+        async def status_of(path: str, **headers: str) -> int:
+            answer = await wire.get(path, **headers)
+            wire.h11.start_next_cycle()
+            return answer[0]
+
+        token = {"Authorization": f"Bearer {server.client.token('viewer')}"}
+        for path in OLLAMAS:
+            is_open = status == 401 and path in ("/", "/api/version")
+            assert await status_of(path, Host="evil.example") == (200 if is_open else status)
+            assert await status_of(path, Host="evil.example", **token) == 200
+            assert await status_of(path, Host="localhost:11434") == 200
+        assert await status_of("/api/v1/nodes", Host="evil.example") == 401
+        assert await status_of("/api/v1/health", Host="evil.example") == 200
+
+
 async def test_names_with_slashes_work_percent_encoded() -> None:
     async with serving() as server, await server.connect() as wire:
         models = server.world.cluster.state.models
