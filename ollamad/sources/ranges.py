@@ -1,16 +1,18 @@
 """Brings a file by several ranged requests at once, and only the pieces that are not here yet.
 
 The target keeps what came through crashes and restarts, so a download never asks for a piece
-that it has. A server without ranges is read from the start on one connection; of what is here
-already the bytes must then come again, but are not written again. Where neither a digest nor the
-server tells one version of a file from another, all of it has to come in a single answer.
+that it has. Of a piece that breaks off the rest is asked for; only who ends the download loses the
+pieces that are half here, one for each connection. A server without ranges is read from the start
+on one connection; of what is here already the bytes must then come again, but are not written
+again. Where neither a digest nor the server tells one version of a file from another, all of it
+has to come in a single answer.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import httpx
@@ -52,12 +54,19 @@ class Opener(Protocol):
     ) -> AbstractAsyncContextManager[httpx.Response]: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Span:
-    """Pieces in a row: from the first one up to but without the last."""
+    """Pieces in a row that are to come: from the first one up to but without the last."""
 
     first: int
     end: int
+    begun: bytearray = field(default_factory=bytearray)  # what has come of the first
+
+    def take(self) -> tuple[int, bytearray]:
+        """The first piece, which is whole, and its index."""
+        index, piece = self.first, self.begun
+        self.first, self.begun = index + 1, bytearray()
+        return index, piece
 
 
 async def stat(open_url: Opener, file: RemoteFile) -> RemoteFile:
@@ -203,69 +212,68 @@ class _Download:
                 pause = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (self._failures - 1))
                 if isinstance(error, TryAgain):
                     pause = max(pause, error.after_s)
-                self._spans.extendleft(reversed(self._rest(span)))
+                if not self._joins:
+                    span.begun.clear()
+                if span.first < span.end:
+                    self._spans.appendleft(span)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise SourceError(explain(self._file.url, error)) from error
             await trio.sleep(pause)
 
-    def _rest(self, span: Span) -> list[Span]:
-        """What a span that broke off still lacks."""
-        missing = [i for i in range(span.first, span.end) if not self._target.have[i]]
-        return [Span(missing[0], span.end)] if missing else []
-
     async def _bring(self, span: Span) -> None:
         sizes = self._target.map
-        begin = span.first * sizes.piece_size
+        begin = span.first * sizes.piece_size + len(span.begun)
         end = min(span.end * sizes.piece_size, sizes.size)
         headers = {"Range": f"bytes={begin}-{end - 1}"}
-        # Where a digest says what is right, another time (of another mirror) does not matter.
-        if validator := self._file.etag if self._file.digest else self._file.version:
-            headers["If-Range"] = validator
+        # Where a digest says what is right, the etag or time of another mirror does not matter.
+        if self._file.version and not self._file.digest:
+            headers["If-Range"] = self._file.version
         async with self._open(self._file.url, headers, vouched=bool(self._file.digest)) as response:
             check_status(response)
             if self._is_partial(response, begin):
                 self._has_ranges.set()
-                await self._receive(response, span.first, span.end)
+                await self._receive(response, span)
                 return
             self._check_same(response, _size(response))
             # Without ranges all comes in one answer, on this connection.
             self._spans.clear()
             try:
-                await self._receive(response, 0, len(self._target.have))
+                await self._receive(response, Span(0, len(self._target.have)))
             except BaseException:
                 self._spans.append(Span(0, len(self._target.have)))
                 raise
 
-    async def _receive(self, response: httpx.Response, first: int, end: int) -> None:
+    async def _receive(self, response: httpx.Response, span: Span) -> None:
         """Take the pieces of an answer and write those that are missing."""
-        sizes, index = self._target.map, first
-        piece = bytearray()
         async with unwinding(response.aiter_raw(CHUNK_BYTES)) as chunks:
-            while True:
-                with trio.move_on_after(CHUNK_S) as waiting:
-                    data = await anext(chunks, b"")
-                if waiting.cancelled_caught:
-                    raise TryAgain(f"less than {CHUNK_BYTES:,} bytes came in {CHUNK_S:g} s")
-                if not data:
-                    break
+            while data := await self._next(chunks):
                 view = memoryview(data)
                 self._received += len(data)
                 self._progress(self._received)
                 while view:
-                    if index >= end:
+                    if span.first >= span.end:
                         raise SourceError(
                             f"{shown(self._file.url)} sends more than was asked for; use another "
                             "server that has it"
                         )
-                    part = view[: sizes.length_of(index) - len(piece)]
-                    piece += part
+                    length = self._target.map.length_of(span.first)
+                    part = view[: length - len(span.begun)]
+                    span.begun += part
                     view = view[len(part) :]
-                    if len(piece) == sizes.length_of(index):
-                        await self._write(index, piece)
-                        piece = bytearray()
-                        index += 1
-        if index < end:
+                    if len(span.begun) == length:
+                        await self._write(*span.take())
+        if span.first < span.end:
             raise TryAgain("the answer ended early")
+
+    async def _next(self, chunks: AsyncIterator[bytes]) -> bytes:
+        """The next bytes of an answer; none at its end.
+
+        Raises:
+          TryAgain: they are too slow.
+        """
+        with trio.move_on_after(CHUNK_S):
+            return await anext(chunks, b"")
+        raise TryAgain(f"less than {CHUNK_BYTES:,} bytes came in {CHUNK_S:g} s")
 
     async def _write(self, index: int, data: bytearray) -> None:
         if not self._target.have[index]:

@@ -108,6 +108,21 @@ class TokenServer:
         return jwt.encode(claims, key, "ES256", headers={"x5c": chain})
 
 
+@contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[int]:
+    """A server of the test's own; its port."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 def self_signed(key: ec.EllipticCurvePrivateKey, name: str) -> x509.Certificate:
     """A certificate that is its own CA, for that host."""
     names = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -159,17 +174,8 @@ def token_server(directory: Path) -> Iterator[TokenServer]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    server.port = http.server_address[1]
-    thread = threading.Thread(target=http.serve_forever, args=(0.02,))
-    thread.start()
-    try:
+    with serving(Handler) as server.port:
         yield server
-    finally:
-        http.shutdown()
-        thread.join()
-        http.server_close()
 
 
 @dataclass
@@ -327,6 +333,60 @@ class ConnectProxy:
                 back.start()
                 _copy(client, server)
                 back.join(10)
+
+
+class BreakingProxy:
+    """Stands before a server: `with BreakingProxy(port, after=n, times=2) as proxy:`; so often a
+    connection breaks when PATCHes have carried so many bytes to the server since the last time."""
+
+    def __init__(self, server_port: int, *, after: int, times: int) -> None:
+        self._server_port = server_port
+        self._after = after
+        self._carried = 0
+        self.left = times
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> "BreakingProxy":
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        address = ("127.0.0.1", self._server_port)
+        with client, socket.create_connection(address) as server, contextlib.suppress(OSError):
+            patching = broken = False
+
+            def answer() -> None:
+                with contextlib.suppress(OSError):
+                    while data := server.recv(65536):
+                        if not broken:
+                            client.sendall(data)
+
+            back = threading.Thread(target=answer, daemon=True)
+            back.start()
+            while data := client.recv(65536):
+                patching = patching or data.startswith(b"PATCH ")
+                if patching and self.left and self._carried + len(data) > self._after:
+                    server.sendall(data[: self._after - self._carried])
+                    self.left, self._carried, broken = self.left - 1, 0, True
+                    break
+                self._carried += len(data) * patching
+                server.sendall(data)
+            server.shutdown(socket.SHUT_WR)
+            back.join(10)  # the server is through with what it got before the client hears of it
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:

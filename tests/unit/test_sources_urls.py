@@ -8,9 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import httpx
@@ -36,19 +35,21 @@ from ollamad.sources.references import resolve_source
 from ollamad.store.gguf import GgufError
 from ollamad.store.models import ModelStore
 from tests.fakes.gguf_files import gguf_bytes
-from tests.fakes.origin_servers import ConnectProxy, Nginx, free_port, nginx, write_pair
+from tests.fakes.origin_servers import ConnectProxy, Nginx, free_port, nginx, serving, write_pair
 
 LOOPBACK = Policy(parse_hosts("127.0.0.1,localhost"), parse_hosts("127.0.0.1,localhost"))
 SETTINGS = OriginSettings(policy=LOOPBACK, connections=4)
 GGUF = gguf_bytes(tensors={"w": ((2048, 2048), 0)}, fill=random.Random(3).randbytes(1 << 24))
 DIGEST = f"sha256:{hashlib.sha256(GGUF).hexdigest()}"
 HEX = DIGEST.removeprefix("sha256:")
+BREAKS_AFTER = 700_000  # bytes; less than a piece
 LOCATIONS = """
 location /whole/ { alias ROOT/; max_ranges 0; }
 location /slow/ { alias ROOT/; limit_rate 2m; limit_rate_after 1m; }
 location /dated/ { alias ROOT/; etag off; }
 location /weak/ { alias ROOT/; etag off; add_header ETag 'W/"1"'; }
 location /bare/ { alias ROOT/; etag off; add_header Last-Modified ""; }
+location /mirrors/ { alias ROOT/; etag off; add_header ETag '"$request_id"'; }
 location /busy/ { return 503; }
 location /denied/ { return 403; }
 location /moved/ { rewrite ^/moved/(.*)$ http://localhost:PORT/$1 redirect; }
@@ -149,6 +150,45 @@ async def test_a_server_without_ranges_is_read_through(
 ) -> None:
     await pull(store, f"{server.url}/whole/a.gguf{fragment}")
     assert await has_model(store)
+
+
+async def test_where_a_digest_decides_another_etag_does_not_matter(
+    server: Nginx, store: ModelStore
+) -> None:
+    """As behind a name with several mirrors, each with etags of its own."""
+    forget(server)
+    await pull(store, f"{server.url}/mirrors/a.gguf#sha256={HEX}")
+    assert await has_model(store)
+    assert len(await logged(server, "/mirrors/a.gguf", 6)) == 6
+    assert server.bytes_sent("/mirrors/a.gguf") == len(GGUF) + 1
+
+
+@pytest.mark.parametrize("fragment", ["", f"#sha256={HEX}"])
+async def test_a_line_that_never_lasts_for_a_whole_piece_is_no_matter(
+    store: ModelStore, fragment: str
+) -> None:
+    """Of a piece that breaks off the rest is asked for."""
+    sent: list[int] = []
+
+    class Breaking(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            self.send_response(206)
+            self.send_header("Content-Length", str(last + 1 - first))
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(GGUF)}")
+            self.send_header("ETag", '"1"')
+            self.end_headers()
+            sent.append(self.wfile.write(GGUF[first : min(last + 1, first + BREAKS_AFTER)]))
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with serving(Breaking) as port:
+        settings = OriginSettings(policy=LOOPBACK, connections=1)
+        await pull(store, f"http://127.0.0.1:{port}/a.gguf{fragment}", settings)
+    assert await has_model(store)
+    # Of what came in an answer that broke off, httpx keeps less than a chunk back.
+    assert sum(sent) < len(GGUF) + len(sent) * ranges.CHUNK_BYTES
 
 
 async def test_another_digest_than_promised(server: Nginx, store: ModelStore) -> None:
@@ -415,21 +455,13 @@ async def test_passwords_stay_with_their_host(server: Nginx) -> None:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    recorder = ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
-    port = recorder.server_address[1]
-    thread = threading.Thread(target=recorder.serve_forever, args=(0.02,))
-    thread.start()
-    try:
+    with serving(Recorder) as port:
         policy = Policy(LOOPBACK.allow_http, LOOPBACK.allow_private, any_redirects=True)
         async with client.OriginClient(policy) as origin:
             await origin.document(f"http://me:pw@127.0.0.1:{port}/first")
             await origin.document(f"http://127.0.0.1:{port}/first", {"Authorization": "Bearer x"})
             token = BearerToken("t")
             await origin.document(f"http://127.0.0.1:{port}/first", credentials=token)
-    finally:
-        recorder.shutdown()
-        thread.join()
-        recorder.server_close()
     assert [value[:6] for value in seen] == ["Basic ", "", "Bearer", "", "Bearer", ""]
 
 
