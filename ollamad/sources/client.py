@@ -140,12 +140,15 @@ class OriginClient:
             if origin != first:
                 sent.pop("Authorization", None)
             login = basic if origin == first and basic is not None else self._login(plain)
-            if origin == first and credentials is not None and (value := credentials.header()):
+            value = credentials.header() if origin == first and credentials is not None else ""
+            if value:
                 sent["Authorization"] = value
             elif login is not None:
                 sent["Authorization"] = basic_header(*login)
             client = await self._client_for(plain)
             request = client.build_request(method, plain, headers=sent, content=content)
+            if isinstance(content, bytes):
+                request.stream = _Body(content)
             response = await client.send(request, stream=True)
             try:
                 challenge = response.headers.get("WWW-Authenticate", "")
@@ -155,7 +158,8 @@ class OriginClient:
                     and origin == first
                     and not answered
                     and not isinstance(content, AsyncIterator)
-                    and await credentials.challenged(challenge)
+                    # Another connection may have signed in since this one asked.
+                    and (value != credentials.header() or await credentials.challenged(challenge))
                 ):
                     answered = True
                     continue
@@ -266,6 +270,21 @@ class OriginClient:
                 "sources.ca_file and SSL_CERT_FILE"
             ) from error
         return context
+
+
+class _Body(httpx.AsyncByteStream):
+    """Bytes to send. httpx's own leaves a generator suspended when the connection breaks."""
+
+    def __init__(self, data: bytes) -> None:
+        self._parts = [data]
+
+    def __aiter__(self) -> "_Body":
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self._parts:
+            raise StopAsyncIteration
+        return self._parts.pop()
 
 
 class GuardedBackend(httpcore.AsyncNetworkBackend):

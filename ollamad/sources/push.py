@@ -1,8 +1,9 @@
 """Sends a model to an OCI registry: the blobs that it lacks, then the manifest.
 
 As the Docker registry's protocol has it: an upload is begun, sent in chunks, and closed with the
-digest, which the registry checks. A chunk whose connection broke is asked about and gone on with.
-A model's bytes and a password go to the registry's own host only.
+digest, which the registry checks. When the connection of a chunk broke, the registry is asked what
+it has. Many then give the upload up, as the reference implementation does once a part of the chunk
+has come: that file begins anew. A model's bytes and a password go to the registry's own host only.
 """
 
 import urllib.parse
@@ -28,7 +29,7 @@ from ollamad.sources.policy import HostList, origin_of
 from ollamad.sources.registry import Registry, RegistryLogin
 
 CHUNK_BYTES: Final = 8 * MIB  # held in memory, and sent again after a break
-MAX_FAILURES: Final = 5  # in a row
+MAX_FAILURES: Final = 5  # in a row, without a byte that was not sent before
 BACKOFF_S: Final = 0.5
 MANIFEST_TYPE: Final = "application/vnd.docker.distribution.manifest.v2+json"
 
@@ -80,9 +81,8 @@ class Pusher:
         return True
 
     async def _upload(self, digest: str, size: int, read: Read, sent: Sent) -> None:
-        base = f"{self._registry.base}/v2/{self._registry.repository}/blobs/uploads/"
-        place = self._place(base, await self._request("POST", base))
-        offset = failures = 0
+        place = await self._begin()
+        offset = farthest = failures = 0
         while offset < size:
             data = await read(digest, offset, min(CHUNK_BYTES, size - offset))
             headers = {
@@ -96,15 +96,30 @@ class Pusher:
                 if failures >= MAX_FAILURES:
                     raise
                 await trio.sleep(BACKOFF_S * 2 ** (failures - 1))
-                answer = await self._request("GET", place)
-                offset = _taken(answer)
+                place, offset = await self._go_on(place)
             else:
-                failures = 0
+                place = self._place(place, answer)
                 offset += len(data)
-            place = self._place(place, answer)
+            if offset > farthest:
+                farthest, failures = offset, 0
             sent(offset)
         separator = "&" if "?" in place else "?"
         await self._request("PUT", f"{place}{separator}digest={urllib.parse.quote(digest)}", b"")
+
+    async def _begin(self) -> str:
+        """Where a new upload goes to."""
+        base = f"{self._registry.base}/v2/{self._registry.repository}/blobs/uploads/"
+        return self._place(base, await self._request("POST", base))
+
+    async def _go_on(self, place: str) -> tuple[str, int]:
+        """Where the upload goes on of which a chunk broke off, and at which byte."""
+        try:
+            answer = await self._request("GET", place)
+        except OriginUnreachable:
+            raise
+        except SourceError:  # it is given up there, or nobody can ask
+            return await self._begin(), 0
+        return self._place(place, answer), _taken(answer)
 
     def _place(self, url: str, answer: httpx.Response) -> str:
         """Where the upload goes on.

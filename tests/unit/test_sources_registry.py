@@ -5,13 +5,17 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ollamad.bringing import Bringer, Step
 from ollamad.core.names import parse_name
+from ollamad.core.pieces import MIB
 from ollamad.core.state import Model
+from ollamad.sources import push as push_module
 from ollamad.sources import ranges
 from ollamad.sources.base import (
     AccessRefused,
@@ -20,20 +24,26 @@ from ollamad.sources.base import (
     OriginUnreachable,
     SourceError,
 )
-from ollamad.sources.client import OriginClient
+from ollamad.sources.client import OriginClient, basic_header
 from ollamad.sources.origins import Origins, OriginSettings
 from ollamad.sources.policy import Policy, parse_hosts
 from ollamad.sources.push import Pusher
 from ollamad.sources.references import resolve_source
-from ollamad.sources.registry import challenge_parameters, read_docker_account
+from ollamad.sources.registry import (
+    RegistrySource,
+    challenge_parameters,
+    read_docker_account,
+)
 from ollamad.store.errors import StoreFull
 from ollamad.store.manifests import describe
 from ollamad.store.models import ModelStore
 from tests.fakes.gguf_files import gguf_bytes
 from tests.fakes.origin_servers import (
+    BreakingProxy,
     RegistryServer,
     TokenServer,
     registry_server,
+    serving,
     token_server,
 )
 
@@ -236,6 +246,102 @@ async def test_a_realm_elsewhere_gets_no_password(
     with pytest.raises(NotFound):
         await pull(store, name, allowed)
     assert len(tokens.asked) == 1
+
+
+@pytest.mark.parametrize("pushing", [False, True])
+async def test_a_token_that_expires_meanwhile_is_replaced(
+    guarded: RegistryServer, tokens: TokenServer, tmp_path: Path, docker_config: Path,
+    monkeypatch: pytest.MonkeyPatch, pushing: bool,
+) -> None:  # fmt: skip
+    sign_in(docker_config, guarded.host)
+    there = await store_at(tmp_path / "there")
+    model = await made(there)
+    repository = f"me/{'pushed' if pushing else 'pulled'}-late"
+    name = f"{guarded.host}/{repository}"
+    if not pushing:
+        await push(there, model, name)
+    monkeypatch.setattr(tokens, "ttl_s", -3600)
+    scope = {"scope": f"repository:{repository}:push,pull"}
+    expired = tokens.token(scope, basic_header("me", "s3cret"))
+    monkeypatch.setattr(tokens, "ttl_s", 300)
+    tokens.asked.clear()
+    place, method = (Pusher, "_upload") if pushing else (RegistrySource, "open")
+    real, times = getattr(place, method), 0
+
+    def expire(self: Any, *arguments: Any, **more: Any) -> Any:
+        nonlocal times
+        times += 1
+        if times == 2:
+            self._login._header = f"Bearer {expired}"
+        return real(self, *arguments, **more)
+
+    monkeypatch.setattr(place, method, expire)
+    if pushing:
+        await push(there, model, name)
+    pulled = await pull(await store_at(tmp_path / "here"), name)
+    assert pulled.digest == model.digest
+    assert times > 2
+    # To ask what is there, to send it (twice), and to pull it; or to pull it (twice).
+    assert len(tokens.asked) == (4 if pushing else 2)
+
+
+async def test_who_signs_in_meanwhile_signs_in_for_all() -> None:
+    """Also for a connection that is refused after that: a realm may give the same token again."""
+    header, challenges = "Bearer old", 0
+
+    class Login:
+        def header(self) -> str:
+            return header
+
+        async def challenged(self, www_authenticate: str) -> bool:
+            nonlocal challenges
+            challenges += 1
+            return False
+
+    class Realm(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            nonlocal header
+            header = "Bearer new"  # another connection got it
+            self.send_response(200 if self.headers["Authorization"] == header else 401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with serving(Realm) as port:
+        async with OriginClient(LOOPBACK) as client:
+            await client.document(f"http://127.0.0.1:{port}/x", credentials=Login())
+    assert challenges == 0
+
+
+@pytest.mark.parametrize("after", [0, 5 * MIB // 2])
+async def test_a_push_survives_a_line_that_breaks(
+    plain: RegistryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """In the middle of the third chunk, or before the first, of which nothing has come then."""
+    monkeypatch.setattr(push_module, "CHUNK_BYTES", MIB)
+    monkeypatch.setattr(push_module, "BACKOFF_S", 0.001)
+    store = await store_at(tmp_path / "there")
+    model = await made(store)
+    with BreakingProxy(plain.port, after=after, times=2) as proxy:
+        seen = await push(store, model, f"{proxy.host}/me/broken{after}")
+        assert proxy.left == 0
+    assert seen[-1] == sum(layer.size for layer in model.layers)
+    pulled = await pull(await store_at(tmp_path / "here"), f"{plain.host}/me/broken{after}")
+    assert pulled.digest == model.digest
+
+
+async def test_a_push_that_gets_no_farther_ends(
+    plain: RegistryServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push_module, "CHUNK_BYTES", MIB)
+    monkeypatch.setattr(push_module, "BACKOFF_S", 0.001)
+    store = await store_at(tmp_path / "there")
+    with BreakingProxy(plain.port, after=5 * MIB // 2, times=1000) as proxy:
+        with pytest.raises(OriginUnreachable, match="cannot be reached or broke off"):
+            await push(store, await made(store), f"{proxy.host}/me/hopeless")
+        assert proxy.left == 1000 - push_module.MAX_FAILURES
 
 
 async def test_what_is_pushed_again_is_not_sent_again(
