@@ -1,11 +1,12 @@
 """Makes the models of a directory that somebody else fills, an Ollama's, models of the cluster.
 
 Each manifest there is published once; if it changes, again. So what was deleted from the cluster
-does not come back by itself, though its files may still lie there.
+does not come back by itself, though its files may still lie there. A copy that was moved away, and
+whose files are still there, counts again when nobody else has the model any more.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -46,10 +47,21 @@ class Adoption:
         self._holds = holds
         self._note = Note(path, dict[str, str], {})
         self._seen: dict[str, str] = {}  # by name key: which manifest, written when
+        self._missed: set[str] = set()  # name keys of what nobody had at the last look
+
+    def remember(self) -> None:
+        """Read what was seen before a restart; call it before all else."""
+        self._seen = self._note.read()
+
+    @property
+    def found(self) -> Mapping[str, str]:
+        """By name key, the digest of the manifest that was there; of shelves nothing is told."""
+        if self._store.shelves:
+            return {}
+        return {key: mark.partition(" ")[0] for key, mark in self._seen.items()}
 
     async def run(self) -> None:
         """Until cancelled."""
-        self._seen = self._note.read()
         while True:
             await self.scan()
             await trio.sleep(RESCAN_S)
@@ -65,10 +77,15 @@ class Adoption:
         except (StoreError, OSError) as error:
             log.warning("models that are there already cannot be listed: %s", error)
             return
+        missed, self._missed = self._missed, set()
         for stored in found:
             key = parse_name(stored.name).key
             mark = f"{manifest_digest(stored.data)} {stored.modified_at}"
-            if self._seen.get(key) == mark or (not shelved and self._holds(key)):
+            if self._is_missed(stored):
+                self._missed.add(key)
+            is_known = self._seen.get(key) == mark or (not shelved and self._holds(key))
+            # At two looks: who has it may only be starting anew.
+            if is_known and key not in missed & self._missed:
                 continue
             try:
                 await self._adopt(stored)
@@ -79,6 +96,16 @@ class Adoption:
                 log.warning("%s is there, but cannot be used: %s", stored.name, error)
             self._seen[key] = mark
             self._note.write(self._seen)
+
+    def _is_missed(self, stored: StoredManifest) -> bool:
+        """Whether it is a model of the cluster, moved away, and nobody who has it is there."""
+        model = self._cluster.state.find_model(stored.name)
+        return (
+            model is not None
+            and model.digest == manifest_digest(stored.data)
+            and self._cluster.node_id not in (*model.desired, *model.confirmed)
+            and not any(self._cluster.is_online(node_id) for node_id in model.confirmed)
+        )
 
     async def _adopt(self, stored: StoredManifest) -> None:
         me = self._cluster.node_id

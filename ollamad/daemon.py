@@ -259,7 +259,6 @@ class Daemon:
             held_path=directory.replicas,
             pulls_path=directory.pulls,
             view=self._reconciler.view,
-            owns_store=not settings.models.path or bool(shelves),
             adopted_path=directory.adopted if settings.models.path else None,
             scrub=lambda lost: Scrubbing(
                 cluster=self._cluster,

@@ -83,7 +83,7 @@ class Library:
       view: the cluster as placement sees it now.
       engine_of: which engine would run a model here, and why.
       objection: why a model that is here could not be run here; empty if nothing is known.
-      unload, held_path, owns_store: see `Share`, which looks after this node's own copies.
+      unload, held_path: see `Share`, which looks after this node's own copies.
     """
 
     def __init__(
@@ -98,7 +98,6 @@ class Library:
         held_path: Path,
         pulls_path: Path,
         view: Callable[[], View],
-        owns_store: bool = True,
         adopted_path: Path | None = None,
         scrub: Callable[[Callable[[str], Awaitable[None]]], Scrubbing] | None = None,
         engine_of: Callable[[Model], Awaitable[Choice]] | None = None,
@@ -117,7 +116,7 @@ class Library:
             table=table,
             unload=unload,
             held_path=held_path,
-            owns_store=owns_store,
+            found=self._found,
         )
         self._pulls = Pulls(
             cluster=cluster,
@@ -135,7 +134,7 @@ class Library:
             pulls_path=pulls_path,
             objection=objection,
         )
-        self._adoption = None
+        self._adoption: Adoption | None = None
         if adopted_path is not None:
             self._adoption = Adoption(
                 cluster=cluster,
@@ -423,6 +422,8 @@ class Library:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run pulls, and this node's share of the models; until cancelled."""
         async with trio.open_nursery() as nursery:
+            if self._adoption is not None:
+                self._adoption.remember()  # the share asks what is an Ollama's
             await nursery.start(self._share.run)
             await nursery.start(self._pulls.run)
             await nursery.start(self._pushes.run)
@@ -431,6 +432,9 @@ class Library:
             if self._scrubbing is not None:
                 nursery.start_soon(self._scrubbing.run)
             task_status.started()
+
+    def _found(self) -> Mapping[str, str]:
+        return {} if self._adoption is None else self._adoption.found
 
     # Bringing in.
 

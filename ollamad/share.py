@@ -6,7 +6,7 @@ fetches what it should hold and lacks from peers, and drops what it should not h
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,8 +64,9 @@ class Share:
       unload: frees the memory of a model that is about to go.
       held_path: remembers which models this node holds for the cluster, so that it drops those
         that were deleted while it was down, and nothing else.
-      owns_store: false for a directory that an Ollama uses too: nothing is collected there,
-        and only what is deleted from the cluster is removed.
+      found: digests of manifests, by name key, that an Ollama has put into the store's own
+        directory. Only their deletion or replacement removes those; and if there are any, blobs
+        that no model uses are not collected, for the Ollama may be about to.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Share:
         table: TransferTable,
         unload: Callable[[str], Awaitable[None]],
         held_path: Path,
-        owns_store: bool,
+        found: Callable[[], Mapping[str, str]],
     ) -> None:
         self._cluster = cluster
         self._store = store
@@ -86,7 +87,7 @@ class Share:
         self._unload = unload
         self.following = Following(cluster=cluster, store=store, fetcher=fetcher, table=table)
         self._note = Note(held_path, dict[str, str], {})
-        self._owns_store = owns_store
+        self._found = found
         self.received = Rate()  # of copies from peers
         self._held: dict[str, str] = {}
         self._unchecked: set[str] = set()  # name keys of those that were not looked for yet
@@ -108,8 +109,7 @@ class Share:
             self._unchecked = set(self._held)  # somebody may have cleaned up
             await nursery.start(self.following.run)
             task_status.started()
-            if self._owns_store:
-                nursery.start_soon(self._collect_garbage)
+            nursery.start_soon(self._collect_garbage)
             while True:
                 changed = self._cluster.changes.next()
                 self._note.catch_up()
@@ -251,7 +251,11 @@ class Share:
             if key not in self._publishing
             and (
                 (model := models.get(key)) is None
-                or not (key in self._kept or me in model.desired or me in model.confirmed)
+                or not (
+                    (key in self._kept and model.digest == self._held[key])
+                    or me in model.desired
+                    or me in model.confirmed
+                )
             )
         ]
 
@@ -269,7 +273,7 @@ class Share:
         )
 
     async def _give_up(self, key: str, model: Model) -> None:
-        """Free a copy, if the cluster agrees that it is not needed."""
+        """Free a copy (see `_drop`), if the cluster agrees that it is not needed."""
         command = ReleaseReplica(model.name, model.digest, self._cluster.node_id)
         outcome = await self._cluster.propose(command)
         if isinstance(outcome, Applied):
@@ -393,9 +397,11 @@ class Share:
     async def _drop(self, key: str) -> None:
         """Free what this node holds of a model that is not wanted here any more."""
         await self._unload(key)
-        if not self._owns_store and key in self._cluster.state.models:
-            # It was here before the cluster was: only a deletion takes it away. So it stays in
-            # `_held`, else the adoption would take it for new, and that for a copy too many.
+        model = self._cluster.state.models.get(key)
+        held = self._held.get(key, "" if model is None else model.digest)
+        if model is not None and self._found().get(key) == model.digest == held:
+            # An Ollama's: it stays until it is deleted or replaced. So it stays in `_held`, else
+            # the adoption would take it for new, and that for a copy too many.
             self._kept.add(key)
             return
         digests = await self._blobs_of(key)
@@ -447,9 +453,10 @@ class Share:
             await trio.sleep(GARBAGE_INTERVAL_S)
             try:
                 await self._cluster.read_barrier(BARRIER_S)
-                freed = await self._store.free(self._wanted_here, grace_s=GARBAGE_AGE_S)
-                if freed.size:
-                    log.info("freed %.1f MB, which no model uses", freed.size / 1e6)
+                if not self._found():
+                    freed = await self._store.free(self._wanted_here, grace_s=GARBAGE_AGE_S)
+                    if freed.size:
+                        log.info("freed %.1f MB, which no model uses", freed.size / 1e6)
                 for digest in await self._store.discard_old_partials(self._partial_age()):
                     log.info("threw away what had come of %s; nobody asked for the rest", digest)
             except (ServiceError, StoreError, OSError) as error:

@@ -214,7 +214,6 @@ class LibraryNode:
         self.shared = shared
         self.source = ScriptedSource(content)
         self.ollama = ollama  # a directory of models that is adopted
-        self.owns_store = ollama is None or read_only
         shelves = [ollama] if ollama is not None and read_only else []
         own = root / "models" if ollama is None or read_only else ollama
         self.store = ModelStore(own, keep_free_bytes=0, shelves=shelves)
@@ -243,7 +242,6 @@ class LibraryNode:
             unload=self._unload,
             held_path=self.root / "held",
             pulls_path=self.root / "pulls",
-            owns_store=self.owns_store,
             adopted_path=None if self.ollama is None else self.root / "adopted",
             view=self.reconciler.view,
         )

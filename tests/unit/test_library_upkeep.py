@@ -2,7 +2,9 @@
 
 import errno
 import hashlib
+import os
 import random
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from ollamad.sources.references import resolve_source
 from ollamad.store import manifests, scrub
 from ollamad.store.errors import StoreFull
 from ollamad.store.models import ModelStore
+from ollamad.store.partial import PartialBlob
 from ollamad.store.scrub import Rot, Scrubber
 from ollamad.transfer.fetch import Fetcher
 from tests.fakes.gguf_files import LLAMA, gguf_bytes
@@ -160,6 +163,87 @@ async def test_what_is_moved_away_is_not_taken_for_new(
     assert key not in world.models
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_what_was_moved_away_counts_again_when_all_others_are_lost(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_only: bool
+) -> None:
+    monkeypatch.setattr(adoption, "RESCAN_S", 3600.0)
+    key = "one:latest"
+    theirs = await ollama_at(tmp_path / "ollama", "one")
+    node = adopt(world, C, theirs.root, read_only=read_only)
+    await world.start(C)
+    await until(world.shared, lambda: world.confirmed(key) == (C,))
+    world.shared.apply(SetDesired(key, (B, C)))
+    await until(world.shared, lambda: world.confirmed(key) == (B, C))
+    world.shared.apply(AskReplicas(key, 1, ()))
+    world.shared.apply(SetDesired(key, (B,)))
+    await until(world.shared, lambda: world.confirmed(key) == (B,))
+    await world.settled()
+    scan = node.library._adoption.scan  # type: ignore[union-attr]
+    await scan()
+    before = len(world.shared.proposed)
+    await world.nodes[B].stop()
+    await scan()
+    assert world.shared.proposed[before:] == []  # it may only be starting anew
+    await scan()
+    await until(world.shared, lambda: C in world.confirmed(key))
+    assert await world.nodes[A].library.describe("one")
+
+
+async def test_what_the_cluster_brought_into_a_models_directory_goes_with_its_copy(
+    world: World, tmp_path: Path
+) -> None:
+    """An Ollama's files, which lie beside it, do not."""
+    theirs = await ollama_at(tmp_path / "ollama", "one")
+    node = adopt(world, C, theirs.root, read_only=False)
+    await world.start(C)
+    await until(world.shared, lambda: "one:latest" in world.models)
+    ours = await world.pulled(A, C)
+    world.shared.apply(AskReplicas(NAME, 1, ()))
+    world.shared.apply(SetDesired(NAME, (A,)))
+    await comes_to_hold(node, ours, set())
+    assert [stored.name for stored in await theirs.list_manifests()] == ["one:latest"]
+    assert world.confirmed() == (A,)
+
+
+@pytest.mark.parametrize("moved_before", [False, True])
+async def test_what_was_an_ollamas_goes_when_its_name_means_another_model(
+    world: World, tmp_path: Path, moved_before: bool
+) -> None:
+    key = "one:latest"
+    theirs = await ollama_at(tmp_path / "ollama", "one")
+    node = adopt(world, C, theirs.root, read_only=False)
+    await world.start(C)
+    await until(world.shared, lambda: world.confirmed(key) == (C,))
+    if moved_before:
+        world.shared.apply(AskReplicas(key, 1, ()))
+        world.shared.apply(SetDesired(key, (B,)))
+        await until(world.shared, lambda: world.confirmed(key) == (B,))
+    before = {layer.digest for layer in world.models[key].layers}
+    assert await node.holds(before) == before
+    await world.nodes[A].library.download("one", source=REFERENCE, nodes=[A])
+    await comes_to_hold(node, before, set())
+    assert await theirs.list_manifests() == []
+
+
+@pytest.mark.parametrize("used", [False, True])
+async def test_an_upload_stays_where_an_ollama_may_be_about_to_use_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: bool
+) -> None:
+    theirs = await ollama_at(tmp_path / "ollama", *(["one"] if used else []))
+    node = adopt(world, C, theirs.root, read_only=False)
+    await world.start(C)
+    await until(world.shared, lambda: ("one:latest" in world.models) == used)
+    await node.stop()
+    unused, _ = await theirs.put_bytes(b"of no model")
+    await begun_at(theirs, "f", days=8)
+    monkeypatch.setattr(share, "GARBAGE_AGE_S", 0.0)
+    monkeypatch.setattr(share, "GARBAGE_INTERVAL_S", 0.02)
+    await world.start(C)
+    await collected(node)
+    assert await node.holds({unused}) == ({unused} if used else set())
+
+
 async def test_a_name_that_means_another_model_is_left_alone(world: World, tmp_path: Path) -> None:
     await world.pulled(A)
     theirs = await ollama_at(tmp_path / "ollama", "tiny", "other")
@@ -173,6 +257,60 @@ async def test_a_name_that_means_another_model_is_left_alone(world: World, tmp_p
 
 
 # Pulls.
+
+
+async def begun_at(store: ModelStore, digit: str, *, days: float) -> str:
+    """A partial blob of which something came that many days ago."""
+    digest = f"sha256:{64 * digit}"
+    (await store.open_growing(digest, 2 * MIB)).close()
+    age(store, digest, days=days)
+    return digest
+
+
+def age(store: ModelStore, digest: str, *, days: float) -> None:
+    then = time.time() - days * 86400
+    for path in store.blobs.glob(f"{store.blob_path(digest).name}.*"):
+        os.utime(path, (then, then))
+
+
+async def collected(node: LibraryNode) -> None:
+    """The node has looked for garbage: what was begun long ago is thrown away."""
+    with trio.fail_after(5):
+        while f"sha256:{64 * 'f'}" in await node.store.partials():  # noqa: ASYNC110 - a disk
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+async def test_a_pull_that_was_cancelled_goes_on_days_later(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adopted: bool
+) -> None:
+    node = adopt(world, C, tmp_path / "models", read_only=False) if adopted else world.nodes[C]
+    await world.start(C)
+    digest = node.source.digest = f"sha256:{hashlib.sha256(LARGE).hexdigest()}"
+    node.source.gate = trio.Event()
+    transfer_id = await node.library.download(REFERENCE, nodes=[C])
+    await until(world.shared, lambda: held_by(node, digest) == 4)
+    await node.library.cancel(transfer_id)
+    await until(world.shared, lambda: node.transfer(transfer_id).status == "cancelled")
+    await node.stop()
+    age(node.store, digest, days=6.9)
+    await begun_at(node.store, "f", days=7.1)
+    monkeypatch.setattr(share, "GARBAGE_INTERVAL_S", 0.02)
+    await world.start(C)
+    await collected(node)
+    written: list[int] = []
+    real = PartialBlob.write_piece
+
+    async def write(self: PartialBlob, index: int, data: bytes | bytearray) -> bool:
+        written.append(index)
+        return await real(self, index, data)
+
+    monkeypatch.setattr(PartialBlob, "write_piece", write)
+    node.source.gate = None
+    await node.library.download(REFERENCE, nodes=[C])
+    await until(world.shared, lambda: world.confirmed() == (C,))
+    assert written == [4]
+    assert node.store.blob_path(digest).read_bytes() == LARGE
 
 
 @pytest.mark.parametrize("followed", [False, True])
