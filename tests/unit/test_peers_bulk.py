@@ -116,6 +116,38 @@ async def test_bytes_and_files_pass(pair: Pair, tmp_path: Path, plain: bool) -> 
 
 
 @both_modes
+async def test_a_file_goes_from_the_disk_to_the_socket_without_a_copy_unless_it_is_encrypted(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    (tmp_path / "file").write_bytes(CONTENT)
+    descriptor = os.open(tmp_path / "file", os.O_RDONLY)
+    received = bytearray(len(CONTENT))
+    real, sent, read = os.sendfile, 0, 0
+
+    def sendfile(out: int, source: int, offset: int, count: int) -> int:
+        nonlocal sent
+        done = real(out, source, offset, count)
+        sent += done
+        return done
+
+    def preadv(source: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal read
+        done = real_preadv(source, buffers, offset)
+        read += done
+        return done
+
+    real_preadv = os.preadv
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    monkeypatch.setattr(os, "preadv", preadv)
+    async with lane(pair, plain=plain) as (theirs, ours), trio.open_nursery() as nursery:
+        nursery.start_soon(theirs.run, lambda: theirs.send_file(b"", descriptor, 0, len(CONTENT)))
+        await ours.run(lambda: ours.receive_into(memoryview(received)))
+    assert received == CONTENT
+    assert (sent, read) == ((len(CONTENT), 0) if plain else (0, len(CONTENT)))
+    os.close(descriptor)
+
+
+@both_modes
 async def test_the_end_of_a_message_that_comes_in_two_parts_is_not_slept_through(
     pair: Pair, plain: bool
 ) -> None:
