@@ -146,6 +146,11 @@ def test_a_killed_pull_goes_on_by_itself_and_each_piece_comes_once(
     first.delete("/models/large")
 
 
+def times_of(directory: Path) -> dict[Path, int]:
+    """Everything below a directory, and when it was changed."""
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+
+
 def test_what_is_not_allowed_is_told_with_its_setting(two: Cluster) -> None:
     node = two.nodes[0]
     for source, words in (
@@ -158,9 +163,11 @@ def test_what_is_not_allowed_is_told_with_its_setting(two: Cluster) -> None:
         assert words in ended["error"]
 
 
-def test_an_ollamas_directory_is_adopted_and_only_read(
-    tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path
+@pytest.mark.parametrize("read_only", [True, False])
+def test_an_ollamas_directory_is_adopted(
+    tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path, read_only: bool
 ) -> None:
+    """And only read, or used for what is new as well."""
     ollama = tmp_path_factory.mktemp("ollama")
     for cluster in open_cluster(tmp_path_factory):
         donor = cluster.found()  # what an Ollama would have written
@@ -168,14 +175,15 @@ def test_an_ollamas_directory_is_adopted_and_only_read(
         manifests = donor.data_dir / "models"
         donor.stop()
         manifests.rename(ollama / "models")
-    before = {p: p.stat().st_mtime_ns for p in (ollama / "models").rglob("*")}
+    before = times_of(ollama / "models")
     settings = {
         "OLLAMA_MODELS": str(ollama / "models"),
-        "OLLAMAD_MODELS__READ_ONLY": "true",
+        "OLLAMAD_MODELS__READ_ONLY": str(read_only).lower(),
     }
     for cluster in open_cluster(tmp_path_factory, **settings):
         node = cluster.found()
-        wait_until("it is adopted", lambda: node.get("/models")["models"])  # noqa: B023
+        # The first look may come before the cluster is founded, and the next is a minute later.
+        wait_until("it is adopted", lambda: node.get("/models")["models"], 90)  # noqa: B023
         cluster.wait_replicas("adopted", [node])
         asked = {"model": "adopted", "prompt": "The capital of France is", "raw": True}
         options = {"temperature": 0, "num_predict": 4, "num_thread": 1}
@@ -184,4 +192,15 @@ def test_an_ollamas_directory_is_adopted_and_only_read(
         node.delete("/models/adopted")
         node.restart()
         assert [m["name"] for m in node.get("/models")["models"]] == ["mine:latest"]
-    assert {p: p.stat().st_mtime_ns for p in (ollama / "models").rglob("*")} == before
+        asked["model"] = "mine"
+        assert "Paris" in ok(node.answer("/generate", options=options, **asked))["response"]
+    after = times_of(ollama / "models")
+    if read_only:
+        assert after == before
+    else:
+        # The copy needs the blobs; of the model that was deleted only the manifest goes.
+        gone, come = before.keys() - after.keys(), after.keys() - before.keys()
+        assert {path.parent.name for path in gone if "manifests" in path.parts} >= {"adopted"}
+        assert not [path for path in gone if "blobs" in path.parts]
+        assert [path.parent.name for path in come if path.name == "latest"] == ["mine"]
+        assert not [path for path in come if "blobs" in path.parts]
