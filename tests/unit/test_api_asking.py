@@ -142,6 +142,17 @@ async def test_who_waits_is_told_its_place_in_a_native_stream() -> None:
     assert "".join(line.get("response", "") for line in answer.lines) == 'Hello "ü"\n'
 
 
+@pytest.mark.parametrize("path", ["/api/generate", "/api/chat"])
+async def test_who_waits_with_a_client_of_ollama_reads_nothing_but_answers(path: str) -> None:
+    """Its package reads every line as JSON, blank ones too."""
+    client = ApiClient()
+    client.world.inference.script = list(HELLO)
+    client.world.inference.places = PLACES
+    answer = await ask(client, path, stream=True)
+    assert [line["done"] for line in answer.lines] == [False, False, False, True]
+    assert all("status" not in line for line in answer.lines)
+
+
 async def test_who_waits_is_told_its_place_in_comments_of_a_server_sent_stream() -> None:
     client = ApiClient()
     client.world.inference.script = list(HELLO)

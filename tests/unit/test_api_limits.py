@@ -109,6 +109,9 @@ async def test_identities_are_tokens_else_addresses() -> None:
         ("POST", "/models/llama2/download", None),
         ("DELETE", "/models/smollm2:135m", None),
         ("POST", "/models", {"name": "x", "files": {"a": "sha256:" + "a" * 64}}),
+        ("POST", "/models/smollm2:135m/copy", {"destination": "x"}),
+        ("POST", "/models/smollm2:135m/push", {"destination": "registry.example/me/x"}),
+        ("PUT", "/models/smollm2:135m/replicas", {"replicas": 2}),
     ],
 )
 async def test_model_operations_have_a_limit_of_their_own(

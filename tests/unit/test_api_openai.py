@@ -506,6 +506,9 @@ async def test_models() -> None:
     assert (listed["data"][1]["id"], listed["data"][1]["owned_by"]) == ("me/own:latest", "me")
     assert (await client.call("GET", f"/v1/models/{MODEL}")).json == described
     assert (await client.call("GET", "/v1/models/me/own")).json["id"] == "me/own:latest"
+    client.world.cluster.state.models.clear()
+    none = (await client.call("GET", "/v1/models")).json
+    assert (none["data"], none["first_id"], none["last_id"]) == ([], None, None)
 
 
 async def test_what_was_refused_before_is_part_of_the_conversation() -> None:

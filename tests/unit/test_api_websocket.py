@@ -363,6 +363,23 @@ async def test_an_alert_is_told_once_and_to_who_comes_later(quick: None) -> None
             assert (cleared["state"], cleared["level"]) == ("cleared", "info")
 
 
+async def test_disks_and_copies_that_run_short_are_alerts_too(quick: None) -> None:
+    async with serving() as server, await server.open() as socket:
+        await socket.subscribe("alerts")
+        cluster, clock = server.world.cluster, server.world.clock
+        [known] = cluster.state.models.values()
+        for disk_free, copies, state in ((10**9, (NODE_1,), "raised"), (10**12, None, "cleared")):
+            beat = Beat(NOW, Usage(memory=0.5, disk_free=disk_free))
+            cluster.presences[NODE_1] = Presence(True, NOW, beat)
+            confirmed = copies or known.desired
+            cluster.state.models[known.name] = msgspec.structs.replace(known, confirmed=confirmed)
+            cluster.notify()
+            await trio.sleep(0.1)
+            clock.now += 60
+            for kind, subject in (("low_disk", NODE_1), ("under_replicated", known.name)):
+                await socket.receive_type("alert", alert=kind, subject=subject, state=state)
+
+
 async def test_the_log_is_for_admins(quick: None) -> None:
     async with serving() as server, await server.open(role="admin") as socket:
         log = logging.getLogger("ollamad.somewhere")
