@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -26,6 +27,9 @@ HANDSHAKE = (
     b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
 )
+POST_JSON = (
+    b"POST /api/v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+)
 ASK_NODES = b"GET /api/v1/nodes HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -39,6 +43,31 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     }
     for cluster in open_cluster(tmp_path_factory, **settings):
         yield cluster.found()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dripped(node: Node) -> Iterator[Future[bytes]]:
+    """What is answered to a body that comes byte by byte from before the first test on, so that
+    its minute passes while others run."""
+    with (
+        socket.create_connection((node.host.address, node.api_port), 1) as one,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        one.sendall(POST_JSON + b"Content-Length: 9000000\r\n\r\n{")
+        yield pool.submit(drip, one)
+        with contextlib.suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
+
+
+def drip(one: socket.socket) -> bytes:
+    """Send a byte with each timeout of the socket until there is an answer, and return that."""
+    while True:
+        try:
+            begun = one.recv(65536)
+        except TimeoutError:
+            one.send(b" ")
+        else:
+            return begun + read_all(one)
 
 
 class Crowd:
@@ -130,24 +159,21 @@ def test_handshakes_that_are_not_ended(node: Node) -> None:
 def test_bodies_that_are_too_large_too_deep_or_never_end(node: Node) -> None:
     """One body may be read up to its limit of 32 MiB; none of these is kept."""
     before = rss(node)
-    head = (
-        b"POST /api/v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    )
     deep = b'{"model":"m","format":' + b'{"a":' * 200_000 + b"1" + b"}" * 200_000 + b"}"
     with Crowd(node) as crowd:
         for _ in range(50):
-            announced = crowd.add(head + b"Content-Length: 99999999999\r\n\r\n" + b" " * 1000)
+            announced = crowd.add(POST_JSON + b"Content-Length: 99999999999\r\n\r\n" + b" " * 1000)
             assert b"413" in announced.recv(65536)[:20]
         for _ in range(10):
-            one = crowd.add(head + b"Content-Length: %d\r\n\r\n" % len(deep) + deep)
+            one = crowd.add(POST_JSON + b"Content-Length: %d\r\n\r\n" % len(deep) + deep)
             assert b"400" in one.recv(65536)[:20]
         chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
-        one = crowd.add(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        one = crowd.add(POST_JSON + b"Transfer-Encoding: chunked\r\n\r\n")
         with contextlib.suppress(ConnectionResetError, BrokenPipeError, TimeoutError):
             for _ in range(40):
                 one.sendall(chunk)
         assert b"413" in one.recv(65536)[:20]
-        dripping = [crowd.add(head + b"Content-Length: 9000000\r\n\r\n") for _ in range(200)]
+        dripping = [crowd.add(POST_JSON + b"Content-Length: 9000000\r\n\r\n") for _ in range(200)]
         for _ in range(5):
             for one in dripping:
                 one.send(b" ")
@@ -257,6 +283,18 @@ def test_more_connections_than_an_address_may_have(node: Node) -> None:
         body: Any = json.loads(refused[0].partition(b"\r\n\r\n")[2])
         assert body["code"] == "TOO_MANY_CONNECTIONS"
     wait_until("they are forgotten", lambda: node.request("GET", "/health").status_code == 200)
+
+
+def test_a_body_that_never_ends_is_cut_off_after_a_minute(
+    node: Node, dripped: Future[bytes]
+) -> None:
+    """The last test: most of the minute is over."""
+    head, _, body = dripped.result(90).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408")
+    refusal = json.loads(body)
+    assert refusal["code"] == "REQUEST_TIMEOUT"
+    assert 1 < refusal["details"]["received_bytes"] <= refusal["details"]["limit_s"] + 1
+    others_are_served(node)
 
 
 def masked(text: bytes) -> bytes:

@@ -5,8 +5,10 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from datetime import datetime
 
 import httpx
+import jwt
 import pytest
 
 import ollamad
@@ -14,19 +16,28 @@ from tests.system.conftest import open_cluster
 from tests.system.harness import Cluster, Node, ok, refused, run_cli, wait_until
 
 PASSWORD = "correct horse battery staple"
+SECRET = "s" * 40
+TOKEN_TTL_S = 20 * 60
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes whose admin has a password that was given."""
-    for cluster in open_cluster(tmp_path_factory, OLLAMAD_ADMIN_PASSWORD=PASSWORD):
+    settings = {"OLLAMAD_ADMIN_PASSWORD": PASSWORD, "OLLAMAD_AUTH__TOKEN_TTL": f"{TOKEN_TTL_S}s"}
+    for cluster in open_cluster(tmp_path_factory, **settings):
         cluster.found()
         cluster.grow()
         yield cluster
 
 
-def login(node: Node, password: str = PASSWORD) -> dict[str, str]:
-    answer = node.post("/auth/login", {"username": "admin", "password": password}, token="")
+def sign_in(node: Node, username: str, password: str) -> dict[str, str]:
+    body = {"username": username, "password": password}
+    pair: dict[str, str] = node.post("/auth/login", body, token="")
+    return pair
+
+
+def login(node: Node) -> dict[str, str]:
+    answer = sign_in(node, "admin", PASSWORD)
     return {"access": answer["token"], "refresh": answer["refresh_token"]}
 
 
@@ -77,6 +88,30 @@ def test_a_wrong_password_and_an_unknown_user_look_the_same(two: Cluster) -> Non
     for answer in answers:
         refused(answer, 401, "INVALID_CREDENTIALS")
     assert answers[0].json() == answers[1].json()
+
+
+def test_guessing_a_password_is_slowed_down_at_each_node(two: Cluster) -> None:
+    first, second = two.nodes
+    body = {"username": "mallory", "password": "guess"}
+    codes = []
+    while "TOO_MANY_ATTEMPTS" not in codes and len(codes) < 20:
+        answer = second.request("POST", "/auth/login", json=body, token="")
+        codes.append(answer.json()["code"])
+    assert len(codes) > 10, "a person who mistypes is not refused"
+    details = refused(answer, 429, "TOO_MANY_ATTEMPTS")
+    assert int(answer.headers["Retry-After"]) == details["retry_after"] <= 6
+    assert login(second), "at another account"
+    elsewhere = first.request("POST", "/auth/login", json=body, token="")
+    refused(elsewhere, 401, "INVALID_CREDENTIALS")
+
+
+def test_a_token_lives_as_long_as_is_set(two: Cluster) -> None:
+    begun = time.time()
+    pair = sign_in(two.nodes[0], "admin", PASSWORD)
+    claims = jwt.decode(pair["token"], options={"verify_signature": False})
+    assert claims["exp"] - claims["iat"] == TOKEN_TTL_S
+    ends = datetime.fromisoformat(pair["expires_at"]).timestamp()
+    assert begun + TOKEN_TTL_S - 1 <= ends <= time.time() + TOKEN_TTL_S + 1
 
 
 def test_a_token_that_was_changed_is_worth_nothing(two: Cluster) -> None:
@@ -140,12 +175,6 @@ def test_a_proxy_or_a_foreign_page_is_not_loopback(two: Cluster, headers: dict[s
 
 def test_a_bad_token_is_refused_also_from_loopback(two: Cluster) -> None:
     refused(two.nodes[0].request("GET", "/nodes", token="nonsense"), 401, "UNAUTHORIZED")
-
-
-def sign_in(node: Node, username: str, password: str) -> dict[str, str]:
-    body = {"username": username, "password": password}
-    pair: dict[str, str] = node.post("/auth/login", body, token="")
-    return pair
 
 
 def dies(node: Node, token: str) -> None:
@@ -263,10 +292,27 @@ def test_limits_count_each_caller_for_itself(cluster: Cluster) -> None:
 
 
 def test_a_secret_of_ones_own_signs_the_tokens(cluster: Cluster) -> None:
-    cluster.environment |= {"OLLAMA_JWT_SECRET": "s" * 40, "OLLAMAD_ADMIN_PASSWORD": PASSWORD}
+    cluster.environment |= {"OLLAMA_JWT_SECRET": SECRET, "OLLAMAD_ADMIN_PASSWORD": PASSWORD}
     node = cluster.found()
     tokens = login(node)
     assert who(node, tokens["access"]) == 200
+
+    # Who has it may sign, but only what is for this cluster, and of now.
+    claims = jwt.decode(tokens["access"], options={"verify_signature": False})
+
+    def signed(**changes: object) -> str:
+        return jwt.encode(claims | changes, SECRET, "HS256")
+
+    assert who(node, signed()) == 200
+    for changes, code in (
+        ({"aud": "another cluster"}, "UNAUTHORIZED"),
+        ({"iss": "another program"}, "UNAUTHORIZED"),
+        ({"exp": int(time.time()) - 1}, "TOKEN_EXPIRED"),
+        ({"iat": int(time.time()) + 3600}, "UNAUTHORIZED"),
+        ({"typ": "refresh"}, "UNAUTHORIZED"),
+    ):
+        refused(node.request("GET", "/nodes", token=signed(**changes)), 401, code)
+
     node.environment["OLLAMA_JWT_SECRET"] = "t" * 40
     node.restart()
     assert who(node, tokens["access"]) == 401
