@@ -1,5 +1,6 @@
 """Fixtures of the system tests: clusters of real daemons, shared where isolation allows."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.system import write_load
-from tests.system.harness import VOTERS, Cluster
+from tests.system.harness import VOTERS, Cluster, ok, wait_until
 from tests.system.namespaces import Network, NotPermitted
 
 MODEL = "smollm2:135m"
@@ -44,6 +45,19 @@ def model_on_one(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -
         first.import_model(smollm2_path, MODEL)
         cluster.wait_replicas(MODEL, [first])
         yield cluster
+
+
+@contextlib.contextmanager
+def derived(cluster: Cluster, name: str, template: str) -> Iterator[str]:
+    """The model with another template, known at the second node; deleted with the block."""
+    first, second = cluster.nodes[:2]
+    body = {"model": name, "from": MODEL, "template": template, "stream": False}
+    ok(first.request("POST", f"{first.url}/api/create", json=body))
+    try:
+        wait_until("it is known", lambda: second.request("GET", f"/models/{name}").is_success)
+        yield name
+    finally:
+        first.delete(f"/models/{name}")
 
 
 def open_two_holders(

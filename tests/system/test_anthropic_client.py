@@ -6,19 +6,26 @@ The client asks the second node; the model is on the first one.
 import asyncio
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import httpx
+import pydantic
 import pytest
 
-from tests.system.conftest import MODEL
+from tests.fakes.chat_templates import THINKING, TOOLS
+from tests.system.conftest import MODEL, derived
 from tests.system.harness import ANSWER_TIMEOUT_S, Cluster, Node, wait_until
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 PLAIN: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 12}
 # The package itself knows of no temperature any more.
 ASKED: dict[str, Any] = PLAIN | {"extra_body": {"temperature": 0}}
+CALL = {"type", "id", "name", "input"}  # the fields of one, as they are sent back
+
+
+class Town(pydantic.BaseModel):
+    capital: Literal["Paris", "Rome"]
 
 
 def options_of(node: Node) -> dict[str, Any]:
@@ -79,6 +86,93 @@ def test_a_conversation_and_how_it_stops(client: anthropic.Anthropic) -> None:
     assert text_of(stopped) == whole[: whole.index(stop)]
     cut = client.messages.create(**ASKED | {"max_tokens": 2})
     assert (cut.stop_reason, cut.usage.output_tokens) == ("max_tokens", 2)
+
+
+def test_an_answer_of_a_form(client: anthropic.Anthropic) -> None:
+    asked = ASKED | {"max_tokens": 60}
+    schema = {
+        "type": "object",
+        "properties": {"capital": {"enum": ["Paris", "Rome"]}},
+        "required": ["capital"],
+        "additionalProperties": False,
+    }
+    form: Any = {"format": {"type": "json_schema", "schema": schema}}
+    answer = client.messages.create(**asked, output_config=form)
+    assert json.loads(text_of(answer))["capital"] in ("Paris", "Rome")
+    parsed = client.messages.parse(**asked, output_format=Town).parsed_output
+    assert parsed is not None
+    assert parsed.capital in ("Paris", "Rome")
+
+
+def tool(name: str) -> dict[str, Any]:
+    number = {"type": "integer"}
+    schema = {"type": "object", "properties": {"a": number, "b": number}, "required": ["a", "b"]}
+    return {"name": name, "input_schema": schema}
+
+
+def sums() -> list[Any]:
+    """A conversation whose next message is clear even to a small model."""
+    messages: list[Any] = []
+    for a, b in ((1, 2), (3, 4), (5, 5)):
+        call = {"type": "tool_use", "id": f"call_{a}", "name": "add", "input": {"a": a, "b": b}}
+        messages += [
+            {"role": "user", "content": f"What is {a} plus {b}?"},
+            {"role": "assistant", "content": [call]},
+            result_of(f"call_{a}", str(a + b)),
+            {"role": "assistant", "content": f"It is {a + b}."},
+        ]
+    return [*messages, {"role": "user", "content": "What is 6 plus 7?"}]
+
+
+def result_of(call_id: str, text: str) -> dict[str, Any]:
+    block = {"type": "tool_result", "tool_use_id": call_id, "content": text}
+    return {"role": "user", "content": [block]}
+
+
+def calls_in(message: Any) -> list[tuple[str, Any]]:
+    return [(block.name, block.input) for block in message.content if block.type == "tool_use"]
+
+
+def test_tools(model_on_one: Cluster, client: anthropic.Anthropic) -> None:
+    with derived(model_on_one, "calling", TOOLS):
+        asked = ASKED | {"model": "calling", "max_tokens": 80, "messages": sums()}
+        asked["tools"] = [tool("add"), tool("sum")]
+        alone = {"disable_parallel_tool_use": True}
+        named = {"type": "tool", "name": "sum"} | alone
+        # By itself the model calls what it called before.
+        for choice, name in (({"type": "auto"} | alone, "add"), (named, "sum")):
+            whole = client.messages.create(**asked, tool_choice=choice)
+            assert calls_in(whole) == [(name, {"a": 6, "b": 7})]
+            assert whole.stop_reason == "tool_use"
+        with client.messages.stream(**asked, tool_choice=named) as stream:
+            written = "".join(event.partial_json for event in stream if event.type == "input_json")
+            final = stream.get_final_message()
+        assert json.loads(written) == {"a": 6, "b": 7}
+        assert (calls_in(final), final.stop_reason) == (calls_in(whole), "tool_use")
+        none = client.messages.create(**asked | {"max_tokens": 40}, tool_choice={"type": "none"})
+        assert not calls_in(none)
+        [call] = [block for block in final.content if block.type == "tool_use"]
+        turn: Any = {"role": "assistant", "content": [call.model_dump(include=CALL)]}
+        asked["messages"] = [*sums(), turn, result_of(call.id, "13")]
+        assert "13" in text_of(client.messages.create(**asked))
+
+
+def test_thoughts_come_when_they_are_asked_for(
+    model_on_one: Cluster, client: anthropic.Anthropic
+) -> None:
+    with derived(model_on_one, "thinking", THINKING):
+        asked = ASKED | {"model": "thinking"}
+        plain = client.messages.create(**asked)
+        assert [block.type for block in plain.content] == ["text"]
+        asked["thinking"] = {"type": "enabled", "budget_tokens": 1024}
+        first = client.messages.create(**asked).content[0]
+        assert first.type == "thinking"
+        assert first.thinking
+        with client.messages.stream(**asked) as stream:
+            thoughts = "".join(event.thinking for event in stream if event.type == "thinking")
+            [block, *_] = stream.get_final_message().content
+        assert block.type == "thinking"
+        assert block.thinking == thoughts == first.thinking
 
 
 def test_counting(client: anthropic.Anthropic) -> None:

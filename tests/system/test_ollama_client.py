@@ -55,6 +55,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, index: PackageIndex) -> Iterat
         "OLLAMAD_MODELS__REPLICAS": "1",
         "OLLAMAD_API__OLLAMA_LISTEN": "off",
         "OLLAMA_ORIGINS": "https://chat.example",
+        "OLLAMA_KEEP_ALIVE": "7m",
     }
     for cluster in open_cluster(tmp_path_factory, **settings):
         first = cluster.found()
@@ -191,7 +192,7 @@ async def test_async_chat_and_generate(async_client: ollama.AsyncClient) -> None
     assert "Paris" in raw.response
 
 
-def test_structured_output(client: ollama.Client) -> None:
+async def test_structured_output(client: ollama.Client, async_client: ollama.AsyncClient) -> None:
     schema = {
         "type": "object",
         "properties": {
@@ -205,6 +206,8 @@ def test_structured_output(client: ollama.Client) -> None:
     said = json.loads(answer.message.content or "")
     assert said["city"] in ("Paris", "Rome")
     assert isinstance(said["capital"], bool)
+    other = await async_client.chat(MODEL, QUESTION, format=schema, options=options)
+    assert other.message.content == answer.message.content
     free = client.generate(MODEL, "A JSON object:", format="json", options=options)
     assert free.response.lstrip().startswith("{")
 
@@ -267,7 +270,7 @@ def sums() -> list[dict[str, Any]]:
     return [*messages, {"role": "user", "content": "What is 6 plus 7?"}]
 
 
-def test_tools(client: ollama.Client) -> None:
+async def test_tools(client: ollama.Client, async_client: ollama.AsyncClient) -> None:
     client.create("calling", from_=MODEL, template=TOOLS)
     try:
         assert client.show("calling").capabilities == ["completion", "tools"]
@@ -283,6 +286,12 @@ def test_tools(client: ollama.Client) -> None:
         [streamed] = [call for part in parts for call in part.message.tool_calls or []]
         assert streamed == call
         assert last.done
+        other = await async_client.chat("calling", sums(), tools=[add], options=options)
+        assert other.message.tool_calls == [call]
+        stream = await async_client.chat(
+            "calling", sums(), tools=[add], options=options, stream=True
+        )
+        assert [call async for part in stream for call in part.message.tool_calls or []] == [call]
         result = {"role": "tool", "tool_name": "add", "content": "13"}
         messages = [*sums(), answer.message, result]
         spoken = client.chat("calling", messages, tools=[add], options=options)
@@ -291,7 +300,7 @@ def test_tools(client: ollama.Client) -> None:
         client.delete("calling")
 
 
-def test_thinking(client: ollama.Client) -> None:
+async def test_thinking(client: ollama.Client, async_client: ollama.AsyncClient) -> None:
     client.create("thinking", from_=MODEL, template=THINKING)
     try:
         assert client.show("thinking").capabilities == ["completion", "thinking"]
@@ -299,6 +308,11 @@ def test_thinking(client: ollama.Client) -> None:
             answer = client.chat("thinking", QUESTION, think=think, options=SHORT)
             assert answer.message.thinking
             assert not answer.message.content
+        other = await async_client.chat("thinking", QUESTION, think=True, options=SHORT)
+        assert other.message.thinking == answer.message.thinking
+        stream = await async_client.chat("thinking", QUESTION, options=SHORT, stream=True)
+        thoughts = [part.message.thinking or "" async for part in stream]
+        assert "".join(thoughts) == answer.message.thinking
         plain = client.chat("thinking", QUESTION, think=False, options=SHORT)
         assert plain.message.content
         assert not plain.message.thinking
@@ -316,13 +330,13 @@ def test_load_ps_and_unload(client: ollama.Client) -> None:
     loaded = client.generate(MODEL, keep_alive="10m", options=GREEDY)
     assert (loaded.response, loaded.done, loaded.done_reason) == ("", True, "load")
 
-    def stays_long() -> ollama.ProcessResponse.Model | None:
+    def stays(least_s: float, most_s: float) -> ollama.ProcessResponse.Model | None:
         now = datetime.now(UTC)
         rows = [row for row in client.ps().models if row.model == MODEL and row.expires_at]
-        long = [row for row in rows if 500 < (row.expires_at - now).total_seconds() < 601]
-        return long[0] if long else None
+        found = [r for r in rows if least_s < (r.expires_at - now).total_seconds() < most_s]
+        return found[0] if found else None
 
-    row = wait_until("it is told", stays_long)
+    row = wait_until("it is told", lambda: stays(500, 601))
     assert row.name == MODEL
     assert (row.size or 0) > 90_000_000
     assert row.size_vram == 0
@@ -338,6 +352,10 @@ def test_load_ps_and_unload(client: ollama.Client) -> None:
     expires = [row.expires_at for row in client.ps().models]
     assert all(moment and moment.year > 2200 for moment in expires)
     client.generate(MODEL, "", keep_alive=0)
+    wait_until("it is gone", lambda: not client.ps().models)
+    client.generate(MODEL)
+    wait_until("it stays as long as is set", lambda: stays(320, 421))
+    client.generate(MODEL, keep_alive=0)
     wait_until("it is gone", lambda: not client.ps().models)
 
 

@@ -9,18 +9,21 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import ollama
 import openai
 import pydantic
 import pytest
 
-from tests.fakes.chat_templates import TOOLS
-from tests.system.conftest import MODEL
+from tests.fakes.chat_templates import THINKING, TOOLS
+from tests.system.conftest import MODEL, derived
 from tests.system.harness import ANSWER_TIMEOUT_S, Cluster, Node, wait_until
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "seed": 1}
 CHAT: dict[str, Any] = GREEDY | {"messages": QUESTION, "max_tokens": 12}
+
+
+class Town(pydantic.BaseModel):
+    capital: Literal["Paris", "Rome"]
 
 
 def options_of(node: Node) -> dict[str, Any]:
@@ -117,6 +120,22 @@ def test_structured_output(client: openai.OpenAI) -> None:
     assert json.loads(content)["capital"] in ("Paris", "Rome")
 
 
+def test_what_the_package_adds_to_a_chat(model_on_one: Cluster, client: openai.OpenAI) -> None:
+    form = client.chat.completions.parse(**CHAT | {"max_tokens": 60}, response_format=Town)
+    town = form.choices[0].message.parsed
+    assert town is not None
+    assert town.capital in ("Paris", "Rome")
+    raw = client.chat.completions.with_raw_response.create(**CHAT)
+    assert raw.headers["X-Ollamad-Node"] == model_on_one.nodes[0].id
+    whole = raw.parse().choices[0].message.content
+    assert whole
+    word = whole.split()[2]  # a stream's helper takes no answer that was cut off
+    with client.chat.completions.stream(**CHAT, stop=word) as stream:
+        text = "".join(event.delta for event in stream if event.type == "content.delta")
+        final = stream.get_final_completion().choices[0]
+    assert text == final.message.content == whole[: whole.index(word)]
+
+
 def test_how_likely_the_tokens_were(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=3)
     [choice] = answer.choices
@@ -161,7 +180,8 @@ def addition(name: str) -> dict[str, Any]:
         "properties": {"a": number, "b": number},
         "required": ["a", "b"],
     }
-    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+    function = {"name": name, "parameters": parameters, "strict": True}
+    return {"type": "function", "function": function}
 
 
 def named(name: str) -> dict[str, Any]:
@@ -197,14 +217,7 @@ def as_items(message: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_a_tool_that_must_be_called(model_on_one: Cluster, client: openai.OpenAI) -> None:
-    with ollama.Client(
-        host=model_on_one.nodes[0].url,
-        headers={"Authorization": f"Bearer {model_on_one.nodes[0].admin_token()}"},
-        trust_env=False,
-    ) as other:
-        other.create("calling", from_=MODEL, template=TOOLS)
-    try:
-        wait_until("it is known here", lambda: client.models.retrieve("calling"))
+    with derived(model_on_one, "calling", TOOLS):
         tools = [addition("add"), addition("sum")]
         asked = CHAT | {"model": "calling", "max_tokens": 80, "messages": sums(), "tools": tools}
         asked["parallel_tool_calls"] = False
@@ -235,7 +248,7 @@ def test_a_tool_that_must_be_called(model_on_one: Cluster, client: openai.OpenAI
         response = client.responses.create(
             model="calling",
             input=items,
-            tools=[{"type": "function", **addition("sum")["function"], "strict": True}],
+            tools=[{"type": "function", **addition("sum")["function"]}],
             tool_choice={"type": "function", "name": "sum"},
             parallel_tool_calls=False,
             temperature=0,
@@ -243,8 +256,32 @@ def test_a_tool_that_must_be_called(model_on_one: Cluster, client: openai.OpenAI
         )
         [item] = [item for item in response.output if item.type == "function_call"]
         assert (item.name, json.loads(item.arguments)) == ("sum", {"a": 6, "b": 7})
-    finally:
-        model_on_one.nodes[0].delete("/models/calling")
+
+        async def called() -> list[tuple[str, Any]]:
+            async with openai.AsyncOpenAI(**options_of(model_on_one.nodes[1])) as other:
+                whole = await other.chat.completions.create(**asked)
+                async with other.chat.completions.stream(**asked) as stream:
+                    streamed = await stream.get_final_completion()
+            answers = (whole.choices[0].message, streamed.choices[0].message)
+            calls: list[Any] = [call for each in answers for call in each.tool_calls or []]
+            return [(call.function.name, json.loads(call.function.arguments)) for call in calls]
+
+        assert asyncio.run(called()) == [("add", {"a": 6, "b": 7})] * 2
+
+
+def test_thoughts_stand_beside_the_answer(model_on_one: Cluster, client: openai.OpenAI) -> None:
+    with derived(model_on_one, "thinking", THINKING):
+        asked = CHAT | {"model": "thinking"}
+        thought: Any = client.chat.completions.create(**asked).choices[0].message
+        assert thought.reasoning
+        assert not thought.content
+        deltas: list[Any] = [
+            chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, stream=True)
+        ]
+        assert "".join(getattr(each, "reasoning", "") for each in deltas) == thought.reasoning
+        plain = client.chat.completions.create(**asked, reasoning_effort="none").choices[0].message
+        assert plain.content
+        assert not hasattr(plain, "reasoning")
 
 
 # Responses.
@@ -271,9 +308,6 @@ def test_a_response(client: openai.OpenAI) -> None:
 
 
 def test_a_response_of_a_form(client: openai.OpenAI) -> None:
-    class Town(pydantic.BaseModel):
-        capital: Literal["Paris", "Rome"]
-
     response = client.responses.parse(
         model=MODEL, input=QUESTION, text_format=Town, temperature=0, max_output_tokens=60
     )
@@ -401,3 +435,26 @@ def test_a_client_that_leaves_ends_the_generation(
     wait_until("it runs", lambda: busy(model_on_one) == 1)
     stream.close()
     wait_until("it has ended", lambda: busy(model_on_one) == 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_task_that_is_cancelled_ends_the_generation(model_on_one: Cluster, stream: bool) -> None:
+    asked = CHAT | {"max_tokens": 1500, "stop": "no such text", "stream": stream}
+
+    async def cancel() -> None:
+        async with openai.AsyncOpenAI(**options_of(model_on_one.nodes[1])) as client:
+
+            async def ask() -> None:
+                answer: Any = await client.chat.completions.create(**asked)
+                if stream:
+                    async for _ in answer:
+                        pass
+
+            task = asyncio.create_task(ask())
+            await asyncio.to_thread(wait_until, "it runs", lambda: busy(model_on_one) == 1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.to_thread(wait_until, "it has ended", lambda: busy(model_on_one) == 0)
+
+    asyncio.run(cancel())

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import ollama
 import pytest
 
 from tests.fakes.gguf_files import LLAMA, gguf_bytes
@@ -109,6 +110,34 @@ def test_a_model_is_made_pushed_deleted_and_pulled_again(
     assert first.get(f"/models/{name.replace('/', '%2F')}")["model"]["system"] == "Be long."
     first.delete("/models/other")
     first.delete(f"/models/{name.replace('/', '%2F')}")
+
+
+def test_ollamas_client_pushes_and_is_told_how_far(
+    two: Cluster, registry: RegistryServer, tmp_path: Path
+) -> None:
+    """From a node that does not hold the model; what the registry has is not sent again."""
+    first, second = two.nodes
+    first.post("/distribution/auto-configure", {"enabled": False})
+    (tmp_path / "large.gguf").write_bytes(LARGE)
+    name = f"{registry.host}/me/large:1"
+    first.import_model(tmp_path / "large.gguf", name)
+    headers = {"Authorization": f"Bearer {second.admin_token()}"}
+    with ollama.Client(host=second.url, headers=headers, trust_env=False) as client:
+        steps = list(client.push(name, stream=True))
+        statuses = list(dict.fromkeys(step.status for step in steps))
+        assert statuses[0] == "retrieving manifest"
+        assert f"pushing {HEX[:12]}" in statuses
+        assert statuses[-2:] == ["pushing manifest", "success"]
+        moved = [step for step in steps if step.digest == f"sha256:{HEX}"]
+        assert {step.total for step in moved} == {len(LARGE)}
+        done = [step.completed or 0 for step in moved]
+        assert done == sorted(done)
+        assert done[-1] == len(LARGE)
+        assert client.push(name).status == "success"
+        client.delete(name)
+        assert client.pull(name).status == "success"
+        client.delete(name)
+    first.post("/distribution/auto-configure", {"enabled": True})
 
 
 def test_a_killed_pull_goes_on_by_itself_and_each_piece_comes_once(
