@@ -417,16 +417,18 @@ class Node:
         ):
             yield Stream(response)
 
-    def import_model(self, file: Path, name: str) -> Any:
+    def import_model(self, file: Path, name: str, *projectors: Path) -> Any:
         """What `ollama-dist models import` does."""
-        with open(file, "rb") as opened:
-            digest = "sha256:" + hashlib.file_digest(opened, "sha256").hexdigest()
+        digests = {}
         with self.client() as client:
-            if client.head(f"/blobs/{digest}").status_code != 200:
-                with open(file, "rb") as opened:
-                    ok(client.post(f"/blobs/{digest}", content=_chunks(opened)))
-            body = {"name": name, "files": {file.name: digest}}
-            return ok(client.post("/models", json=body))["model"]
+            for each in (file, *projectors):
+                with open(each, "rb") as opened:
+                    digest = "sha256:" + hashlib.file_digest(opened, "sha256").hexdigest()
+                if client.head(f"/blobs/{digest}").status_code != 200:
+                    with open(each, "rb") as opened:
+                        ok(client.post(f"/blobs/{digest}", content=_chunks(opened)))
+                digests[each.name] = digest
+            return ok(client.post("/models", json={"name": name, "files": digests}))["model"]
 
     def node(self, other: "Node") -> Any:
         """The entry of a node in this one's `/nodes`."""
@@ -447,7 +449,7 @@ class Stream:
         self._lines = response.iter_lines()
 
     def __iter__(self) -> Iterator[Any]:
-        return (json.loads(line) for line in self._lines if line)
+        return (json.loads(line) for line in self._lines)  # none is blank
 
     def next(self) -> Any:
         return next(iter(self))

@@ -1,5 +1,6 @@
 """Answers of a real model, asked at any node: local, forwarded, streamed, cut off."""
 
+import base64
 import concurrent.futures
 import contextlib
 import json
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from tests.fakes.gguf_files import write_gguf
+from tests.fakes.projector_files import PATCHES, png, write_projector
 from tests.system.conftest import MODEL, open_two_holders
 from tests.system.harness import ANSWER_TIMEOUT_S, Cluster, Node, ok, refused, wait_until
 
@@ -23,6 +25,7 @@ ONE = {"num_thread": 1}
 GREEDY = ONE | {"temperature": 0, "seed": 1}
 LONG = GREEDY | {"num_predict": 1500, "stop": ["no such text"]}
 SHORT = ONE | {"num_predict": 1}
+DRAIN_S = 1.5
 STORY = {"model": MODEL, "prompt": "Tell me a story", "options": LONG, "failover": "off"}
 
 
@@ -152,6 +155,58 @@ def test_a_conversation_goes_on_from_its_context(three: Cluster) -> None:
     assert second["context"][: len(first["context"])] == first["context"]
     assert "Zeb" in second["response"]
     assert "Zeb" not in ok(node.answer("/generate", **asked))["response"]
+
+
+def test_pictures_are_seen_through_every_surface(
+    three: Cluster, tmp_path: Path, smollm2_path: Path
+) -> None:
+    """By a projector of random numbers: all say the same, and it depends on the picture."""
+    first, _, entry = three.nodes
+    first.import_model(smollm2_path, "seeing", write_projector(tmp_path / "mmproj.gguf", 576))
+    red, blue = (base64.b64encode(png(*rgb)).decode() for rgb in ((255, 0, 0), (0, 0, 255)))
+    try:
+        wait_until("it is known", lambda: entry.request("GET", "/models/seeing").is_success)
+        told = []
+        for pictures in ((), (red,), (blue,)):
+            by_all = [by(entry, *pictures) for by in (by_ollama, by_openai, by_anthropic)]
+            assert by_all == by_all[:1] * 3
+            told.append(by_all[0])
+        texts, tokens = zip(*told, strict=True)
+        assert len(set(texts)) == 3
+        assert tokens[1] == tokens[2] == tokens[0] + PATCHES
+    finally:
+        first.delete("/models/seeing")
+
+
+WHAT = "What is it?"
+SEEING = {"model": "seeing", "temperature": 0, "max_tokens": 24}
+
+
+def by_ollama(node: Node, *pictures: str) -> tuple[str, int]:
+    """What a model says of pictures (base64), and how many tokens the prompt had."""
+    message = {"role": "user", "content": WHAT, "images": pictures}
+    options = {"temperature": 0, "num_predict": 24}
+    asked = {"model": "seeing", "messages": [message], "options": options, "stream": False}
+    said = ok(node.answer(f"{node.url}/api/chat", **asked))
+    return said["message"]["content"], said["prompt_eval_count"]
+
+
+def by_openai(node: Node, *pictures: str) -> tuple[str, int]:
+    urls = [{"url": f"data:image/png;base64,{each}"} for each in pictures]
+    parts = [{"type": "image_url", "image_url": url} for url in urls]
+    message = {"role": "user", "content": [{"type": "text", "text": WHAT}, *parts]}
+    said = ok(node.answer(f"{node.url}/v1/chat/completions", messages=[message], **SEEING))
+    return said["choices"][0]["message"]["content"], said["usage"]["prompt_tokens"]
+
+
+def by_anthropic(node: Node, *pictures: str) -> tuple[str, int]:
+    about = {"type": "base64", "media_type": "image/png"}
+    blocks = [{"type": "image", "source": about | {"data": each}} for each in pictures]
+    message = {"role": "user", "content": [*blocks, {"type": "text", "text": WHAT}]}
+    said = ok(node.answer(f"{node.url}/v1/messages", messages=[message], **SEEING))
+    usage = said["usage"]
+    tokens = usage["input_tokens"] + usage["cache_read_input_tokens"]
+    return said["content"][0]["text"], tokens
 
 
 # Options.
@@ -329,6 +384,25 @@ def test_a_draining_node_finishes_what_runs_and_takes_nothing_new(three: Cluster
     assert answer.headers["X-Ollamad-Node"] == first.id
 
 
+def test_a_drain_that_lasts_longer_than_it_may_moves_the_answer(three: Cluster) -> None:
+    first, second, _ = three.nodes
+    first.stop()
+    first.environment["OLLAMAD_DRAIN__TIMEOUT"] = f"{DRAIN_S:g}s"
+    first.start()
+    del first.environment["OLLAMAD_DRAIN__TIMEOUT"]
+    three.wait_whole()
+    load_on(three, first)
+    with first.stream("/generate", **STORY | {"failover": "continue"}) as stream:
+        assert stream.served_by == first.id
+        stream.next()
+        begun = time.monotonic()
+        first.post(f"/nodes/{first.id}/drain")
+        wait_until("it has moved", lambda: (busy(first), busy(second)) == (0, 1), every_s=0.02)
+        assert time.monotonic() - begun >= DRAIN_S, "it might have ended there"
+        assert not stream.next()["done"]
+    first.stop()  # the next one starts as the others do
+
+
 def test_without_failover_a_killed_holder_is_told_in_band_and_the_next_answer_comes(
     three: Cluster,
 ) -> None:
@@ -432,9 +506,15 @@ def test_keep_alive_unloads(three: Cluster) -> None:
 def test_a_deleted_model_leaves_memory(three: Cluster, tmp_path: Path, smollm2_path: Path) -> None:
     node = three.nodes[0]
     node.import_model(smollm2_path, "twin")  # only here, so only this node can answer
-    ok(node.answer("/generate", model="twin", prompt="Hi", options=SHORT))
-    assert "twin:latest" in [each["name"] for each in node.loaded()]
-    node.delete("/models/twin")
+    options = GREEDY | {"num_predict": 100, "stop": ["no such text"]}
+    with node.stream(
+        "/generate", model="twin", prompt="Tell me a story", options=options
+    ) as stream:
+        stream.next()
+        assert "twin:latest" in [each["name"] for each in node.loaded()]
+        node.delete("/models/twin")
+        *_, last = stream
+    assert (last["done"], last["eval_count"]) == (True, 100), "what ran has ended as it would have"
     wait_until(
         "it is unloaded", lambda: "twin:latest" not in [each["name"] for each in node.loaded()], 10
     )
@@ -519,13 +599,17 @@ def test_a_prompt_that_is_too_long_is_told_with_both_numbers(
 
 def test_a_file_that_llama_cpp_cannot_run_is_told(three: Cluster, tmp_path: Path) -> None:
     """Its header is right, its tensors are not those of a llama."""
-    node = three.nodes[0]
+    node, second, entry = three.nodes
     node.import_model(write_gguf(tmp_path / "hollow.gguf"), "hollow")
     try:
-        for asked in (node, three.nodes[2]):
+        node.post("/models/hollow/download", {"nodes": [second.id]})
+        three.wait_replicas("hollow", [node, second])
+        for asked in (node, entry):
             answer = asked.answer("/generate", model="hollow", prompt="Hi")
             assert answer.status_code in (500, 503), answer.text
             assert answer.json()["code"] == "LOAD_FAILED"
+            tried = answer.json()["details"]["nodes_tried"]
+            assert sorted(tried) == sorted([node.id, second.id])
         # The others are none the worse for it.
         assert ok(node.answer("/generate", model=MODEL, prompt="Hi", options=SHORT))
     finally:

@@ -43,6 +43,9 @@ def test_a_first_start_makes_a_cluster_of_one_and_tells_what_is_next(cluster: Cl
     assert status["status"] == "healthy"
     assert node.get("/health")["status"] == "healthy"
 
+    assert node.get(f"{node.url}/v1/models")["data"] == []
+    assert node.get(f"{node.url}/api/tags") == {"models": []}
+
     log = node.log()
     assert f"http://127.0.0.1:{node.api_port}" in log
     assert f"127.0.0.1:{node.p2p_port}" in log
@@ -259,11 +262,13 @@ def test_a_long_data_directory_does_not_matter_to_runners(
     assert answer.status_code == 200, answer.text
 
 
-def test_loopback_requests_have_the_configured_role(cluster: Cluster) -> None:
-    node = cluster.new_node({"OLLAMAD_AUTH__LOOPBACK_ROLE": "none"})
+def test_who_needs_no_token_is_a_setting(cluster: Cluster) -> None:
+    settings = {"OLLAMAD_AUTH__LOOPBACK_ROLE": "none", "OLLAMAD_METRICS__PUBLIC": "true"}
+    node = cluster.new_node(settings)
     node.start()
     refused(node.request("GET", "/nodes", token=""), 401, "UNAUTHORIZED")
     assert node.get("/health", token="")
+    assert "ollamad_" in node.request("GET", f"{node.url}/metrics", token="").text
 
 
 def test_dev_binds_to_loopback_and_lets_everybody_in(cluster: Cluster) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.harness import VOTERS, Cluster, Node, wait_until
+from tests.system.sockets import Listener
 from tests.system.write_load import ENVIRONMENT, REQUEST_TIMEOUT_S, Verdict, WriteLoad
 
 DISK_SIZE_MB = 32  # more than a node needs here
@@ -75,6 +76,11 @@ def test_a_node_whose_disk_is_full_costs_nothing_and_lives(small_disks: Cluster)
             load.wait_progress(node=victim)
     load.check()
     assert small_disks.running == small_disks.nodes
+    # Disks of this size are always short of space.
+    with Listener(small_disks.asked, "alerts") as heard:
+        for node in small_disks.nodes:
+            alert = heard.wait("alert", alert="low_disk", subject=node.id, state="raised")
+            assert node.name in alert["message"]
 
 
 def test_when_most_disks_are_full_space_is_all_that_is_needed(small_disks: Cluster) -> None:

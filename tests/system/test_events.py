@@ -12,7 +12,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from tests.fakes.document import differences, read_socket_examples
-from tests.system.harness import Cluster, clean_environment, ok, run_cli, wait_until
+from tests.system.harness import Cluster, clean_environment, ok, refused, run_cli, wait_until
 from tests.system.sockets import Listener
 
 MODEL = "smollm2:135m"
@@ -84,6 +84,15 @@ def test_a_node_that_dies_is_told_of_raised_once_and_cleared_once(trio_of_nodes:
         told = [(m["alert"], m["subject"], m["state"]) for m in heard.all("alert")]
         assert len(told) == len(set(told)), f"told twice: {told}"
         assert changed["node_id"] != leader.id
+
+
+def test_a_download_that_fails_is_told_of_with_its_reason(trio_of_nodes: Cluster) -> None:
+    first, second, _ = trio_of_nodes.nodes
+    with Listener(second, "models", "transfers") as heard:
+        first.post("/models/nowhere/download", {"source": "http://10.0.0.1/x.gguf"})
+        event = heard.wait("model_event", event_type="download_failed", model_name="nowhere:latest")
+    assert event["data"]["status"] == "failed"
+    assert "sources.allow_http: 10.0.0.1" in event["data"]["error"]
 
 
 def test_who_may_open_one(trio_of_nodes: Cluster) -> None:
@@ -191,3 +200,6 @@ def test_prometheus_reads_a_real_node(trio_of_nodes: Cluster) -> None:
     assert answer.status_code == 200
     assert "ollamad_cluster_nodes_online 3.0" in answer.text
     assert "process_resident_memory_bytes" in answer.text
+    foreign = {"X-Forwarded-For": "192.0.2.1"}
+    stranger = node.request("GET", f"{node.url}/metrics", token="", headers=foreign)
+    refused(stranger, 401, "UNAUTHORIZED")

@@ -15,6 +15,7 @@ from tests.fakes.gguf_files import LLAMA, TENSORS, gguf_bytes, write_gguf
 from tests.system import test_models
 from tests.system.conftest import MODEL, open_cluster
 from tests.system.harness import Cluster, Node, refused, run_cli, wait_until
+from tests.system.sockets import Listener
 
 LOST_AFTER_S = 4.0
 SETTINGS = {
@@ -97,7 +98,10 @@ def test_a_join_gets_no_copy_unless_one_is_wanted(four: Cluster, tiny: Path) -> 
     first = four.nodes[0]
     first.import_model(tiny, "tiny")
     before = comes_to(four, "tiny", 2)
-    fourth = four.grow()
+    with Listener(first, "nodes") as heard:
+        fourth = four.grow()
+        event = heard.wait("node_event", event_type="node_joined", node_id=fourth.id)
+        assert event["data"]["name"] == fourth.name
     time.sleep(STEADY_S)
     assert comes_to(four, "tiny", 2) == before
 
@@ -282,7 +286,9 @@ def test_a_leave_that_would_lose_a_model_says_so_and_can_be_forced(
         asked.post(f"/nodes/{node.id}/undrain")
     comes_to(four, "tiny", 2)
 
-    four.dismiss(leaving)
+    with Listener(asked, "nodes") as heard:
+        four.dismiss(leaving)
+        heard.wait("node_event", event_type="node_left", node_id=leaving.id)
     assert len(comes_to(four, "tiny", 2)) == 2
 
     # Who is away can hand nothing over.
