@@ -263,6 +263,7 @@ class LibraryNode:
     async def stop(self) -> None:
         self._scope.cancel()
         await self._stopped.wait()
+        self._net.dead.add(self.id)
         self._net.cut(self.id)
         self.shared.offline.add(self.id)
 

@@ -17,13 +17,18 @@ Ends = tuple[trio.StapledStream[Any, Any], trio.StapledStream[Any, Any]]
 
 
 class PeerNet:
-    """Meshes by id. `down` cannot be dialled; a node in `mute` accepts and never says a word."""
+    """Meshes by id.
+
+    `down` cannot be dialled, a node in `mute` accepts and never says a word, and one in `dead`
+    neither dials nor is dialled, though its mesh runs on.
+    """
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self.meshes: dict[NodeId, Mesh] = {}
         self.down: set[NodeId] = set()
         self.mute: set[NodeId] = set()
+        self.dead: set[NodeId] = set()
         self.dials: list[tuple[NodeId, NodeId]] = []
         self.dial_gate: trio.Event | None = None  # dials wait for it
         self.lanes = LaneNet()
@@ -37,6 +42,7 @@ class PeerNet:
             address_of=lambda other: f"{other}:9000" if other in self.meshes else None,
         )
         self.meshes[node_id] = mesh
+        self.dead.discard(node_id)
         await self._nursery.start(mesh.run)
         return mesh
 
@@ -54,7 +60,7 @@ class PeerNet:
         self.dials.append((dialler, target))
         if self.dial_gate is not None:
             await self.dial_gate.wait()
-        if target in self.down:
+        if target in self.down or not self.dead.isdisjoint((dialler, target)):
             raise PeerUnreachable(f"{target} refuses")
         ends = trio.testing.memory_stream_pair()
         self._ends.append((dialler, target, ends))

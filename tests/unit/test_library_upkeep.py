@@ -485,7 +485,8 @@ async def test_whose_node_is_lost_finds_another_one(
     assert a.transfer(transfer_id).status == "active"
     monkeypatch.setattr(pulls, "LOST_AFTER_S", 0.0)
     # Questions to who is cut off end by their time only, and there are several.
-    await until(world.shared, lambda: a.transfer(transfer_id).status == "completed", 60)
+    await until(world.shared, lambda: a.transfer(transfer_id).finished_at is not None, 60)
+    assert a.transfer(transfer_id).error == ""
     assert (b.source.fetches, c.source.fetches) == ((2, 0) if back else (1, 1))
 
 
