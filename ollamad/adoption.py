@@ -87,6 +87,9 @@ class Adoption:
             # At two looks: who has it may only be starting anew.
             if is_known and key not in missed & self._missed:
                 continue
+            # Whatever ends this daemon in between: what is an Ollama's must never be taken for the
+            # cluster's own, which is freed. Without a time it is looked at again.
+            self._saw(key, f"{manifest_digest(stored.data)} ")
             try:
                 await self._adopt(stored)
             except ServiceError as error:
@@ -94,8 +97,11 @@ class Adoption:
                 continue  # no quorum; the next scan tries again
             except (StoreError, GgufError, OSError) as error:
                 log.warning("%s is there, but cannot be used: %s", stored.name, error)
-            self._seen[key] = mark
-            self._note.write(self._seen)
+            self._saw(key, mark)
+
+    def _saw(self, key: str, mark: str) -> None:
+        self._seen[key] = mark
+        self._note.write(self._seen)
 
     def _is_missed(self, stored: StoredManifest) -> bool:
         """Whether it is a model of the cluster, moved away, and nobody who has it is there."""
