@@ -12,6 +12,13 @@ from tests.system.harness import VOTERS, Cluster, ok, wait_until
 from tests.system.namespaces import Network, NotPermitted
 
 MODEL = "smollm2:135m"
+# What a model that is greedy never stops saying: as much as its context holds. On one thread: two
+# that wait for each other get nowhere on a busy machine.
+ENDLESS = {
+    "prompt": "a a a a a a a a a a a a",
+    "raw": True,
+    "options": {"num_thread": 1, "temperature": 0, "repeat_penalty": 1.0, "num_predict": 20_000},
+}
 
 _numbers = itertools.count(1)
 _clusters: list[Cluster] = []

@@ -139,12 +139,13 @@ def _lives_on(daemon: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def ask_runner(node: Node, path: str, body: Any) -> Any:
-    """Ask the only runner of a node itself, past the daemon."""
+def ask_runner(node: Node, path: str, body: Any = None) -> Any:
+    """Ask the only runner of a node itself, past the daemon; without a body, by GET."""
     [socket] = (node.data_dir / "run").glob("*.sock")
     transport = httpx.HTTPTransport(uds=str(socket))
     with httpx.Client(transport=transport, timeout=ANSWER_TIMEOUT_S) as client:
-        return ok(client.post(f"http://runner{path}", json=body))
+        method = "GET" if body is None else "POST"
+        return ok(client.request(method, f"http://runner{path}", json=body))
 
 
 def continuation(node: Node, ids: list[int], count: int, *, read_anew: bool = False) -> str:

@@ -6,16 +6,17 @@ undisturbed text, a continuation what the other node says to the prompt and the 
 
 import json
 import signal
-import time
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fakes.chat_templates import TOOLS
-from tests.system.conftest import MODEL, open_cluster, open_two_holders
-from tests.system.harness import Cluster, Node, ok, wait_until
+from tests.system.conftest import ENDLESS, MODEL, open_cluster, open_two_holders
+from tests.system.harness import WAIT_S, Cluster, Node, ok, wait_until
 from tests.system.namespaces import NamespaceHost, Network, NotPermitted
 from tests.system.streams import ask_runner, continuation
 
@@ -33,6 +34,7 @@ ASK = {
         "stop": ["no such text"],
     },
 }
+LONG_PROMPT = "Tell me more of the lighthouse, the wind and the old clock. " * 20
 
 
 LIGHT = {
@@ -123,15 +125,10 @@ class Watched:
     ) -> None:
         entry = cluster.nodes[2]
         self.lines: list[Any] = []
-        self.longest_silence_s = 0.0
         body = changes if route == "/chat" else ASK | changes
         with entry.stream(route, **body) as stream:
             self.first = next(n for n in cluster.nodes if n.id == stream.served_by)
-            heard = time.monotonic()
             for line in stream:
-                now = time.monotonic()
-                self.longest_silence_s = max(self.longest_silence_s, now - heard)
-                heard = now
                 self.lines.append(line)
                 if len(self.lines) == after and fault is not None:
                     fault(self.first)
@@ -162,6 +159,26 @@ def test_a_replay_gives_the_undisturbed_text(three: Cluster, fault: Callable[[No
     assert (move["from_node"], move["mode"]) == (watched.first.id, "replay")
     assert watched.end["eval_count"] == undisturbed["eval_count"]
     assert watched.end["context"] == undisturbed["context"]
+
+
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("fault", [kill_node, kill_runner])
+def test_before_the_first_token_another_node_answers(
+    three: Cluster, fault: Callable[[Node], None]
+) -> None:
+    """While the prompt is read: an answer like any other, that tells of no seam."""
+    entry = three.nodes[2]
+    asked = {"prompt": LONG_PROMPT, "failover": "replay"}  # read whole each time
+    undisturbed = ok(entry.answer("/generate", **ASK | asked))
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(Watched, three, None, 0, **asked)
+        reads = wait_until("it is being read", lambda: next(filter(busy_on, three.nodes[:2]), None))
+        fault(reads)
+        watched = watching.result()
+    assert watched.first is not reads, "else a token came before the fault"
+    assert watched.text == undisturbed["response"]
+    assert watched.end["prompt_eval_count"] == undisturbed["prompt_eval_count"]
+    assert "failovers" not in watched.end
 
 
 @pytest.mark.usefixtures("whole")
@@ -224,8 +241,10 @@ def check_continued(cluster: Cluster, watched: Watched, length: int) -> Any:
 
 
 @pytest.mark.usefixtures("whole")
-def test_an_answer_by_a_schema_is_replayed(three: Cluster) -> None:
-    asked = {"format": SCHEMA, "failover": "replay"}
+@pytest.mark.parametrize("asked_for", [{}, {"failover": "replay"}], ids=["by default", "replay"])
+def test_an_answer_by_a_schema_is_replayed(three: Cluster, asked_for: dict[str, str]) -> None:
+    """Whatever is asked for: its grammar's state does not follow from the tokens."""
+    asked = {"format": SCHEMA} | asked_for
     undisturbed = ok(three.nodes[2].answer("/generate", **ASK | asked))
     assert json.loads(undisturbed["response"]).keys() == LIGHT.keys()
     watched = Watched(three, kill_node, CUT, **asked)
@@ -243,7 +262,7 @@ def calling(three: Cluster) -> Iterator[dict[str, Any]]:
     first.post("/models/calling/download", {"nodes": [second.id]})
     three.wait_replicas("calling", [first, second])
     tools = [{"type": "function", "function": ADD}]
-    yield {"model": "calling", "options": ASK["options"], "tools": tools, "failover": "replay"}
+    yield {"model": "calling", "options": ASK["options"], "tools": tools}
     three.asked.delete("/models/calling")
 
 
@@ -252,6 +271,7 @@ def calling(three: Cluster) -> Iterator[dict[str, Any]]:
 def test_what_is_said_beside_tools_is_replayed(
     three: Cluster, calling: dict[str, Any], cut: str
 ) -> None:
+    """By the default mode, `continue`, which cannot keep the state of what reads calls."""
     story = [{"role": "user", "content": ASK["prompt"]}]
     messages, after = (story, CUT) if cut == "in a text" else (sums(), 1)
     undisturbed = ok(three.nodes[2].answer("/chat", **calling, messages=messages))["message"]
@@ -301,7 +321,11 @@ def spelled(node: Node, ids: list[int]) -> str:
 @pytest.fixture(scope="module")
 def far_three(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
     """Three nodes on hosts of their own; the model is on the first two."""
-    settings = {"OLLAMAD_MODELS__REPLICAS": "1", "OLLAMA_NUM_PARALLEL": "2"}
+    settings = {
+        "OLLAMAD_MODELS__REPLICAS": "1",
+        "OLLAMA_NUM_PARALLEL": "3",
+        "OLLAMA_CONTEXT_LENGTH": "4096",
+    }
     try:
         with Network() as network:
             for cluster in open_cluster(tmp_path_factory, **settings):
@@ -317,31 +341,66 @@ def far_three(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> I
 
 
 @pytest.mark.parametrize("way", ["the link", "the cable"])
-def test_a_cut_moves_the_answer_and_ends_the_abandoned_half(far_three: Cluster, way: str) -> None:
-    """Nothing is reset: only silence tells, and asking through others."""
+def test_a_cut_moves_the_answers_and_ends_the_abandoned_halves(
+    far_three: Cluster, way: str
+) -> None:
+    """Nothing is reset: only silence tells, and asking through others.
+
+    Three answers of one node: one in each mode, and one that is many times as long.
+    """
     network = far_three.network
     assert isinstance(network, Network)
-    entry = far_three.nodes[2]
+    serving, other, entry = far_three.nodes
+    options = ASK["options"] | {"num_predict": LONGER}
+    undisturbed = ok(entry.answer("/generate", **ASK | {"options": options, "failover": "replay"}))
 
-    def cut(serving: Node) -> None:
+    is_cut = threading.Event()
+
+    def cut() -> None:
+        entry.post(f"/nodes/{other.id}/undrain")
+        wait_until("there is another node", lambda: not entry.node(other)["draining"])
+        assert evaluating(serving) == 3
         assert isinstance(serving.host, NamespaceHost)
         if way == "the cable":
             network.unplug(serving.host)
         else:
             assert isinstance(entry.host, NamespaceHost)
             network.cut(serving.host, entry.host)
+        is_cut.set()
 
+    both_speak = threading.Barrier(2, cut, WAIT_S)
+
+    def watch(mode: str) -> Watched:
+        return Watched(
+            far_three, lambda _: bool(both_speak.wait()), CUT, options=options, failover=mode
+        )
+
+    entry.post(f"/nodes/{other.id}/drain")
+    wait_until("there is one node", lambda: entry.node(other)["draining"])
     try:
-        watched = Watched(far_three, cut, CUT, options=ASK["options"] | {"num_thread": 1})
-        [move] = watched.end["failovers"]
-        assert move["from_node"] == watched.first.id
-        assert watched.end["eval_count"] == LENGTH
-        print(f"{way}: {watched.longest_silence_s:.2f} s without a token")
-        assert watched.longest_silence_s < 15
+        with (
+            entry.stream("/generate", model=MODEL, **ENDLESS) as long,
+            ThreadPoolExecutor(2) as pool,
+        ):
+            long.next()
+            watching = pool.map(watch, ("continue", "replay"))
+            assert is_cut.wait(WAIT_S)
+            # The cut lasts, and so would the half of the long one.
+            wait_until("the abandoned halves have ended", lambda: not evaluating(serving), 15)
+            continued, replayed = watching
+            assert continued.first is replayed.first is serving
+            check_continued(far_three, continued, LONGER)
+            assert replayed.text == undisturbed["response"]
+            assert [move["mode"] for move in replayed.end["failovers"]] == ["replay"]
+            print(f"{way}: {continued.end['failovers'][0]['silence_ms']} ms without a token")
     finally:
         network.heal()
     far_three.wait_whole(60)
-    wait_until("the abandoned half has ended", lambda: not busy_on(watched.first), 20)
+
+
+def evaluating(node: Node) -> int:
+    """Slots of a node's runner that are at work, as the runner itself says."""
+    return sum(slot["is_processing"] for slot in ask_runner(node, "/slots"))
 
 
 def busy_on(node: Node) -> int:
