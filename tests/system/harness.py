@@ -407,12 +407,17 @@ class Node:
 
     @contextlib.contextmanager
     def stream(
-        self, route: str, *, headers: Mapping[str, str] | None = None, **body: Any
+        self,
+        route: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        token: str | None = None,
+        **body: Any,
     ) -> Iterator["Stream"]:
         """An inference, streamed; leaving the context early hangs up."""
         body["stream"] = True
         with (
-            self.client() as client,
+            self.client(token=token) as client,
             client.stream("POST", route, json=body, headers=headers) as response,
         ):
             yield Stream(response)

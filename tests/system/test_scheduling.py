@@ -5,16 +5,20 @@ two, the real one on the first.
 """
 
 import contextlib
+import http.client
+import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.fakes.chat_templates import TOOLS
 from tests.fakes.tiny_llama import Shape, random_llama
-from tests.system.conftest import MODEL, open_cluster
+from tests.system.conftest import ENDLESS, MODEL, open_cluster
 from tests.system.harness import Cluster, Node, Stream, ok, refused, wait_until
 from tests.system.sockets import Listener
 
@@ -24,9 +28,6 @@ CONTEXT = 2048
 MAX_WAITING = 3  # in the cluster, beside the one in the slot and the one behind it
 # One thread, as everywhere: two that wait for each other get nowhere on a busy machine.
 OPTIONS = {"num_thread": 1, "temperature": 0}
-# What a model that is greedy never stops saying.
-AGAIN = {"prompt": "a a a a a a a a a a a a", "raw": True}
-ENDLESS = {"options": OPTIONS | {"repeat_penalty": 1.0, "num_predict": 10 * CONTEXT}}
 WORD = {"model": MODEL, "prompt": "Hi", "options": OPTIONS | {"num_predict": 1}}
 
 
@@ -100,7 +101,7 @@ def test_the_least_loaded_is_the_soonest_caches_left_aside(
 ) -> None:
     node = entry(four, "least-loaded")
     prompt = "the lighthouse " * 60
-    with node.stream("/generate", model=TINY, prompt=prompt, **ENDLESS) as stream:
+    with node.stream("/generate", **ENDLESS | {"model": TINY, "prompt": prompt}) as stream:
         stream.next()
         told = explained(node, prompt)
         scores = {score["node_id"]: score for score in told["scores"]}
@@ -136,21 +137,26 @@ class Occupied:
     """A node whose only slot has a long answer, behind which another one waits in the engine.
 
     More are not given to it, so whoever comes now stands in the queue. A context manager.
+
+    Args:
+      asked: both of them, if they are to end by themselves.
+      key: whose they are.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(
+        self, node: Node, asked: dict[str, Any] | None = None, *, key: str | None = None
+    ) -> None:
         self._node = node
+        self._asked = asked or ENDLESS | {"model": MODEL}
+        self._key = key
         self._pool = ThreadPoolExecutor(1)
         self._first, self._second = contextlib.ExitStack(), contextlib.ExitStack()
 
     def __enter__(self) -> "Occupied":
-        asked = {"model": MODEL} | AGAIN | ENDLESS
-        self._story = self._first.enter_context(self._node.stream("/generate", **asked))
+        self._story = self._first.enter_context(self._stream())
         self._story.next()
-        self._begins = self._pool.submit(
-            self._second.enter_context, self._node.stream("/generate", **asked)
-        )
-        wait_until("the second is there", lambda: self._waiting_in_engine() == 1)
+        self._begins = self._pool.submit(self._second.enter_context, self._stream())
+        wait_until("the second is there", lambda: waiting_in_engine(self._node) == 1)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -165,23 +171,49 @@ class Occupied:
         self._begins.result()
         self._second.close()
 
-    def _waiting_in_engine(self) -> int:
-        return sum(int(each["queued"]) for each in self._node.loaded())
+    def _stream(self) -> contextlib.AbstractContextManager[Stream]:
+        return self._node.stream("/generate", token=self._key, **self._asked)
+
+
+def waiting_in_engine(node: Node) -> int:
+    return sum(int(each["queued"]) for each in node.loaded())
 
 
 @contextlib.contextmanager
-def waits(node: Node, name: str, **headers: str) -> Iterator[Stream]:
-    """A request that has to wait, which its first line tells."""
+def waits(
+    node: Node,
+    name: str,
+    *,
+    asked: dict[str, Any] = WORD,
+    key: str | None = None,
+    **headers: str,
+) -> Iterator[Stream]:
+    """A request that has to wait, which its first line tells; each has a name of its own."""
     named = {f"X-Ollamad-{header.capitalize()}": value for header, value in headers.items()}
-    with node.stream("/generate", headers=named, **WORD, request_id=name) as stream:
+    body = asked | {"request_id": name}
+    with node.stream("/generate", headers=named, token=key, **body) as stream:
+        assert stream.status == 200
         yield stream
 
 
+@contextlib.contextmanager
+def waits_for_all(node: Node, name: str) -> Iterator[None]:
+    """The same for an answer that is not streamed; leaving the context hangs up."""
+    connection = http.client.HTTPConnection(node.address)
+    headers = {"Authorization": f"Bearer {node.admin_token()}", "Content-Type": "application/json"}
+    body = json.dumps(WORD | {"request_id": name, "stream": False})
+    connection.request("POST", "/api/v1/generate", body, headers)
+    try:
+        yield
+    finally:
+        connection.close()
+
+
 def wait_queue(heard: Listener, *names: str) -> Any:
-    """Wait until the socket has told that these requests wait, in this order; what it told."""
+    """Wait until the socket tells that these requests wait, in this order; what it tells."""
 
     def told() -> Any:
-        for message in reversed(heard.all("queue_status")):
+        for message in heard.all("queue_status")[-1:]:
             data = message["data"]
             if [each["request_id"] for each in data["requests"]] == [*names]:
                 return data
@@ -210,6 +242,9 @@ def test_who_waits_is_told_where_it_stands_and_who_goes_makes_room(four: Cluster
         assert [(place["position"], place["waiting"]) for place in places] == [(1, 1), (2, 2)]
         estimates = [place["estimate_seconds"] for place in places]
         assert estimates[1] == pytest.approx(2 * estimates[0], abs=0.11)
+        with waits_for_all(node, "gone"):
+            wait_queue(heard, "a", "b", "gone")
+        wait_queue(heard, "a", "b")
         whole = pool.submit(node.answer, "/generate", **WORD)
         told = wait_queue(heard, "a", "b", "")
         assert [each["estimate_seconds"] for each in told["requests"][:2]] == estimates
@@ -274,3 +309,85 @@ def begin_of(stream: Stream) -> str:
     *lines, end = stream
     assert end["done"]
     return str(next(line["created_at"] for line in lines if "status" not in line))
+
+
+def test_who_floods_keeps_nobody_else_waiting(four: Cluster) -> None:
+    node = four.nodes[0]
+    flood, other = (node.post("/keys", {"name": name})["key"] for name in ("flood", "other"))
+    with (
+        Listener(node, "queue") as heard,
+        Occupied(node, key=flood) as occupied,
+        waits(node, "flood-1", key=flood) as one,
+        waits(node, "flood-2", key=flood) as two,
+    ):
+        wait_queue(heard, "flood-1", "flood-2")
+        with waits(node, "other", key=other) as last:
+            wait_queue(heard, "other", "flood-1", "flood-2")
+            occupied.end_first()
+            occupied.end_second()
+            begun = [begin_of(stream) for stream in (last, one, two)]
+    assert begun == sorted(begun)
+
+
+def test_the_queue_is_the_whole_clusters_and_each_node_tells_its_own(four: Cluster) -> None:
+    first, second = four.nodes[:2]
+    with (
+        ThreadPoolExecutor(1) as pool,
+        Listener(first, "queue") as heard,
+        Listener(second, "queue") as heard_there,
+        Occupied(first),
+        waits(first, "here"),
+        contextlib.ExitStack() as leaving,
+    ):
+        leaving.enter_context(waits(first, "leaving"))
+        # One is sent, whatever others have taken: the least part of a node where somebody asks.
+        sent = pool.submit(second.answer, "/generate", **WORD)
+        wait_until("it is there", lambda: waiting_in_engine(first) == 2)
+        with waits(second, "there"):
+            wait_queue(heard, "here", "leaving")
+            wait_queue(heard_there, "there")
+            for node in (first, second):
+                wait_until("it is known to be full", lambda n=node: is_full(n))
+            leaving.close()
+            wait_until("there is room at the other node", lambda: not is_full(second))
+    ok(sent.result())
+
+
+def is_full(node: Node) -> bool:
+    """Whether a request is refused at once; else it goes away again, having waited."""
+    late = node.request("POST", "/generate", json=WORD, headers={"X-Ollamad-Deadline": "0.2"})
+    if late.status_code == 408:
+        return False
+    refused(late, 503, "QUEUE_FULL")
+    return True
+
+
+def test_retry_after_is_when_half_of_the_queue_has_gone(four: Cluster) -> None:
+    """Within a factor of two, and the second that it is rounded to.
+
+    It counts whole requests: of the one that is being answered only a part may be left, which is at
+    most half of what is waited for here. It rests on what requests took before: a machine that is
+    busy with other things may be twice as fast or slow in the next moment.
+    """
+    node = four.nodes[0]
+    # Its manifest is another, so nothing is known of it but what is asked here.
+    made = {"model": "timed", "from": MODEL, "template": TOOLS, "stream": False}
+    ok(node.request("POST", f"{node.url}/api/create", json=made))
+    story = ENDLESS | {"model": "timed", "options": ENDLESS["options"] | {"num_predict": 250}}
+    ok(node.answer("/generate", **story))
+    with (
+        Occupied(node, story),
+        waits(node, "timed-1", asked=story) as first,
+        waits(node, "timed-2", asked=story),
+        waits(node, "timed-3", asked=story),
+    ):
+        refusal = node.answer("/generate", **story)
+        refused_at = datetime.now().astimezone()
+        refused(refusal, 503, "QUEUE_FULL")
+        begun = next(line["created_at"] for line in first if "status" not in line)
+        # Behind the first of the three, which begins, the second is at the node as well.
+        came_s = (datetime.fromisoformat(begun) - refused_at).total_seconds()
+    told_s = int(refusal.headers["Retry-After"])
+    print(f"told {told_s} s, came after {came_s:.2f} s")
+    assert came_s / 2 <= told_s <= 2 * came_s + 1
+    node.delete("/models/timed")
