@@ -1,12 +1,13 @@
 """A hundred streams in flight while each node in turn is killed -9: nobody notices.
 
 The real model, greedy. Every client goes on at another node when its own dies, and hears of no
-other error. What is checked of every text, by its mode's rule: under `replay` it is the undisturbed
-text, to the character; under `continue` no token is lost or doubled, and behind a seam it is what a
-replica says to the prompt and the tokens before; where no seam is, it is the undisturbed text, too.
+other error. What is checked of every text, by its mode's rule: under `replay`, and where no seam
+is, it is the undisturbed text, to the character. Under `continue` it mostly is that as well, and
+then it is right; if not, it parted behind a seam, and says there what a replica says to the prompt
+and the tokens before. Often none parts, and no replica is asked: the report tells how many did.
+`test_failover` compares all its continuations with a replica.
 """
 
-import os
 import random
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.system.conftest import MODEL, open_cluster
-from tests.system.harness import LONG_FAULTS, Cluster, Node, ok, run_cli, wait_until
+from tests.system.harness import VOTERS, Cluster, Node, ok, run_cli, wait_until
 from tests.system.streams import Answer, Client, at_once, continuation, sign_in
 
 STREAMS = 100
@@ -36,16 +37,13 @@ OPTIONS = {
 }
 BODY = {"model": MODEL, "options": OPTIONS}
 MODES = ("continue", "replay")
-CHECKED = (
-    3  # continuations that have the undisturbed text and are compared with a replica's as well
-)
 
 
-@pytest.fixture(scope="module", params=[3, 5] if LONG_FAULTS in os.environ else [3])
+@pytest.fixture(scope="module", params=VOTERS)
 def cluster(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path
 ) -> Iterator[Cluster]:
-    """Nodes that all hold the model (five with `make faults`)."""
+    """Five nodes that all hold the model; with `make faults` three as well."""
     settings = {
         "OLLAMAD_MODELS__REPLICAS": str(request.param),
         "OLLAMA_NUM_PARALLEL": "4",
@@ -113,14 +111,16 @@ def test_every_stream_completes_while_each_node_in_turn_is_killed(cluster: Clust
             continue
         assert answer.end["eval_count"] == LENGTH, answer
         if len(answer.end["context"]) != answer.end["prompt_eval_count"] + LENGTH:
-            # Nobody was left who knew its tokens: the text was read anew, by others perhaps.
+            # Nobody was left who knew its tokens, and the text is spelled by others.
             assert answer.resumed, answer
-            continue
         if answer.text != undisturbed[answer.prompt].text:
             parted.append(answer)
     assert len(answers) >= STREAMS
     assert moved >= 5, "the kills hit some answers in their middle"
-    print(f"{len(parted)} of {moved} moved answers have another text than the undisturbed one")
+    print(
+        f"{moved} answers moved; {len(parted)} continuations parted from the undisturbed text, "
+        "and are compared with what a replica says"
+    )
     replica = next(node for node in nodes if node.runners())
     for answer in parted:
         check_behind_the_seam(replica, answer, undisturbed[answer.prompt])
@@ -139,7 +139,7 @@ def check_behind_the_seam(replica: Node, answer: Answer, undisturbed: Answer) ->
     before = answer.lengths[place := max(places)]
     if len(places) == 1 and not answer.resumed:
         assert answer.text[:before] == undisturbed.text[:before], answer
-    ids = answer.end["context"][: answer.end["prompt_eval_count"] + place]
+    ids = answer.end["context"][: place - LENGTH]
     rest = continuation(replica, ids, LENGTH - place, read_anew=True)
     assert answer.text[before:] == rest, answer
 
