@@ -373,7 +373,7 @@ def test_retry_after_is_when_half_of_the_queue_has_gone(four: Cluster) -> None:
     # Its manifest is another, so nothing is known of it but what is asked here.
     made = {"model": "timed", "from": MODEL, "template": TOOLS, "stream": False}
     ok(node.request("POST", f"{node.url}/api/create", json=made))
-    story = ENDLESS | {"model": "timed", "options": ENDLESS["options"] | {"num_predict": 250}}
+    story = ENDLESS | {"model": "timed", "options": ENDLESS["options"] | {"num_predict": 200}}
     ok(node.answer("/generate", **story))
     with (
         Occupied(node, story),
