@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Self
 
 import httpx
 import jwt
@@ -290,16 +291,14 @@ http {{
         yield Nginx(port, root, log)
 
 
-class ConnectProxy:
-    """A proxy for HTTPS: `with ConnectProxy({"host": port}) as proxy:`; connects names to ports."""
+class _Listener:
+    """Serves each connection in a thread of its own while its `with` block lasts."""
 
-    def __init__(self, places: dict[str, int]) -> None:
-        self._places = places
-        self.asked: list[str] = []
+    def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
 
-    def __enter__(self) -> "ConnectProxy":
+    def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
@@ -315,6 +314,19 @@ class ConnectProxy:
             except OSError:
                 return
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        raise NotImplementedError
+
+
+class ConnectProxy(_Listener):
+    """A proxy for HTTPS: `with ConnectProxy({"host": port}) as proxy:`; connects names to ports."""
+
+    def __init__(self, places: dict[str, int]) -> None:
+        super().__init__()
+        self._places = places
+        self.asked: list[str] = []
+        self.url = f"http://{self.host}"
 
     def _serve(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError):
@@ -335,34 +347,16 @@ class ConnectProxy:
                 back.join(10)
 
 
-class BreakingProxy:
+class BreakingProxy(_Listener):
     """Stands before a server: `with BreakingProxy(port, after=n, times=2) as proxy:`; so often a
     connection breaks when PATCHes have carried so many bytes to the server since the last time."""
 
     def __init__(self, server_port: int, *, after: int, times: int) -> None:
+        super().__init__()
         self._server_port = server_port
         self._after = after
         self._carried = 0
         self.left = times
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
-
-    def __enter__(self) -> "BreakingProxy":
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
         address = ("127.0.0.1", self._server_port)
