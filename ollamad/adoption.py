@@ -6,7 +6,7 @@ whose files are still there, counts again when nobody else has the model any mor
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -49,19 +49,9 @@ class Adoption:
         self._seen: dict[str, str] = {}  # by name key: which manifest, written when
         self._missed: set[str] = set()  # name keys of what nobody had at the last look
 
-    def remember(self) -> None:
-        """Read what was seen before a restart; call it before all else."""
-        self._seen = self._note.read()
-
-    @property
-    def found(self) -> Mapping[str, str]:
-        """By name key, the digest of the manifest that was there; of shelves nothing is told."""
-        if self._store.shelves:
-            return {}
-        return {key: mark.partition(" ")[0] for key, mark in self._seen.items()}
-
     async def run(self) -> None:
         """Until cancelled."""
+        self._seen = self._note.read()
         while True:
             await self.scan()
             await trio.sleep(RESCAN_S)
@@ -87,9 +77,6 @@ class Adoption:
             # At two looks: who has it may only be starting anew.
             if is_known and key not in missed & self._missed:
                 continue
-            # Whatever ends this daemon in between: what is an Ollama's must never be taken for the
-            # cluster's own, which is freed. Without a time it is looked at again.
-            self._saw(key, f"{manifest_digest(stored.data)} ")
             try:
                 await self._adopt(stored)
             except ServiceError as error:
@@ -97,11 +84,8 @@ class Adoption:
                 continue  # no quorum; the next scan tries again
             except (StoreError, GgufError, OSError) as error:
                 log.warning("%s is there, but cannot be used: %s", stored.name, error)
-            self._saw(key, mark)
-
-    def _saw(self, key: str, mark: str) -> None:
-        self._seen[key] = mark
-        self._note.write(self._seen)
+            self._seen[key] = mark
+            self._note.write(self._seen)
 
     def _is_missed(self, stored: StoredManifest) -> bool:
         """Whether it is a model of the cluster, moved away, and nobody who has it is there."""

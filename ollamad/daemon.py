@@ -257,6 +257,7 @@ class Daemon:
             source=Origins(_origin_settings(settings.sources)),
             unload=self._unload,
             held_path=directory.replicas,
+            brought_path=directory.brought,
             pulls_path=directory.pulls,
             view=self._reconciler.view,
             adopted_path=directory.adopted if settings.models.path else None,

@@ -128,6 +128,11 @@ class DataDir:
         return self.path / "adopted"
 
     @property
+    def brought(self) -> Path:
+        """Which models of an adopted directory that can be written are the cluster's own."""
+        return self.path / "brought"
+
+    @property
     def scrubbed(self) -> Path:
         """When each blob was last read and checked."""
         return self.path / "scrubbed"

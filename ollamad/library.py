@@ -31,6 +31,7 @@ from ollamad.core.placement import (
 from ollamad.core.state import Layer, Model, ModelDetails
 from ollamad.core.transfers import Transfer
 from ollamad.core.weights import Choice
+from ollamad.ownership import Brought
 from ollamad.peers.link import HandlerError, RemoteFailure
 from ollamad.peers.tls import PeerUnreachable
 from ollamad.pulls import PullRequest, Pulls
@@ -78,6 +79,7 @@ class Library:
     Args:
       source: where models come from that the cluster does not have.
       pulls_path: see `Pulls`.
+      brought_path: where to remember what this node brought into a directory that it shares.
       adopted_path: where to remember what was adopted; None: nothing is.
       scrub: makes the task that reads this node's blobs, given what to tell of lost ones.
       view: the cluster as placement sees it now.
@@ -98,6 +100,7 @@ class Library:
         held_path: Path,
         pulls_path: Path,
         view: Callable[[], View],
+        brought_path: Path,
         adopted_path: Path | None = None,
         scrub: Callable[[Callable[[str], Awaitable[None]]], Scrubbing] | None = None,
         engine_of: Callable[[Model], Awaitable[Choice]] | None = None,
@@ -109,6 +112,8 @@ class Library:
         self._table = table
         self._fetcher = fetcher
         self._view = view
+        shares_directory = adopted_path is not None and not store.shelves
+        brought = Brought(brought_path, store.root) if shares_directory else None
         self._share = Share(
             cluster=cluster,
             store=store,
@@ -116,7 +121,7 @@ class Library:
             table=table,
             unload=unload,
             held_path=held_path,
-            found=self._found,
+            brought=brought,
         )
         self._pulls = Pulls(
             cluster=cluster,
@@ -422,8 +427,6 @@ class Library:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run pulls, and this node's share of the models; until cancelled."""
         async with trio.open_nursery() as nursery:
-            if self._adoption is not None:
-                self._adoption.remember()  # the share asks what is an Ollama's
             await nursery.start(self._share.run)
             await nursery.start(self._pulls.run)
             await nursery.start(self._pushes.run)
@@ -432,9 +435,6 @@ class Library:
             if self._scrubbing is not None:
                 nursery.start_soon(self._scrubbing.run)
             task_status.started()
-
-    def _found(self) -> Mapping[str, str]:
-        return {} if self._adoption is None else self._adoption.found
 
     # Bringing in.
 

@@ -6,7 +6,7 @@ fetches what it should hold and lacks from peers, and drops what it should not h
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,8 +29,9 @@ from ollamad.core.names import parse_name
 from ollamad.core.state import Model
 from ollamad.following import Following
 from ollamad.notes import Note
+from ollamad.ownership import Brought
 from ollamad.store.errors import BlobMissing, StoreError, StoreFull
-from ollamad.store.manifests import describe
+from ollamad.store.manifests import describe, manifest_digest
 from ollamad.store.models import ModelStore
 from ollamad.transfer.fetch import Fetcher, FetchFailed, FetchProgress
 from ollamad.transfer.transfers import TransferTable
@@ -64,9 +65,9 @@ class Share:
       unload: frees the memory of a model that is about to go.
       held_path: remembers which models this node holds for the cluster, so that it drops those
         that were deleted while it was down, and nothing else.
-      found: digests of manifests, by name key, that an Ollama has put into the store's own
-        directory. Only their deletion or replacement removes those; and if there are any, blobs
-        that no model uses are not collected, for the Ollama may be about to.
+      brought: what of the store's own directory is the cluster's; None: all. Only a deletion or
+        replacement removes anything else; and if there is any, blobs that no model uses are not
+        collected, for an Ollama may be about to.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Share:
         table: TransferTable,
         unload: Callable[[str], Awaitable[None]],
         held_path: Path,
-        found: Callable[[], Mapping[str, str]],
+        brought: Brought | None,
     ) -> None:
         self._cluster = cluster
         self._store = store
@@ -87,7 +88,7 @@ class Share:
         self._unload = unload
         self.following = Following(cluster=cluster, store=store, fetcher=fetcher, table=table)
         self._note = Note(held_path, dict[str, str], {})
-        self._found = found
+        self._brought = brought
         self.received = Rate()  # of copies from peers
         self._held: dict[str, str] = {}
         self._unchecked: set[str] = set()  # name keys of those that were not looked for yet
@@ -106,6 +107,8 @@ class Share:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             self._held = self._note.read()
+            if self._brought is not None:
+                self._brought.remember()
             self._unchecked = set(self._held)  # somebody may have cleaned up
             await nursery.start(self.following.run)
             task_status.started()
@@ -154,16 +157,17 @@ class Share:
 
     async def _publish(self, model: Model, desired: tuple[NodeId, ...]) -> None:
         key = parse_name(model.name).key
-        before = await self._manifest_of(key)
         self._publishing.add(key)
         try:
-            await self._store.write_manifest(model.name, model.manifest)
+            before = await self._write_manifest(model)
             try:
                 await self._tell(key, model, desired)
             except BaseException:
                 # If it comes to be all the same, `_take_stock` finds it.
                 with trio.move_on_after(CLEANUP_S, shield=True):
                     await self._set_manifest(key, before)
+                    if self._brought is not None:
+                        self._brought.forget(key)
                 raise
             self._remember(key, model.digest)
         finally:
@@ -331,11 +335,10 @@ class Share:
         sizes = {layer.digest: layer.size for layer in model.layers}
         with self._store.space.reserve(await self._store.missing_bytes(sizes)):
             await self._fetch_layers(model, transfer_id)
-        before = await self._blobs_of(key)
-        await self._store.write_manifest(model.name, model.manifest)
+        before = await self._write_manifest(model)
         self._remember(key, model.digest)
         await self._confirm(model, present=True)
-        await self.free(before)
+        await self.free(_blobs(before))
 
     async def _abandon(self, model: Model) -> None:
         """Free what came of a model that this node is not to have after all."""
@@ -399,22 +402,44 @@ class Share:
         await self._unload(key)
         model = self._cluster.state.models.get(key)
         held = self._held.get(key, "" if model is None else model.digest)
-        if model is not None and self._found().get(key) == model.digest == held:
-            # An Ollama's: it stays until it is deleted or replaced. So it stays in `_held`, else
-            # the adoption would take it for new, and that for a copy too many.
-            self._kept.add(key)
-            return
-        digests = await self._blobs_of(key)
-        await self._store.delete_manifest(key)
-        freed = await self.free(digests)
+        manifest = await self._manifest_of(key)
+        if self._brought is not None:
+            is_moved = model is not None and model.digest == held
+            if is_moved and not self._brought.has(key, held):
+                # An Ollama's: it stays until it is deleted or replaced. So it stays in `_held`,
+                # else the adoption would take it for new, and that for a copy too many.
+                self._kept.add(key)
+                return
+            self._brought.forget(key)
+            if manifest is not None and manifest_digest(manifest) != held:
+                manifest = None  # an Ollama has put another one there since
+        freed = 0
+        if manifest is not None:
+            await self._store.delete_manifest(key)
+            freed = await self.free(_blobs(manifest))
         self._held.pop(key, None)
         self._kept.discard(key)
         self._write_held()
         log.info("%s is gone from this node; %.1f MB freed", key, freed / 1e6)
 
-    async def _blobs_of(self, key: str) -> set[str]:
-        """The blobs of the model of that name as it is on the disk; none if there is none."""
-        return _blobs(await self._manifest_of(key))
+    async def _write_manifest(self, model: Model) -> bytes | None:
+        """Put a model's manifest onto the disk; returns the one that was there before."""
+        key = parse_name(model.name).key
+        before = await self._manifest_of(key)
+        await self._store.write_manifest(model.name, model.manifest)
+        if self._brought is not None and (
+            before is None or manifest_digest(before) != model.digest
+        ):
+            self._brought.note(key, model.digest)
+        return before
+
+    async def _are_all_ours(self) -> bool:
+        """Whether this daemon brought all models of the store's own directory."""
+        brought = self._brought
+        return brought is None or all(
+            brought.has(parse_name(stored.name).key, manifest_digest(stored.data))
+            for stored in await self._store.list_manifests()
+        )
 
     async def _manifest_of(self, key: str) -> bytes | None:
         try:
@@ -453,7 +478,7 @@ class Share:
             await trio.sleep(GARBAGE_INTERVAL_S)
             try:
                 await self._cluster.read_barrier(BARRIER_S)
-                if not self._found():
+                if await self._are_all_ours():
                     freed = await self._store.free(self._wanted_here, grace_s=GARBAGE_AGE_S)
                     if freed.size:
                         log.info("freed %.1f MB, which no model uses", freed.size / 1e6)

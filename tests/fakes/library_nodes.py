@@ -241,6 +241,7 @@ class LibraryNode:
             source=self.source,
             unload=self._unload,
             held_path=self.root / "held",
+            brought_path=self.root / "brought",
             pulls_path=self.root / "pulls",
             adopted_path=None if self.ollama is None else self.root / "adopted",
             view=self.reconciler.view,

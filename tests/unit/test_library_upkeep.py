@@ -206,6 +206,49 @@ async def test_what_the_cluster_brought_into_a_models_directory_goes_with_its_co
     assert world.confirmed() == (A,)
 
 
+async def test_what_an_ollama_puts_in_the_place_of_a_copy_is_not_freed_with_it(
+    world: World, tmp_path: Path
+) -> None:
+    theirs = await ollama_at(tmp_path / "ollama")
+    node = adopt(world, C, theirs.root, read_only=False)
+    await world.start(C)
+    await world.pulled(A, C)
+    newer, _ = await theirs.put_bytes(gguf_bytes({**LLAMA, "general.name": "newer"}))
+    manifest = (await theirs.build_model(NAME, newer)).manifest
+    await theirs.write_manifest(NAME, manifest)
+    world.shared.apply(AskReplicas(NAME, 1, ()))
+    world.shared.apply(SetDesired(NAME, (A,)))
+    await until(world.shared, lambda: world.confirmed() == (A,))
+    await world.settled()
+    assert await theirs.read_manifest(NAME) == manifest
+    assert await node.holds({newer}) == {newer}
+
+
+async def test_what_lay_there_before_the_cluster_wanted_a_copy_is_not_freed_with_it(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it was never adopted, as where an Ollama pulls just before the cluster does."""
+    monkeypatch.setattr(adoption, "RESCAN_S", 3600.0)
+    theirs = await ollama_at(tmp_path / "ollama")
+    node = adopt(world, C, theirs.root, read_only=False)
+    await world.start(C)
+    await world.settled()
+    ours = await world.pulled(A)
+    model = world.models[NAME]
+    for layer in model.layers:
+        source = world.nodes[A].store.blob_path(layer.digest)
+        await theirs.put_bytes(source.read_bytes())
+    await theirs.write_manifest(NAME, model.manifest)
+    world.shared.apply(SetDesired(NAME, (A, C)))
+    await until(world.shared, lambda: world.confirmed() == (A, C))
+    world.shared.apply(AskReplicas(NAME, 1, ()))
+    world.shared.apply(SetDesired(NAME, (A,)))
+    await until(world.shared, lambda: world.confirmed() == (A,))
+    await world.settled()
+    assert await theirs.read_manifest(NAME) == model.manifest
+    assert await node.holds(ours) == ours
+
+
 @pytest.mark.parametrize("moved_before", [False, True])
 async def test_what_was_an_ollamas_goes_when_its_name_means_another_model(
     world: World, tmp_path: Path, moved_before: bool
