@@ -180,15 +180,14 @@ class AdmissionControl:
     def poke(self, *, takes_rest: bool = False) -> None:
         """There may be room: let in whoever's turn it is."""
         # Of each model once: with a full queue this is asked after every request and every beat.
-        models = {waiter.model.digest: waiter.model for waiter in self._waiters.values()}
+        # By name as well, since copies of one model may be on different nodes.
+        models = {waiter.model.name: waiter.model for waiter in self._waiters.values()}
         open_to = {
-            digest
-            for digest, model in models.items()
-            if self._has_room(model, takes_rest=takes_rest)
+            name for name, model in models.items() if self._has_room(model, takes_rest=takes_rest)
         }
         now = trio.current_time()
         while open_to:
-            ticket = self.queue.next(now, lambda one: one.model in open_to)
+            ticket = self.queue.next(now, lambda one: self._waiters[one].model.name in open_to)
             if ticket is None:
                 return
             waiter = self._waiters[ticket]
@@ -196,8 +195,14 @@ class AdmissionControl:
             self._let_in(ticket)
             waiter.admitted = True
             waiter.woken.set()
-            if not self._has_room(waiter.model, takes_rest=takes_rest):
-                open_to.discard(ticket.model)
+            open_to.difference_update(
+                [
+                    name
+                    for name in open_to
+                    if models[name].digest == ticket.model
+                    and not self._has_room(models[name], takes_rest=takes_rest)
+                ]
+            )
 
     async def run(self) -> None:
         """Look for room that others gave back, and tell who waits its place. Until cancelled."""

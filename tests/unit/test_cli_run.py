@@ -229,7 +229,7 @@ def test_embed(cli: Cli, fake_api: FakeApi) -> None:
 
 
 def test_stop_unloads(cli: Cli, fake_api: FakeApi) -> None:
-    assert cli("stop", "m").stdout == "m is no longer in memory\n"
+    assert cli("stop", "m").stdout == "m leaves memory as soon as its running answers have ended\n"
     asked = fake_api.asked("POST", "/generate")[-1].json
     assert asked == {"model": "m", "prompt": "", "keep_alive": 0, "stream": False}
     assert json.loads(cli("stop", "m", "-o", "json").stdout)["done"] is True

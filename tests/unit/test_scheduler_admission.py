@@ -346,6 +346,36 @@ async def test_with_a_full_queue_the_room_of_each_model_is_looked_at_once(
         await each.end()
 
 
+async def test_copies_of_one_model_may_have_room_on_different_nodes(
+    world: World, nursery: trio.Nursery
+) -> None:
+    alias = msgspec.structs.replace(world.model, name="alias")
+    world.state.models["alias"] = alias
+    made = await clients(world, nursery, *"a" * (ROOM + 1))
+    control = world.a.dispatcher.admission
+    room = {NAME: 0, "alias": 0}
+    before, control._room = control._room, lambda model: (room[model.name], 1, 1.0)
+    entered = list[str]()
+    async with trio.open_nursery() as waiting:
+
+        async def wait(model: Model) -> None:
+            async with control.admitted(model, Asker("b"), 1.0, 1):
+                entered.append(model.name)
+                await trio.sleep_forever()
+
+        for model in (alias, world.model):  # whoever came last does not speak for both
+            waiting.start_soon(wait, model)
+            await wait_all_tasks_blocked()
+        room["alias"] = ROOM + 2
+        control.poke()
+        await wait_all_tasks_blocked()
+        assert entered == ["alias"]
+        waiting.cancel_scope.cancel()
+    control._room = before
+    for each in made:
+        await each.end()
+
+
 async def test_where_nobody_could_serve_nobody_waits(world: World) -> None:
     world.presences[B] = world.presence(online=False)
     assert (await world.refused()).code == "NO_REPLICA"

@@ -150,7 +150,7 @@ def embed(session: Session, model: ModelArgument, prompt: PromptArgument = None)
 
 @command
 def stop(session: Session, model: ModelArgument) -> None:
-    """Take a model out of memory, on every node; answers that run are finished first."""
+    """Take a model out of memory, on every node; answers that run come to their end first."""
     from ollama_dist.client import path
 
     # As Ollama has it: nothing to answer, and to be kept for no time.
@@ -158,4 +158,5 @@ def stop(session: Session, model: ModelArgument) -> None:
     if session.wants_data:
         session.data(answer)
     else:
-        session.say(f"{answer.get('model') or model} is no longer in memory")
+        name = answer.get("model") or model
+        session.say(f"{name} leaves memory as soon as its running answers have ended")
