@@ -3,8 +3,9 @@
 Whoever is asked for a pull has the leader choose, so that a model that many ask for at once
 still crosses the internet once. What other nodes hold comes from them. A node that does not get
 through to the origin, may not, or has no room, hands the pull on; its transfer then shows what the
-next one does. Pulls outlive a restart: what was under way when the daemon ended goes on when it
-starts again, unless somebody has done it or dealt with that name meanwhile.
+next one does. Not without end: who are refused are few. Pulls outlive a restart: what was under way
+when the daemon ended goes on when it starts again, unless somebody has done it or dealt with that
+name meanwhile.
 """
 
 import logging
@@ -30,7 +31,8 @@ from ollamad.nearby import Nearby
 from ollamad.notes import Note
 from ollamad.peers.link import HandlerError, RemoteFailure
 from ollamad.peers.tls import PeerUnreachable
-from ollamad.sources.base import NotFromHere, Source, SourceError
+from ollamad.sources.base import NotFromHere, OriginUnreachable, Source, SourceError
+from ollamad.sources.pypi import SCHEME as PYPI
 from ollamad.sources.references import FILE_SCHEME, Wanted, resolve_source
 from ollamad.store.errors import StoreError, StoreFull
 from ollamad.store.gguf import GgufError
@@ -44,6 +46,11 @@ log = logging.getLogger(__name__)
 PEER_TIMEOUT_S = 5.0  # for the beginning of a pull elsewhere; the origin is asked after that
 BARRIER_S = 3.0  # for a majority to confirm what is known of a name; within PEER_TIMEOUT_S
 AGREE_AGAIN_S = 2.0  # while the cluster cannot agree on what has come, or on what goes on
+# What the origin or a node's own rules refuse, mostly all are refused: a name that does not exist
+# looks like a private one. A few tries find a login that most nodes have; else one names its node.
+MAX_REFUSED = 3
+# Each of them shows what the next one does, and a failure climbs back through them all.
+MAX_TRIED = 16
 MIRROR_INTERVAL_S = 0.5  # how often a handed-on pull is looked at
 LOST_AFTER_S = 15.0  # a node that has it and does not answer for so long is lost
 UNKNOWN, OVERTAKEN, DIFFERS = "UNKNOWN_SOURCE", "PULL_OVERTAKEN", "PULL_DIFFERS"
@@ -62,6 +69,8 @@ class PullRequest(msgspec.Struct, frozen=True):
     nodes: tuple[NodeId, ...]  # where it should be in any case
     asked: NodeId = NodeId("")  # the node that the user asked
     tried: tuple[NodeId, ...] = ()  # nodes that could not
+    refused: int = 0  # how many of them were not let in, or may not ask there by their own rules
+    cut_off: bool = False  # whether the last of them did not get through to the origin
     size: int = 0  # bytes, once somebody knows
     # What the node that has begun it notes, to find out after a restart whether it is wanted still.
     begun_by: NodeId = NodeId("")
@@ -266,7 +275,7 @@ class Pulls(Background):
 
     async def _choose_alone(self, request: PullRequest, running: Sequence[Transfer]) -> Begun:
         origin = _origin(request.wanted)
-        if request.is_handed_on:
+        if request.is_handed_on and request.cut_off:
             now = trio.current_time()
             late = [key for key, at in self._unreachable.items() if now - at >= UNREACHABLE_S]
             for key in late:
@@ -457,11 +466,20 @@ class Pulls(Background):
         """Have another node pull, and show its progress as this one's; returns its warning.
 
         Raises:
-          SourceError, StoreError: nobody else is left, or whoever it was has failed.
+          SourceError, StoreError: nobody else is left, enough have tried, or whoever it was has
+            failed.
         """
-        me = self._cluster.node_id
-        request = msgspec.structs.replace(request, tried=(*request.tried, me))
+        is_cut_off = isinstance(error, OriginUnreachable)
+        is_refused = isinstance(error, NotFromHere) and not is_cut_off
+        request = msgspec.structs.replace(
+            request,
+            tried=(*request.tried, self._cluster.node_id),
+            refused=request.refused + is_refused,
+            cut_off=is_cut_off,
+        )
         log.warning("%s cannot be pulled by this node: %s", request.name, error)
+        if request.refused >= MAX_REFUSED or len(request.tried) >= MAX_TRIED:
+            raise error
         lost: list[NodeId] = []
         while True:
             try:
@@ -577,6 +595,8 @@ def _lost(error: SourceError | StoreError, node_id: NodeId) -> SourceError:
 
 def _origin(wanted: Wanted) -> str:
     """What of a reference says how to get there: the host, or the scheme."""
+    if wanted.reference.startswith(PYPI):
+        return PYPI
     return wanted.reference.removeprefix("https://").removeprefix("http://").partition("/")[0]
 
 

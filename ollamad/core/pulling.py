@@ -4,7 +4,8 @@ One node talks to the origin, and the others get the model from it. It should ha
 to get through to the origin, and have little else to do, since hashing and writing take time
 from its answers. Who has the model of that name lacks least of its next version, and who is
 pulling another tag of it may be getting the same weights. Who turns out not to get through, not to
-be let in, or to have no room hands the pull to the next one.
+be let in, or to have no room hands the pull to the next one; only who does not get through is
+asked last for a while.
 """
 
 from collections.abc import Collection, Iterable

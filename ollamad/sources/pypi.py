@@ -32,6 +32,7 @@ from ollamad.sources.base import (
     NotFromHere,
     Offer,
     OriginRefused,
+    OriginUnreachable,
     RemoteFile,
     Sink,
     SourceError,
@@ -146,10 +147,9 @@ class PypiSource:
         if not files:
             if troubles:
                 text = "; ".join(str(error) for error in troubles)
-                elsewhere = any(isinstance(error, NotFromHere) for error in troubles)
-                raise (NotFromHere if elsewhere else SourceError)(
-                    f"{text}; check pip's index-url and proxy, too"
-                )
+                kinds = (OriginUnreachable, NotFromHere, SourceError)
+                kind = next(k for k in kinds if any(isinstance(error, k) for error in troubles))
+                raise kind(f"{text}; check pip's index-url and proxy, too")
             where = ", ".join(shown(index) for index in config.index_urls)
             raise SourceError(
                 f"there is no package {package.name} on {where}; check the name, or set pip's "

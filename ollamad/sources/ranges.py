@@ -36,8 +36,8 @@ MAX_BUFFERED_BYTES: Final = 256 * MIB  # pieces in memory, before fewer connecti
 # connections stay busy until the end.
 MIN_SPAN_BYTES: Final = 4 * MIB
 MAX_SPAN_BYTES: Final = 128 * MIB
-# In a row, without a piece. The pauses between them are half a minute together: a router that
-# begins anew, an address that changes.
+# In a row, without a chunk that is kept. The pauses between them are half a minute together: a
+# router that begins anew, an address that changes.
 MAX_FAILURES: Final = 7
 # So much has to come in so much time, 1 kB/s: a byte now and then is no progress.
 CHUNK_BYTES: Final = 64 * 1024
@@ -136,6 +136,8 @@ class _Download:
         self._received = 0
         # Whether bytes of several answers may be put together.
         self._joins = bool(file.digest or file.version)
+        # Whether of a piece that breaks off the rest comes: not once an answer began anew.
+        self._goes_on = self._joins
 
     async def go(self, connections: int) -> None:
         piece_size = self._target.map.piece_size
@@ -237,6 +239,7 @@ class _Download:
             self._check_same(response, _size(response))
             # Without ranges all comes in one answer, on this connection.
             self._spans.clear()
+            self._goes_on = False
             try:
                 await self._receive(response, Span(0, len(self._target.have)))
             except BaseException:
@@ -250,6 +253,8 @@ class _Download:
                 view = memoryview(data)
                 self._received += len(data)
                 self._progress(self._received)
+                if self._goes_on and len(data) >= CHUNK_BYTES:
+                    self._failures = 0  # which costs a chunk of the file each time, so it ends
                 while view:
                     if span.first >= span.end:
                         raise SourceError(

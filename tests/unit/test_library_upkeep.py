@@ -472,9 +472,11 @@ async def test_what_comes_from_nearby_is_told(tmp_path: Path, fails: bool) -> No
     assert received == sorted(received)
 
 
-@pytest.mark.parametrize("kind", [OriginUnreachable, OriginRefused, AccessRefused])
+@pytest.mark.parametrize(
+    ("kind", "first"), [(OriginUnreachable, B), (OriginRefused, A), (AccessRefused, A)]
+)
 async def test_who_does_not_get_through_hands_the_pull_on(
-    world: World, kind: type[SourceError]
+    world: World, kind: type[SourceError], first: NodeId
 ) -> None:
     a, b = world.nodes[A], world.nodes[B]
     a.source.failure = kind("not from here")
@@ -482,11 +484,35 @@ async def test_who_does_not_get_through_hands_the_pull_on(
     await until(world.shared, lambda: a.transfer(transfer_id).status == "completed")
     assert B in world.confirmed()
     assert (a.source.fetches, b.source.fetches) == (0, 1)
-    # It is remembered, so the next pull begins where it can succeed.
-    b.source.failure = None
+    # Who is cut off is remembered, so the next pull begins where it can succeed. What is refused
+    # says nothing of what else is there.
+    a.source.failure = None
     await a.library.download("pypi:other")
     await until(world.shared, lambda: "other:latest" in world.models)
-    assert b.source.fetches == 2
+    assert (a.source.fetches, b.source.fetches) == ((1, 1) if first == A else (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        (OriginRefused, "MAX_REFUSED"),
+        (AccessRefused, "MAX_REFUSED"),
+        (OriginUnreachable, "MAX_TRIED"),
+    ],
+)
+async def test_a_pull_is_not_handed_on_without_end(
+    world: World, monkeypatch: pytest.MonkeyPatch, kind: type[SourceError], limit: str
+) -> None:
+    monkeypatch.setattr(pulls, limit, 2)
+    await world.start(C)
+    a, b, c = world.nodes[A], world.nodes[B], world.nodes[C]
+    a.source.failure = b.source.failure = kind("there is none, or it is private")
+    c.cluster.beat(active_requests=1)  # the third
+    transfer_id = await a.library.download(REFERENCE)
+    await until(world.shared, lambda: a.transfer(transfer_id).finished_at is not None)
+    assert a.transfer(transfer_id).error == "there is none, or it is private"
+    assert [t.status for t in b.table.list()] == ["failed"]
+    assert c.table.list() == []
 
 
 async def test_nobody_gets_through(world: World) -> None:

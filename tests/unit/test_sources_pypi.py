@@ -461,7 +461,7 @@ async def test_an_index_that_is_down_matters_only_if_no_other_helps(index: Packa
         down.status = lambda path: 500
         config = config_of(down, index)
         assert (await resolve(config)).reference == "pypi:tiny==1.0"
-        with pytest.raises(SourceError, match=r"cannot be reached or broke off \(HTTP 500\)"):
+        with pytest.raises(OriginUnreachable, match=r"cannot be reached or broke off \(HTTP 500\)"):
             await resolve(config, "pypi:other")
         gone = down.url
     with pytest.raises(SourceError, match="check the network, HTTPS_PROXY"):

@@ -79,3 +79,34 @@ async def test_what_breaks_all_connections_is_one_failure(
         with pytest.raises(OriginUnreachable, match="no route"):
             await download()
     assert all(target.have) == comes
+
+
+@pytest.mark.parametrize("has_ranges", [True, False])
+async def test_breaks_count_only_if_they_bring_nothing(
+    autojump_clock: MockClock, has_ranges: bool
+) -> None:
+    """What begins anew with each answer brings the same bytes again, and must end."""
+    target = Pieces()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield bytes(ranges.CHUNK_BYTES)
+        raise httpx.ReadError("reset")
+
+    @asynccontextmanager
+    async def open_url(
+        url: str, headers: Mapping[str, str], *, vouched: bool
+    ) -> AsyncIterator[httpx.Response]:
+        await trio.lowlevel.checkpoint()
+        told = {"Content-Range": headers["Range"].replace("=", " ") + f"/{COUNT * MIB}"}
+        if has_ranges:
+            yield httpx.Response(206, headers=told, content=body())
+        else:
+            yield httpx.Response(200, content=body())
+
+    file = RemoteFile("https://x/a.gguf", COUNT * MIB, "sha256:" + "0" * 64)
+    if has_ranges:
+        await ranges.download(open_url, file, target, lambda received: None)
+    else:
+        with pytest.raises(OriginUnreachable, match="reset"):
+            await ranges.download(open_url, file, target, lambda received: None)
+    assert all(target.have) == has_ranges
