@@ -316,7 +316,13 @@ def _view(api: Api, route: Route) -> View:
     async def view(request: Request, **arguments: str) -> Reply | None:
         caller = None
         peer = peer_of(request)
-        needs_token = is_ollamas and request.only_local and _has_foreign_host(request)
+        needs_token = (
+            is_ollamas
+            and request.only_local
+            and _has_foreign_host(request)
+            # The page holds nothing secret, and who comes through a proxy signs in on it.
+            and not (route.path == "/" and pages.wants_page(request))
+        )
         if route.role is not None or needs_token:
             if not api.services.cluster.is_caught_up:
                 raise Unavailable(

@@ -285,9 +285,9 @@ def _token_of(headers: Headers) -> str | None:
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer":
             raise _no_token()
-        return token.strip()
-    key = headers.get("X-Api-Key")  # as Anthropic's clients send it
-    return None if key is None else key.strip()
+        authorization = token.strip()
+    key = headers.get("X-Api-Key")  # as Anthropic's clients send it, some with an empty bearer
+    return authorization if authorization or key is None else key.strip()
 
 
 def _may_be_ours(token: str) -> bool:

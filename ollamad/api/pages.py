@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 from importlib.resources import files
 
-from ollamad.api.asgi import Reply
+from ollamad.api.asgi import Reply, Request
 from ollamad.api.calls import Call, Handler
 
 # Nothing but this node's own files, so that a flaw in a page could talk to nobody; also no form
@@ -69,14 +69,21 @@ def page_file(name: str) -> Handler:
 
 
 async def root(call: Call) -> Reply:
-    """The dashboard for who asks for a page, as browsers do; for all others Ollama's sign of life,
-    which they compare with what they expect."""
-    wanted = call.request.accept_mimetypes.best_match(("text/plain", "text/html"))
-    if wanted == "text/html":
+    """The dashboard for browsers; for all others Ollama's sign of life, which they compare with
+    what they expect."""
+    if wants_page(call.request):
         reply = _answer(call, FILES[DASHBOARD])
         reply.headers["Vary"] = "Accept"
         return reply
     return Reply(b"Ollama is running", content_type=b"text/plain; charset=utf-8")
+
+
+def wants_page(request: Request) -> bool:
+    """Whether a browser asks, to show the answer. All of these name XHTML beside HTML; Java's own
+    client names HTML alone first, whatever it asks for."""
+    kinds = request.accept_mimetypes
+    prefers_html = kinds.best_match(("text/plain", "text/html")) == "text/html"
+    return prefers_html and "application/xhtml+xml" in kinds.values()
 
 
 def _answer(call: Call, file: PageFile) -> Reply:

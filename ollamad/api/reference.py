@@ -94,7 +94,7 @@ DOCS: dict[str, Doc] = {
     "GET /": Doc(
         "Status",
         "A sign of life, or the dashboard",
-        "`Ollama is running`, as text; the dashboard's page for who asks for `text/html`.",
+        "`Ollama is running`, as text; the dashboard's page for browsers.",
         content="text/plain",
         also="text/html",
         errors=(403,),

@@ -334,11 +334,12 @@ def test_a_browser_gets_the_dashboard_and_keeps_its_files(two: Cluster) -> None:
     with httpx.Client(base_url=url, headers={"X-Forwarded-For": "192.0.2.1"}) as client:
         assert client.get("/").text == "Ollama is running"
         assert client.head("/").headers["Content-Type"].startswith("text/plain")
-        page = client.get("/", headers={"Accept": "text/html,*/*;q=0.8"})
+        accept = "text/html,application/xhtml+xml,*/*;q=0.8"
+        page = client.get("/", headers={"Accept": accept})
         files = re.findall(r'(?:src|href)="(dashboard/[^"]+)"', page.text)
         assert len(files) == 2
         for path in ("/", *files):
-            headers = {"Accept": "text/html"}
+            headers = {"Accept": accept}
             whole = client.get(path, headers=headers)
             assert whole.status_code == 200
             headers["If-None-Match"] = whole.headers["ETag"]

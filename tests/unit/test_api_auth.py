@@ -238,6 +238,20 @@ async def test_any_word_will_do_for_a_client_that_must_send_a_key(
     assert (await strict.call("GET", path, peer=LOOPBACK, headers=headers)).status == 401
 
 
+@pytest.mark.parametrize("peer", [LOOPBACK, REMOTE])
+@pytest.mark.parametrize("bearer", ["Bearer", "Bearer  "])
+async def test_an_empty_bearer_does_not_hide_the_key_beside_it(
+    bearer: str, peer: tuple[str, int]
+) -> None:
+    """Anthropic's client sends both where one of its two variables is set but empty."""
+    client = ApiClient(role=None)
+    headers = {"Authorization": bearer, "X-Api-Key": client.token("operator")}
+    answer = await client.call("GET", "/auth/me", peer=peer, headers=headers)
+    assert (answer.status, answer.json["user"]["role"]) == (200, "operator")
+    headers["X-Api-Key"] = "odk_0011_x"  # what looks like a token must be one here too
+    assert (await client.call("GET", "/v1/models", peer=peer, headers=headers)).status == 401
+
+
 @pytest.mark.parametrize("token", ["odk_0011_x", "odk_", "a.b.c", "Basic x"])
 async def test_what_looks_like_a_token_must_be_one(token: str) -> None:
     client = ApiClient(role=None)

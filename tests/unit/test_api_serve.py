@@ -68,6 +68,10 @@ async def test_ollamas_routes_refuse_a_page_that_says_it_is_this_host(
             assert await status_of(path, Host="evil.example") == (200 if is_open else status)
             assert await status_of(path, Host="evil.example", **token) == 200
             assert await status_of(path, Host="localhost:11434") == 200
+        # A browser can send no token for the page that it signs in on, as behind a proxy.
+        browser = {"Host": "cluster.example", "Accept": "text/html,application/xhtml+xml"}
+        assert await status_of("/", **browser) == 200
+        assert await status_of("/api/tags", **browser) == status
         assert await status_of("/api/v1/nodes", Host="evil.example") == 401
         assert await status_of("/api/v1/health", Host="evil.example") == 200
 

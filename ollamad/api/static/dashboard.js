@@ -56,18 +56,29 @@ async function submitSignIn(event) {
   }
 }
 
-/** Somebody else looks from now on: neither what was seen nor the socket is theirs. */
-function startAgain() {
+/** Nobody, or somebody else, looks from now on: neither what was seen nor the socket is theirs. */
+function forget() {
+  round += 1;
+  looking = false;
   Object.assign(seen, { at: null, nodes: [], models: [], transfers: [], queue: [] });
-  byId("events").replaceChildren();
+  seen.alerts.clear();
+  ["events", "facts", "alerts"].forEach((id) => byId(id).replaceChildren());
+  ["nodes", "models", "transfers", "queue"].forEach((id) => fill(id, []));
+  offerModels([]);
   clearChat();
   closeSocket();
+}
+
+function startAgain() {
+  forget();
   socketDue = lookedAt = 0;
   askAgain(...ALL);
+  render();
 }
 
 // ---- Looking, again and again
 
+let round = 0; // one for each who looks; what was asked for in an earlier one is nobody's any more
 let timer = 0, due = Infinity, looking = false, lookedAt = 0, failures = 0, trouble = "";
 
 const backOff = (times) => Math.min(LAST_RETRY_MS, FIRST_RETRY_MS * 2 ** times) * (0.75 + Math.random() / 2);
@@ -90,11 +101,13 @@ async function look() {
   if (looking || document.hidden) return; // the end of the one, or of the other, plans the next
   looking = true;
   lookedAt = Date.now();
+  const asked = round;
   const names = [...new Set([...(isLive() ? ["nodes"] : POLLED), ...stale])];
   stale.clear();
   try {
     await fetchSource(names[0]); // one is enough to see that the node, or the token, is no good
     await Promise.all(names.slice(1).map(fetchSource));
+    if (asked !== round) return;
     seen.at = new Date();
     failures = 0;
     trouble = "";
@@ -103,6 +116,7 @@ async function look() {
     plan(isLive() ? LIVE_MS : POLL_MS);
     if (stale.size) askAgain(); // something happened meanwhile
   } catch (problem) {
+    if (asked !== round) return;
     names.forEach((name) => stale.add(name));
     seeTrouble(problem);
   }
@@ -111,16 +125,15 @@ async function look() {
 }
 
 async function fetchSource(name) {
-  const [path, part] = SOURCES[name];
+  const [path, part] = SOURCES[name], asked = round;
   const answer = await (await ask(path)).json();
-  seen[name] = part ? answer[part] : answer;
+  if (asked === round) seen[name] = part ? answer[part] : answer;
 }
 
 function seeTrouble(problem) {
   trouble = "";
   if (problem.status === 401) { // looking goes on when somebody signs in
-    closeSocket();
-    seen.at = null;
+    forget();
     showSignIn();
     return;
   }

@@ -2,6 +2,7 @@
 
 const TIMEOUT_MS = 10000; // a node that takes longer is as good as gone
 const KEPT = "ollamad-session"; // the key in this tab's storage
+const KEPT_MS = 60000; // a reload takes less; whom a closed tab is opened for again may be another
 
 let session = {}; // token and refresh_token; empty while nobody signed in
 
@@ -74,18 +75,20 @@ function renew() {
 }
 
 // Tokens lie in the tab's storage only while the page is loaded again: a copied tab would else have
-// the same refresh token, and one that is spent twice ends the session. Storage may be forbidden.
+// the same refresh token, and one that is spent twice ends the session. The page may also be closing:
+// a browser that opens the tab again later gives its storage back. Storage may be forbidden.
 
 function keepSession() {
   try {
-    if (session.token) sessionStorage.setItem(KEPT, JSON.stringify(session));
+    if (session.token) sessionStorage.setItem(KEPT, JSON.stringify({ session, at: Date.now() }));
   } catch { /* then a reload asks for the password */ }
 }
 
 function takeSession() {
   try {
-    session = JSON.parse(sessionStorage.getItem(KEPT)) || session;
+    const kept = JSON.parse(sessionStorage.getItem(KEPT));
     sessionStorage.removeItem(KEPT);
+    if (kept && Date.now() - kept.at < KEPT_MS) session = kept.session;
   } catch { /* as above */ }
 }
 
