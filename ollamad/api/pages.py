@@ -79,11 +79,12 @@ async def root(call: Call) -> Reply:
 
 
 def wants_page(request: Request) -> bool:
-    """Whether a browser asks, to show the answer. All of these name XHTML beside HTML; Java's own
-    client names HTML alone first, whatever it asks for."""
+    """Whether a page is asked for: HTML and nothing else, or as browsers do, who all name XHTML
+    beside it. Java's own client names HTML first among others, whatever it asks for."""
     kinds = request.accept_mimetypes
     prefers_html = kinds.best_match(("text/plain", "text/html")) == "text/html"
-    return prefers_html and "application/xhtml+xml" in kinds.values()
+    named = {kind.lower() for kind in kinds.values()}
+    return prefers_html and (named == {"text/html"} or "application/xhtml+xml" in named)
 
 
 def _answer(call: Call, file: PageFile) -> Reply:

@@ -27,7 +27,7 @@ ADDRESSES = [f"root:/dashboard/{name}" for name in (*SCRIPTS, "dashboard.css")]
         ("text/html;q=0.5,application/xhtml+xml", True),
         ("application/json, application/xhtml+xml, text/html;q=0.1", True),
         ("application/xhtml+xml;q=0.9, text/html;q=0.9, */*;q=0.1", True),
-        ("text/html", False),
+        ("text/html", True),
         ("text/html, */*;q=0.1", False),
         ("text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2", False),  # Java, whatever it asks
         (None, False),
