@@ -20,7 +20,11 @@ def main() -> int:
     chosen = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the daemons must not outlive it
     model = smollm2_file()
-    environment = {"OLLAMAD_MODELS__REPLICAS": str(NODES), "OLLAMA_CONTEXT_LENGTH": "512"}
+    environment = {
+        "OLLAMAD_MODELS__REPLICAS": str(NODES),
+        "OLLAMA_CONTEXT_LENGTH": "512",
+        "OLLAMAD_AUTH__TOKEN_TTL": "1h",  # one token serves for the usual half hour
+    }
     with (
         tempfile.TemporaryDirectory(prefix="ollamad-soak-") as name,
         Cluster(Path(name), environment) as cluster,
