@@ -11,6 +11,7 @@ finds is printed with the request, to be made a test of.
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -127,7 +128,13 @@ def run(name: str, directory: Path, seconds: int, seed: int | None) -> tuple[boo
             command += ["--seed", str(seed)]
         if kind == "daemon":  # the option counts once
             command += ["--exclude-operation-id-regex", f"^({'|'.join(NOT_ASKED)})"]
-        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+        environment = os.environ | {
+            "SCHEMATHESIS_HOOKS": "tests.fuzz.api_hooks",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        done = subprocess.run(
+            command, cwd=directory, env=environment, capture_output=True, text=True, check=False
+        )
     report = json.loads((directory / "report.json").read_text())
     if done.returncode:
         print(done.stdout, done.stderr)
