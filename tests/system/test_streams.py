@@ -8,6 +8,7 @@ and the tokens before. Often none parts, and no replica is asked: the report tel
 `test_failover` compares all its continuations with a replica.
 """
 
+import os
 import random
 import threading
 import time
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.system.conftest import MODEL, open_cluster
-from tests.system.harness import VOTERS, Cluster, Node, ok, run_cli, wait_until
+from tests.system.harness import LONG_FAULTS, Cluster, Node, ok, run_cli, wait_until
 from tests.system.streams import Answer, Client, at_once, continuation, sign_in
 
 STREAMS = 100
@@ -39,11 +40,11 @@ BODY = {"model": MODEL, "options": OPTIONS}
 MODES = ("continue", "replay")
 
 
-@pytest.fixture(scope="module", params=VOTERS)
+@pytest.fixture(scope="module", params=[3, 5] if LONG_FAULTS in os.environ else [3])
 def cluster(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path
 ) -> Iterator[Cluster]:
-    """Five nodes that all hold the model; with `make faults` three as well."""
+    """Nodes that all hold the model (five as well with `make faults`)."""
     settings = {
         "OLLAMAD_MODELS__REPLICAS": str(request.param),
         "OLLAMA_NUM_PARALLEL": "4",
@@ -111,8 +112,9 @@ def test_every_stream_completes_while_each_node_in_turn_is_killed(cluster: Clust
             continue
         assert answer.end["eval_count"] == LENGTH, answer
         if len(answer.end["context"]) != answer.end["prompt_eval_count"] + LENGTH:
-            # Nobody was left who knew its tokens, and the text is spelled by others.
+            # Nobody was left who knew its tokens: the text was read anew, by others perhaps.
             assert answer.resumed, answer
+            continue
         if answer.text != undisturbed[answer.prompt].text:
             parted.append(answer)
     assert len(answers) >= STREAMS
