@@ -359,16 +359,14 @@ def test_the_sandbox_is_strict(service: Machine) -> None:
 def test_it_can_do_no_harm_beyond_its_own_directories(service: Machine) -> None:
     """A script in the place of the daemon says what it can write to, see and do."""
     (service.root / "usr/local/bin/probe").write_text(PROBE)
+    # Into a file: what a short process says, the journal may keep without the name of its unit.
     drop_in(
         service,
         "[Service]\nType=oneshot\nExecStart=\nExecStart=sh /usr/local/bin/probe\nRestart=no\n"
-        "EnvironmentFile=\n",
+        "EnvironmentFile=\nStandardOutput=truncate:/probe.txt\nStandardError=inherit\n",
     )
-    service.call("systemctl", "restart", "ollamad")
-    invocation = f"_SYSTEMD_INVOCATION_ID={service.property('InvocationID')}"
-    told = ("journalctl", invocation, "-o", "cat", "--no-pager")
-    service.wait("its end", lambda: service.call(*told).endswith("done\n"))
-    assert service.call(*told) == "done\n"
+    service.call("systemctl", "restart", "ollamad")  # returns at the script's end
+    assert (service.root / "probe.txt").read_text() == "done\n"
 
 
 PROBE = """
