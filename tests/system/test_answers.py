@@ -305,6 +305,10 @@ def load_on(cluster: Cluster, node: Node) -> None:
         other.post(f"/nodes/{other.id}/undrain")
     for each in cluster.nodes:
         wait_until("all know", lambda n=each: node.id in model_of(n)["loaded_on"])
+        wait_until(
+            "nobody drains",
+            lambda n=each: not any(n.node(holder)["draining"] for holder in cluster.nodes[:2]),
+        )
 
 
 def test_a_node_that_has_the_model_in_memory_answers_itself(three: Cluster) -> None:
@@ -340,12 +344,16 @@ def test_a_client_that_leaves_stops_its_generation(three: Cluster, index: int) -
     wait_until("the generation is over", lambda: busy(serving) == 0, 10, 0.02)
     took_s = time.monotonic() - left
     print(f"stopped after {took_s:.2f} s")
-    assert took_s < 1.0
-    # The runner itself has stopped too: it burns no more time.
+    assert took_s < 4.0  # the whole answer takes far longer
+    # The runner itself stops too, perhaps after the token that it is at: it burns no more time.
     runner = text_runner(serving)
-    before = sum(runner.cpu_times()[:2])
-    time.sleep(0.5)
-    assert sum(runner.cpu_times()[:2]) - before < 0.1
+
+    def rests() -> bool:
+        before = sum(runner.cpu_times()[:2])
+        time.sleep(0.5)
+        return bool(sum(runner.cpu_times()[:2]) - before < 0.1)
+
+    wait_until("the runner has stopped", rests, 5)
 
 
 def test_a_client_of_a_whole_answer_that_leaves_stops_it_too(three: Cluster) -> None:
@@ -358,7 +366,7 @@ def test_a_client_of_a_whole_answer_that_leaves_stops_it_too(three: Cluster) -> 
             timeout_s=1.5,
         )
     wait_until(
-        "the generation is over", lambda: not any(busy(each) for each in three.nodes), 1.5, 0.05
+        "the generation is over", lambda: not any(busy(each) for each in three.nodes), 5, 0.05
     )
 
 
@@ -371,7 +379,8 @@ def test_a_draining_node_finishes_what_runs_and_takes_nothing_new(three: Cluster
         assert stream.served_by == first.id
         stream.next()
         third.post(f"/nodes/{first.id}/drain")
-        wait_until("everybody knows", lambda: first.node(first)["status"] == "draining")
+        for node in three.nodes:
+            wait_until("it knows", lambda n=node: n.node(first)["status"] == "draining")
         for node in three.nodes:
             answer = node.answer("/generate", model=MODEL, prompt="Hi", options=SHORT)
             assert ok(answer)["done"]
@@ -380,6 +389,7 @@ def test_a_draining_node_finishes_what_runs_and_takes_nothing_new(three: Cluster
     assert last["done"]
     assert last["eval_count"] == 300, "the stream that ran has come to its own end"
     third.post(f"/nodes/{first.id}/undrain")
+    wait_until("it is back", lambda: first.node(first)["status"] == "online")
     answer = first.answer("/generate", model=MODEL, prompt="Hi", options=SHORT)
     assert answer.headers["X-Ollamad-Node"] == first.id
 
@@ -392,9 +402,14 @@ def test_a_drain_that_lasts_longer_than_it_may_moves_the_answer(three: Cluster) 
     del first.environment["OLLAMAD_DRAIN__TIMEOUT"]
     three.wait_whole()
     load_on(three, first)
+    # It has just started: by what it has measured so far the other one may look quicker.
+    second.post(f"/nodes/{second.id}/drain")
+    wait_until("it knows", lambda: first.node(second)["draining"])
     with first.stream("/generate", **STORY | {"failover": "continue"}) as stream:
         assert stream.served_by == first.id
         stream.next()
+        second.post(f"/nodes/{second.id}/undrain")
+        wait_until("it knows", lambda: not first.node(second)["draining"])
         begun = time.monotonic()
         first.post(f"/nodes/{first.id}/drain")
         wait_until("it has moved", lambda: (busy(first), busy(second)) == (0, 1), every_s=0.02)

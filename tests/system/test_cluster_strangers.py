@@ -394,10 +394,12 @@ def test_guessing_is_throttled(pair: Cluster) -> None:
         except (OSError, ssl.SSLError):
             return b""
 
+    begun = time.monotonic()
     answers = [attempt() for _ in range(30)]
+    refilled = int((time.monotonic() - begun) / 3)  # twenty a minute
     assert answers[0], "the first ones are answered"
-    assert sum(map(bool, answers)) <= 20
-    assert not any(answers[-5:]), "the last ones are not"
+    assert sum(map(bool, answers)) <= 20 + refilled
+    assert sum(map(bool, answers[-5:])) <= refilled, "the last ones are not"
     # The others are not held up: another address, a right token.
     asked = request(token)
     answer = exchange(node, lambda seen: sealed(asked, token.key, seen))

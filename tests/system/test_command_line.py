@@ -216,7 +216,10 @@ def test_signing_in_and_out(two: Cluster, tmp_path: Path) -> None:
     succeed(node, "cluster", "token", **stranger)
     token = next(iter(json.loads(credentials.read_text())["hosts"].values()))["token"]
     succeed(node, "auth", "logout", **stranger)
-    assert two.nodes[1].request("GET", "/auth/me", token=token).status_code == 401
+    wait_until(
+        "the session is over on the other node, too",
+        lambda: two.nodes[1].request("GET", "/auth/me", token=token).status_code == 401,
+    )
     assert "inference" in succeed(node, "auth", "whoami", **stranger)
 
 

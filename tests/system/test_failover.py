@@ -35,7 +35,7 @@ ASK = {
         "stop": ["no such text"],
     },
 }
-LONG_PROMPT = "Tell me more of the lighthouse, the wind and the old clock. " * 20
+LONG_PROMPT = "Tell me more of the lighthouse, the wind and the old clock. " * 60
 
 
 LIGHT = {
@@ -153,7 +153,8 @@ class Watched:
 @pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_replay_gives_the_undisturbed_text(three: Cluster, fault: Callable[[Node], None]) -> None:
-    undisturbed = ok(three.nodes[2].answer("/generate", **ASK))
+    replayed = ASK | {"failover": "replay"}  # read whole, as the other node will
+    undisturbed = ok(three.nodes[2].answer("/generate", **replayed))
     watched = Watched(three, fault, CUT, failover="replay")
     resume(watched.first, fault)
     assert watched.text == undisturbed["response"]
@@ -254,7 +255,7 @@ def test_an_answer_by_a_schema_is_replayed(three: Cluster, asked_for: dict[str, 
     asked = {"format": SCHEMA} | asked_for
     undisturbed = ok(three.nodes[2].answer("/generate", **ASK | asked))
     assert json.loads(undisturbed["response"]).keys() == LIGHT.keys()
-    watched = Watched(three, kill_node, CUT, **asked)
+    watched = Watched(three, kill_node, 5, **asked)  # it is short
     assert watched.text == undisturbed["response"]
     [move] = watched.end["failovers"]
     assert (move["from_node"], move["mode"]) == (watched.first.id, "replay")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.fakes.gguf_files import LLAMA, TENSORS, gguf_bytes, write_gguf
 from tests.system import test_models
-from tests.system.conftest import MODEL, open_cluster
+from tests.system.conftest import ENDLESS, MODEL, open_cluster
 from tests.system.harness import Cluster, Node, refused, run_cli, wait_until
 from tests.system.sockets import Listener
 
@@ -244,12 +244,11 @@ def test_a_hot_model_spreads_and_shrinks_when_it_cools(four: Cluster, smollm2_pa
     stop = threading.Event()
 
     def write() -> None:
-        with first.stream(
-            "/generate", model=MODEL, prompt="Count:", options={"num_predict": 1500}
-        ) as answer:
-            for _ in answer:
-                if stop.is_set():
-                    return
+        while not stop.is_set():
+            with first.stream("/generate", model=MODEL, **ENDLESS) as answer:
+                for _ in answer:
+                    if stop.is_set():
+                        return
 
     writers = [threading.Thread(target=write) for _ in range(2)]
     for writer in writers:
