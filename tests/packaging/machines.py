@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache"
 RELEASE = "bookworm"
 DEBOOTSTRAP_TRIES = 3  # a mirror that is interrupted once is no reason to give up
-BOOT_LIMIT_S = 180.0
+BOOT_LIMIT_S = 60.0
 HALT_LIMIT_S = 30.0
-CALL_LIMIT_S = 600.0
+CALL_LIMIT_S = 120.0
 INSTALL_LIMIT_S = 600.0  # over a slow line
 # What is booted, with shells and the manual to try the package's parts for them.
 SYSTEMD = ("systemd-sysv", "dbus", "ca-certificates", "procps")
@@ -238,7 +238,7 @@ class Machine:
         assert fails or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}{self.log()}"
         return done.stdout + done.stderr
 
-    def wait(self, what: str, condition: Callable[[], object], limit_s: float = 180.0) -> None:
+    def wait(self, what: str, condition: Callable[[], object], limit_s: float = 60.0) -> None:
         limit = time.monotonic() + limit_s
         while not condition():
             if time.monotonic() > limit:

@@ -73,9 +73,7 @@ def drop_in(machine: Machine, settings: str) -> None:
 
 def ask(machine: Machine, words: str = "hello", tokens: int = 8) -> str:
     return machine.call(
-        *("ollama-dist", "generate", MODEL, words, "--option", f"num_predict={tokens}"),
-        *("--option", "num_thread=1"),
-        fails=True,
+        *("ollama-dist", "generate", MODEL, words, "--option", f"num_predict={tokens}"), fails=True
     )
 
 

@@ -250,23 +250,21 @@ def test_requests_that_do_not_wait_for_answers(node: Node, connections: int) -> 
                         if not rest:
                             poller.modify(one, select.EPOLLIN)
 
-        def waited() -> float:
-            begun = time.monotonic()
-            assert client.get("/nodes").status_code == 200
-            return time.monotonic() - begun
-
-        calm = sorted(waited() for _ in range(20))[10]
         flooding = threading.Thread(target=flood)
         flooding.start()
         stack.callback(flooding.join)
         stack.callback(ended.set)
         wait_until("the flood has begun", lambda: answered > connections)
+        took = []
         others_are_served(node)
-        took = [waited() for _ in range(20)]
+        for _ in range(20):
+            begun = time.monotonic()
+            assert client.get("/nodes").status_code == 200
+            took.append(time.monotonic() - begun)
         assert 0 < answered < 20_000, "the flood was over before the others were through"
         others_are_served(node)
         print(f"{answered} answers; others waited {sorted(took)[10]:.3f}, {max(took):.3f} s")
-        assert sorted(took)[10] < max(0.3, 20 * calm)
+        assert sorted(took)[10] < 0.3
         assert max(took) < LATENCY_S
         assert rss(node) - before < connections * 100 * 1024 + 10 * MB
     wait_until("they are forgotten", lambda: files(node) <= files_before + 10)

@@ -64,7 +64,7 @@ def test_a_sign_in_counts_on_every_node_until_it_ends_on_one(two: Cluster) -> No
     second.post("/auth/logout", token=fresh["token"])
     assert who(second, fresh["token"]) == 401
     assert who(second, tokens["access"]) == 401, "the whole session is over"
-    wait_until("it is over on the other node too", lambda: who(first, fresh["token"]) == 401)
+    wait_until("it is over on the other node too", lambda: who(first, fresh["token"]) == 401, 2)
 
 
 def test_a_refresh_token_works_once_and_its_reuse_ends_the_session(two: Cluster) -> None:
@@ -75,7 +75,7 @@ def test_a_refresh_token_works_once_and_its_reuse_ends_the_session(two: Cluster)
         "POST", "/auth/refresh", json={"refresh_token": tokens["refresh"]}, token=""
     )
     refused(reused, 401, "UNAUTHORIZED")
-    wait_until("the session is over", lambda: who(second, fresh["token"]) == 401)
+    dies(second, fresh["token"])
 
 
 def test_a_wrong_password_and_an_unknown_user_look_the_same(two: Cluster) -> None:
@@ -254,16 +254,17 @@ def test_a_keys_quota_is_the_whole_clusters_and_survives_a_kill(two: Cluster) ->
         time.sleep(0.02)
     used = 1 + len(served)  # with the one above
     assert used >= 30, "nobody is refused early"
-    assert served[-1] - served[28] < 10, "the nodes tell each other within about a second"
+    assert served[-1] - served[28] < 3, "the nodes tell each other within about a second"
     for node in two.nodes:
         details = refused(node.request("GET", "/models", token=made["key"]), 429, "QUOTA_EXCEEDED")
         assert details["limit"] == 30
-        wait_until("it shows what was used", lambda n=node: requests_of(n, made["id"]) == used)
+        wait_until("it shows what was used", lambda n=node: requests_of(n, made["id"]) == used, 3)
     second.kill()
     second.start()
     wait_until(
         "the counts are back",
         lambda: second.request("GET", "/models", token=made["key"]).status_code == 429,
+        5,
     )
     first.delete(f"/keys/{made['id']}")
     assert who(first, made["key"]) == 401

@@ -344,16 +344,12 @@ def test_a_client_that_leaves_stops_its_generation(three: Cluster, index: int) -
     wait_until("the generation is over", lambda: busy(serving) == 0, 10, 0.02)
     took_s = time.monotonic() - left
     print(f"stopped after {took_s:.2f} s")
-    assert took_s < 4.0  # the whole answer takes far longer
-    # The runner itself stops too, perhaps after the token that it is at: it burns no more time.
+    assert took_s < 1.0
+    # The runner itself has stopped too: it burns no more time.
     runner = text_runner(serving)
-
-    def rests() -> bool:
-        before = sum(runner.cpu_times()[:2])
-        time.sleep(0.5)
-        return bool(sum(runner.cpu_times()[:2]) - before < 0.1)
-
-    wait_until("the runner has stopped", rests, 5)
+    before = sum(runner.cpu_times()[:2])
+    time.sleep(0.5)
+    assert sum(runner.cpu_times()[:2]) - before < 0.1
 
 
 def test_a_client_of_a_whole_answer_that_leaves_stops_it_too(three: Cluster) -> None:
@@ -366,7 +362,7 @@ def test_a_client_of_a_whole_answer_that_leaves_stops_it_too(three: Cluster) -> 
             timeout_s=1.5,
         )
     wait_until(
-        "the generation is over", lambda: not any(busy(each) for each in three.nodes), 5, 0.05
+        "the generation is over", lambda: not any(busy(each) for each in three.nodes), 1.5, 0.05
     )
 
 

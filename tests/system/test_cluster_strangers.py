@@ -396,7 +396,7 @@ def test_guessing_is_throttled(pair: Cluster) -> None:
 
     begun = time.monotonic()
     answers = [attempt() for _ in range(30)]
-    refilled = int((time.monotonic() - begun) / 3)  # twenty a minute
+    refilled = int((time.monotonic() - begun) / 3)  # it is twenty a minute
     assert answers[0], "the first ones are answered"
     assert sum(map(bool, answers)) <= 20 + refilled
     assert sum(map(bool, answers[-5:])) <= refilled, "the last ones are not"

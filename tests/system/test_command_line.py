@@ -219,6 +219,7 @@ def test_signing_in_and_out(two: Cluster, tmp_path: Path) -> None:
     wait_until(
         "the session is over on the other node, too",
         lambda: two.nodes[1].request("GET", "/auth/me", token=token).status_code == 401,
+        3,
     )
     assert "inference" in succeed(node, "auth", "whoami", **stranger)
 

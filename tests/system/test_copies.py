@@ -80,7 +80,7 @@ def test_a_copy_goes_slowly_while_a_model_answers_on_either_node(
     source, target = two.nodes
     talker = source if busy == "source" else target
     talker.import_model(random_llama().write(tmp_path / "talker.gguf"), "talker")
-    for number, name in enumerate(("slow", "quick", "again", "last")):
+    for number, name in enumerate(("slow", "quick")):
         source.import_model(cargo(tmp_path / f"{name}.gguf", number), name)
     fair_s = (CARGO_BYTES - GIVEN) / SLOW
     options = {"num_predict": 1_000_000}
@@ -93,9 +93,7 @@ def test_a_copy_goes_slowly_while_a_model_answers_on_either_node(
         assert any(one["busy"] for one in talker.loaded()), "it answered all the time"
     wait_until("it ended", lambda: not any(one["busy"] for one in talker.loaded()))
     time.sleep(0.5)
-    # A machine that is busy with other things may slow one; a limit that stays slows all.
-    names = ("quick", "again", "last")
-    quick_s = next((s for n in names if (s := seconds_of_copy(source, target, n)) < fair_s), fair_s)
+    quick_s = seconds_of_copy(source, target, "quick")
     print(f"{slow_s:.1f} s beside an answer, {quick_s:.1f} s alone")
     assert slow_s >= fair_s
     assert quick_s < fair_s

@@ -177,10 +177,9 @@ def test_a_runner_that_hangs_is_killed(node: Node, model: str) -> None:
         begun = time.monotonic()
         *_, last = stream
         assert "it hung: no sign of life for" in last["error"]
-        assert time.monotonic() - begun > STALL_S - 0.5  # its last sign was a moment before
+        assert time.monotonic() - begun > STALL_S
     wait_until("it is gone", lambda: gone(runner))
-    short = body | {"options": {"num_thread": 1, "num_predict": 3}}
-    assert ok(node.answer("/generate", **short))["response"]
+    assert ok(node.answer("/generate", **body | {"options": {"num_predict": 3}}))["response"]
 
 
 def test_a_runner_that_crashes_again_and_again_is_given_time_and_others_are_not(

@@ -236,11 +236,11 @@ async def test_async_embed(async_client: ollama.AsyncClient) -> None:
 
 
 def test_hanging_up_ends_the_generation(two: Cluster, client: ollama.Client) -> None:
-    stream = client.generate(MODEL, stream=True, **ENDLESS)
+    stream = client.chat(MODEL, QUESTION, options=LONG, stream=True)
     assert not next(stream).done
     wait_until("it runs", lambda: busy(two) == 1)
     stream.close()
-    wait_until("it has ended", lambda: busy(two) == 0)
+    wait_until("it has ended", lambda: busy(two) == 0, 5)
 
 
 # Tools and thinking
@@ -487,7 +487,7 @@ async def test_cancelled_and_concurrent(two: Cluster, async_client: ollama.Async
     async with trio.open_nursery() as nursery:
         for _ in range(3):
             nursery.start_soon(keep)
-    assert all("Paris" in text for text in texts)
+    assert len(set(texts)) == 1
     with trio.move_on_after(1) as scope:
         async for _ in await async_client.generate(MODEL, stream=True, **ENDLESS):
             pass
